@@ -31,6 +31,7 @@ from steer.errors import InputError
 from steer.pipelines.base import Cost, ResamplingInfo, SteeringOutput
 from steer.reward import Reward, compares_images, mean_over_frames, score_components, warn_if_pipeline_truncates
 from steer.smc.particles import Particles
+from steer.video import VideoReward, frame_rate
 
 
 def _best(order: Tensor, log_weights: Tensor, generator: Generator) -> Tensor:
@@ -74,6 +75,8 @@ class ParticleBatch:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
         if isinstance(reward, AudioReward):
             reward = replace(reward, sample_rate=sample_rate_of(pipe))
+        if isinstance(reward, VideoReward) and reward.fps is None:
+            reward = replace(reward, fps=frame_rate(pipe, call))
         self.pipe, self.reward, self.size, self.chunk_size = cache_text_encoding(pipe), reward, size, chunk_size
         self.live, self.alive = live or ActiveRows(), size  # particles of a prompt that are left, in its first slots
         call = dict(call)
@@ -184,12 +187,13 @@ class ParticleBatch:
     def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Score images (B·K, 3, H, W): rewards (B, K), and those of the reward's components where it has any.
 
-        For videos (B·K, F, 3, H, W) the mean over evenly spaced frames. Images with a graph give rewards with one.
+        For videos (B·K, F, 3, H, W) the mean over evenly spaced frames, or the reward of whole videos.
+        Images with a graph give rewards with one.
         Raises InputError for audio and a reward of images, and the other way round.
         """
         check_media(self.pipe, self.reward, images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-            return mean_over_frames(images, self._score)
+            return mean_over_frames(images, self._score, self.reward)
 
     def _score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         prompts = [text for text in self.prompts[:: self.size] for _ in range(self.alive)]

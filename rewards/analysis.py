@@ -1,6 +1,7 @@
 """Analysis of rewards: agreement of two, accuracy on preferences, consistency with prompts, checks of one reward."""
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ from torch.nn import functional as F
 from steer.errors import InputError
 from steer.reward import Reward, RewardError, score
 from steer.rewards.objectives import PreferenceLabels
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
 
 Scores = Tensor | Sequence[float] | np.ndarray
 ROUNDING = 1e-12  # relative to a score: smaller differences from a prompt's mean are rounding errors
@@ -441,7 +447,7 @@ def _prompt_sensitivity(reward: Reward, images: Tensor, prompts: Sequence[str]) 
 def _prompt_limit(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
     """Report the declared `prompt_limit`, and measure behind how many words a change of the prompt changes no score."""
     limit = getattr(reward, "prompt_limit", None)
-    declared = f"reads {limit} tokens of a prompt, start and end included" if limit else "declares no prompt_limit"
+    declared = f"reads {limit} tokens of a prompt, start and end included" if limit else "no limit is known"
     try:
         words = _readable_words(reward, images[:1])
     except RewardError:  # a reward of prompts in a language of its own
@@ -571,20 +577,15 @@ def _memory(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
         _scores(reward, images, prompts)
         peak = torch.cuda.max_memory_allocated(images.device) - before
         return None, f"one call on {len(images)} images takes {peak / 2**20:,.0f} MiB more of the GPU"
-    weights = sum(one.numel() * one.element_size() for one in _parameters(reward))
-    with torch.profiler.profile(profile_memory=True) as profiled:
-        _scores(reward, images, prompts)
-    taken = sum(max(event.self_cpu_memory_usage, 0) for event in profiled.key_averages())
-    size = f"weights {weights / 2**20:,.0f} MiB, " if weights else ""
-    return None, f"{size}PyTorch allocates {taken / 2**20:,.4g} MiB in one call on {len(images)} images"
+    if resource is None:
+        return None, "not measured on this system"
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    before, _, after = _peak(), _scores(reward, images, prompts), _peak()
+    return None, f"peak of this process {after / unit:,.0f} MiB, {(after - before) / unit:,.0f} more by the last call"
 
 
-def _parameters(reward: Any) -> Iterator[Tensor]:
-    """Yield the parameters of the modules that a reward holds as attributes."""
-    for one in vars(reward).values() if hasattr(reward, "__dict__") else ():
-        for module in one if isinstance(one, list | tuple) else [one]:
-            if isinstance(module, torch.nn.Module):
-                yield from module.parameters()
+def _peak() -> int:
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 CHECKS: dict[str, Callable[[Reward, Tensor, Sequence[str]], Outcome]] = {

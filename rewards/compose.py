@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from steer.arguments import is_number
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
-from steer.reward import Metadata, Reward, RewardError, compares_images, score_components
+from steer.reward import Metadata, Reward, RewardError, compares_images, score_components, takes_videos
 from steer.rewards.grammar import NUMBER, PLUS, format_number, split
 from steer.rewards.inputs import takes_any_samples
 from steer.rewards.names import takes_number
@@ -73,7 +73,7 @@ class CompositeReward(ABC):
         names = [reward.name for reward in rewards]  # numbered where a name occurs twice
         self._names = [f"{name}#{k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
         self.differentiable = all(reward.differentiable for reward in rewards)
-        self.compares_images = any(map(compares_images, rewards))
+        self.compares_images, self.takes_videos = any(map(compares_images, rewards)), any(map(takes_videos, rewards))
 
     @property
     def parts(self) -> dict[str, Reward]:

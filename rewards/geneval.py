@@ -93,14 +93,14 @@ def read_requirements(prompt: str, metadata: Mapping[str, Any]) -> Requirements:
             for one in metadata["include"]:
                 relation, target = one.get("position", (None, 0))
                 include.append(Clause(one["class"], int(one["count"]), one.get("color"), relation, int(target)))
-            exclude = tuple((one["class"], int(one["count"])) for one in metadata.get("exclude", ()))
-            return Requirements(tuple(include), exclude)
+            excluded = tuple((one["class"], int(one["count"])) for one in metadata.get("exclude", ()))
+            return Requirements(tuple(include), excluded)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise RewardError(f"geneval: the metadata of {prompt!r:.60} is not GenEval's: {error!r}") from error
     text = PREFIX.sub("", " ".join(prompt.lower().split()).strip(". ")).replace("to the left of", "left of")
     pieces = re.split(rf" ({'|'.join(RELATIONS)}|and) ", text.replace("to the right of", "right of"))
     clauses: list[Clause] = []
-    exclude = []
+    exclude: list[tuple[str, int]] = []
     for k, piece in enumerate(pieces[::2]):
         if not (read := PHRASE.fullmatch(piece)) or (k and pieces[2 * k - 1] != "and" and len(pieces) > 3):
             raise RewardError(f"geneval: cannot read {prompt!r:.80}: write {SYNTAX}, or give GenEval's `include` rows")
@@ -186,7 +186,8 @@ class OwlDetector:
             rows = read["labels"] == index
             corners, confidence = read["boxes"][rows].float(), read["scores"][rows].float()
             for k in nms(corners, confidence, OVERLAP):  # by confidence
-                found[name].append(Box(*corners[k].tolist(), confidence[k].item()))
+                left, top, right, bottom = corners[k].tolist()
+                found[name].append(Box(left, top, right, bottom, confidence[k].item()))
         return found
 
 

@@ -33,7 +33,7 @@ def takes_any_images(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(call)
     def converted(self: Any, images: Any, prompts: Any, *rest: Any, **named: Any) -> Tensor:
         batch, texts = as_batch(images, prompts)
-        return mean_over_frames(batch, lambda frames: (call(self, frames, texts, *rest, **named), {}))[0]
+        return mean_over_frames(batch, lambda frames: (call(self, frames, texts, *rest, **named), {}), self)[0]
 
     return converted
 

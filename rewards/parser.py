@@ -373,7 +373,7 @@ def score_components(
     if (samples := as_texts(images)) is not None:
         return reward_scores(loaded, samples, prompt_of_each(len(samples), prompts), metadata)  # type: ignore[arg-type]
     batch, texts = as_batch(images, prompts)
-    return mean_over_frames(batch, lambda frames: reward_scores(loaded, frames, texts, metadata))
+    return mean_over_frames(batch, lambda frames: reward_scores(loaded, frames, texts, metadata), loaded)
 
 
 def combine(

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from steer.rewards.parser import combine, load_judge, load_reward, score, score_components
     from steer.training.lora_layouts import convert_lora
     from steer.training.overoptimization import find_hacking, fit_reward_curve
+    from steer.video import VideoReward
 
 _MODULES = {
     "steer.assets": ("MODELS", "TEXT_MODELS"),
@@ -134,6 +135,7 @@ _MODULES = {
     "steer.rewards.parser": ("combine", "load_judge", "load_reward", "score", "score_components"),
     "steer.training.lora_layouts": ("convert_lora",),
     "steer.training.overoptimization": ("find_hacking", "fit_reward_curve"),
+    "steer.video": ("VideoReward",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
@@ -203,6 +205,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingResult",
     "ValueConfig",
+    "VideoReward",
     "as_judge",
     "combine",
     "convert_lora",

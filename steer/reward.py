@@ -205,11 +205,18 @@ def compares_images(reward: Any) -> bool:
     return bool(attribute(reward, "compares_images", False))
 
 
+def takes_videos(reward: Any) -> bool:
+    """Return whether a reward scores whole videos (N, F, 3, H, W) (its `takes_videos`), as a VideoReward does."""
+    return bool(attribute(reward, "takes_videos", False))
+
+
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
     """Score images with a reward and validate the result: (N,) finite fp32 on the CPU, gradients kept.
 
     Raises RewardError, which names the reward, where it fails or violates the contract.
     """
+    if torch.is_tensor(images) and images.dim() == 5 and not takes_videos(reward):
+        return mean_over_frames(images, lambda frames: (score(reward, frames, prompts, metadata), {}))[0]
     _check_lengths(images, prompts, metadata)
     output = _call_reward(reward.name, lambda: evaluate(reward, images, prompts, metadata))
     return _validated_scores(reward.name, prompts, output)
@@ -418,7 +425,7 @@ class WrappedReward:
     ) -> None:
         self.name, self.differentiable = reward.name, reward.differentiable
         self.reward, self.metadata, self._seconds = reward, metadata, seconds
-        self.compares_images = compares_images(reward)
+        self.compares_images, self.takes_videos = compares_images(reward), takes_videos(reward)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
         rows = self._rows(prompts, metadata)
@@ -487,9 +494,12 @@ VIDEO_FRAMES = 8  # scored frames of a video, evenly spaced
 Scores = tuple[Tensor, dict[str, Tensor]]
 
 
-def mean_over_frames(images: Tensor, score: Callable[[Tensor], Scores]) -> Scores:
-    """Score images (N, 3, H, W), waveforms or texts; of videos (N, F, 3, H, W) the mean over evenly spaced frames."""
-    if isinstance(images, Texts) or images.dim() <= 4:
+def mean_over_frames(images: Tensor, score: Callable[[Tensor], Scores], reward: Any = None) -> Scores:
+    """Score images (N, 3, H, W), waveforms or texts; of videos (N, F, 3, H, W) evenly spaced frames: the mean.
+
+    reward  where it takes whole videos, these are scored with all frames
+    """
+    if isinstance(images, Texts) or images.dim() <= 4 or takes_videos(reward):
         return score(images)
     frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()
     rewards, components = zip(*(score(images[:, frame]) for frame in frames), strict=True)

@@ -505,15 +505,15 @@ class FirstWords:
 @pytest.mark.parametrize(
     ("words", "detail"),
     [
-        (5, "declares no prompt_limit; measured: words behind the first 5 change no score"),
-        (77, "declares no prompt_limit; measured: words behind the first 77 change no score"),
-        (600, "declares no prompt_limit; the last of 512 words still changes a score"),
-        (0, "declares no prompt_limit"),
+        (5, "no limit is known; measured: words behind the first 5 change no score"),
+        (77, "no limit is known; measured: words behind the first 77 change no score"),
+        (600, "no limit is known; the last of 512 words still changes a score"),
+        (0, "no limit is known"),
     ],
 )
 def test_the_limit_of_prompts_is_measured(words: int, detail: str) -> None:
     images = torch.rand(2, 3, 8, 8)
     results = {one.name: one for one in check_reward(FirstWords(words), images, ["red", "blue"])}
     assert results["prompt limit"].detail == detail
-    assert "MiB in one call on 2 images" in results["memory"].detail
+    assert "MiB" in results["memory"].detail
     assert [one.name for one in check_reward(FirstWords(3), images, ["a", "b"], ["contract"])] == ["contract"]

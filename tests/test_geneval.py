@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_rewards import seeded
-from tiny_vlm import word_tokenizer
+from tiny_vlm import tiny_owl
 from torch import Tensor
-from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
+from transformers import Owlv2ForObjectDetection, Owlv2Processor
 
 from steer.apps.scenes.world import draw, random_scene
 from steer.reward import RewardError, score
@@ -152,20 +151,6 @@ def test_on_drawn_scenes_it_agrees_with_the_exact_reward() -> None:
         count, agree, right = count + 1, agree + (wanted == given), right + wanted
     assert count > 480 and right > 240
     assert agree / count >= 0.99
-
-
-@seeded()
-def tiny_owl(folder: Path) -> Path:
-    tokenizer = word_tokenizer([], ["a", "photo", "of", "cat", "dog"])
-    tokenizer.model_max_length = 8
-    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    text |= {"num_attention_heads": 2, "max_position_embeddings": 8, "pad_token_id": 0, "eos_token_id": 2}
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"image_size": 32, "patch_size": 8}
-    config = Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)
-    Owlv2ForObjectDetection(config).save_pretrained(folder)
-    Owlv2Processor(Owlv2ImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
-    return folder
 
 
 def test_a_tiny_owl_runs_through_the_real_code(tmp_path: Path) -> None:

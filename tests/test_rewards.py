@@ -32,8 +32,10 @@ def specifications(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 OF_TEXTS = ("parses", "says", "regex", "bigram", "perplexity")  # tests/test_text_rewards.py holds their values
 
+PACKAGED = ("nsfw", "faces", "brisque", "lpips")  # optional packages: tests/test_packaged.py
 
-@pytest.mark.parametrize("name", [name for name in REWARDS if name not in OF_TEXTS])
+
+@pytest.mark.parametrize("name", [name for name in REWARDS if name not in (*OF_TEXTS, *PACKAGED)])
 def test_every_built_in_reward_keeps_the_contract(name: str, specifications: dict[str, str]) -> None:
     reward = load_reward(specifications.get(name, name))
     prompts = ['a sign that says "A"', 'the words "two stars"'] if name == "ocr" else PROMPTS

@@ -121,7 +121,7 @@ def tiny_learned(folder: Path, clip: Path) -> Path:
 
 def tiny_specifications(folder: Path) -> dict[str, str]:
     """A specification that needs no network for every built-in reward that needs more than its name."""
-    from tiny_vlm import tiny_hpsv3, tiny_llava, tiny_mps  # which uses this module
+    from tiny_vlm import tiny_hpsv3, tiny_llava, tiny_mps, tiny_owl  # which uses this module
 
     clip = tiny_open_clip(folder / "open_clip")
     for name, make in (("hpsv3", tiny_hpsv3), ("mps", tiny_mps)):
@@ -132,6 +132,7 @@ def tiny_specifications(folder: Path) -> dict[str, str]:
     examples.mkdir()
     for k in range(8):
         Image.new("RGB", (SIDE, SIDE), (30 * k, 90, 200 - 20 * k)).save(examples / f"{k}.png")
+    (folder / "red.py").write_text("def reward(images, prompts):\n    return luma(images).mean((1, 2))\n")
     hps = f"path={tiny_hps(folder / 'HPS.pt', clip)},model={clip}"
     return {
         "clip": f"clip:{clip}",
@@ -146,6 +147,8 @@ def tiny_specifications(folder: Path) -> dict[str, str]:
         "imagereward": tiny_imagereward(folder / "imagereward"),
         "aesthetic": f"aesthetic:path={folder / 'head.pth'},backbone={clip}",
         "preference": f"preference:{tiny_learned(folder / 'preference', clip)}",
+        "geneval": f"geneval:{tiny_owl(folder / 'owl')},clip={clip}",
+        "sandbox": f"sandbox:{folder / 'red.py'}",
         "classifier": "classifier:goldfish",
         "colour": "colour:red",
     }

@@ -18,6 +18,10 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessor,
+    Owlv2Processor,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -184,3 +188,17 @@ def bit_images(count: int, height: int = 28, width: int = 28, seed: int = 0) -> 
     """Images whose values are multiples of 1/255."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(256, (count, 3, height, width), generator=generator) / 255
+
+
+@seeded()
+def tiny_owl(folder: Path) -> Path:
+    tokenizer = word_tokenizer([], ["a", "photo", "of", "cat", "dog"])
+    tokenizer.model_max_length = 8
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 8, "pad_token_id": 0, "eos_token_id": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 8}
+    config = Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)
+    Owlv2ForObjectDetection(config).save_pretrained(folder)
+    Owlv2Processor(Owlv2ImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    return folder

@@ -171,6 +171,26 @@ def contrast(reward: str, images: Path, prompt: str | None, device: str | None) 
 @click.argument("rewards_", nargs=-1, required=True, metavar="REWARD...")
 @IMAGES
 @PROMPT
+@click.option("--optimised", type=FOLDER, help="Images that were optimised: report their correlations too.")
+@DEVICE
+def herding(
+    rewards_: tuple[str, ...], images: Path, prompt: str | None, optimised: Path | None, device: str | None
+) -> None:
+    """Measure whether the members of an ensemble err together: correlations, and gains of each other's best of n."""
+    from steer.apps.ensembles import score_each
+    from steer.apps.models import default_device
+    from steer.rewards.herding import herding as measure
+    from steer.rewards.herding import render_herding
+
+    for folder in (images, *([optimised] if optimised else [])):
+        scores, prompts = score_each(rewards_, folder, prompt, default_device(device))
+        click.echo(f"{folder}: {len(prompts)} images\n{render_herding(measure(rewards_, scores, prompts))}")
+
+
+@rewards.command()
+@click.argument("rewards_", nargs=-1, required=True, metavar="REWARD...")
+@IMAGES
+@PROMPT
 @click.option("--out", required=True, type=FOLDER, help="The calibration, a JSON file; other rewards in it are kept.")
 @click.option(
     "--bound", metavar="TRUTH", help="Fit a lower bound of the reward TRUTH instead, for lower(A, B, from=OUT)."

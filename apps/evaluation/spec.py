@@ -440,7 +440,7 @@ def score_in_batches(reward: Reward, images: Tensor, prompts: Sequence[str]) -> 
     for start in range(0, len(images), SCORE_BATCH):
         cut = slice(start, start + SCORE_BATCH)
         score: Callable[[Tensor], Scores] = partial(score_components, reward, prompts=prompts[cut])
-        scored.append(mean_over_frames(images[cut].float().clamp(0, 1), score))
+        scored.append(mean_over_frames(images[cut].float().clamp(0, 1), score, reward))
     totals, components = zip(*scored, strict=True)
     return torch.cat(totals), {name: torch.cat([one[name] for one in components]) for name in components[0]}
 

@@ -130,7 +130,7 @@ class Evaluator:
     def _score(self, reward: Reward, images: Tensor, prompts: Sequence[str], number: int) -> Scores:
         """Return the scores (N,) of a chunk, and of the reward's components."""
         if not isinstance(tournament := unwrapped(reward), Tournament):
-            return mean_over_frames(images, partial(score_components, reward, prompts=prompts))
+            return mean_over_frames(images, partial(score_components, reward, prompts=prompts), reward)
 
         def win_rates(both: Tensor) -> Scores:
             own, base = both.chunk(2)

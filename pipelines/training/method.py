@@ -95,7 +95,7 @@ def sample_and_score(
         score = partial(score_components, reward, prompts=trajectories.rows.prompts)
         started = time.monotonic()
         with torch.no_grad():
-            results.append(submit(partial(mean_over_frames, images, score)))
+            results.append(submit(partial(mean_over_frames, images, score, reward)))
         seconds += time.monotonic() - started
     started = time.monotonic()
     scores = [result() for result in results]

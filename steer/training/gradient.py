@@ -314,7 +314,7 @@ def reward_gradient(
     for number, chunk in enumerate(batch.chunks):
         on_chunk()
         images = (limit or SlopeLimit(None)).apply(sampler.finish(chunk, last_steps))
-        rewards, _ = mean_over_frames(images, partial(score_components, reward, prompts=chunk.rows.prompts))
+        rewards, _ = mean_over_frames(images, partial(score_components, reward, prompts=chunk.rows.prompts), reward)
         value -= rewards.sum().item() / count
         backward(-rewards.sum().to(images.device) / count)
 

@@ -1,0 +1,82 @@
+"""Whether the members of an ensemble err together (Helping or Herding, arXiv 2312.09244)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+
+import torch
+from torch import Tensor
+
+from steer.errors import InputError
+
+
+@dataclass(frozen=True)
+class Herding:
+    """Correlations ρ (M, M) within prompts, and gains G (n, M, M): member j's mean standardised score of member i's best
+    of n. Where G_ij / G_ii is near 1, member j rewards what member i exploits: the ensemble cannot object."""
+
+    names: tuple[str, ...]
+    correlation: Tensor
+    sizes: tuple[int, ...]
+    gains: Tensor
+
+    @property
+    def shared(self) -> list[float]:
+        """Return for each n the mean over pairs i ≠ j of G_ij / G_ii: 1 all err together, 0 independently."""
+        count = len(self.names)
+        own = self.gains.diagonal(dim1=1, dim2=2)[..., None]
+        others = ~torch.eye(count, dtype=torch.bool)
+        return [(gain / one)[others].mean().item() for gain, one in zip(self.gains, own, strict=True)]
+
+
+def herding(names: Sequence[str], scores: Tensor, groups: Sequence[str]) -> Herding:
+    """Measure ρ and G of scores (M, N) with N prompts, of prompts with the same number K of images.
+
+        z_i = r_i standardised within its prompt,  ρ_ij = mean z_i z_j,
+        G_ij(n) = mean over prompts of E[z_j(argmax z_i among n of the K)], without bias for n = 2, 4, 8 … K
+
+    Jointly Gaussian scores have G_ij(n) / G_ii(n) = ρ_ij for every n. Raises InputError for fewer than two members or
+    images of a prompt, unequal numbers of images, and a member that is constant within a prompt.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    sizes = {len(some) for some in rows.values()}
+    if len(scores) < 2 or len(sizes) != 1 or min(sizes) < 2:
+        raise InputError(
+            f"herding needs at least two rewards, and equally many images of each prompt, at least two: got "
+            f"{len(scores)} rewards and {', '.join(map(str, sorted(sizes)))} images"
+        )
+    count = sizes.pop()
+    r = torch.stack([scores[:, some] for some in rows.values()], 1).double()  # (M, prompts, K)
+    spread = r.std(-1, keepdim=True, correction=0)
+    if bool((spread == 0).any()):
+        member = int((spread[..., 0] == 0).any(1).nonzero()[0])
+        raise InputError(f"reward {names[member]!r} gives all images of a prompt the same score: leave it out")
+    z = (r - r.mean(-1, keepdim=True)) / spread
+    order = z.argsort(-1)  # ascending
+    ns = [2**k for k in range(1, count.bit_length()) if 2**k <= count]
+    picks = torch.stack([torch.stack([z[j].gather(-1, one) for j in range(len(z))]) for one in order])  # (i, j, P, K)
+    gains = torch.stack([(picks * _probabilities(n, count)).sum(-1).mean(-1) for n in ns])
+    return Herding(tuple(names), (z[:, None] * z[None]).mean((-1, -2)), tuple(ns), gains)
+
+
+def _probabilities(n: int, count: int) -> Tensor:
+    """Return P(the k-th lowest of `count` is the best of n drawn without repetition) = C(k, n − 1) / C(count, n)."""
+    return torch.tensor([comb(k, n - 1) / comb(count, n) for k in range(count)], dtype=torch.float64)
+
+
+def render_herding(one: Herding) -> str:
+    """Render correlations, and the shared share of the gain by n."""
+    width = max(map(len, one.names))
+    lines = ["correlation within prompts"]
+    for name, row in zip(one.names, one.correlation.tolist(), strict=True):
+        lines.append(f"  {name:{width}}  " + "  ".join(f"{value:5.2f}" for value in row))
+    lines.append("best of n: own gain, gain by the other members, shared share")
+    for n, gain, shared in zip(one.sizes, one.gains, one.shared, strict=True):
+        own = gain.diagonal().mean().item()
+        other = (gain.sum().item() - gain.diagonal().sum().item()) / (len(one.names) * (len(one.names) - 1))
+        lines.append(
+            f"  {n:4}  {own:5.2f}  {other:5.2f}  {shared:5.2f}" if n > 1 else f"  {n:4}  {own:5.2f}  {other:5.2f}"
+        )
+    return "\n".join(lines)
