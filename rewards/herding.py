@@ -12,8 +12,10 @@ from steer.errors import InputError
 
 @dataclass(frozen=True)
 class Herding:
-    """Correlations ρ (M, M) within prompts, and gains G (n, M, M): member j's mean standardised score of member i's best
-    of n. Where G_ij / G_ii is near 1, member j rewards what member i exploits: the ensemble cannot object."""
+    """Correlations ρ (M, M) within prompts, and gains G (n, M, M): member j's mean score of member i's best of n.
+
+    Where G_ij / G_ii is near 1, member j rewards what member i exploits: the ensemble cannot object.
+    """
 
     names: tuple[str, ...]
     correlation: Tensor
@@ -76,7 +78,5 @@ def render_herding(one: Herding) -> str:
     for n, gain, shared in zip(one.sizes, one.gains, one.shared, strict=True):
         own = gain.diagonal().mean().item()
         other = (gain.sum().item() - gain.diagonal().sum().item()) / (len(one.names) * (len(one.names) - 1))
-        lines.append(
-            f"  {n:4}  {own:5.2f}  {other:5.2f}  {shared:5.2f}" if n > 1 else f"  {n:4}  {own:5.2f}  {other:5.2f}"
-        )
+        lines.append(f"  {n:4}  {own:5.2f}  {other:5.2f}  {shared:5.2f}")
     return "\n".join(lines)
