@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
-from steer.apps.cli.options import DEVICE
+from steer.apps.cli.options import DEVICE, Command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
 @click.option(
     "--reward", "rewards", multiple=True, required=True, help="A reward; repeatable: their ranks are averaged."

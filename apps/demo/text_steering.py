@@ -78,10 +78,14 @@ def text_steering(studio: Studio, prompt: str, settings: SamplingConfig) -> Call
 def steer_texts(job: Job, say: Callable[[Any], None]) -> TextResult:
     """Steer the texts of a job; `say` takes the events of its steps, and may raise to end it."""
     live = LiveTokens(job.pipe, job.settings.method, say)
-    steps, own = tuple(range(max((job.settings.steps or 0) - 1, 0))), dict[str, Any](callback_on_step_end=live.on_end)
-    if job.settings.method == "fk":  # of the others by their own field
-        own["preview_steps"] = steps
-    watched = replace(job, on_step=live.on_step, preview_steps=steps, arguments=own)
+    steps = tuple(range(max((job.settings.steps or 0) - 1, 0)))
+    watched = replace(
+        job,
+        on_step=live.on_step,
+        preview_steps=steps,
+        early_previews=steps if job.settings.method == "fk" else (),  # svdd and beam search evaluate every step
+        arguments={"callback_on_step_end": live.on_end},
+    )
     output = METHODS[job.settings.method].run(watched)
     base = base_output(job, output)
     return TextResult(
