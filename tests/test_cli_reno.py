@@ -225,7 +225,7 @@ def test_the_command_has_an_option_for_every_setting() -> None:
     assert {*SHARED, *ALL_OPTIONS} <= options.keys()
     for name in (*SHARED, *ALL_OPTIONS):
         assert options[name].default is None and options[name].help
-    assert options["iterations"].help.endswith("[default: reno 50, noise-search 12]")
+    assert options["iterations"].help.endswith("[default: reno 50, noise-search 12, map-elites 24]")
     assert all(default_of(method, name) is not Ellipsis for name in ALL_OPTIONS for method in methods_with(name))
 
 
@@ -278,6 +278,7 @@ OPTIONS: dict[str, Any] = {
     **{"max_grad_norm": 0.7, "gradient": "zero-order", "restarts": 2, "neighbours": 5, "distance": 0.25},
     **{"lookahead": 2, "budget": 90, "rungs": {1: 1}, "branches": 1, "drafts": 6, "draft_steps": 2, "finish": False},
     **{"parents": 1, "restart_step": 1, "max_slope": 4.0, "value": "my-value", "kernel": "glass", "glass_steps": 3},
+    **{"describe": "brightness", "cells": "4", "first_batches": 2},
 }
 EXCLUSIVE: dict[str, tuple[set[str], ...]] = {
     "fk": (

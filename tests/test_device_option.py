@@ -30,7 +30,8 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
             yield (*path, name), command
 
 
-COMMANDS = {path: command for path, command in commands(cli.steer) if path != ("completion",)}  # which runs neither
+WITHOUT = {("completion",), ("convert-lora",), ("rewards", "counts"), ("rewards", "write")}  # which run no model
+COMMANDS = {path: command for path, command in commands(cli.steer) if path not in WITHOUT}
 NEEDED: dict[tuple[str, ...], Sequence[str]] = {
     ("evaluate",): ["--prompts", "x.txt", "--reward", "jpeg"],
     ("finetune",): ["prdp-scenes"],

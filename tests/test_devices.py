@@ -224,7 +224,12 @@ def specifications(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return tiny_specifications(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("name", [name for name, (_, about) in REWARDS.items() if not about.startswith("of texts")])
+OF_IMAGES = [name for name, (_, about) in REWARDS.items() if not about.startswith("of texts")]
+# They need a file, a folder or an optional package, and have tests of their own.
+ELSEWHERE = ("social", "sandbox", "geneval", "nsfw", "faces", "brisque", "lpips")
+
+
+@pytest.mark.parametrize("name", [name for name in OF_IMAGES if name not in ELSEWHERE])
 def test_every_built_in_reward_scores_where_the_images_are(name: str, specifications: dict[str, str]) -> None:
     """And the same there, with gradients, and after images of the CPU, which leave its weights in place."""
     reward, images = load_reward(specifications.get(name, name)), torch.rand(2, 3, 16, 16, generator=seeded())
