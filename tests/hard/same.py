@@ -62,7 +62,10 @@ def left(home: Path, out: Path) -> dict[str, Any]:
     found = {name: command.left(out / name) for name, command in commands(home).items()}
     found["steered"] = {name: one.numpy().tobytes() for name, one in load_file(out / "steered.safetensors").items()}
     lines = [json.loads(line) for line in (out / "finetune/metrics.jsonl").read_text().splitlines()]
-    found["records"] = [{name: value for name, value in one.items() if "second" not in name} for one in lines]
+    found["records"] = [
+        {name: value for name, value in one.items() if not name.endswith(("second", "seconds", "share"))}
+        for one in lines
+    ]
     [newest] = (out / "finetune/checkpoints").iterdir()
     names = ("weights", "optimiser", "average", "random")
     found["checkpoint"] = {name: (newest / f"{name}.safetensors").read_bytes() for name in names}
