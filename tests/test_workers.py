@@ -170,16 +170,15 @@ def test_workers_draw_by_the_averaged_policy(cluster: None, tmp_path: Path) -> N
 @pytest.mark.hard
 @needs_ray
 def test_an_error_of_a_worker_is_the_error_of_the_run(cluster: None, tmp_path: Path) -> None:
+    class Broken:  # a local class travels by value
+        name, differentiable = "broken", False
+
+        def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+            raise ZeroDivisionError("mine")
+
     config = config_of("grpo", **SMALL | {"reward_workers": {"broken": 1}})
     with pytest.raises(InputError, match="reward 'broken' failed: ZeroDivisionError"):
         train("grpo", fresh(), tmp_path, config, reward=Broken(), **PLAIN)
-
-
-class Broken(Constant):
-    name = "broken"
-
-    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
-        raise ZeroDivisionError("mine")
 
 
 def test_a_trainer_without_workers_is_left_alone(tmp_path: Path) -> None:
