@@ -27,6 +27,7 @@ FACTS: dict[str, RewardFacts] = {
     "hpsv2": RewardFacts("cosine, .2...35", YES, "2 GB", "Apache-2.0", HUB),
     "hpsv2.1": RewardFacts("cosine, .2...35", YES, "2 GB", "Apache-2.0", HUB),
     "hpsv3": RewardFacts("mean score", YES, "16 GB", "MIT", HUB),
+    "social": RewardFacts("cosine", YES, "1.7 GB", "", "path=FILE: no weights are public"),
     "mps": RewardFacts("logits", YES, "4 GB", "see its repository", "path=FILE, a converted checkpoint"),
     "imagereward": RewardFacts("standardised, -2..2", YES, "1.8 GB", "Apache-2.0", HUB),
     "aesthetic": RewardFacts("1..10", YES, "1.7 GB (ViT-L/14)", "Apache-2.0", "hub, web; aesthetic:scenes is embedded"),

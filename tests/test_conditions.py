@@ -1,6 +1,7 @@
 """Finetuning with images as conditions: each prompt has its own source, which reaches the pipeline and the reward."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ SOURCES: dict[str, Mapping[str, Any]] = {"a": {"image": RED}, "b": {"image": BLU
 
 
 def img2img() -> Any:
-    parts = cached_pipe("sd").components
+    parts = deepcopy(cached_pipe("sd").components)  # which other tests share
     pipe = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -8,6 +8,7 @@ import torch
 from steer.audio import is_audio
 from steer.pipelines.training.evaluation import EvalResult
 from steer.pipelines.training.method import Record
+from steer.reward import Texts
 
 MAX_TABLE_ROWS = 64  # images of one evaluation that trackers get
 
@@ -24,7 +25,7 @@ def log_samples(trackers: Sequence[Any], evaluated: EvalResult) -> None:
     tensorboard  images `samples`, evenly spaced ones of at most 64
     """
     images = evaluated.images
-    if is_audio(images) or images.ndim != 4:  # videos and sounds stay in the folder of the run
+    if isinstance(images, Texts) or is_audio(images) or images.ndim != 4:  # these stay in the folder of the run
         return
     count = min(len(images), MAX_TABLE_ROWS)
     chosen = [place * len(images) // count for place in range(count)]

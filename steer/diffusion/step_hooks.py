@@ -378,13 +378,18 @@ def has_second_modality(scheduler: Scheduler) -> bool:
     return bool(vars(scheduler)["step"].tracker.copies)
 
 
+def without_hooks(scheduler: Scheduler) -> Scheduler:
+    """Return a shallow copy of a scheduler without the hooks of a view: a deep copy of it is no part of a run."""
+    plain = copy.copy(scheduler)
+    for name in HOOKED:
+        vars(plain).pop(name, None)
+    return plain
+
+
 def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
     """Copy a scheduler, of the same class, with `step` and its noising going through the tracker."""
     leaves = [leaf for leaf in tree_leaves(vars(base)) if torch.is_tensor(leaf) and leaf.requires_grad]
-    plain = copy.copy(base)
-    for name in HOOKED:
-        vars(plain).pop(name, None)  # the hooks of an outer view
-    tracked = copy.deepcopy(plain, {id(leaf): leaf.detach() for leaf in leaves})
+    tracked = copy.deepcopy(without_hooks(base), {id(leaf): leaf.detach() for leaf in leaves})
     hooks = {name: _Hook(tracker, tracked, name) for name in HOOKED if hasattr(tracked, name)}
     vars(tracked).update(hooks)
     return tracked

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from steer.diffusion.rows import RandomState
-from steer.diffusion.step_hooks import ModuleProxy, denoisers_in
+from steer.diffusion.step_hooks import ModuleProxy, denoisers_in, without_hooks
 from steer.errors import InputError
 
 STATE = ("sample", "hidden_states", "timestep")  # arguments of a denoiser that are no text
@@ -78,7 +78,7 @@ def _first_arguments(cls: Any, pipe: Any, given: Mapping[str, Any]) -> Mapping[s
     for name in denoisers_in(pipe):
         denoiser = getattr(pipe, name)
         vars(probe)[name] = ModuleProxy(denoiser, partial(capture, denoiser))
-    vars(probe).update(scheduler=copy.deepcopy(pipe.scheduler), _progress_bar_config={"disable": True})
+    vars(probe).update(scheduler=copy.deepcopy(without_hooks(pipe.scheduler)), _progress_bar_config={"disable": True})
     generators = given.get("generator")
     random = RandomState.of(generators if isinstance(generators, list) else [generators or Generator()])
     try:

@@ -25,7 +25,7 @@ from steer.rewards.compose import read_calibration
 from steer.training.checkpoint import MANIFEST, Checkpoint, read_manifest, write_files
 from steer.training.rollout import Rows, Trajectories
 
-SAMPLE = SamplingConfig.of(reward="brightness", particles=2, steps=4)
+SAMPLE = SamplingConfig.of(reward="brightness", particles=2, steps=4, lam=10.0)  # as the corpus was written
 PARTED = b"\n---\n"  # between the files of a folder, in one input
 
 
