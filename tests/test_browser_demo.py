@@ -124,7 +124,7 @@ def test_particles_arrive_one_by_one_and_the_end_is_compared(page: Page) -> None
 def test_stop_ends_a_run_at_once(page: Page) -> None:
     page.get_by_label("number input for Steps").fill("100")
     page.locator("#steer-start").click()
-    seen(page.locator("#steer-status")).to_contain_text("Steering", timeout=SLOW)
+    seen(page.locator("#steer-status")).to_contain_text("Searching", timeout=SLOW)
     page.locator("#steer-stop").click()
     started = time.monotonic()
     seen(page.locator("#steer-status")).to_contain_text("Stopped", timeout=SLOW)
@@ -176,7 +176,7 @@ def test_a_closed_tab_frees_the_worker(page: Page, app: Served) -> None:
     leaver.goto(app.url)
     leaver.get_by_label("number input for Steps").fill("100", timeout=SLOW)
     leaver.locator("#steer-start").click()
-    seen(leaver.locator("#steer-status")).to_contain_text("Steering", timeout=SLOW)
+    seen(leaver.locator("#steer-status")).to_contain_text("Searching", timeout=SLOW)
     leaver.close()
     run_to_end(page)
 

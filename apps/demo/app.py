@@ -29,7 +29,7 @@ class PublicApi:
                 gr.Radio([*METHODS.values()], value="race", label="method"),
                 gr.Textbox("scene-soft", label="reward"),
                 *(setting_field(name, label=name) for name in ("particles", "steps", "guidance")),
-                gr.Number(None, label="strength"),
+                gr.Textbox("auto", label="strength"),  # with a value, so that clients may leave it out
                 *(setting_field(name, label=name) for name in ("iterations", "seed")),
                 gr.Dropdown([*studio.models], value=studio.models[0], label="model"),
             ]
@@ -44,7 +44,7 @@ class PublicApi:
         particles: int,
         steps: int,
         guidance: float,
-        strength: float | None,
+        strength: str,
         iterations: int,
         seed: int,
         model: str,
@@ -60,7 +60,7 @@ class PublicApi:
             particles: images at a time
             steps: of the solver; 1 for reno
             guidance: classifier-free guidance; 0 for reno
-            strength: lambda of fk; none: chosen by the first rewards
+            strength: lambda of fk, a number, or auto: chosen by the first rewards
             iterations: of reno
             seed: the same seed gives the same images; -1: a new one, which the report names
             model: one of the app's
@@ -69,7 +69,7 @@ class PublicApi:
             the images, best first, as PNG files that hold their settings; and rewards, components, seed and cost
         """
         asked = {"method": method, "reward": reward, "particles": particles, "steps": steps, "guidance": guidance}
-        asked |= {"lam": DEFAULTS["lam"] if strength is None else strength, "auto": strength is None}
+        asked |= {"lam": DEFAULTS["lam"] if strength == "auto" else strength, "auto": strength == "auto"}
         asked |= {"iterations": iterations, "seed": seed, "model": model}
         asked |= {"fresh": False, "compare": False, "adapter": False}
         try:
