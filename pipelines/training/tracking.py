@@ -1,15 +1,30 @@
 """Trackers of a training: scalars, and the samples of evaluations as a table of Weights & Biases."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from steer.audio import is_audio
+from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.evaluation import EvalResult
 from steer.pipelines.training.method import Record
 
 MAX_TABLE_ROWS = 64  # images of one evaluation that trackers get
+
+
+@contextmanager
+def trackers(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]:
+    """Start the trackers of `log_with`, and finish them after the block."""
+    if config.log_with:
+        accelerator.init_trackers("steer")
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:  # end_training would end the process group as well
+            tracker.finish()
 
 
 def scalars(record: Record) -> dict[str, float]:
