@@ -58,11 +58,6 @@ class ForwardConfig(TrainingConfig):
                 f"{given[0]} is for methods with log-probabilities, got {getattr(self, given[0]):g}: give "
                 f"{self.title} a reference_weight"
             )
-        if self.num_generations < self.min_generations:
-            raise InputError(
-                f"num_generations must be at least {self.min_generations}, got {self.num_generations}: {self.title} "
-                "compares the samples of a prompt"
-            )
 
 
 ForwardConfigT = TypeVar("ForwardConfigT", bound=ForwardConfig)

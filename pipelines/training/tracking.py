@@ -1,6 +1,6 @@
 """Trackers of a training: scalars, and the samples of evaluations as a table of Weights & Biases."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,22 +46,20 @@ def log_samples(trackers: Sequence[Any], evaluated: EvalResult) -> None:
     pixels = (images[chosen].clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     for tracker in trackers:
         if tracker.name == "wandb":
-            columns, rows = sample_table(evaluated, chosen, dict(zip(chosen, pixels, strict=True)))
+            columns, rows = sample_table(evaluated, chosen, pixels)
             tracker.log_table("samples", columns=columns, data=rows, step=evaluated.step)
         elif tracker.name == "tensorboard":
             tracker.log_images({"samples": pixels}, step=evaluated.step, dataformats="NHWC")
 
 
-def sample_table(
-    evaluated: EvalResult, chosen: Sequence[int], pixels: Mapping[int, Any]
-) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and the rows of a table of images, with images of wandb."""
+def sample_table(evaluated: EvalResult, chosen: Sequence[int], pixels: Any) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of a wandb table of the chosen images, with their pixels (N, H, W, 3) in 8 bits."""
     from wandb import Image
 
     samples = len(evaluated.images) // len(evaluated.prompts)
     rewards = {name: values.flatten().tolist() for name, values in evaluated.rewards.items()}
     rows = [
-        [evaluated.step, evaluated.prompts[k // samples], Image(pixels[k]), *(values[k] for values in rewards.values())]
-        for k in chosen
+        [evaluated.step, evaluated.prompts[k // samples], Image(one), *(values[k] for values in rewards.values())]
+        for k, one in zip(chosen, pixels, strict=True)
     ]
     return ["step", "prompt", "image", *rewards], rows

@@ -58,7 +58,7 @@ from steer.training.signals import kept_samples
 from steer.training.trainable import Trainable, whole
 
 INTERRUPTED = "interrupted"
-PAUSED = (INTERRUPTED, UNANSWERED)  # reasons of an end that is not one: nothing is exported
+PAUSED = (INTERRUPTED, UNANSWERED)  # reasons of an end after which the run is to be resumed: nothing is exported
 LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
 
 
@@ -354,7 +354,7 @@ class TrainingRun:
         self.resume_from = checkpoint_to_resume(folder, resume)
         if self.resume_from is not None:
             check_identity(self.folder.identity, self.resume_from)
-        self.context.wait()  # nobody writes before all have looked
+        self.context.wait()  # no process writes before all have read
         with self.context.translate_connection_errors():
             self.state = self._create_state(trainable_of(trainer.pipe, config))
         self.sampler = self._sampler()
@@ -369,18 +369,12 @@ class TrainingRun:
         self.prepared, self.optimiser = self.accelerator.prepare(trainable.denoiser, optimiser)
         ema = EMAModel(list(parameters), config.ema_decay) if config.ema_decay else None
         old = EMAModel(list(parameters), 0.0) if self.trainer.averages_policy else None
+        lengths = config.warmup_steps, config.max_steps, config.lr_num_cycles, config.lr_power
         return RunState(
             method=self.trainer,
             trainable=trainable,
             optimiser=optimiser,
-            schedule=create_schedule(
-                config.lr_scheduler_type,
-                optimiser,
-                config.warmup_steps,
-                config.max_steps,
-                config.lr_num_cycles,
-                config.lr_power,
-            ),
+            schedule=create_schedule(config.lr_scheduler_type, optimiser, *lengths),
             scaler=self.accelerator.scaler,
             ema=ema,
             old=old,
@@ -577,18 +571,18 @@ class TrainingRun:
             log_samples(self.accelerator.trackers, result)
 
     def _export_result(self) -> TrainingResult:
-        state, weights, of = self.state, None, None
+        """Export the weights of the last update, or the best ones where they are to be kept; a paused run has none."""
+        state, weights, weights_step = self.state, None, None
+        best, records, evaluations = state.early_stopping.best_step, tuple(state.records), tuple(state.evaluations)
         if self.stopped not in PAUSED:
-            keeps_best = self.stopped == REFUSED or state.early_stopping.stop()
-            keeps_best = keeps_best and state.early_stopping.best_step is not None
-            of = state.early_stopping.best_step if keeps_best else state.step
-            if keeps_best:
+            weights_step = state.step
+            if best is not None and (self.stopped == REFUSED or state.early_stopping.stop()):
+                weights_step = best
                 self.folder.load_best(state)
             elif state.ema:
-                state.ema.copy_to(state.parameters)  # the pipeline stays what is evaluated and exported
+                state.ema.copy_to(state.parameters)  # the pipeline computes with the exported weights
             weights = self.folder.export(state, "final")
-        records, evaluations, best = tuple(state.records), tuple(state.evaluations), state.early_stopping.best_step
-        return TrainingResult(state.step, self.stopped, weights, best, records, evaluations, of)
+        return TrainingResult(state.step, self.stopped, weights, best, records, evaluations, weights_step)
 
 
 def throughput(images: int, seconds: float, drawn: float, scored: float) -> Record:
