@@ -50,6 +50,9 @@ class SavedImage:
     recipe: Recipe
 
 
+CONTROLS = ("base", "best_of")  # entries of a prompt beside its own images
+
+
 def base_output(job: Job, output: SteeringOutput) -> SteeringOutput | None:
     """Sample the images of the same seed without steering and finetuned weights, in slot order; None if not wanted."""
     plain = job.settings.lora is None
@@ -226,8 +229,8 @@ def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
 
 
 def _is_valid_entry(entry: Entry) -> bool:
-    """Tell whether the values that are read here have the types that steer writes."""
-    sides, cost = [entry.get(side, {}) for side in ("base", "best_of")], entry.get("cost")
+    """Return whether the values that are read here have the types that steer writes."""
+    sides, cost = [entry.get(side, {}) for side in CONTROLS], entry.get("cost")
     return (
         all(isinstance(side, dict) for side in sides)
         and isinstance(cost, dict)
@@ -237,9 +240,9 @@ def _is_valid_entry(entry: Entry) -> bool:
 
 
 def _is_complete(entry: Entry, out: Path, animation: bool) -> bool:
-    """Tell whether all files of an entry are in the output folder, and PNGs are not truncated as by a power cut."""
+    """Return whether all files of an entry are in the output folder, and PNGs are not truncated as by a power cut."""
     names = [*entry.get("images", [None])]
-    names += [name for side in ("base", "best_of") for name in entry.get(side, {}).get("images", [])]
+    names += [name for side in CONTROLS for name in entry.get(side, {}).get("images", [])]
     names += [entry["noise"]] if "noise" in entry else []
     names += [entry.get("animation")] if animation else []
     for name in names:
@@ -338,7 +341,7 @@ def with_checklists(report: Report, out: Path, check: Checklist) -> Report:
 
     entries = []
     for entry in report["prompts"]:
-        sides = {side: with_checks(entry[side], entry["prompt"]) for side in ("base", "best_of") if side in entry}
+        sides = {side: with_checks(entry[side], entry["prompt"]) for side in CONTROLS if side in entry}
         entries.append(with_checks(entry, entry["prompt"]) | sides)
     return report | {"prompts": entries}
 
@@ -416,10 +419,9 @@ def _sample_prompt(job: Job, row: PromptRow, folder: Path, animation: bool) -> E
     frames = Frames(folder / FRAMES)
     with wrap_errors(f"prompt {job.prompt!r}", "finished prompts are kept", MEMORY_HINT):
         output = (replace(job, on_iteration=frames.keep) if animation else job).run()
-        original = {"prompt": job.arguments.get(READ, job.prompt)} | (
-            {"expanded": job.prompt} if READ in job.arguments else {}
-        )
-        entry: Entry = original | {"images": _save_images(output, job, folder)} | describe(output)
+        entry: Entry = {"prompt": job.arguments.get(READ, job.prompt)}
+        entry |= {"expanded": job.prompt} if READ in job.arguments else {}
+        entry |= {"images": _save_images(output, job, folder)} | describe(output)
         entry |= {} if output.lam is None else {"lam": output.lam}
         entry |= _nsfw_flags(output)
         if output.start is not None:
@@ -429,16 +431,17 @@ def _sample_prompt(job: Job, row: PromptRow, folder: Path, animation: bool) -> E
             frames.write(entry, output.images[0], folder / "progress.gif")
             entry["animation"] = f"{folder.name}/progress.gif"
         if (base := base_output(job, output)) is not None:
-            entry["base"] = {
-                "images": _save_images(base, job, folder, "base-", base=True),
-                "rewards": base.rewards[0].tolist(),
-            }
-            entry["base"] |= _nsfw_flags(base)
+            entry["base"] = _control(base, job, folder, "base-", base=True)
         if job.settings.best_of is not None:
             control, best = best_of_n(job, job.settings.best_of)
-            entry["best_of"] = {"images": _save_images(best, control, folder, "best-of-")}
-            entry["best_of"] |= {"rewards": best.rewards[0].tolist(), "cost": asdict(best.cost)} | _nsfw_flags(best)
+            entry["best_of"] = _control(best, control, folder, "best-of-") | {"cost": asdict(best.cost)}
         return entry | ({"columns": dict(row.columns)} if row.columns else {})
+
+
+def _control(output: SteeringOutput, job: Job, folder: Path, prefix: str, base: bool = False) -> Entry:
+    """Write the images of a control, and return its entry."""
+    images = _save_images(output, job, folder, prefix, base)
+    return {"images": images, "rewards": output.rewards[0].tolist()} | _nsfw_flags(output)
 
 
 def describe(output: SteeringOutput) -> Entry:

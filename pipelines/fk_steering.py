@@ -18,7 +18,7 @@ from steer.diffusion.value import Value, load_value
 from steer.errors import InputError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.particle_batch import ParticleBatch
-from steer.pipelines.settings import FKSettings, Prompts, RacingSettings, SelectionSettings
+from steer.pipelines.settings import FKSettings, IntermediateSettings, Prompts
 from steer.pipelines.token_batch import batch_class
 from steer.reward import Reward, RewardError, Submit, run_in_background
 from steer.smc.particles import FeynmanKac, Particles
@@ -134,6 +134,11 @@ class IntermediateRewards:
     gradient: Tensor | None = None
 
 
+def route_kernel_eta(pipe: Any, call: dict[str, Any], s: IntermediateSettings) -> tuple[dict[str, Any], float | None]:
+    """Route η as `route_eta`; with a GLASS transition all of it to the kernel."""
+    return route_eta(pipe, call, s.eta) if s.kernel == "gaussian" else (call, s.eta)
+
+
 class Run:
     """K particles for each prompt in one call of the pipeline (Algorithm 1 of arXiv 2501.06848).
 
@@ -172,7 +177,7 @@ class Run:
         self.particles = Particles.start(particle_batch.groups, particle_batch.size)
         self.history: list[ResamplingInfo] = []
 
-    def configure(self, s: FKSettings | SelectionSettings | RacingSettings, pipe: Any) -> None:
+    def configure(self, s: IntermediateSettings, pipe: Any) -> None:
         """Take a learned value and the kernel from the settings. Raises InputError for a value that does not fit."""
         self.value = None if s.value is None else load_value(s.value, pipe)
         self.glass_steps = s.glass_steps if s.kernel == "glass" else 0
@@ -471,10 +476,8 @@ class FKSteeringPipeline(SteeringPipeline):
         if s.reward_guidance:
             check_guidance(pipe.scheduler, self.reward, guided_eta)
             pipe = differentiable(pipe, one_call=True)
-        elif s.kernel == "gaussian":
-            call, kernel_eta = route_eta(pipe, call, s.eta)
         else:
-            kernel_eta = s.eta
+            call, kernel_eta = route_kernel_eta(pipe, call, s)
         pipe = active_rows.view(pipe) if schedule.reduces_particles else pipe
         particle_batch = batch_class(pipe)(
             *(pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size, s.preview, active_rows),

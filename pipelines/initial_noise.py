@@ -18,6 +18,7 @@ from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.seeds import Generators, copy_generators, derived_seed, seeded_normal
 from steer.diffusion.step_hooks import (
     ModuleProxy,
+    RunEnded,
     SolverStep,
     UnsupportedPipelineError,
     denoising_modules,
@@ -164,7 +165,7 @@ def _start_of(particle_batch: ParticleBatch, quiet_pipe: Any, to_step: bool = Fa
                 tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
                 start.inputs, start.draws = [one.detach().clone() for one in tensors], list(draws)
                 if not to_step:
-                    raise _FirstStepReached
+                    raise RunEnded
             return module(*args, **kwargs)
 
         return ModuleProxy(module, call)
@@ -173,10 +174,10 @@ def _start_of(particle_batch: ParticleBatch, quiet_pipe: Any, to_step: bool = Fa
         start.x, start.total = solver_step.x, solver_step.total
         start.scale = getattr(solver_step.scheduler, "init_noise_sigma", 1.0)
         start.inputs, start.draws = start.inputs or [solver_step.x], start.draws or list(draws)
-        raise _FirstStepReached
+        raise RunEnded
 
     watched = with_modules(quiet_pipe, {name: watch(module) for name, module in modules.items()})
-    with suppress(_FirstStepReached), recorded_draws() as draws, torch.no_grad():
+    with suppress(RunEnded), recorded_draws() as draws, torch.no_grad():
         particle_batch.sample(stop, watched, **given)
     return start
 
@@ -316,23 +317,19 @@ def _first_latents(quiet_pipe: Any, call: Mapping[str, Any]) -> Tensor:
 
     @functools.wraps(scheduler.step)
     def stop_at_first_step(*args: Any, **kwargs: Any) -> None:
-        raise _FirstStepReached(signature.bind(*args, **kwargs).arguments["sample"])
+        raise RunEnded(signature.bind(*args, **kwargs).arguments["sample"])
 
     vars(scheduler)["step"] = stop_at_first_step
     stopping_pipe = copy.copy(quiet_pipe)
     vars(stopping_pipe).update(zero_proxies(quiet_pipe), scheduler=scheduler, maybe_free_model_hooks=lambda: None)
     try:
         stopping_pipe(**filter_call_kwargs(quiet_pipe, call))
-    except _FirstStepReached as reached:  # the run ends there
-        x: Tensor = reached.args[0]
+    except RunEnded as ended:
+        x: Tensor = ended.value
         return unscaled(x, getattr(scheduler, "init_noise_sigma", 1.0))
     raise UnsupportedPipelineError(
         f"{type(quiet_pipe).__name__} never stepped its own scheduler: its noise cannot be screened"
     )
-
-
-class _FirstStepReached(BaseException):
-    """Exception that carries the first latents of a run out of it."""
 
 
 def _check(

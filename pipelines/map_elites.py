@@ -95,7 +95,7 @@ class Archive:
 
     @property
     def filled(self) -> Tensor:
-        """Return whether a cell has an elite (B, C)."""
+        """Return whether each cell has an elite (B, C)."""
         return self.rewards > -torch.inf
 
     def spanning(self, described: Tensor) -> "Archive":
@@ -148,7 +148,12 @@ class Archive:
 class MapElites:
     """One iteration: a child of an elite for each row; the first one evaluates `first` batches of fresh noise.
 
-    describe  the descriptors, rewards;  shape: intervals of each
+    describe  D descriptors: rewards
+    names     their names, by which a state file knows them
+    shape     intervals of each descriptor; the cells are all combinations
+    distance  d, from an elite's noise to its child's
+    first     batches of fresh noise in the first iteration
+    target    reward at which a search is finished
     """
 
     describe: tuple[Reward, ...] = field(repr=False)

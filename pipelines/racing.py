@@ -10,10 +10,10 @@ from torch import Generator
 from steer.diffusion.batching import ActiveRows
 from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.seeds import spread_generators
-from steer.diffusion.step_hooks import SolverStep, with_modules, without_side_effects, zero_proxies
+from steer.diffusion.step_hooks import RunEnded, SolverStep, with_modules, without_side_effects, zero_proxies
 from steer.errors import InputError
-from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta, steering_call
-from steer.pipelines.fk_steering import ResampleResult, ResamplingSchedule
+from steer.pipelines.base import SteeringOutput, SteeringPipeline, steering_call
+from steer.pipelines.fk_steering import ResampleResult, ResamplingSchedule, route_kernel_eta
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.selection import Selection, SelectionRun
 from steer.pipelines.settings import Prompts, RacingSettings
@@ -41,7 +41,7 @@ class RacingPipeline(SteeringPipeline):
         `log_weights` and `log_normaliser` are 0. The images are the particles that the last rung leaves.
         """
         s = settings
-        call, kernel_eta = route_eta(self.pipe, call, s.eta) if s.kernel == "gaussian" else (call, s.eta)
+        call, kernel_eta = route_kernel_eta(self.pipe, call, s)
         race, call = self._race(prompt, s, call)
         live = ActiveRows()
         pipe = self.pipe if race.rungs == {} else live.view(self.pipe)
@@ -147,17 +147,13 @@ def first_solver_step(
     batch = ParticleBatch(pipe, reward, prompt, 1, own, texts)
 
     def stop(solver_step: SolverStep) -> NoReturn:
-        raise _FirstStepReached(solver_step)
+        raise RunEnded(solver_step)
 
     try:
         batch.sample(stop, with_modules(quiet, zero_proxies(quiet)), generator=Generator().manual_seed(0))
-    except _FirstStepReached as reached:
-        return reached.args[0], batch.groups
+    except RunEnded as ended:
+        return ended.value, batch.groups
     raise AssertionError("hook_steps raises for a pipeline that never steps its scheduler")
-
-
-class _FirstStepReached(BaseException):
-    """Exception that carries the first solver step out of a run."""
 
 
 class RacingRun(SelectionRun):

@@ -16,6 +16,7 @@ from steer.pipelines.fk_steering import (
     IntermediateRewards,
     ResamplingSchedule,
     Run,
+    route_kernel_eta,
     top_k_indices,
 )
 from steer.pipelines.settings import BestOfNSettings, Prompts, SelectionSettings
@@ -40,7 +41,7 @@ class SelectionPipeline(SteeringPipeline):
         `log_weights` and `log_normaliser` are 0, and the ESS is K.
         """
         s = settings
-        call, kernel_eta = route_eta(self.pipe, call, s.eta) if s.kernel == "gaussian" else (call, s.eta)
+        call, kernel_eta = route_kernel_eta(self.pipe, call, s)
         selection, schedule = Selection(s.beams, s.lam), ResamplingSchedule(s.select_steps)
         with few_step_adapter(self.pipe, s.lookahead) as adapter:
             particle_batch = batch_class(self.pipe)(
@@ -116,11 +117,9 @@ class SelectionRun(Run):
         copies = self.particle_batch.live.mask(duplicate_rows(rows))
         if not copies.any():
             return None if sampled is None else moved
-        if self.glass_steps:  # the denoiser takes the whole batch
-            drawn = self._draw(solver_step, self.resampling_eta, rows)[copies]
-        else:
-            drawn = self._draw(solver_step, self.resampling_eta, rows[copies])
-        moved[copies] = drawn.to(moved.dtype)
+        # The denoiser of a GLASS transition takes the whole batch.
+        used, kept = (rows, copies) if self.glass_steps else (rows[copies], slice(None))
+        moved[copies] = self._draw(solver_step, self.resampling_eta, used)[kept].to(moved.dtype)
         return moved
 
     def _resamples_noise(self, scheduler: Any) -> bool:

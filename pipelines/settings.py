@@ -47,17 +47,40 @@ class StepSettings(CallSettings):
     on_step: Callable[[Any], None] | None = argument(None)
     preview_steps: Iterable[int] | None = argument(())
 
-    def check_lookahead(self, lookahead: int | str, excluding: Iterable[str] = ()) -> None:
-        """Raise InputError for a look-ahead that is neither a number nor lora:PATH, or with what excludes it."""
-        if isinstance(lookahead, str) and not (lookahead.startswith(ADAPTER) and lookahead != ADAPTER):
-            raise InputError(f"lookahead must be a number of steps, or {ADAPTER}PATH, got {lookahead!r}")
-        for name in excluding:
-            if lookahead != 1 and getattr(self, name):
-                raise InputError(f"{name} and lookahead exclude each other: leave one out")
+
+@dataclass(frozen=True, kw_only=True)
+class IntermediateSettings(StepSettings):
+    """Arguments of methods with intermediate rewards.
+
+    lookahead    coarse solver steps from x_t to the end whose result is rewarded in place of x̂0: 1 is x̂0, each further
+                 one an evaluation. Or lora:PATH, one step by an LCM or Turbo adapter
+    value        learned value in place of intermediate rewards: a folder of `steer value train`, or a function of a
+                 SolverStep and the prompts of its rows. Nothing is decoded or scored before the end; without a
+                 look-ahead
+    kernel       transition of steps with noise: gaussian; or glass, a draw of x0 given x_t by an inner ODE
+                 (arXiv 2509.25170) of glass_steps steps, each after the first an evaluation
+    glass_steps  inner steps of kernel="glass"
+    preview      decoder of x̂0 for the reward: full, the pipeline's VAE; linear, a map fitted to the first previews; or
+                 a small autoencoder (tiny, a folder, ORGANISATION/NAME on the command line, an object in Python).
+                 Finished images are the VAE's
+    """
+
+    lookahead: int | str = option(1, "[1, inf]")
+    value: Any = option(None)
+    kernel: str = option("gaussian", choices=("gaussian", "glass"))
+    glass_steps: int = option(2, "[2, inf]")
+    preview: Any = option("full")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.lookahead, str) and not (self.lookahead.startswith(ADAPTER) and self.lookahead != ADAPTER):
+            raise InputError(f"lookahead must be a number of steps, or {ADAPTER}PATH, got {self.lookahead!r}")
+        if self.value is not None and self.lookahead not in (1, self.field("lookahead").default):
+            raise InputError("value and lookahead exclude each other: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FKSettings(StepSettings):
+class FKSettings(IntermediateSettings):
     """Settings of Feynman–Kac steering (arXiv 2501.06848).
 
     lam                     strength λ of the reward: images are drawn from p(x0) exp(λ r(x0)); 0 gives the pipeline's
@@ -80,17 +103,6 @@ class FKSettings(StepSettings):
                             later
     draw                    first image of each prompt: best, of the highest reward; or weighted, a draw by the final
                             weights. The others follow by reward
-    lookahead               coarse solver steps from x_t to the end whose result is rewarded in place of x̂0: 1 is x̂0,
-                            each further one an evaluation. Or lora:PATH, one step by an LCM or Turbo adapter
-    value                   learned value in place of intermediate rewards: a folder of `steer value train`, or a
-                            function of a SolverStep and the prompts of its rows. Nothing is decoded or scored before
-                            the end; without a look-ahead
-    kernel                  transition of steps with noise: gaussian; or glass, a draw of x0 given x_t by an inner ODE
-                            (arXiv 2509.25170) of glass_steps steps, each after the first an evaluation
-    glass_steps             inner steps of kernel="glass"
-    preview                 decoder of x̂0 for the reward: full, the pipeline's VAE; linear, a map fitted to the first
-                            previews; or a small autoencoder (tiny, a folder, ORGANISATION/NAME on the command line, an
-                            object in Python). Finished images are the VAE's
     eta                     noise η of every solver step, from 0 to 1. By default, and with 0, the solver's own steps,
                             except that all particles take the Gaussian kernel with η = 1 where they may be resampled.
                             With reward_guidance every step is the kernel's, by default with η = 1
@@ -108,22 +120,15 @@ class FKSettings(StepSettings):
     target_reward: float | None = option(None, "(-inf, inf)")
     asynchronous_rewards: bool = option(False)
     draw: str = option("best", choices="steer.pipelines.particle_batch:DRAWS")
-    lookahead: int | str = option(1, "[1, inf]")
-    value: Any = option(None)
-    kernel: str = option("gaussian", choices=("gaussian", "glass"))
-    glass_steps: int = option(2, "[2, inf]")
-    preview: Any = option("full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_lookahead(self.lookahead, ("reward_guidance", "asynchronous_rewards", "value"))
-        if self.value is not None:
-            for name in ("reward_guidance", "asynchronous_rewards", "target_reward"):
-                if getattr(self, name):
-                    raise InputError(f"{name} and value exclude each other: leave one out")
-        for name in ("reward_guidance", "asynchronous_rewards"):
-            if self.kernel != "gaussian" and getattr(self, name):
-                raise InputError(f"{name} and kernel={self.kernel!r} exclude each other: leave one out")
+        given = {"lookahead": self.lookahead != 1, "value": self.value is not None}
+        given |= {f"kernel={self.kernel!r}": self.kernel != "gaussian"}
+        pairs = [(name, other) for name in ("reward_guidance", "asynchronous_rewards") for other in given]
+        for name, other in [*pairs, ("target_reward", "value")]:
+            if given[other] and getattr(self, name):
+                raise InputError(f"{name} and {other} exclude each other: leave one out")
         if self.lam == "auto" and self.tempering == "ess":
             raise InputError("lam='auto' and tempering='ess' both choose λ by the ESS: give lam a number")
         if self.draw != "best" and self.is_search:
@@ -151,7 +156,7 @@ class FKSettings(StepSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionSettings(StepSettings):
+class SelectionSettings(IntermediateSettings):
     """Settings of per-step selection: SVDD (arXiv 2408.08252) with one beam, beam search with several.
 
     beams         B of the K candidates that continue from each step, with K/B children each. 1 is SVDD, K a plain batch
@@ -159,33 +164,21 @@ class SelectionSettings(StepSettings):
     select_steps  solver steps, from 0, at which candidates are scored and chosen; by default all but the last
     eta           noise η of every solver step, from 0 to 1, out of which candidates are drawn. None: the solver's own;
                   None and 0 leave the children of a candidate one step with η = 1 to diverge
-    lookahead     coarse solver steps from x_t to the end whose result is rewarded in place of x̂0; or lora:PATH. See
-                  FKSettings
-    value         learned value in place of intermediate rewards, without a look-ahead. See FKSettings
-    kernel        transition of steps with noise: gaussian or glass. See FKSettings
-    glass_steps   inner steps of kernel="glass"
-    preview       decoder of x̂0 for the reward: full, linear, or a small autoencoder. See FKSettings
     """
 
     beams: int = option(1, "[1, inf]")
     lam: float = option(math.inf, "(-inf, inf]")
     select_steps: Iterable[int] | None = option(None)
     eta: float | None = argument(1.0, "[0, 1]")
-    lookahead: int | str = option(1, "[1, inf]")
-    value: Any = option(None)
-    kernel: str = option("gaussian", choices=("gaussian", "glass"))
-    glass_steps: int = option(2, "[2, inf]")
-    preview: Any = option("full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_lookahead(self.lookahead, ("value",))
         if self.num_particles % self.beams:
             raise InputError(f"beams must divide num_particles, got {self.beams} of {self.num_particles}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RacingSettings(StepSettings):
+class RacingSettings(IntermediateSettings):
     """Settings of racing: many starts, of which the best by intermediate reward continue from every rung.
 
     num_particles  K₀, starts of each prompt; a budget takes its place. The images are those of the last rung
@@ -196,28 +189,15 @@ class RacingSettings(StepSettings):
                    children each. 1: survivors alone
     eta            noise η of every solver step, from 0 to 1; by default the solver's own. None and 0 leave the children
                    of a survivor one step with η = 1 to diverge
-    lookahead      coarse solver steps from x_t to the end whose result is rewarded in place of x̂0; or lora:PATH. See
-                   FKSettings
-    value          learned value in place of intermediate rewards and of the look-ahead. See FKSettings
-    kernel         transition that parts the children of a survivor: gaussian or glass. See FKSettings
-    glass_steps    inner steps of kernel="glass"
-    preview        decoder of x̂0 for the reward: full, linear, or a small autoencoder. See FKSettings
     """
 
     budget: int | None = option(None, "[1, inf]")
     rungs: Mapping[int, int] | None = option(None)
     branches: int = option(1, "[1, inf]")
     lookahead: int | str = option(3, "[1, inf]")
-    value: Any = option(None)
-    kernel: str = option("gaussian", choices=("gaussian", "glass"))
-    glass_steps: int = option(2, "[2, inf]")
-    preview: Any = option("full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_lookahead(self.lookahead)
-        if self.value is not None and self.lookahead not in (1, self.field("lookahead").default):
-            raise InputError("value and lookahead exclude each other: leave one out")
         if self.budget is not None and self.rungs is not None:
             raise InputError("budget and rungs exclude each other: rungs follow from a budget, leave one out")
         before = self.num_particles

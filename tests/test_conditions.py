@@ -84,7 +84,7 @@ def test_source_image_and_metadata_reach_the_reward(tmp_path: Path) -> None:
     ("conditions", "message"),
     [
         ([{"image": RED}], "conditions must be one mapping for each prompt, got 1 of them and 2 prompts"),
-        ([{"image": RED}, {"image": BLUE}], "conditions: prompt 'a' has two different ones"),
+        ([{"image": RED}, {"image": BLUE}], "conditions: prompt 'a' has two different rows"),
         ([{"mask": RED}] * 2, "conditions: StableDiffusionImg2ImgPipeline takes no 'mask' for each prompt"),
         ([{"generator": 1}] * 2, "conditions: StableDiffusionImg2ImgPipeline takes no 'generator' for each prompt"),
     ],

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 from steer import GRPOConfig, NFTConfig, NFTTrainer, RewardBackpropConfig, combine
 from steer.errors import InputError
 from steer.pipelines.training import config as config_module
+from steer.pipelines.training import workers as workers_module
 from steer.pipelines.training.workers import (
     num_workers,
     plain_rewards,
@@ -26,7 +28,7 @@ from steer.pipelines.training.workers import (
     with_workers,
     worker_processes,
 )
-from steer.reward import score_components, with_metadata, with_timeout
+from steer.reward import score_components, takes_videos, with_metadata, with_timeout
 
 SMALL = SHORT | {"warmup_steps": 0, "max_steps": 3, "eval_steps": 9, "ema_decay": 0.0}
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
@@ -53,6 +55,17 @@ def test_workers_take_the_place_of_a_component() -> None:
     torch.testing.assert_close(total, 2 * before["brightness"] + 3.5)
     assert torch.equal(own, score_components(reward, images, prompts)[0]), "the reward itself is unchanged"
     assert replaced.name == reward.name and num_workers(wrapped) == num_workers(replaced) == 0
+
+
+def test_workers_get_whole_videos_where_their_reward_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "store", lambda value, name: value)
+    monkeypatch.setattr(workers_module, "actor_of", lambda kind, share: SimpleNamespace(remote=kind))
+    of_videos = Constant()
+    of_videos.takes_videos = True  # type: ignore[attr-defined]
+    assert [takes_videos(workers_module.RayReward(one, 1, "cpu", 0.0)) for one in (Constant(), of_videos)] == [
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(

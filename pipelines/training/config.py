@@ -159,8 +159,15 @@ class TrainingConfig(Settings):
     rollout_workers: int = argument(0, "[0, inf]")
     reward_workers: Mapping[str, int] = field(default_factory=dict)
 
+    min_generations: ClassVar[int] = 1  # samples of a prompt that the method compares
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_generations < self.min_generations:
+            raise InputError(
+                f"num_generations must be at least {self.min_generations}, got {self.num_generations}: {self.title} "
+                "compares the samples of a prompt"
+            )
         if not 0 <= (self.skip_low_noise_steps or 0) < self.num_inference_steps:
             raise InputError(
                 f"skip_low_noise_steps must be from 0 to num_inference_steps - 1, got {self.skip_low_noise_steps}"
@@ -270,9 +277,4 @@ class LossConfig(TrainingConfig):
             raise InputError(
                 f"filter_keep must be from {self.min_generations} to num_generations = {self.num_generations}, got "
                 f"{self.kept_generations}"
-            )
-        if self.num_generations < self.min_generations:
-            raise InputError(
-                f"num_generations must be at least {self.min_generations}, got {self.num_generations}: {self.title} "
-                "compares the samples of a prompt"
             )

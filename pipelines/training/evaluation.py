@@ -26,10 +26,13 @@ BOOTSTRAP_RESAMPLES = 10_000  # of the bootstrap
 
 @dataclass(frozen=True)
 class EvalResult:
-    """An evaluation after `step` updates of P prompts × K: rewards (P, K) by name, the trained one first; diversity,
-    the mean distance between two samples of a prompt (root mean square of the pixels' differences, or the share of
-    tokens that differ, 0..1; 0 for K = 1); the images (P·K, 3, H, W), or the texts; members (P, K), of an ensemble that
-    is trained on."""
+    """An evaluation after `step` updates of P prompts × K.
+
+    rewards    (P, K) by name, the trained one first
+    diversity  mean distance between two samples of a prompt, 0 to 1, see `diversity`; 0 for K = 1
+    images     (P·K, 3, H, W) in [0, 1], of videos (P·K, F, 3, H, W); or texts
+    members    rewards (P, K) of the members of an ensemble that is trained on, by name
+    """
 
     step: int
     prompts: tuple[str, ...]
@@ -49,20 +52,17 @@ class EvalResult:
         Also the standard deviation of each over all images, and Pearson's correlation of each held-out one with the
         trained one within prompts, where there are several images per prompt.
         """
-        intervals = {f"eval/{name}": interval(values.mean(1)) for name, values in self.rewards.items()}
-        deviations = {
-            f"eval/deviation/{name}": values.double().std(correction=0).item() for name, values in self.rewards.items()
-        }
-        members = {f"member/{name}": values.double() for name, values in self.members.items()}
-        deviations |= {f"eval/deviation/{name}": values.std(correction=0).item() for name, values in members.items()}
-        means = {f"eval/{name}": values.mean().item() for name, values in members.items()}
+        members = {f"member/{name}": values for name, values in self.members.items()}
+        values: dict[str, Any] = {name: interval(one.mean(1)) for name, one in self.rewards.items()}
+        values |= {name: one.double().mean().item() for name, one in members.items()}
+        every = {**self.rewards, **members}
+        values |= {f"deviation/{name}": one.double().std(correction=0).item() for name, one in every.items()}
         trained, *held_out = self.rewards
-        correlations = {
-            f"eval/correlation/{name}": within_prompt_correlation(self.rewards[trained], self.rewards[name])
-            for name in held_out
-        }
-        known = {name: value for name, value in correlations.items() if math.isfinite(value)}
-        return {"step": self.step, **intervals, **means, **deviations, **known, "eval/diversity": self.diversity}
+        for name in held_out:
+            correlation = within_prompt_correlation(self.rewards[trained], self.rewards[name])
+            values |= {f"correlation/{name}": correlation} if math.isfinite(correlation) else {}
+        values["diversity"] = self.diversity
+        return {"step": self.step} | {f"eval/{name}": value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Evaluator:
         rewards = {reward.name: reward for reward in (self.trained, *self.held_out)}
         ensemble = isinstance(unwrapped(self.trained), LearnedReward)
         judged = any(isinstance(unwrapped(one), Tournament) for one in rewards.values())
-        collected: list[tuple[int, Any, list[Tensor], dict[str, Tensor]]] = []
+        collected: list[tuple[int, Any, dict[str, Tensor], dict[str, Tensor]]] = []
         for turn in range(0, len(chunks), context.world_size):
             # All processes sample in every turn, as a sharded denoiser requires; duplicates are left out.
             number = min(turn + context.rank, len(chunks) - 1)
@@ -111,16 +111,14 @@ class Evaluator:
             if turn + context.rank < len(chunks):
                 # Scored on the device of the pipeline, and only then moved to the CPU.
                 with torch.no_grad():
-                    results = [self._score(one, images, rows.prompts, number) for one in rewards.values()]
-                members = results[0][1] if ensemble else {}
+                    scores = {name: self._score(one, images, rows.prompts, number) for name, one in rewards.items()}
+                members = scores[self.trained.name][1] if ensemble else {}
                 own = images if isinstance(images, Texts) else images.cpu()
-                collected.append((number, own, [scores for scores, _ in results], members))
+                collected.append((number, own, {name: total for name, (total, _) in scores.items()}, members))
         in_order = sorted(context.gather(collected), key=lambda one: one[0])
         _, drawn, chunk_scores, chunk_members = zip(*in_order, strict=True)
-        columns = zip(rewards, zip(*chunk_scores, strict=True), strict=True)
-        scored = {name: torch.cat(column).view(-1, size) for name, column in columns}
-        names = chunk_members[0] if len(chunk_members[0]) > 1 else ()
-        by_member = {name: torch.cat([some[name] for some in chunk_members]).view(-1, size) for name in names}
+        scored = _by_name(chunk_scores, size)
+        by_member = _by_name(chunk_members, size) if len(chunk_members[0]) > 1 else {}
         images = _concatenate(drawn)
         return EvalResult(step, tuple(self.prompts), scored, diversity(images, size), images, by_member)
 
@@ -139,6 +137,11 @@ class Evaluator:
         return mean_over_frames(torch.cat([images, self.base[number]]), win_rates)
 
 
+def _by_name(chunks: Sequence[Mapping[str, Tensor]], samples: int) -> dict[str, Tensor]:
+    """Concatenate the scores (N,) of chunks: (P, K) by name."""
+    return {name: torch.cat([one[name] for one in chunks]).view(-1, samples) for name in chunks[0]}
+
+
 def _concatenate(drawn: Sequence[Any]) -> Any:
     if not isinstance(drawn[0], Texts):
         return torch.cat(list(drawn))
@@ -147,7 +150,7 @@ def _concatenate(drawn: Sequence[Any]) -> Any:
 
 
 def diversity(images: Any, samples: int) -> float:
-    """Mean distance between two different samples of one prompt; 0 for one sample.
+    """Return the mean distance between two different samples of one prompt; 0 for one sample.
 
     Of images the root mean square over pixels, of texts with ids the share of tokens that differ.
     """
@@ -161,7 +164,7 @@ def diversity(images: Any, samples: int) -> float:
 
 
 def interval(values: Tensor) -> list[float]:
-    """Mean of (N,) values and its 95 % bootstrap interval over them."""
+    """Return the mean of values (N,) and its 95 % bootstrap interval over them: [mean, low, high]."""
     generator = Generator().manual_seed(0)
     rows = torch.randint(len(values), (BOOTSTRAP_RESAMPLES, len(values)), generator=generator)
     low, high = values[rows].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()

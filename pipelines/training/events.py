@@ -80,7 +80,7 @@ class StopRequest:
             raise Stopped
 
     def check_own(self) -> None:
-        """Raise Stopped once the end is requested of this process, without a word to the others."""
+        """Raise Stopped once the end of this process is requested; no other process needs to call it."""
         if self.requested:
             raise Stopped
 

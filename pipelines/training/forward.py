@@ -15,8 +15,9 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.image_pairs import ImagePairs, read_image_pairs
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.preference_data import NoReward
+from steer.pipelines.training.rollouts import RolloutSource
 from steer.pipelines.training.state import RunState
-from steer.pipelines.training.trainer import RolloutSource, Trainer
+from steer.pipelines.training.trainer import Trainer
 from steer.training.forward import forward_gradient
 from steer.training.gradient import Batch, GradientOptions
 from steer.training.losses import Metrics, group_advantages
@@ -56,11 +57,6 @@ class ForwardConfig(TrainingConfig):
             raise InputError(
                 f"{given[0]} is for methods with log-probabilities, got {getattr(self, given[0]):g}: give "
                 f"{self.title} a reference_weight"
-            )
-        if self.num_generations < self.min_generations:
-            raise InputError(
-                f"num_generations must be at least {self.min_generations}, got {self.num_generations}: {self.title} "
-                "compares the samples of a prompt"
             )
 
 

@@ -17,7 +17,7 @@ from steer.training.losses import DNO
 
 
 class JudgedTrainer:
-    """A mixin for trainers that take a judge in place of a reward: whatever `steer.load_judge` takes.
+    """A mixin for trainers by a judge, as `steer.load_judge` reads it, in place of a reward.
 
     It is evaluated by its win rate against the model before the training, from the same noise.
     """

@@ -27,7 +27,8 @@ from steer.training.token_rollout import TokenSampler
 from steer.training.trainable import get_denoiser
 
 OnChunk = Callable[[], None]
-Draw = Callable[[Sequence[Rows]], Iterable[tuple[Trajectories, Tensor]]]  # micro-batches → their samples, in order
+Samples = tuple[Trajectories, Tensor]  # and their images (N, 3, H, W) in [0, 1]
+Draw = Callable[[Sequence[Rows]], Iterable[Samples]]  # micro-batches → their samples, in order
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
@@ -208,9 +209,7 @@ class RolloutWorkers(Protocol):
         """Use these weights, by their names, from the next draw on."""
         ...
 
-    def draw(
-        self, chunks: Sequence[Rows], window: StepWindow | None, on_chunk: OnChunk
-    ) -> Iterator[tuple[Trajectories, Tensor]]:
+    def draw(self, chunks: Sequence[Rows], window: StepWindow | None, on_chunk: OnChunk) -> Iterator[Samples]:
         """Draw micro-batches, and yield their samples and images in order."""
         ...
 
@@ -225,10 +224,13 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
     shared_start: ClassVar[bool] = False
     log_probs: ClassVar[bool] = True
     config: ConfigT
+    eval_rewards: tuple[Reward, ...] = ()
+    preferences: Path | None = None
+    conditions_by_prompt: Mapping[str, Mapping[str, Any]] = {}  # arguments of the pipeline's call
     workers: RolloutWorkers | None = None  # that draw the samples of rollouts
 
     def check(self) -> None:
-        """Raises InputError for a reward or a pipeline that this method can do nothing with."""
+        """Raise InputError for a reward or a pipeline that does not fit this method."""
 
     @property
     def averages_policy(self) -> bool:
@@ -240,7 +242,7 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         return 0.0
 
     @staticmethod
-    def draw(sampler: Sampler, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Tensor]:
+    def draw(sampler: Sampler, rows: Rows, window: StepWindow | None = None) -> Samples:
         """Draw samples to learn from or to evaluate, and their images: by default with noise in the window.
 
         Without the method's state: workers call it too.

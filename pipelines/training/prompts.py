@@ -34,38 +34,31 @@ FIXED_ARGUMENTS = (
 )
 
 
-def conditions_table(
-    pipe: Any, *given: tuple[Sequence[str], Sequence[Mapping[str, Any]] | None]
+def check_conditions(pipe: Any, conditions: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise InputError for conditions by prompt that the pipeline's call takes none of, or not for each prompt."""
+    for name in dict.fromkeys(name for row in conditions.values() for name in row):
+        if name in FIXED_ARGUMENTS or not filter_call_kwargs(pipe, {name: 0}):
+            raise InputError(
+                f"conditions: {type(pipe).__name__} takes no {name!r} for each prompt: give arguments of its call, "
+                "like image"
+            )
+
+
+def rows_by_prompt(
+    kind: str, *given: tuple[Sequence[str], Sequence[Mapping[str, Any]] | None]
 ) -> dict[str, Mapping[str, Any]]:
-    """Return arguments of the pipeline's call by prompt.
+    """Return the mapping of each prompt; empty where none are given.
 
-    Raises InputError where they do not fit the prompts or the pipeline, or where one prompt has two different ones.
+    kind   metadata or conditions, for messages
+    given  prompts, and one mapping for each of them or None
+    Raises InputError where they do not fit the prompts, or where one prompt has two different ones.
     """
     table: dict[str, Mapping[str, Any]] = {}
     for prompts, rows in given:
-        own = rows_of_metadata(rows, len(prompts), "conditions")
-        for prompt, row in zip(prompts, own or (), strict=rows is not None):
-            if wrong := [name for name in row if name in FIXED_ARGUMENTS or not filter_call_kwargs(pipe, {name: 0})]:
+        for prompt, row in zip(prompts, rows_of_metadata(rows, len(prompts), kind) or (), strict=rows is not None):
+            first = table.setdefault(prompt, row)
+            if first is not row and plain_values(first) != plain_values(row):
                 raise InputError(
-                    f"conditions: {type(pipe).__name__} takes no {wrong[0]!r} for each prompt: give arguments of its "
-                    "call, like image"
+                    f"{kind}: prompt {prompt[:60]!r} has two different rows: leave one out, or change its text"
                 )
-            known = table.setdefault(prompt, row)
-            if known is not row and plain_values(known) != plain_values(row):
-                raise InputError(f"conditions: prompt {prompt[:60]!r} has two different ones: word it differently")
     return table
-
-
-def metadata_table(
-    *given: tuple[Sequence[str], Sequence[Mapping[str, Any]] | None],
-) -> dict[str, Mapping[str, Any]] | None:
-    """Return metadata by prompt, None where none is given.
-
-    Raises InputError where it does not fit the prompts, or where one prompt has two different rows.
-    """
-    table: dict[str, Mapping[str, Any]] = {}
-    for prompts, rows in given:
-        for prompt, row in zip(prompts, rows_of_metadata(rows, len(prompts)) or (), strict=rows is not None):
-            if table.setdefault(prompt, row) != row:
-                raise InputError(f"metadata: prompt {prompt[:60]!r} has two different rows: leave one of them out")
-    return table or None

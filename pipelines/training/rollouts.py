@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -14,6 +14,7 @@ from steer.pipelines.fk_steering import check_not_offloaded
 from steer.pipelines.training.config import DTYPES, TrainingConfig
 from steer.pipelines.training.method import (
     OnChunk,
+    Samples,
     Scored,
     TrainingMethod,
     at_once,
@@ -78,6 +79,20 @@ def batch_order(batches: int, num_passes: int, seed: int, number: int) -> tuple[
     return tuple(order)
 
 
+class RolloutSource(Protocol):
+    """A source of samples to learn from: prompts that the model draws samples of, or preferences."""
+
+    def config_dict(self) -> dict[str, Any]:
+        """Return the plain values that determine the samples."""
+        ...
+
+    def collect(
+        self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
+    ) -> RolloutBuffer:
+        """Collect rollout `number`, from 0, of this process's shard."""
+        ...
+
+
 @dataclass(frozen=True)
 class OnlineRollouts:
     """Samples of prompts by the present policy, scored by the reward of `method`.
@@ -131,7 +146,7 @@ class OnlineRollouts:
 
     def _draw(
         self, sampler: Sampler, window: StepWindow | None, on_chunk: OnChunk, chunks: Sequence[Rows]
-    ) -> Iterator[tuple[Trajectories, Tensor]]:
+    ) -> Iterator[Samples]:
         if self.method.workers is not None:
             yield from self.method.workers.draw(chunks, window, on_chunk)
             return

@@ -271,14 +271,3 @@ def checkpoint_to_resume(path: Path, resume: bool, warn: Callable[[str], None] =
     for line in skipped:
         warn(f"skipped a checkpoint: {line}")
     return newest
-
-
-def check_identity(identity: Mapping[str, Any], saved: Checkpoint) -> None:
-    """Raises InputError for a checkpoint of another run."""
-    there = saved.json("identity")
-    for name, value in identity.items():
-        if there.get(name) != value:
-            difference = "" if len(str(value)) > 60 else f" ({there.get(name)!r} there, {value!r} here)"
-            raise InputError(
-                f"{saved.path} belongs to a run with another {name}{difference}: choose another output_dir"
-            )

@@ -1,16 +1,31 @@
 """Trackers of a training: scalars, and the samples of evaluations as a table of Weights & Biases."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from steer.audio import is_audio
+from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.evaluation import EvalResult
 from steer.pipelines.training.method import Record
 from steer.reward import Texts
 
 MAX_TABLE_ROWS = 64  # images of one evaluation that trackers get
+
+
+@contextmanager
+def trackers(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]:
+    """Start the trackers of `log_with`, and finish them after the block."""
+    if config.log_with:
+        accelerator.init_trackers("steer")
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:  # end_training would end the process group as well
+            tracker.finish()
 
 
 def scalars(record: Record) -> dict[str, float]:
@@ -32,22 +47,20 @@ def log_samples(trackers: Sequence[Any], evaluated: EvalResult) -> None:
     pixels = (images[chosen].clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     for tracker in trackers:
         if tracker.name == "wandb":
-            columns, rows = sample_table(evaluated, chosen, dict(zip(chosen, pixels, strict=True)))
+            columns, rows = sample_table(evaluated, chosen, pixels)
             tracker.log_table("samples", columns=columns, data=rows, step=evaluated.step)
         elif tracker.name == "tensorboard":
             tracker.log_images({"samples": pixels}, step=evaluated.step, dataformats="NHWC")
 
 
-def sample_table(
-    evaluated: EvalResult, chosen: Sequence[int], pixels: Mapping[int, Any]
-) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and the rows of a table of images, with images of wandb."""
+def sample_table(evaluated: EvalResult, chosen: Sequence[int], pixels: Any) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of a wandb table of the chosen images, with their pixels (N, H, W, 3) in 8 bits."""
     from wandb import Image
 
     samples = len(evaluated.images) // len(evaluated.prompts)
     rewards = {name: values.flatten().tolist() for name, values in evaluated.rewards.items()}
     rows = [
-        [evaluated.step, evaluated.prompts[k // samples], Image(pixels[k]), *(values[k] for values in rewards.values())]
-        for k in chosen
+        [evaluated.step, evaluated.prompts[k // samples], Image(one), *(values[k] for values in rewards.values())]
+        for k, one in zip(chosen, pixels, strict=True)
     ]
     return ["step", "prompt", "image", *rewards], rows

@@ -2,13 +2,12 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Protocol, TypeVar, Unpack
+from typing import Any, ClassVar, TypeVar, Unpack
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -25,9 +24,9 @@ from steer.pipelines.training.config import LossConfig, TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.evaluation import Evaluator
 from steer.pipelines.training.events import Events, Stopped, StopRequest, stop_request
+from steer.pipelines.training.identity import check_identity, identity_of
 from steer.pipelines.training.method import (
     ConfigT,
-    OnChunk,
     Record,
     Scored,
     TrainingMethod,
@@ -41,11 +40,11 @@ from steer.pipelines.training.model_card import base_model, model_card
 from steer.pipelines.training.preference_data import NoReward, PreferenceDataset, sampling_config_of
 from steer.pipelines.training.preference_files import read_preferences
 from steer.pipelines.training.preparation import accelerator_of, trainable_of
-from steer.pipelines.training.prompts import conditions_table, metadata_table, prompts_of
-from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer
+from steer.pipelines.training.prompts import check_conditions, prompts_of, rows_by_prompt
+from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer, RolloutSource
 from steer.pipelines.training.signals import RewardSignal, check_pareto
-from steer.pipelines.training.state import RunFolder, RunState, check_identity, checkpoint_to_resume
-from steer.pipelines.training.tracking import log_samples, scalars
+from steer.pipelines.training.state import RunFolder, RunState, checkpoint_to_resume
+from steer.pipelines.training.tracking import log_samples, scalars, trackers
 from steer.pipelines.training.workers import worker_processes
 from steer.reward import Reward, warn_if_pipeline_truncates, with_metadata
 from steer.rewards.parser import load_reward
@@ -56,25 +55,11 @@ from steer.training.losses import Metrics
 from steer.training.optimisers import create_optimiser, create_schedule
 from steer.training.rollout import Sampler, Trajectories, blocks
 from steer.training.signals import kept_samples
-from steer.training.trainable import Trainable, fingerprint, whole
+from steer.training.trainable import Trainable, whole
 
 INTERRUPTED = "interrupted"
-PAUSED = (INTERRUPTED, UNANSWERED)  # reasons of an end that is not one: nothing is exported
+PAUSED = (INTERRUPTED, UNANSWERED)  # reasons of an end after which the run is to be resumed: nothing is exported
 LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
-
-
-class RolloutSource(Protocol):
-    """A source of samples to learn from: prompts that the model draws samples of, or preferences."""
-
-    def config_dict(self) -> dict[str, Any]:
-        """Return the plain values that determine the samples."""
-        ...
-
-    def collect(
-        self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
-    ) -> RolloutBuffer:
-        """Collect rollout `number`, from 0, of this process's shard."""
-        ...
 
 
 class Trainer(TrainingMethod[ConfigT]):
@@ -151,7 +136,6 @@ class Trainer(TrainingMethod[ConfigT]):
         self.eval_rewards = tuple(load_reward(one) for one in eval_rewards)
         self.metadata, self.eval_metadata = metadata, eval_metadata
         self.conditions, self.eval_conditions = conditions, eval_conditions
-        self.conditions_by_prompt: dict[str, Mapping[str, Any]] = {}
         self.callbacks, self.on_question, self.run_config = tuple(callbacks), on_question, run_config
         self._run: TrainingRun | None = None
         names = [one.name for one in self._rewards()]
@@ -190,12 +174,12 @@ class Trainer(TrainingMethod[ConfigT]):
         prompts, held_out = prompts_of(self.pipe, self.train_prompts, "train_prompts"), self.held_out()
         if not prompts:
             raise InputError("train_prompts: at least one is needed")
-        rows = metadata_table((prompts, self.metadata), (held_out, self.eval_metadata))
+        metadata = rows_by_prompt("metadata", (prompts, self.metadata), (held_out, self.eval_metadata))
         given = (prompts, self.conditions), (held_out, self.eval_conditions)
-        self.conditions_by_prompt = conditions_table(self.pipe, *given)
-        for prompt, condition in self.conditions_by_prompt.items():
-            rows = {**(rows or {}), prompt: {**condition, **(rows or {}).get(prompt, {})}}
-        self.attach_metadata(rows)
+        conditions = self.conditions_by_prompt = rows_by_prompt("conditions", *given)
+        check_conditions(self.pipe, conditions)
+        both = {one: {**conditions.get(one, {}), **metadata.get(one, {})} for one in conditions | metadata}
+        self.attach_metadata(both or None)
         warn_if_pipeline_truncates(self.pipe, (*prompts, *held_out), self.config.call)
         return OnlineRollouts(prompts, self)
 
@@ -370,7 +354,7 @@ class TrainingRun:
         self.resume_from = checkpoint_to_resume(folder, resume)
         if self.resume_from is not None:
             check_identity(self.folder.identity, self.resume_from)
-        self.context.wait()  # nobody writes before all have looked
+        self.context.wait()  # no process writes before all have read
         with self.context.translate_connection_errors():
             self.state = self._create_state(trainable_of(trainer.pipe, config))
         self.sampler = self._sampler()
@@ -385,18 +369,12 @@ class TrainingRun:
         self.prepared, self.optimiser = self.accelerator.prepare(trainable.denoiser, optimiser)
         ema = EMAModel(list(parameters), config.ema_decay) if config.ema_decay else None
         old = EMAModel(list(parameters), 0.0) if self.trainer.averages_policy else None
+        lengths = config.warmup_steps, config.max_steps, config.lr_num_cycles, config.lr_power
         return RunState(
             method=self.trainer,
             trainable=trainable,
             optimiser=optimiser,
-            schedule=create_schedule(
-                config.lr_scheduler_type,
-                optimiser,
-                config.warmup_steps,
-                config.max_steps,
-                config.lr_num_cycles,
-                config.lr_power,
-            ),
+            schedule=create_schedule(config.lr_scheduler_type, optimiser, *lengths),
             scaler=self.accelerator.scaler,
             ema=ema,
             old=old,
@@ -429,7 +407,7 @@ class TrainingRun:
         state, last = self.state, self.config.max_steps
         hidden, name = None if self.context.is_main_process else True, type(self.trainer).__name__
         bar = tqdm(total=last, initial=state.step, unit="update", disable=hidden, desc=name)
-        with stop_request(self.context.any) as request, bar, self._trackers():
+        with stop_request(self.context.any) as request, bar, trackers(self.accelerator, self.config):
             try:
                 while True:
                     self._evaluate_if_due(request)
@@ -592,29 +570,19 @@ class TrainingRun:
         if self.context.is_main_process:
             log_samples(self.accelerator.trackers, result)
 
-    @contextmanager
-    def _trackers(self) -> Iterator[None]:
-        if self.config.log_with:
-            self.accelerator.init_trackers("steer")
-        try:
-            yield
-        finally:
-            for tracker in self.accelerator.trackers:  # end_training would end the process group as well
-                tracker.finish()
-
     def _export_result(self) -> TrainingResult:
-        state, weights, of = self.state, None, None
+        """Export the weights of the last update, or the best ones where they are to be kept; a paused run has none."""
+        state, weights, weights_step = self.state, None, None
+        best, records, evaluations = state.early_stopping.best_step, tuple(state.records), tuple(state.evaluations)
         if self.stopped not in PAUSED:
-            keeps_best = self.stopped == REFUSED or state.early_stopping.stop()
-            keeps_best = keeps_best and state.early_stopping.best_step is not None
-            of = state.early_stopping.best_step if keeps_best else state.step
-            if keeps_best:
+            weights_step = state.step
+            if best is not None and (self.stopped == REFUSED or state.early_stopping.stop()):
+                weights_step = best
                 self.folder.load_best(state)
             elif state.ema:
-                state.ema.copy_to(state.parameters)  # the pipeline stays what is evaluated and exported
+                state.ema.copy_to(state.parameters)  # the pipeline computes with the exported weights
             weights = self.folder.export(state, "final")
-        records, evaluations, best = tuple(state.records), tuple(state.evaluations), state.early_stopping.best_step
-        return TrainingResult(state.step, self.stopped, weights, best, records, evaluations, of)
+        return TrainingResult(state.step, self.stopped, weights, best, records, evaluations, weights_step)
 
 
 def throughput(images: int, seconds: float, drawn: float, scored: float) -> Record:
@@ -631,51 +599,3 @@ def throughput(images: int, seconds: float, drawn: float, scored: float) -> Reco
 def _progress_metrics(record: Record) -> dict[str, str]:
     names = {"reward": "reward", "kl": "kl", "accuracy": "acc", "images_per_second": "img/s"}
     return {short: f"{record[name]:.3g}" for name, short in names.items() if name in record}
-
-
-# Fields that may differ when a run is resumed; differences are logged.
-RESUMABLE_FIELDS = {
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "max_steps",
-    "micro_batch",
-    "gradient_checkpointing",
-    "eval_steps",
-    "early_stopping_patience",
-    "ask",
-    "ask_cost",
-    "save_steps",
-    "save_total_limit",
-    "kl_budget_nats",
-    "kl_every",
-    "log_with",
-    "asynchronous_rewards",
-    "rollout_workers",
-    "reward_workers",
-    "lr_scheduler_type",
-    "lr_num_cycles",
-    "lr_power",
-}
-
-
-def identity_of(
-    trainer: Trainer[Any], source: RolloutSource, evaluator: Evaluator
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the plain values that a run keeps when it is resumed, and those that may then differ."""
-    pipe = trainer.pipe
-    values = {name: plain_values(value) for name, value in asdict(trainer.config).items() if name != "output_dir"}
-    identity = {
-        "method": type(trainer).__name__,
-        "reward": trainer.reward.name,
-        **source.config_dict(),
-        "eval_prompts": list(evaluator.prompts),
-        "eval_rewards": [reward.name for reward in evaluator.held_out],
-        **({"conditions": plain_values(trainer.conditions_by_prompt)} if trainer.conditions_by_prompt else {}),
-        # By its own name, in any folder: a run resumes after its folder, or the checkout, was moved.
-        "model": f"{type(pipe).__name__} {Path(getattr(pipe.config, '_name_or_path', '')).name}".strip(),
-        "weights": fingerprint(pipe),
-        "scheduler": pipe.scheduler.to_json_string(),
-        **{name: value for name, value in values.items() if name not in RESUMABLE_FIELDS},
-    }
-    return identity, {name: value for name, value in values.items() if name in RESUMABLE_FIELDS}

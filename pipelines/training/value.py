@@ -62,11 +62,12 @@ def train_value(
     call: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> LearnedValue:
-    """Train V(x_t) = E[r(x0) | x_t] by least squares on rollouts of `pipe`, save it to `out` and return it.
+    """Train V(x_t) = E[r(x0) | x_t] by least squares on rollouts of `pipe` (arXiv 2404.09656); save and return it.
 
     reward  as of the steering pipelines
-    call   arguments of the pipeline's call: the number of steps and the guidance of the later use
-    about  further entries of value.json
+    out     folder of value.json, the weights, and the rollouts
+    call    arguments of the pipeline's call: the number of steps and the guidance of the later use
+    about   further entries of value.json
 
     Rollouts and the state of the training are kept in `out`: the same call resumes. Raises InputError for a folder of
     another run, and for no prompt.
@@ -106,16 +107,11 @@ def rollout_prompts(count: int, config: ValueConfig) -> list[list[int]]:
 def _check_folder(out: Path, prompts: Sequence[str], call: Mapping[str, Any], config: ValueConfig) -> None:
     """Raise InputError for a folder with rollouts of other prompts, calls or settings."""
     digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
-    run = json.loads(json.dumps({"prompts": digest, "call": dict(call), **config.plain()}, default=str))
+    run = json.dumps({"prompts": digest, "call": dict(call), **config.plain()}, indent=1, default=str) + "\n"
     path = out / RUN
-    if not path.exists():
-        write_text(path, json.dumps(run, indent=1) + "\n")
-    try:
-        same = json.loads(path.read_text(encoding="utf-8")) == run
-    except ValueError:
-        same = False
-    if not same:
+    if path.exists() and path.read_bytes() != run.encode():
         raise InputError(f"--out {out} holds a value of other prompts or settings; choose another --out")
+    write_text(path, run)
 
 
 @torch.no_grad()
@@ -154,7 +150,12 @@ def _read_shard(path: Path) -> Shard:
 def fit(
     features: Tensor, ratios: Tensor, rewards: Tensor, texts: Sequence[str], config: ValueConfig, folder: Path
 ) -> ValueNet:
-    """Fit a network to rewards (N,) by least squares on features (T, N, …), of steps and rollouts drawn at random."""
+    """Fit a network by least squares on steps and rollouts drawn at random.
+
+    features  (T, N, 2C, H, W) of `value_features`, with log(σ/α) of each step as ratios (T,)
+    rewards   (N,) of the images, with their prompts as texts
+    folder    of the state of the training
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = ValueNet(features.shape[2], config.width)
@@ -180,7 +181,7 @@ def fit(
 def held_out_r2(
     net: ValueNet, features: Tensor, ratios: Tensor, rewards: Tensor, texts: Sequence[str]
 ) -> Iterator[float]:
-    """Yield R² of the values at each step, on rollouts that were not trained on."""
+    """Yield R² = 1 − Σ(V − r)²/Σ(r − r̄)² at each step on held-out rollouts; features, ratios, rewards as of `fit`."""
     words = [hashed_words(text) for text in texts]
     spread = (rewards - rewards.mean()).square().sum().clamp(min=1e-12)
     for planes, ratio in zip(features, ratios, strict=True):

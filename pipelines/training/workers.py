@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,21 @@ from torch import Tensor
 
 from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
-from steer.pipelines.training.method import OnChunk, TrainingMethod, sampler_of
+from steer.pipelines.training.method import OnChunk, Samples, TrainingMethod, sampler_of
 from steer.pipelines.training.preparation import accelerator_of, trainable_of
 from steer.registry import nearest
-from steer.reward import Metadata, Reward, WrappedReward, compares_images, score
+from steer.reward import Metadata, Reward, WrappedReward, compares_images, score, takes_videos
 from steer.rewards.compose import CompositeReward
-from steer.training.rollout import Rows, StepWindow, Trajectories
+from steer.training.rollout import Rows, StepWindow
 from steer.training.trainable import set_parameter
 
 MAX_RESTARTS = 3  # of one actor, and of one piece of its work
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "FSDP_")  # of torchrun, accelerate
-Samples = tuple[Trajectories, Tensor]
 Draw = Callable[..., Samples]
 
 
 class RolloutWorker:
-    """An actor: a copy of the pipeline that draws micro-batches, by the weights that come with the work."""
+    """An actor with a copy of the pipeline, which draws micro-batches by the weights of each call."""
 
     def __init__(self, pipe: Any, config: TrainingConfig, draw: Draw, device: str, numerics: "Numerics") -> None:
         for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
@@ -72,7 +71,7 @@ class RayRollouts:
         finally:
             pipe.to(device)
         config = replace(config, init_adapter=None)  # all weights come with the work
-        given = self._stored, config, draw, device.type, Numerics.present()
+        given = self._stored, config, draw, device.type, Numerics()
         self.actors = [actor_of(RolloutWorker, share).remote(*given) for _ in range(config.rollout_workers)]
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -89,7 +88,7 @@ class RayRollouts:
 
 
 class RewardWorker:
-    """An actor: a copy of a reward."""
+    """An actor with a copy of a reward."""
 
     def __init__(self, reward: Reward, device: str, numerics: "Numerics") -> None:
         numerics.apply()
@@ -107,9 +106,9 @@ class RayReward:
     images, differentiable = "pt", False
 
     def __init__(self, reward: Reward, count: int, device: str, share: float) -> None:
-        self.name, self.compares_images = reward.name, compares_images(reward)
+        self.name, self.compares_images, self.takes_videos = reward.name, compares_images(reward), takes_videos(reward)
         self._stored = store(reward, reward.name)  # kept for actors that are started again
-        given = self._stored, device, Numerics.present()
+        given = self._stored, device, Numerics()
         self.actors = [actor_of(RewardWorker, share).remote(*given) for _ in range(count)]
         self._turns = cycle(self.actors)
 
@@ -118,16 +117,12 @@ class RayReward:
         return result(next(self._turns).score.remote(images.detach().cpu(), list(prompts), rows))
 
 
+@dataclass(frozen=True)
 class Numerics:
-    """The switches that a result may depend on in its last bit, as they are in this process."""
+    """The switches that the last bit of a result may depend on, by default as they are in this process."""
 
-    def __init__(self, threads: int, precision: str) -> None:
-        self.threads, self.precision = threads, precision
-
-    @classmethod
-    def present(cls) -> "Numerics":
-        """Return those of this process."""
-        return cls(torch.get_num_threads(), torch.get_float32_matmul_precision())
+    threads: int = field(default_factory=torch.get_num_threads)
+    precision: str = field(default_factory=torch.get_float32_matmul_precision)
 
     def apply(self) -> None:
         """Set them in this process."""
@@ -147,7 +142,7 @@ def store(value: Any, name: str) -> Any:
 
 
 def actor_of(kind: type, share: float) -> Any:
-    """Return a class as Ray's class of actors with a share of a GPU each, which are started again when they die."""
+    """Return a class as Ray's class of actors, each with a share of a GPU, restarted up to MAX_RESTARTS times."""
     import ray
 
     return ray.remote(num_gpus=share, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)(kind)
@@ -199,7 +194,7 @@ def with_workers(reward: Reward, workers: Mapping[str, Reward]) -> Reward:
 
 
 def plain_rewards(reward: Reward) -> dict[str, Reward]:
-    """Return a reward's components that are no compositions, by name, without timeouts and metadata."""
+    """Return the components of a reward that are no composed rewards, by name, without timeouts and metadata."""
     if isinstance(reward, WrappedReward):
         return plain_rewards(reward.reward)
     if isinstance(reward, CompositeReward):
@@ -208,9 +203,8 @@ def plain_rewards(reward: Reward) -> dict[str, Reward]:
 
 
 def num_workers(reward: Reward) -> int:
-    """Return how many calls of a reward may run at once: the fewest workers of a component; 0: not all have workers."""
-    counts = [len(one.actors) if isinstance(one, RayReward) else 0 for one in plain_rewards(reward).values()]
-    return min(counts)
+    """Return how many calls of a reward may run at once: the fewest workers of a component, 0 where one has none."""
+    return min(len(one.actors) if isinstance(one, RayReward) else 0 for one in plain_rewards(reward).values())
 
 
 @contextmanager
@@ -223,12 +217,12 @@ def worker_processes(trainer: TrainingMethod[Any]) -> Iterator[None]:
     if not (config.rollout_workers or config.reward_workers):
         yield
         return
-    own = trainer.reward, *getattr(trainer, "eval_rewards", ())
+    own = trainer.reward, *trainer.eval_rewards
     known = {name: one for reward in own for name, one in plain_rewards(reward).items()}
     if unknown := [name for name in config.reward_workers if name not in known]:
         near = nearest(unknown[0], known)
         raise InputError(f"reward_workers: no reward is named {unknown[0]!r}: did you mean {near}?")
-    if config.rollout_workers and getattr(trainer, "preferences", None) is not None:
+    if config.rollout_workers and trainer.preferences is not None:
         raise InputError("rollout_workers draw samples, and preferences need none: leave one out")
     device = trainer.pipe.device.type
     with _connection() as ray:
@@ -237,7 +231,7 @@ def worker_processes(trainer: TrainingMethod[Any]) -> Iterator[None]:
         actors = [actor for reward in rewards.values() for actor in reward.actors]
         try:
             trainer.reward, *others = (with_workers(one, rewards) for one in own)
-            vars(trainer)["eval_rewards"] = tuple(others)
+            trainer.eval_rewards = tuple(others)
             if config.rollout_workers:
                 trainer.workers = RayRollouts(trainer.pipe, config, trainer.draw, share)
                 actors += trainer.workers.actors
@@ -245,7 +239,7 @@ def worker_processes(trainer: TrainingMethod[Any]) -> Iterator[None]:
         finally:
             trainer.workers = None
             trainer.reward, *others = own
-            vars(trainer)["eval_rewards"] = tuple(others)
+            trainer.eval_rewards = tuple(others)
             for actor in actors:
                 ray.kill(actor)
 

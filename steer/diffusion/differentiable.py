@@ -129,12 +129,15 @@ def _value_state(value: Any, depth: int = 3) -> Any:
     return kind, id(value), [(key, _value_state(one, depth - 1)) for key, one in inside.items()]
 
 
+def differentiable_class(cls: Any) -> type:
+    """Return the subclass of a pipeline's or a block's class without the no_grad of diffusers around its call."""
+    return type(cls.__name__, (cls,), {"__call__": inspect.unwrap(cls.__call__), "__module__": cls.__module__})
+
+
 def differentiable_images(pipe: Any) -> Any:
     """Copy a pipeline, with the same models, without the no_grad around its call."""
-    cls = type(pipe)
     twin = copy.copy(pipe)
-    differentiable_call = inspect.unwrap(cls.__call__)  # without the no_grad of diffusers
-    twin.__class__ = type(cls.__name__, (cls,), {"__call__": differentiable_call, "__module__": cls.__module__})
+    twin.__class__ = differentiable_class(type(pipe))
     vars(twin).update({name: differentiable_images(stage) for name, stage in stages_of(pipe).items()})
     vars(twin)["maybe_free_model_hooks"] = lambda: None
     return twin

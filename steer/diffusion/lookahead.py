@@ -25,6 +25,7 @@ from steer.diffusion.step_hooks import (
     HOOKED,
     ModuleProxy,
     OutputShapes,
+    RunEnded,
     SolverStep,
     StepOverride,
     UnsupportedPipelineError,
@@ -87,7 +88,7 @@ class LookAhead:
             self.evaluations += place > 0
             silent.clear()
             if place + 1 == len(places):
-                raise _Finished(x0)
+                raise RunEnded(x0)
             if self._adapter is not None:
                 return None, x
             return None, gaussian_transition(x, x0, levels[place], levels[place + 1], 0.0).mean
@@ -96,8 +97,9 @@ class LookAhead:
         try:
             with torch.no_grad(), adapter():
                 self._call.run(pipe, on_step, {}, change=self._change)
-        except _Finished as finished:
-            return finished.x0
+        except RunEnded as ended:
+            x0: Tensor = ended.value
+            return x0
         raise UnsupportedPipelineError(
             f"{type(pipe).__name__} makes fewer than {len(places)} solver steps when it is called for as many: "
             "it has no look-ahead, use lookahead=1"
@@ -115,7 +117,7 @@ class LookAhead:
         def on_step(short_step: SolverStep) -> StepOverride:
             silent.clear()
             if short_step.k == 1:
-                raise _Finished(short_step.x0())
+                raise RunEnded(short_step.x0())
             timestep = torch.as_tensor(short_step.scheduler.timesteps)[1]
             at = level(short_step.scheduler, timestep, 1)
             _check_level(at, sigma, short_step.scheduler)
@@ -124,8 +126,9 @@ class LookAhead:
         try:
             with torch.no_grad():
                 self._call.run(pipe, on_step, {}, change=self._change)
-        except _Finished as finished:
-            return finished.x0
+        except RunEnded as ended:
+            x0: Tensor = ended.value
+            return x0
         raise UnsupportedPipelineError(f"{type(pipe).__name__} makes no run of two solver steps: use kernel='gaussian'")
 
     def _change(self, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,14 +232,6 @@ def _switch(modules: Mapping[str, Any], adapters: Mapping[Any, Any]) -> None:
         layer.enable_adapters(layer in adapters)
         if layer in adapters:
             layer.set_adapter(list(adapters[layer]))
-
-
-class _Finished(BaseException):
-    """Exception that carries the latents of a look-ahead out of its run: they are decoded elsewhere."""
-
-    def __init__(self, x0: Tensor) -> None:
-        super().__init__()
-        self.x0 = x0
 
 
 def coarse_grid(solver_step: SolverStep, steps: int) -> tuple[list[int], list[Level]]:

@@ -18,6 +18,7 @@ from diffusers import ModularPipeline
 from diffusers.guiders.guider_utils import BaseGuidance
 from torch import nn
 
+from steer.diffusion.differentiable import differentiable_class
 from steer.diffusion.step_hooks import ENCODED_TEXTS, ModuleProxy, UnsupportedPipelineError, cached_calls
 
 MEDIA = ("images", "videos", "audios", "audio")  # outputs of blocks, of which the first is the one to score
@@ -73,9 +74,10 @@ def _called_class(kind: type, defaults: Mapping[str, Any], media: str) -> type:
 
 
 def _of_one_call(pipe: Any) -> dict[str, Any]:
-    """Return the attributes that each call has to itself, since a preview is a call within a call: guiders, which
-    store the step, and the blocks, whose own no_grad is left out where the caller wants gradients."""
-    grad, blocks = torch.is_grad_enabled(), _copied(pipe._blocks, torch.is_grad_enabled(), vars(pipe).get(PROGRESS))
+    """Return the attributes of one call, since a preview is a call within a call: copies of guiders, which store the
+    step, and of the blocks, without their own no_grad where gradients are enabled."""
+    grad = torch.is_grad_enabled()
+    blocks = _copied(pipe._blocks, grad, vars(pipe).get(PROGRESS))
 
     def run(*args: Any) -> Any:
         with torch.set_grad_enabled(grad):
@@ -104,10 +106,7 @@ def _copied(blocks: Any, grad: bool, progress: Mapping[str, Any] | None) -> Any:
     return own
 
 
-@functools.cache
-def _graph_class(kind: type) -> type:
-    members = {"__call__": inspect.unwrap(kind.__call__), "__module__": kind.__module__}
-    return type(kind.__name__, (kind,), members)
+_graph_class = functools.cache(differentiable_class)  # of blocks, which have few classes
 
 
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)

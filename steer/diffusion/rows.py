@@ -146,11 +146,14 @@ def _raised_by_library(error: Exception) -> bool:
 
 def _failure(pipe: Any, rows: int, steps: int, error: Exception) -> UnsupportedPipelineError:
     """Return the refusal of a call that failed after some solver steps."""
-    line = (str(error).strip() or "no reason").splitlines()[0]
     return UnsupportedPipelineError(
-        f"{type(pipe).__name__} fails after {steps} solver steps with {rows} images ({type(error).__name__}: {line}): "
-        "check the arguments of its call, and that the plain pipeline runs with them"
+        f"{type(pipe).__name__} fails after {steps} solver steps with {rows} images ({type(error).__name__}: "
+        f"{_first_line(error)}): check the arguments of its call, and that the plain pipeline runs with them"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no reason").splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -176,12 +179,11 @@ class RandomState:
 def _refusal(pipe: Any, rows: int, reasons: Sequence[Exception]) -> UnsupportedPipelineError:
     """Return the refusal of a call none of whose forms runs: by the reason of the last, a call for each row."""
     error = reasons[-1]
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, UnsupportedPipelineError):
-        return UnsupportedPipelineError(line)
+        return UnsupportedPipelineError(_first_line(error))
     return UnsupportedPipelineError(
-        f"{type(pipe).__name__} does not run as called for {rows} images ({type(error).__name__}: {line}): check the "
-        "arguments of its call"
+        f"{type(pipe).__name__} does not run as called for {rows} images ({type(error).__name__}: "
+        f"{_first_line(error)}): check the arguments of its call"
     )
 
 

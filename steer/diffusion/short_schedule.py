@@ -106,9 +106,13 @@ def keep_places(scheduler: Scheduler, places: Sequence[int]) -> None:
 
 
 def _move_level(scheduler: Scheduler, place: int, ratio: float, timesteps: Tensor, sigmas: Any) -> None:
-    """Move one place of a short run to the level σ/α = ratio: the nearest timestep, or one interpolated by σ.
+    """Move one place of a short run to the level σ/α = r.
 
-    timesteps, sigmas  of the whole run
+    Without `sigmas` to the nearest timestep. With them σ = r, of flows with α = 1 − σ it is r/(1 + r), and the timestep
+    is interpolated between those of the whole run, linearly in σ of flows, else in log σ.
+
+    ratio              r > 0
+    timesteps, sigmas  of the whole run; sigmas None where the scheduler has none
     """
     if sigmas is None:
         cumulative = torch.as_tensor(scheduler.alphas_cumprod).double().cpu()

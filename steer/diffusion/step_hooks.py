@@ -396,6 +396,19 @@ def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
 
 
 ENCODED_TEXTS = "_encoded_texts"  # attribute of a view: outputs of the text encoders of a modular pipeline, by name
+
+
+class RunEnded(BaseException):
+    """Exception by which a hook ends a run before its time, with the `value` that the run was for.
+
+    No Exception: pipelines, and forms of a call that are tried in turn, must not catch it.
+    """
+
+    def __init__(self, value: Any = None) -> None:
+        super().__init__()
+        self.value = value
+
+
 POST_PROCESSORS = ("safety_checker", "watermark")  # of finished images only
 # A fast tokenizer stores the padding of the current call: threads that share one would use each other's.
 ENCODING_LOCK = threading.RLock()

@@ -19,7 +19,7 @@ def best_of_n_kl(n: int) -> float:
 
 
 def expected_best(proxy: Tensor, value: Tensor, n: int) -> Tensor:
-    """E[value of the sample that the proxy likes best among n], for each prompt (P,), over all n-subsets of K samples.
+    """Return E[value of the sample with the highest proxy among n] of each prompt (P,), over n-subsets of K samples.
 
     The k-th of K samples, worst first, is the best of a random n-subset with probability C(k−1, n−1) / C(K, n): an
     unbiased estimate from one sample of K (arXiv 2112.09332, appendix I). proxy, value: (P, K).

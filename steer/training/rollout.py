@@ -25,6 +25,7 @@ from steer.diffusion.seeds import derived_seed, seeded_normal
 from steer.diffusion.step_hooks import (
     ModuleProxy,
     OutputShapes,
+    RunEnded,
     SolverStep,
     denoisers_in,
     denoising_modules,
@@ -370,7 +371,7 @@ class Sampler:
         given = {"generator": generators, "output_type": "pt"}
         try:
             return call.run(self._pipe, on_step if decode else _stopping(on_step), given, grad=False)
-        except _LastStepReached:
+        except RunEnded:
             return torch.empty(0)
         finally:
             self._form = call.place
@@ -386,15 +387,11 @@ class Sampler:
 NO_CONDITION: Mapping[str, Any] = {}
 
 
-class _LastStepReached(BaseException):
-    """Exception that ends a run whose images are not needed."""
-
-
 def _stopping(on_step: Callable[[SolverStep], Any]) -> Callable[[SolverStep], Any]:
     def step(solver_step: SolverStep) -> Any:
         override = on_step(solver_step)
         if solver_step.k + 1 >= solver_step.total:
-            raise _LastStepReached
+            raise RunEnded
         return override
 
     return step
