@@ -13,7 +13,7 @@ from steer.rewards.clip import clip_folder
 from steer.rewards.counts import pairs_of_counts, read_counts
 from steer.rewards.learned import RewardTrainingConfig, train_clip, train_reward
 from steer.rewards.named_features import FeatureConfig, train_on_features
-from steer.rewards.preference_pairs import read_captions, read_pairs, read_ratings, write_pairs
+from steer.rewards.preference_pairs import check_output, read_captions, read_pairs, read_ratings, write_pairs
 from steer.rewards.ratings import train_on_ratings
 from steer.rewards.strength import FLIPPED, SOFTENED, clean, measure_strength
 from steer.rewards.users import train_on_users
@@ -90,6 +90,7 @@ def clean_pairs(
     shares  of the labels that are flipped and softened
     """
     pairs = read_pairs(data, images, max_rows)
+    check_output(out, (*pairs.a, *pairs.b))
     strengths = measure_strength(pairs, config, folds, work, device)
     cleaned, changes = clean(pairs, strengths, *shares)
     spread = [round(value, 6) for value in strengths.spread.tolist()]

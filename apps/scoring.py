@@ -1,11 +1,9 @@
 """Scores of image files for `steer score` and `steer rewards`: files, folders and tables, paired with prompts."""
 
 import json
-import os
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, groupby, islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, overload
 
@@ -17,9 +15,12 @@ from tqdm.auto import tqdm
 from steer.apps.plots import FAINT, INK, plain_text, save_figure, style_axes
 from steer.apps.prompts import read_rows
 from steer.errors import InputError
-from steer.files import loads_with_checksum, read_image, write_text
+from steer.files import loads_with_checksum, read_image
 from steer.reward import Judge, Reward, RewardError, compare, score, score_components
 from steer.rewards.analysis import Agreement, CheckResult, Consistency, consistency_by_kind, contrast_pairs
+from steer.rewards.inputs import file_batches, rows_by_prompt
+from steer.rewards.objectives import PreferenceLabels
+from steer.rewards.preference_pairs import Pairs, check_output, draw_pairs, write_pairs
 from steer.tables import read_text
 from steer.training.overoptimization import Usefulness
 from steer.training.signals import SampleFilter
@@ -278,13 +279,11 @@ def score_all(
         raise InputError(f"the batch must be at least 1 image, got {batch}")
     if len(paths) != len(prompts):
         raise InputError(f"images are scored with one prompt each, got {len(prompts)} for {len(paths)} images")
-    loaded, scores = zip(map(read_image, paths), prompts, strict=True), [torch.zeros(0)]
+    scores = [torch.zeros(0)]
     with torch.no_grad(), tqdm(total=len(paths), desc=reward.name, unit="image", disable=None) as progress:
-        for _, group in groupby(loaded, key=lambda one: one[0].shape):
-            while some := list(islice(group, batch)):
-                images, texts = zip(*some, strict=True)
-                scores.append(score(reward, torch.stack(images).to(device), list(texts)))
-                progress.update(len(some))
+        for images, texts in file_batches(paths, prompts, batch):
+            scores.append(score(reward, images.to(device), texts))
+            progress.update(len(texts))
     return torch.cat(scores)
 
 
@@ -301,21 +300,20 @@ def label_pairs(
 ) -> int:
     """Write pairs of images of one prompt and a judge's P(a ≻ b) as a .jsonl table; return the number of rows.
 
-    Raises InputError where no prompt has two images.
+    Raises InputError where no prompt has two images, and for another suffix.
     """
-    lines, generator = [], random.Random(seed)
-    for prompt in dict.fromkeys(prompts):
-        own = [path for path, text in zip(paths, prompts, strict=True) if text == prompt]
-        pairs = list(combinations(own, 2))
-        for a, b in generator.sample(pairs, min(limit, len(pairs))):
-            first, second = (read_image(path)[None].to(device) for path in (a, b))
-            names = [os.path.relpath(path, out.parent) for path in (a, b)]
-            row = {"image_a": names[0], "image_b": names[1], "prompt": prompt}
-            lines.append(json.dumps(row | {"choice": round(compare(judge, first, second, [prompt]).item(), 6)}))
-    if not lines:
+    check_output(out, paths)
+    drawn = draw_pairs(prompts, limit, seed)
+    if not drawn:
         raise InputError("no prompt has two images: sample several of each, or give one prompt for all, --prompt")
-    write_text(out, "\n".join(lines) + "\n")
-    return len(lines)
+    preferred = []
+    for pair in drawn:
+        first, second = (read_image(paths[row])[None].to(device) for row in pair)
+        preferred.append(compare(judge, first, second, [prompts[pair[0]]]))
+    a, b = (tuple(paths[row] for row in side) for side in zip(*drawn, strict=True))
+    labels = PreferenceLabels(torch.cat(preferred), torch.ones(len(drawn)))
+    write_pairs(out, Pairs(a, b, tuple(prompts[row] for row, _ in drawn), labels))
+    return len(drawn)
 
 
 def score_consistency(
@@ -383,9 +381,7 @@ def scores_by_prompt(
 
     Raises InputError where a prompt has a single image.
     """
-    rows: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(row)
+    rows = rows_by_prompt(prompts)
     samples = min(map(len, rows.values()))
     if samples < 2:
         alone = next(prompt for prompt, some in rows.items() if len(some) < 2)

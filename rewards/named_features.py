@@ -20,11 +20,12 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steer.files import atomic_write, atomic_write_with_checksums, read_image, verify_checksums
+from steer.files import atomic_write, atomic_write_with_checksums, verify_checksums
 from steer.reward import Reward, RewardError, score
 from steer.rewards.analysis import preference_metrics
 from steer.rewards.compose import CompositeReward
 from steer.rewards.grammar import COMMA, split
+from steer.rewards.inputs import file_batches
 from steer.rewards.objectives import PreferenceLabels
 from steer.rewards.parser import ParserState, read
 from steer.rewards.preference_pairs import Pairs, Source, split_by_prompt
@@ -34,6 +35,7 @@ KIND = "features"
 CARD, NETWORK = "reward.json", "network.safetensors"
 MAX_FEATURES, MAX_HIDDEN = 100, 1024
 RESAMPLES = 200
+BATCH = 32  # images
 SIGNS: dict[str, tuple[float | None, float | None]] = {"+": (0.0, None), "-": (None, 0.0), "?": (None, None)}
 STEPS = 500  # of the network
 
@@ -259,17 +261,9 @@ def pair_scores(rewards: Sequence[Reward], pairs: Pairs, work: Path, device: str
 
 
 def _scores(reward: Reward, cells: Sequence[tuple[Source, str]], device: str) -> Tensor:
-    """Score images of any sizes, in batches of one size."""
-    scores, start = [], 0
-    loaded: list[Tensor] = []
-    for row, (source, _) in enumerate(cells):
-        image = read_image(source)
-        if loaded and (image.shape != loaded[0].shape or len(loaded) == 32):
-            scores.append(score(reward, torch.stack(loaded).to(device), [prompt for _, prompt in cells[start:row]]))
-            loaded, start = [], row
-        loaded.append(image)
-    scores.append(score(reward, torch.stack(loaded).to(device), [prompt for _, prompt in cells[start:]]))
-    return torch.cat(scores).double().cpu()
+    """Score N images of any sizes, each with its prompt: (N,) in double."""
+    batches = file_batches([source for source, _ in cells], [prompt for _, prompt in cells], BATCH)
+    return torch.cat([score(reward, images.to(device), texts) for images, texts in batches]).double().cpu()
 
 
 def _save(out: Path, card: FeatureCard, fitted: nn.Module | None) -> None:

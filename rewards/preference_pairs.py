@@ -18,6 +18,7 @@ from steer.arguments import is_number
 from steer.errors import InputError
 from steer.files import atomic_write, read_image, write_text
 from steer.reward import RewardError
+from steer.rewards.inputs import rows_by_prompt
 from steer.rewards.objectives import PreferenceLabels
 from steer.tables import DATA_SET, data_files, parse_cells, read_text, select_split
 
@@ -470,30 +471,46 @@ def _text(path: Path, number: int, prompt: Any) -> str:
     return prompt
 
 
+def check_output(path: Path, sources: Sequence[Source]) -> None:
+    """Raise RewardError for a file to which `write_pairs` cannot write pairs of these images."""
+    suffix = path.suffix.lower()
+    if suffix != ".parquet" and (suffix != ".jsonl" or any(isinstance(one, bytes) for one in sources)):
+        raise RewardError(f"{path}: pairs are written to .jsonl files, or .parquet where images are bytes in the table")
+
+
 def write_pairs(path: Path, pairs: Pairs, columns: Mapping[str, Sequence[Any]] | None = None) -> None:
     """Write pairs, and further columns, as a table that `read_pairs` reads. Raises RewardError, OSError.
 
     path  .jsonl, with the paths of images relative to it; .parquet where images are bytes
+    The column strength is left out where every strength is 1.
     """
-    rows: list[Row] = []
-    for number, (a, b, prompt) in enumerate(zip(pairs.a, pairs.b, pairs.prompts, strict=True)):
-        images = [one if isinstance(one, bytes) else os.path.relpath(one, path.parent) for one in (a, b)]
-        choice, strength = (column[number].item() for column in (pairs.labels.choice, pairs.labels.strength))
-        rows.append({"image_a": images[0], "image_b": images[1], "prompt": prompt, "choice": round(choice, 6)})
-        rows[-1]["strength"] = round(strength, 6)
-        if pairs.users:
-            rows[-1]["user"] = pairs.users[number]
-        rows[-1] |= {name: values[number] for name, values in (columns or {}).items()}
+    check_output(path, (*pairs.a, *pairs.b))
+
+    def cells(sources: Sequence[Source]) -> list[Any]:
+        return [one if isinstance(one, bytes) else os.path.relpath(one, path.parent) for one in sources]
+
+    choice, strength = ([round(n, 6) for n in one.tolist()] for one in (pairs.labels.choice, pairs.labels.strength))
+    table = {"image_a": cells(pairs.a), "image_b": cells(pairs.b), "prompt": pairs.prompts, "choice": choice}
+    table |= {"strength": strength} if set(strength) != {1.0} else {}
+    table |= ({"user": pairs.users} if pairs.users else {}) | dict(columns or {})
     if path.suffix.lower() == ".parquet":
         import pyarrow
         from pyarrow import parquet
 
         with atomic_write(path) as new:
-            parquet.write_table(pyarrow.Table.from_pylist(rows), new)
+            parquet.write_table(pyarrow.table(table), new)
         return
-    if path.suffix.lower() != ".jsonl" or any(isinstance(one, bytes) for one in (*pairs.a, *pairs.b)):
-        raise RewardError(f"{path}: pairs are written to .jsonl files, or .parquet where images are bytes in the table")
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    rows = zip(*table.values(), strict=True)
+    write_text(path, "".join(json.dumps(dict(zip(table, row, strict=True))) + "\n" for row in rows))
+
+
+def draw_pairs(prompts: Sequence[str], limit: int, seed: int) -> list[tuple[int, int]]:
+    """Draw pairs of rows of each prompt, at most `limit` of it, without repetition."""
+    generator, drawn = random.Random(seed), list[tuple[int, int]]()
+    for rows in rows_by_prompt(prompts).values():
+        pairs = list(itertools.combinations(rows, 2))
+        drawn += generator.sample(pairs, min(limit, len(pairs)))
+    return drawn
 
 
 def load_images(sources: Sequence[Source], fit: Callable[[Tensor], Tensor]) -> Tensor:
