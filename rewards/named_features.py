@@ -7,7 +7,6 @@ The weights minimise the mean log loss of the pairs + l2/2 ‖w‖², with the s
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,19 +19,20 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steer.files import atomic_write, atomic_write_with_checksums, verify_checksums
+from steer.files import atomic_write, atomic_write_with_checksums
 from steer.reward import Reward, RewardError, score
 from steer.rewards.analysis import preference_metrics
 from steer.rewards.compose import CompositeReward
+from steer.rewards.folders import CARD, Card, read_card, write_card
 from steer.rewards.grammar import COMMA, split
 from steer.rewards.inputs import file_batches
 from steer.rewards.objectives import PreferenceLabels
 from steer.rewards.parser import ParserState, read
 from steer.rewards.preference_pairs import Pairs, Source, split_by_prompt
-from steer.rewards.weights import load_weights
+from steer.rewards.weights import linear_layers, load_weights, read_checkpoint
 
 KIND = "features"
-CARD, NETWORK = "reward.json", "network.safetensors"
+NETWORK = "network.safetensors"
 MAX_FEATURES, MAX_HIDDEN = 100, 1024
 RESAMPLES = 200
 BATCH = 32  # images
@@ -80,7 +80,7 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True)
-class FeatureCard:
+class FeatureCard(Card):
     """Contents of reward.json: features, their means and deviations, and the weights (of a network: empty).
 
     scale  the deviation of the raw reward over the images of the training, by which scores are divided
@@ -95,12 +95,19 @@ class FeatureCard:
     hidden: int
     report: dict[str, Any] = field(default_factory=dict)
     kind: str = KIND
-    format: int = 1
+
+    @property
+    def is_valid(self) -> bool:
+        count, numbers = len(self.features), [*self.means, *self.stds, *self.weights, self.scale]
+        valid = self.kind == KIND and all(isinstance(name, str) for name in self.features)
+        valid = valid and 0 < count <= MAX_FEATURES and len(self.means) == len(self.stds) == count
+        valid = valid and len(self.weights) == (0 if self.hidden else count) and 0 <= self.hidden <= MAX_HIDDEN
+        return valid and bool(np.isfinite(numbers).all()) and min(*self.stds, self.scale) > 0
 
 
 def network(features: int, hidden: int) -> nn.Sequential:
     """Return a network of one hidden layer."""
-    return nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+    return linear_layers((features, hidden, 1), (0, 2), nn.Tanh)
 
 
 class FeatureReward(CompositeReward):
@@ -110,13 +117,14 @@ class FeatureReward(CompositeReward):
     """
 
     def __init__(self, folder: str) -> None:
-        self.card = card = read_feature_card(Path(folder))
-        super().__init__(_features(card.features), Path(folder).name)
+        file = Path(folder) / NETWORK
+        self.card = card = read_card(file.parent, FeatureCard, [file], "a reward over named features")
+        super().__init__(_features(card.features), file.parent.name)
         self._network = None
         if card.hidden:
             with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
                 self._network = network(len(card.features), card.hidden).requires_grad_(False)
-            load_weights(self._network, load_file(Path(folder) / NETWORK), str(Path(folder) / NETWORK))
+            load_weights(self._network, read_checkpoint(file), str(file))
 
     def components(self, images: Tensor, prompts: Sequence[str], metadata: Any = None) -> dict[str, Tensor]:
         """Return z_f (N,) of every feature, times its weight where there is one."""
@@ -138,24 +146,6 @@ def _features(names: Sequence[str]) -> list[Reward]:
         return [read(name, ParserState(named_only=True)) for name in names]
     except RecursionError as error:
         raise RewardError(f"features {', '.join(names)[:80]} contain themselves") from error
-
-
-def read_feature_card(folder: Path) -> FeatureCard:
-    """Read and check the reward.json of a reward over named features. Raises RewardError."""
-    try:
-        verify_checksums(*(folder / name for name in (CARD, NETWORK) if (folder / name).is_file()))
-        card = FeatureCard(**json.loads((folder / CARD).read_text(encoding="utf-8")))
-        numbers = [*card.means, *card.stds, *card.weights, card.scale]
-        count = len(card.features)
-        valid = card.format == 1 and card.kind == KIND and all(isinstance(name, str) for name in card.features)
-        valid = valid and 0 < count <= MAX_FEATURES and len(card.means) == len(card.stds) == count
-        valid = valid and len(card.weights) == (0 if card.hidden else count) and 0 <= card.hidden <= MAX_HIDDEN
-        valid = valid and bool(np.isfinite(numbers).all()) and min(*card.stds, card.scale) > 0
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise RewardError(f"{folder / CARD}: cannot be read ({str(error)[:80]})") from error
-    if not valid:
-        raise RewardError(f"{folder / CARD}: not the card of a reward over named features of this version")
-    return card
 
 
 def train_on_features(
@@ -270,4 +260,4 @@ def _save(out: Path, card: FeatureCard, fitted: nn.Module | None) -> None:
     with atomic_write_with_checksums(out, [CARD, *([NETWORK] if fitted else [])]) as new:
         if fitted:
             save_file({key: value.contiguous() for key, value in fitted.state_dict().items()}, new[NETWORK])
-        new[CARD].write_text(json.dumps(asdict(card), indent=1) + "\n", encoding="utf-8")
+        write_card(new[CARD], card)
