@@ -1,11 +1,11 @@
 """Scores of image files for `steer score` and `steer rewards`: files, folders and tables, paired with prompts."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from matplotlib.figure import Figure
@@ -15,17 +15,17 @@ from tqdm.auto import tqdm
 from steer.apps.plots import FAINT, INK, plain_text, save_figure, style_axes
 from steer.apps.prompts import read_rows
 from steer.errors import InputError
-from steer.files import loads_with_checksum, read_image
+from steer.files import IMAGE_SUFFIXES, loads_with_checksum, read_image
 from steer.reward import Judge, Reward, RewardError, compare, score, score_components
 from steer.rewards.analysis import Agreement, CheckResult, Consistency, consistency_by_kind, contrast_pairs
 from steer.rewards.inputs import file_batches, rows_by_prompt
 from steer.rewards.objectives import PreferenceLabels
 from steer.rewards.preference_pairs import Pairs, check_output, draw_pairs, write_pairs
-from steer.tables import read_text
+from steer.tables import numbered_lines, read_text
 from steer.training.overoptimization import Usefulness
 from steer.training.signals import SampleFilter
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+T = TypeVar("T")
 REPORT, LISTS = "report.json", ("prompts.jsonl", "metadata.jsonl")
 IMAGE_KEYS, PROMPT_KEYS = ("image", "file_name", "image_path"), ("prompt", "text", "caption")
 PROMPT_SOURCES = (
@@ -69,10 +69,10 @@ def images_of_folder(folder: Path, prompt: str | None = None) -> list[ImageWithP
         listed = (_read_report if source.name == REPORT else _read_lines)(source)
         shown = [ImageWithPrompt(_resolve_image(folder, name, source), text) for name, text in listed]
     else:
-        paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         shown = _with_captions(folder, sorted(paths), prompt)
     if not shown:
-        raise InputError(f"{source or folder}: no images ({', '.join(SUFFIXES)})")
+        raise InputError(f"{source or folder}: no images ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(shown, key=lambda one: (one.path, one.prompt or ""))
 
 
@@ -88,15 +88,15 @@ def _with_captions(folder: Path, paths: Sequence[Path], prompt: str | None) -> l
         image = paths[captions.index(missing[0])].name
         count = len(paths) - len(missing)
         raise InputError(f"{folder}: {count} captions for {len(paths)} images: {image} has no {missing[0].name}")
-    texts = [" ".join(_read(caption).split()) for caption in captions]
+    texts = [" ".join(_read(read_text, caption).split()) for caption in captions]
     if "" in texts:
         raise InputError(f"{captions[texts.index('')]}: an empty caption")
     return [ImageWithPrompt(path, text) for path, text in zip(paths, texts, strict=True)]
 
 
-def _read(path: Path) -> str:
+def _read(read: Callable[[Path], T], path: Path) -> T:
     try:
-        return read_text(path)
+        return read(path)
     except OSError as error:
         raise InputError(f"{path}: cannot read it ({error.strerror})") from error
 
@@ -112,7 +112,7 @@ def _json(text: str, where: str) -> Any:
 
 def _read_report(path: Path) -> list[tuple[str, str]]:
     """Return the names and prompts of all images that `steer sample` wrote."""
-    report = _json(_read(path), str(path))
+    report = _json(_read(read_text, path), str(path))
     listed: list[tuple[str, str]] = []
     try:
         for entry in report["prompts"]:
@@ -127,14 +127,14 @@ def _read_report(path: Path) -> list[tuple[str, str]]:
 
 def _read_lines(path: Path) -> list[tuple[str, str]]:
     listed: list[tuple[str, str]] = []
-    for number, line in enumerate(_read(path).replace("\r\n", "\n").split("\n"), start=1):
+    for where, line in _read(numbered_lines, path):
         if not line.strip():
             continue
-        record = _json(line, f"{path}, line {number}")
+        record = _json(line, where)
         known = record if isinstance(record, dict) else {}
         image, prompt = (next((known[key] for key in keys if key in known), None) for keys in (IMAGE_KEYS, PROMPT_KEYS))
         if not (isinstance(image, str) and isinstance(prompt, str)):
-            raise InputError(f'{path}, line {number}: expected {{"image": "path", "prompt": "text"}}')
+            raise InputError(f'{where}: expected {{"image": "path", "prompt": "text"}}')
         listed.append((image, prompt))
     return listed
 
