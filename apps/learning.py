@@ -24,18 +24,24 @@ Users = tuple[str, int]  # groups or latent, and their number
 
 def run_reward_training(
     data: Path,
-    config: RewardTrainingConfig,
+    config: RewardTrainingConfig | FeatureConfig,
     out: Path,
     work: Path,
     device: str,
     images: Path | None = None,
     max_rows: int | None = None,
+    users: Users | None = None,
 ) -> dict[str, Any]:
-    """Train, write the folder `out` and the plot `work`/training.png, and return the report.
+    """Train, write the folder `out` and, of heads on a CLIP, the plot `work`/training.png, and return the report.
 
     images    the folder that image paths are relative to; by default that of `data`
     max_rows  the first rows of `data` alone
+    users     train a reward of users on pairs with a column user
     """
+    if isinstance(config, FeatureConfig):
+        return train_on_features(read_pairs(data, images, max_rows), config, out, work, device)
+    if users is not None:
+        return train_on_users(read_pairs(data, images, max_rows), config, *users, out, work, device)
     if config.objective == CONTRASTIVE:
         report = train_clip(read_captions(data, images), clip_folder(config.backbone), out, work, config, device)
     elif config.objective == RATING:
@@ -45,33 +51,6 @@ def run_reward_training(
     draw_training(work, report.get("ensemble", {}).get("bins", []), work / "training.png")
     (work / "report.json").write_text(json.dumps(report | {"config": asdict(config)}, indent=1) + "\n")
     return report
-
-
-def run_feature_training(
-    data: Path,
-    config: FeatureConfig,
-    out: Path,
-    work: Path,
-    device: str,
-    images: Path | None = None,
-    max_rows: int | None = None,
-) -> dict[str, Any]:
-    """Fit a reward over named features to pairs, write the folder `out`, and return the report."""
-    return train_on_features(read_pairs(data, images, max_rows), config, out, work, device)
-
-
-def run_user_training(
-    data: Path,
-    config: RewardTrainingConfig,
-    size: Users,
-    out: Path,
-    work: Path,
-    device: str,
-    images: Path | None = None,
-    max_rows: int | None = None,
-) -> dict[str, Any]:
-    """Train a reward of users on pairs with users, write the folder `out`, and return the report."""
-    return train_on_users(read_pairs(data, images, max_rows), config, *size, out, work, device)
 
 
 def clean_pairs(

@@ -1,7 +1,7 @@
 """Scores of image files for `steer score` and `steer rewards`: files, folders and tables, paired with prompts."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
@@ -287,6 +287,11 @@ def score_all(
     return torch.cat(scores)
 
 
+def score_each(rewards: Iterable[Reward], paths: Sequence[Path], prompts: Sequence[str], device: str) -> Tensor:
+    """Score N image files, each with its prompt, by each of M rewards: (M, N) fp32. Raises as `score_all`."""
+    return torch.stack([score_all(reward, paths, prompts, device=device) for reward in rewards])
+
+
 def load_batch(paths: Sequence[Path], prompts: Sequence[str], max_images: int) -> tuple[Tensor, list[str]]:
     """Load the first image and up to `max_images` − 1 others of its size, (N, 3, H, W), and their prompts."""
     first = read_image(paths[0])
@@ -387,8 +392,8 @@ def scores_by_prompt(
         alone = next(prompt for prompt, some in rows.items() if len(some) < 2)
         raise InputError(f"--images: {alone!r:.80} has one image: give at least 2, better 8, of each prompt")
     chosen = torch.tensor([some[:samples] for some in rows.values()])
-    first, second = (score_all(reward, paths, prompts, device=device)[chosen] for reward in (proxy, held_out))
-    return first, second
+    first, second = score_each((proxy, held_out), paths, prompts, device)
+    return first[chosen], second[chosen]
 
 
 def render_usefulness(point: Usefulness, proxy: str) -> str:
