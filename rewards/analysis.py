@@ -150,6 +150,7 @@ class PreferenceMetrics:
 
     @property
     def summary(self) -> str:
+        """Return accuracy, log loss and calibration error in one line."""
         return f"accuracy {self.accuracy:.3f}, log loss {self.log_loss:.3f}, calibration error {self.ece:.3f}"
 
 

@@ -1,4 +1,4 @@
-"""Whether the members of an ensemble err together (Helping or Herding, arXiv 2312.09244)."""
+"""Common errors of the members of an ensemble (Helping or Herding, arXiv 2312.09244)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -60,7 +60,7 @@ class FeatureConfig:
 
     @property
     def names(self) -> list[str]:
-        """The names of the features. Raises RewardError."""
+        """Return the names of the features. Raises RewardError."""
         names = split(self.features, COMMA)
         if not all(names) or len(names) > MAX_FEATURES:
             raise RewardError(f"--features {self.features!r:.80}: name 1 to {MAX_FEATURES} rewards, separated by ', '")
@@ -68,7 +68,7 @@ class FeatureConfig:
 
     @property
     def bounds(self) -> list[tuple[float | None, float | None]]:
-        """Bounds of the weights by their signs. Raises RewardError."""
+        """Return the bounds of the weights by their signs. Raises RewardError."""
         signs = self.signs.split() or ["?"] * len(self.names)
         if len(signs) != len(self.names) or not set(signs) <= set(SIGNS):
             raise RewardError(f"--signs {self.signs!r:.40}: give + - or ? for each of {len(self.names)} features")

@@ -41,12 +41,12 @@ class Strengths:
 
     @property
     def mean(self) -> Tensor:
-        """μ (P,)."""
+        """Return μ (P,), in nats."""
         return self.differences.mean(0)
 
     @property
     def spread(self) -> Tensor:
-        """s (P,)."""
+        """Return s (P,), in nats."""
         return self.differences.std(0, correction=0)
 
     def agreement(self, choice: Tensor) -> Tensor:
