@@ -13,7 +13,7 @@ from steer.rewards.clip import clip_folder
 from steer.rewards.counts import pairs_of_counts, read_counts
 from steer.rewards.learned import RewardTrainingConfig, train_clip, train_reward
 from steer.rewards.named_features import FeatureConfig, train_on_features
-from steer.rewards.preference_pairs import read_captions, read_pairs, read_ratings, write_pairs
+from steer.rewards.preference_pairs import check_output, read_captions, read_pairs, read_ratings, write_pairs
 from steer.rewards.ratings import train_on_ratings
 from steer.rewards.strength import FLIPPED, SOFTENED, clean, measure_strength
 from steer.rewards.users import train_on_users
@@ -24,18 +24,24 @@ Users = tuple[str, int]  # groups or latent, and their number
 
 def run_reward_training(
     data: Path,
-    config: RewardTrainingConfig,
+    config: RewardTrainingConfig | FeatureConfig,
     out: Path,
     work: Path,
     device: str,
     images: Path | None = None,
     max_rows: int | None = None,
+    users: Users | None = None,
 ) -> dict[str, Any]:
-    """Train, write the folder `out` and the plot `work`/training.png, and return the report.
+    """Train, write the folder `out` and, of heads on a CLIP, the plot `work`/training.png, and return the report.
 
     images    the folder that image paths are relative to; by default that of `data`
     max_rows  the first rows of `data` alone
+    users     train a reward of users on pairs with a column user
     """
+    if isinstance(config, FeatureConfig):
+        return train_on_features(read_pairs(data, images, max_rows), config, out, work, device)
+    if users is not None:
+        return train_on_users(read_pairs(data, images, max_rows), config, *users, out, work, device)
     if config.objective == CONTRASTIVE:
         report = train_clip(read_captions(data, images), clip_folder(config.backbone), out, work, config, device)
     elif config.objective == RATING:
@@ -45,33 +51,6 @@ def run_reward_training(
     draw_training(work, report.get("ensemble", {}).get("bins", []), work / "training.png")
     (work / "report.json").write_text(json.dumps(report | {"config": asdict(config)}, indent=1) + "\n")
     return report
-
-
-def run_feature_training(
-    data: Path,
-    config: FeatureConfig,
-    out: Path,
-    work: Path,
-    device: str,
-    images: Path | None = None,
-    max_rows: int | None = None,
-) -> dict[str, Any]:
-    """Fit a reward over named features to pairs, write the folder `out`, and return the report."""
-    return train_on_features(read_pairs(data, images, max_rows), config, out, work, device)
-
-
-def run_user_training(
-    data: Path,
-    config: RewardTrainingConfig,
-    size: Users,
-    out: Path,
-    work: Path,
-    device: str,
-    images: Path | None = None,
-    max_rows: int | None = None,
-) -> dict[str, Any]:
-    """Train a reward of users on pairs with users, write the folder `out`, and return the report."""
-    return train_on_users(read_pairs(data, images, max_rows), config, *size, out, work, device)
 
 
 def clean_pairs(
@@ -90,6 +69,7 @@ def clean_pairs(
     shares  of the labels that are flipped and softened
     """
     pairs = read_pairs(data, images, max_rows)
+    check_output(out, (*pairs.a, *pairs.b))
     strengths = measure_strength(pairs, config, folds, work, device)
     cleaned, changes = clean(pairs, strengths, *shares)
     spread = [round(value, 6) for value in strengths.spread.tolist()]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.apps.reward_specs import resolve_reward
-from steer.apps.scoring import ImageWithPrompt, score_all
+from steer.apps.scoring import ImageWithPrompt, score_each
 from steer.diverse import diverse, pixel_features
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, read_image, write_text
@@ -51,7 +51,7 @@ def pick(
 ) -> list[dict[str, Any]]:
     """Choose images by rewards and diversity: rows of image, rewards and gain, in the order of the choice."""
     paths, prompts = [one.path for one in shown], [one.prompt or "" for one in shown]
-    scores = torch.stack([score_all(resolve_reward(spec), paths, prompts, device=device).cpu() for spec in rewards])
+    scores = score_each(map(resolve_reward, rewards), paths, prompts, device)
     chosen = diverse(scores, features_of(paths, model), keep, weight)
     return [
         {

@@ -16,7 +16,17 @@ from steer.arguments import IMAGES_PER_PROMPT, annotations_of, coerce_value
 from steer.assets import PROMPTS
 from steer.errors import InputError
 from steer.registry import nearest
-from steer.tables import DATA_SET, data_files, one_line, parse_cells, read_text, summarize_names
+from steer.tables import (
+    DATA_SET,
+    data_files,
+    numbered_lines,
+    one_line,
+    open_parquet,
+    parse_cells,
+    parse_json,
+    read_text,
+    summarize_names,
+)
 
 COLUMN, TAG = "prompt", "tag"
 NAMES = (("prompt", "prompts"), ("text", "texts", "caption", "captions"))  # columns of prompts; the first kind wins
@@ -69,27 +79,14 @@ def type_name(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _lines(path: Path) -> list[tuple[str, str]]:
-    """Split a file at line ends alone: other Unicode separators may be part of a prompt."""
-    lines = read_text(path).replace("\r\n", "\n").split("\n")
-    return [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1)]
-
-
 def _text(path: Path, column: str | None) -> Table:
     if column is not None:
         raise InputError(f"{path}: a .txt file has no columns, leave out column {column!r}")
-    return _lines(path), ()
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
+    return numbered_lines(path), ()
 
 
 def _json_lines(path: Path, column: str | None) -> Table:
-    return ((where, _parse_json(line, where)) for where, line in _lines(path) if line.strip()), ()
+    return ((where, parse_json(line, where)) for where, line in numbered_lines(path) if line.strip()), ()
 
 
 def _prompt_and_columns(record: Any, where: str, column: str | None) -> tuple[str, dict[str, Any]]:
@@ -106,7 +103,7 @@ def _prompt_and_columns(record: Any, where: str, column: str | None) -> tuple[st
 
 
 def _json(path: Path, column: str | None) -> Table:
-    content = _parse_json(read_text(path), str(path)) if path.stat().st_size else []
+    content = parse_json(read_text(path), str(path)) if path.stat().st_size else []
     return _records(content, path, column), ()
 
 
@@ -149,7 +146,7 @@ def _tsv(path: Path, column: str | None) -> Table:
     try:
         cells = parse_cells(path, "\t")
     except InputError:  # quotes are plain characters: many .tsv files are written without quoting
-        cells = [(where, line.split("\t")) for where, line in _lines(path)]
+        cells = [(where, line.split("\t")) for where, line in numbered_lines(path)]
     return _table_from_cells(path, cells, column), ()
 
 
@@ -173,33 +170,27 @@ def _table_from_cells(
 
 
 def _parquet(path: Path, column: str | None) -> Table:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise InputError(f"{path}: parquet needs pyarrow: pip install 'steer-diffusion[train]'") from error
-    try:
-        with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
-            names = file.schema_arrow.names
-            name = find_column(names, column, str(path))
-            if name is None:
-                raise InputError(f"{path}: {describe_expected(column, 'a column named', names)}")
-            if file.schema_arrow.field(name).type.num_fields:
-                kind = f"{file.schema_arrow.field(name).type!s:.80}"
-                raise InputError(f'{path}: expected texts under "{name}", got {kind}')
-            plain = [one for one in dict.fromkeys(names) if one == name or _is_plain(pyarrow, file.schema_arrow, one)]
-            rows = _parquet_rows(path, file, plain)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
+    with open_parquet(path) as file:
+        names = file.schema_arrow.names
+        name = find_column(names, column, str(path))
+        if name is None:
+            raise InputError(f"{path}: {describe_expected(column, 'a column named', names)}")
+        if file.schema_arrow.field(name).type.num_fields:
+            kind = f"{file.schema_arrow.field(name).type!s:.80}"
+            raise InputError(f'{path}: expected texts under "{name}", got {kind}')
+        plain = [one for one in dict.fromkeys(names) if one == name or _is_plain(file.schema_arrow, one)]
+        rows = _parquet_rows(path, file, plain)
     skipped = [one for one in names if one not in plain]
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)], skipped
 
 
-def _is_plain(pyarrow: Any, schema: Any, name: str) -> bool:
+def _is_plain(schema: Any, name: str) -> bool:
     """Tell whether a column of a parquet file holds texts or numbers: images are skipped."""
+    from pyarrow import types
+
     if schema.names.count(name) > 1:
         return False
-    kind, types = schema.field(name).type, pyarrow.types
+    kind = schema.field(name).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
     return any(test(kind) for test in tests)

@@ -1,13 +1,11 @@
 """Scores of image files for `steer score` and `steer rewards`: files, folders and tables, paired with prompts."""
 
 import json
-import os
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, groupby, islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from matplotlib.figure import Figure
@@ -17,14 +15,17 @@ from tqdm.auto import tqdm
 from steer.apps.plots import FAINT, INK, plain_text, save_figure, style_axes
 from steer.apps.prompts import read_rows
 from steer.errors import InputError
-from steer.files import loads_with_checksum, read_image, write_text
+from steer.files import IMAGE_SUFFIXES, loads_with_checksum, read_image
 from steer.reward import Judge, Reward, RewardError, compare, score, score_components
 from steer.rewards.analysis import Agreement, CheckResult, Consistency, consistency_by_kind, contrast_pairs
-from steer.tables import read_text
+from steer.rewards.inputs import file_batches, rows_by_prompt
+from steer.rewards.objectives import PreferenceLabels
+from steer.rewards.preference_pairs import Pairs, check_output, draw_pairs, write_pairs
+from steer.tables import numbered_lines, read_text
 from steer.training.overoptimization import Usefulness
 from steer.training.signals import SampleFilter
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+T = TypeVar("T")
 REPORT, LISTS = "report.json", ("prompts.jsonl", "metadata.jsonl")
 IMAGE_KEYS, PROMPT_KEYS = ("image", "file_name", "image_path"), ("prompt", "text", "caption")
 PROMPT_SOURCES = (
@@ -68,10 +69,10 @@ def images_of_folder(folder: Path, prompt: str | None = None) -> list[ImageWithP
         listed = (_read_report if source.name == REPORT else _read_lines)(source)
         shown = [ImageWithPrompt(_resolve_image(folder, name, source), text) for name, text in listed]
     else:
-        paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         shown = _with_captions(folder, sorted(paths), prompt)
     if not shown:
-        raise InputError(f"{source or folder}: no images ({', '.join(SUFFIXES)})")
+        raise InputError(f"{source or folder}: no images ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(shown, key=lambda one: (one.path, one.prompt or ""))
 
 
@@ -87,15 +88,15 @@ def _with_captions(folder: Path, paths: Sequence[Path], prompt: str | None) -> l
         image = paths[captions.index(missing[0])].name
         count = len(paths) - len(missing)
         raise InputError(f"{folder}: {count} captions for {len(paths)} images: {image} has no {missing[0].name}")
-    texts = [" ".join(_read(caption).split()) for caption in captions]
+    texts = [" ".join(_read(read_text, caption).split()) for caption in captions]
     if "" in texts:
         raise InputError(f"{captions[texts.index('')]}: an empty caption")
     return [ImageWithPrompt(path, text) for path, text in zip(paths, texts, strict=True)]
 
 
-def _read(path: Path) -> str:
+def _read(read: Callable[[Path], T], path: Path) -> T:
     try:
-        return read_text(path)
+        return read(path)
     except OSError as error:
         raise InputError(f"{path}: cannot read it ({error.strerror})") from error
 
@@ -111,7 +112,7 @@ def _json(text: str, where: str) -> Any:
 
 def _read_report(path: Path) -> list[tuple[str, str]]:
     """Return the names and prompts of all images that `steer sample` wrote."""
-    report = _json(_read(path), str(path))
+    report = _json(_read(read_text, path), str(path))
     listed: list[tuple[str, str]] = []
     try:
         for entry in report["prompts"]:
@@ -126,14 +127,14 @@ def _read_report(path: Path) -> list[tuple[str, str]]:
 
 def _read_lines(path: Path) -> list[tuple[str, str]]:
     listed: list[tuple[str, str]] = []
-    for number, line in enumerate(_read(path).replace("\r\n", "\n").split("\n"), start=1):
+    for where, line in _read(numbered_lines, path):
         if not line.strip():
             continue
-        record = _json(line, f"{path}, line {number}")
+        record = _json(line, where)
         known = record if isinstance(record, dict) else {}
         image, prompt = (next((known[key] for key in keys if key in known), None) for keys in (IMAGE_KEYS, PROMPT_KEYS))
         if not (isinstance(image, str) and isinstance(prompt, str)):
-            raise InputError(f'{path}, line {number}: expected {{"image": "path", "prompt": "text"}}')
+            raise InputError(f'{where}: expected {{"image": "path", "prompt": "text"}}')
         listed.append((image, prompt))
     return listed
 
@@ -278,14 +279,17 @@ def score_all(
         raise InputError(f"the batch must be at least 1 image, got {batch}")
     if len(paths) != len(prompts):
         raise InputError(f"images are scored with one prompt each, got {len(prompts)} for {len(paths)} images")
-    loaded, scores = zip(map(read_image, paths), prompts, strict=True), [torch.zeros(0)]
+    scores = [torch.zeros(0)]
     with torch.no_grad(), tqdm(total=len(paths), desc=reward.name, unit="image", disable=None) as progress:
-        for _, group in groupby(loaded, key=lambda one: one[0].shape):
-            while some := list(islice(group, batch)):
-                images, texts = zip(*some, strict=True)
-                scores.append(score(reward, torch.stack(images).to(device), list(texts)))
-                progress.update(len(some))
+        for images, texts in file_batches(paths, prompts, batch):
+            scores.append(score(reward, images.to(device), texts))
+            progress.update(len(texts))
     return torch.cat(scores)
+
+
+def score_each(rewards: Iterable[Reward], paths: Sequence[Path], prompts: Sequence[str], device: str) -> Tensor:
+    """Score N image files, each with its prompt, by each of M rewards: (M, N) fp32. Raises as `score_all`."""
+    return torch.stack([score_all(reward, paths, prompts, device=device) for reward in rewards])
 
 
 def load_batch(paths: Sequence[Path], prompts: Sequence[str], max_images: int) -> tuple[Tensor, list[str]]:
@@ -301,21 +305,20 @@ def label_pairs(
 ) -> int:
     """Write pairs of images of one prompt and a judge's P(a ≻ b) as a .jsonl table; return the number of rows.
 
-    Raises InputError where no prompt has two images.
+    Raises InputError where no prompt has two images, and for another suffix.
     """
-    lines, generator = [], random.Random(seed)
-    for prompt in dict.fromkeys(prompts):
-        own = [path for path, text in zip(paths, prompts, strict=True) if text == prompt]
-        pairs = list(combinations(own, 2))
-        for a, b in generator.sample(pairs, min(limit, len(pairs))):
-            first, second = (read_image(path)[None].to(device) for path in (a, b))
-            names = [os.path.relpath(path, out.parent) for path in (a, b)]
-            row = {"image_a": names[0], "image_b": names[1], "prompt": prompt}
-            lines.append(json.dumps(row | {"choice": round(compare(judge, first, second, [prompt]).item(), 6)}))
-    if not lines:
+    check_output(out, paths)
+    drawn = draw_pairs(prompts, limit, seed)
+    if not drawn:
         raise InputError("no prompt has two images: sample several of each, or give one prompt for all, --prompt")
-    write_text(out, "\n".join(lines) + "\n")
-    return len(lines)
+    preferred = []
+    for pair in drawn:
+        first, second = (read_image(paths[row])[None].to(device) for row in pair)
+        preferred.append(compare(judge, first, second, [prompts[pair[0]]]))
+    a, b = (tuple(paths[row] for row in side) for side in zip(*drawn, strict=True))
+    labels = PreferenceLabels(torch.cat(preferred), torch.ones(len(drawn)))
+    write_pairs(out, Pairs(a, b, tuple(prompts[row] for row, _ in drawn), labels))
+    return len(drawn)
 
 
 def score_consistency(
@@ -383,16 +386,14 @@ def scores_by_prompt(
 
     Raises InputError where a prompt has a single image.
     """
-    rows: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(row)
+    rows = rows_by_prompt(prompts)
     samples = min(map(len, rows.values()))
     if samples < 2:
         alone = next(prompt for prompt, some in rows.items() if len(some) < 2)
         raise InputError(f"--images: {alone!r:.80} has one image: give at least 2, better 8, of each prompt")
     chosen = torch.tensor([some[:samples] for some in rows.values()])
-    first, second = (score_all(reward, paths, prompts, device=device)[chosen] for reward in (proxy, held_out))
-    return first, second
+    first, second = score_each((proxy, held_out), paths, prompts, device)
+    return first[chosen], second[chosen]
 
 
 def render_usefulness(point: Usefulness, proxy: str) -> str:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from steer.errors import InputError
 from steer.reward import Reward, RewardError, score
+from steer.rewards.inputs import rows_by_prompt
 from steer.rewards.objectives import PreferenceLabels
 
 try:
@@ -49,7 +50,7 @@ def compare(a: Scores, b: Scores, groups: Sequence[str]) -> Agreement:
     Raises InputError where their numbers differ, are below two, or scores are not finite.
     """
     first, second = _validated(a, b, groups)
-    comparable = max(map(len, _rows_by_group(groups))) > 1
+    comparable = max(map(len, rows_by_prompt(groups).values())) > 1
     return Agreement(
         n=len(first),
         spearman=spearman(first, second),
@@ -84,7 +85,7 @@ def pairwise_agreement(a: Scores, b: Scores, groups: Sequence[str]) -> float:
     images.
     """
     first, second = _validated(a, b, groups)
-    pairs = [pair for rows in _rows_by_group(groups) for pair in combinations(rows, 2)]
+    pairs = [pair for rows in rows_by_prompt(groups).values() for pair in combinations(rows, 2)]
     if not pairs:
         return float("nan")
     i, j = np.array(pairs).T
@@ -108,19 +109,12 @@ def starc_distance(a: Scores, b: Scores, groups: Sequence[str]) -> float:
 
 def _standardised(scores: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     canonical = scores.copy()
-    for rows in _rows_by_group(groups):
+    for rows in rows_by_prompt(groups).values():
         canonical[rows] -= scores[rows].mean()
     norm = np.linalg.norm(canonical)
     if norm <= ROUNDING * np.linalg.norm(scores):
         return np.zeros_like(scores)
     return canonical / norm
-
-
-def _rows_by_group(groups: Sequence[str]) -> list[list[int]]:
-    rows: dict[str, list[int]] = {}
-    for row, group in enumerate(groups):
-        rows.setdefault(group, []).append(row)
-    return list(rows.values())
 
 
 def _validated(a: Scores, b: Scores, groups: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -156,6 +150,7 @@ class PreferenceMetrics:
 
     @property
     def summary(self) -> str:
+        """Return accuracy, log loss and calibration error in one line."""
         return f"accuracy {self.accuracy:.3f}, log loss {self.log_loss:.3f}, calibration error {self.ece:.3f}"
 
 

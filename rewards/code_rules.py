@@ -68,8 +68,8 @@ def refusals(code: str) -> list[str]:
             reasons += [f"line {node.lineno}: {one}" for one in own]
             aliases |= given
     for node in ast.walk(tree):
-        reasons += [f"line {getattr(node, 'lineno', 1)}: {one}" for one in _of_node(node, aliases)]
-    reasons += _of_names(tree, aliases)
+        reasons += [f"line {getattr(node, 'lineno', 1)}: {one}" for one in _node_refusals(node, aliases)]
+    reasons += _alias_refusals(tree, aliases)
     signatures = [
         [a.arg for a in n.args.args] for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == FUNCTION
     ]
@@ -94,7 +94,7 @@ def _imported(node: ast.Import | ast.ImportFrom) -> tuple[Mapping[str, str], lis
     return aliases, reasons
 
 
-def _of_node(node: ast.AST, aliases: Mapping[str, str]) -> Iterator[str]:
+def _node_refusals(node: ast.AST, aliases: Mapping[str, str]) -> Iterator[str]:
     """Yield reasons to refuse the syntax, the names and the attributes of a node."""
     if isinstance(node, STATEMENTS):
         yield f"{type(node).__name__} is not allowed: write functions, loops and conditions"
@@ -116,11 +116,11 @@ def _of_node(node: ast.AST, aliases: Mapping[str, str]) -> Iterator[str]:
         if chain is None or chain[0] not in aliases:
             if node.attr.startswith("_") or node.attr not in METHODS:
                 yield f"the attribute {node.attr!r} is not allowed"
-        elif reason := _of_module(f"{aliases[chain[0]]}.{'.'.join(chain[1:])}"):
+        elif reason := _path_refusal(f"{aliases[chain[0]]}.{'.'.join(chain[1:])}"):
             yield reason
 
 
-def _of_names(tree: ast.AST, aliases: Mapping[str, str]) -> Iterator[str]:
+def _alias_refusals(tree: ast.AST, aliases: Mapping[str, str]) -> Iterator[str]:
     """Yield reasons to refuse a module that is used as a value: it could be passed on."""
     bases = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
@@ -138,8 +138,8 @@ def _chain(node: ast.Attribute) -> list[str] | None:
     return [value.id, *reversed(names)] if isinstance(value, ast.Name) else None
 
 
-def _of_module(path: str) -> str | None:
-    """Return why a dotted path from an allowed module is refused; None where it is allowed."""
+def _path_refusal(path: str) -> str | None:
+    """Return the reason to refuse a dotted path from an allowed module; None where it is allowed."""
     module = max((name for name in MODULES if f"{path}.".startswith(f"{name}.")), key=len)
     rest = path.removeprefix(module).strip(".").split(".")
     if f"{path}." in ("torch.nn.",) or rest == [""]:  # a step of a longer chain, which is checked as a whole

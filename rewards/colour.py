@@ -8,8 +8,7 @@ from torch import Tensor
 
 from steer.reward import RewardError
 from steer.rewards.inputs import takes_any_images
-
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+from steer.rewards.sandbox_helpers import luma
 
 
 class ColourMatch:
@@ -49,6 +48,5 @@ class Brightness:
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        weights = torch.tensor(LUMA, device=images.device).view(3, 1, 1)
-        luma = (images.float() * weights).sum(1).mean((1, 2))
-        return luma if self._target is None else 1 - (luma - self._target).abs()
+        mean = luma(images.float()).mean((1, 2))
+        return mean if self._target is None else 1 - (mean - self._target).abs()

@@ -22,7 +22,7 @@ from steer.arguments import is_number
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
 from steer.reward import Metadata, Reward, RewardError, compares_images, score_components, takes_videos
 from steer.rewards.grammar import NUMBER, PLUS, format_number, split
-from steer.rewards.inputs import takes_any_samples
+from steer.rewards.inputs import rows_by_prompt, takes_any_samples
 from steer.rewards.names import takes_number
 from steer.rewards.remote import is_remote, read_weight
 
@@ -326,10 +326,7 @@ def reward_statistics(scores: Tensor, prompts: Sequence[str]) -> RewardStatistic
     values = scores.double()
     if not len(values) or bool((values == values[0]).all()):
         raise RewardError("a reward that gives every sample the same score cannot be calibrated")
-    rows: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(row)
-    means = {prompt: values[some].mean().item() for prompt, some in rows.items()}
+    means = {prompt: values[rows].mean().item() for prompt, rows in rows_by_prompt(prompts).items()}
     return RewardStatistics(values.mean().item(), values.std().item(), len(values), means)
 
 

@@ -6,9 +6,7 @@ most (after Social Reward, arXiv 2402.09872).
 """
 
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ from scipy.stats import beta
 from steer.arguments import is_number
 from steer.reward import RewardError
 from steer.rewards.objectives import PreferenceLabels
-from steer.rewards.preference_pairs import Captions, Pairs, read_captions, read_rows
+from steer.rewards.preference_pairs import Captions, Pairs, draw_pairs, read_captions, read_rows
 
 QUANTILES = 1024
 SHOWN, LIKED = "shown", "liked"
@@ -55,16 +53,8 @@ def pairs_of_counts(
     """
     if not 0 <= certainty < 0.5:
         raise RewardError(f"--certainty must be from 0 to below 0.5, got {certainty}")
-    random, kept = Random(seed), []
-    rows: dict[str, list[int]] = {}
-    for row, prompt in enumerate(captions.prompts):
-        rows.setdefault(prompt, []).append(row)
-    for some in rows.values():
-        pairs = list(combinations(some, 2))
-        for a, b in random.sample(pairs, min(limit, len(pairs))):
-            p = probability_better(counts[a], counts[b])
-            if abs(p - 0.5) >= certainty:
-                kept.append((a, b, p))
+    labelled = [(a, b, probability_better(counts[a], counts[b])) for a, b in draw_pairs(captions.prompts, limit, seed)]
+    kept = [(a, b, p) for a, b, p in labelled if abs(p - 0.5) >= certainty]
     if not kept:
         raise RewardError(f"no two images of a prompt differ with |P − ½| of at least {certainty}: lower --certainty")
     first, second = (tuple(captions.images[row] for row in column) for column in list(zip(*kept, strict=True))[:2])

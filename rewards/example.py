@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from steer.files import read_image
+from steer.files import IMAGE_SUFFIXES, read_image
 from steer.reward import RewardError
 from steer.rewards.clip import DEFAULT_CLIP, Backbone, load_backbone, reward_name
 from steer.rewards.images import at_least_float32, in_micro_batches
 from steer.rewards.inputs import takes_any_images
+from steer.rewards.names import option_count
 from steer.rewards.weights import cast, to_module_device
 
 logger = logging.getLogger(__name__)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PRIOR = 5  # other images that the deviation of the examples is shrunk with
 KEEP, MIN_EXAMPLES, MIN_OTHERS = 32, 3, 8
 WEAK_SEPARATION = 0.8
@@ -88,8 +88,7 @@ class ExampleReward:
         keep: str | int = KEEP,
         micro_batch: str | int = 16,
     ) -> None:
-        if not str(keep).isdecimal() or int(keep) < 1:
-            raise RewardError(f"like:{folder}: keep={keep}: use a positive integer")
+        kept = option_count("keep", keep)
         if against is None:
             raise RewardError(f"like:{folder}: name images that are not like them, against=FOLDER, of the base model")
         self.name = reward_name(f"like:{folder}", model=(model, DEFAULT_CLIP), keep=(str(keep), str(KEEP)))
@@ -98,8 +97,8 @@ class ExampleReward:
         self.backbone: Backbone = load_backbone(model)
         cast(self.backbone, None)
         examples, others = (self._features(paths) for paths in files)
-        self._gaussians = fit(examples, others, int(keep))
-        self.separation = separation(examples, others, int(keep))
+        self._gaussians = fit(examples, others, kept)
+        self.separation = separation(examples, others, kept)
         if self.separation < WEAK_SEPARATION:
             logger.warning(
                 "%s separates its examples from the others with a leave-one-out AUC of %.2f only: give more examples, "
@@ -125,7 +124,9 @@ class ExampleReward:
 
 def _images(folder: Path, at_least: int) -> list[Path]:
     """Return the image files of a folder. Raises RewardError where there are too few."""
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(paths) < at_least:
-        raise RewardError(f"{folder}: {len(paths)} images ({', '.join(SUFFIXES)}), at least {at_least} are needed")
+        raise RewardError(
+            f"{folder}: {len(paths)} images ({', '.join(IMAGE_SUFFIXES)}), at least {at_least} are needed"
+        )
     return paths

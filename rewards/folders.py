@@ -1,13 +1,21 @@
-"""Rewards from the folders that `steer rewards train` writes, of every kind."""
+"""Folders that `steer rewards train` writes: a card, reward.json, beside weights; of every kind of reward."""
 
 import inspect
 import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from steer.assets import REWARDS
+from steer.errors import InputError
+from steer.files import verify_checksums
 from steer.reward import Reward, RewardError
+
+logger = logging.getLogger(__name__)
 
 CARD = "reward.json"
 KINDS = {
@@ -41,3 +49,46 @@ def kind_of(folder: str) -> str:
     except (OSError, ValueError, TypeError, KeyError, RecursionError):  # its own reader names the problem
         return "heads"
     return kind if isinstance(kind, str) and kind in KINDS else "heads"
+
+
+@dataclass(frozen=True)
+class Card(ABC):
+    """Contents of reward.json: how to build a reward, and the report of its training."""
+
+    format: int = field(default=1, kw_only=True)
+
+    @property
+    @abstractmethod
+    def is_valid(self) -> bool:
+        """Return whether a reward can be built of it. Values of other types may raise TypeError or ValueError."""
+
+
+C = TypeVar("C", bound=Card)
+
+
+def read_card(folder: Path, form: type[C], weights: Iterable[Path], what: str) -> C:
+    """Read the folder's reward.json as a card of a form, and verify the checksums of it and of the weights.
+
+    what  the kind of reward, for messages
+    Raises RewardError where a checksum does not match, and where reward.json is missing or invalid.
+    """
+    try:
+        if unknown := verify_checksums(*(path for path in (folder / CARD, *weights) if path.is_file())):
+            logger.info("%s: no checksum of %s, it is not verified", folder, unknown[0].name)
+    except (InputError, OSError) as error:
+        raise RewardError(str(error)) from error
+    try:
+        card = form(**json.loads((folder / CARD).read_text(encoding="utf-8")))
+        valid = card.format == 1 and card.is_valid
+    except FileNotFoundError as error:
+        raise RewardError(f"{folder}: no {CARD} there; give a folder of `steer rewards train`, or scenes") from error
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise RewardError(f"{folder / CARD}: cannot be read ({str(error)[:80]})") from error
+    if not valid:
+        raise RewardError(f"{folder / CARD}: not the card of {what} of this version")
+    return card
+
+
+def write_card(path: Path, card: Card) -> None:
+    """Write a card as JSON."""
+    path.write_text(json.dumps(asdict(card), indent=1) + "\n", encoding="utf-8")

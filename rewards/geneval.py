@@ -40,10 +40,12 @@ class Box:
 
     @property
     def centre(self) -> tuple[float, float]:
+        """Return (x, y), in pixels."""
         return (self.left + self.right) / 2, (self.top + self.bottom) / 2
 
     @property
     def size(self) -> tuple[float, float]:
+        """Return (width, height), in pixels."""
         return self.right - self.left, self.bottom - self.top
 
 
@@ -82,6 +84,7 @@ class Requirements:
 
     @property
     def classes(self) -> list[str]:
+        """Return the distinct classes to detect."""
         return list(dict.fromkeys([*(one.kind for one in self.include), *(kind for kind, _ in self.exclude)]))
 
 

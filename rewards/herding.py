@@ -1,4 +1,4 @@
-"""Whether the members of an ensemble err together (Helping or Herding, arXiv 2312.09244)."""
+"""Common errors of the members of an ensemble (Helping or Herding, arXiv 2312.09244)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import InputError
+from steer.rewards.inputs import rows_by_prompt
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,15 @@ def herding(names: Sequence[str], scores: Tensor, groups: Sequence[str]) -> Herd
     Jointly Gaussian scores have G_ij(n) / G_ii(n) = ρ_ij for every n. Raises InputError for fewer than two members or
     images of a prompt, unequal numbers of images, and a member that is constant within a prompt.
     """
-    rows: dict[str, list[int]] = {}
-    for row, group in enumerate(groups):
-        rows.setdefault(group, []).append(row)
-    sizes = {len(some) for some in rows.values()}
+    rows = rows_by_prompt(groups).values()
+    sizes = set(map(len, rows))
     if len(scores) < 2 or len(sizes) != 1 or min(sizes) < 2:
         raise InputError(
             f"herding needs at least two rewards, and equally many images of each prompt, at least two: got "
             f"{len(scores)} rewards and {', '.join(map(str, sorted(sizes)))} images"
         )
     count = sizes.pop()
-    r = torch.stack([scores[:, some] for some in rows.values()], 1).double()  # (M, prompts, K)
+    r = torch.stack([scores[:, some] for some in rows], 1).double()  # (M, prompts, K)
     spread = r.std(-1, keepdim=True, correction=0)
     if bool((spread == 0).any()):
         member = int((spread[..., 0] == 0).any(1).nonzero()[0])

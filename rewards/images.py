@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, normalize, pad, resize
 
-from steer.reward import RewardError
+from steer.rewards.names import option_count
 
 Preprocess = Callable[[Tensor, int], Tensor]
 
@@ -67,10 +67,7 @@ def in_micro_batches(score: Callable[[Tensor, Sequence[str]], Tensor], size: int
     With gradients, each micro-batch is recomputed in the backward pass (checkpointing), so that memory stays that of
     one micro-batch.
     """
-
-    if not str(size).isdecimal() or int(size) < 1:
-        raise RewardError(f"micro_batch={size}: use a positive integer")
-    max_batch = int(size)
+    max_batch = option_count("micro_batch", size)
 
     def batched(images: Tensor, prompts: Sequence[str]) -> Tensor:
         outputs = []

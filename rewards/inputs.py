@@ -9,8 +9,10 @@
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
+from itertools import groupby, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
+from steer.files import read_image
 from steer.reward import RewardError, as_texts, mean_over_frames
 
 FORMS = "(N, 3, H, W) tensors, (N, H, W, 3) arrays, PIL images, or a list of them"
@@ -75,6 +78,28 @@ def prompt_of_each(count: int, prompts: str | Sequence[str]) -> Sequence[str]:
             raise RewardError(f"a reward takes one prompt an image, got {len(prompts)} prompts and {count} images")
         prompts = [prompt for prompt in prompts for _ in range(count // len(prompts))]
     return prompts
+
+
+def rows_by_prompt(prompts: Sequence[str]) -> dict[str, list[int]]:
+    """Return the rows of each distinct prompt, in the order of their first occurrence."""
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    return rows
+
+
+def file_batches(
+    sources: Sequence[Path | bytes], prompts: Sequence[str], size: int
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Load image files, or their bytes, of any sizes: at most `size` consecutive ones of one size at a time.
+
+    Yields images (N, 3, H, W) in [0, 1] and their N prompts. Raises InputError for a file that is no image.
+    """
+    loaded = zip(map(read_image, sources), prompts, strict=True)
+    for _, group in groupby(loaded, key=lambda one: one[0].shape):
+        while some := list(islice(group, size)):
+            images, texts = zip(*some, strict=True)
+            yield torch.stack(images), list(texts)
 
 
 def _as_tensor(images: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from steer.reward import Judge, Reward, RewardError, compare, score
 from steer.rewards.chat import ChatClient, ChatMessage, ChatReply
 from steer.rewards.grammar import format_number
-from steer.rewards.inputs import as_png, takes_any_images
+from steer.rewards.inputs import as_png, rows_by_prompt, takes_any_images
 
 PAIRS_AT_ONCE = 32  # pairs of images in memory
 PAIR_QUESTION = (
@@ -129,9 +129,7 @@ class Tournament:
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        rows: dict[str, list[int]] = {}
-        for row, prompt in enumerate(prompts):
-            rows.setdefault(prompt, []).append(row)
+        rows = rows_by_prompt(prompts)
         if alone := [prompt for prompt, some in rows.items() if len(some) < 2]:
             raise RewardError(
                 f"{self.name}: {alone[0]!r:.80} has one image in this call: compare at least two of a prompt"

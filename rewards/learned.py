@@ -5,10 +5,10 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steer.assets import REWARDS
-from steer.errors import InputError
-from steer.files import atomic_write_with_checksums, verify_checksums, write_text
+from steer.files import atomic_write_with_checksums, write_text
 from steer.registry import choose
 from steer.reward import RewardError
 from steer.rewards import objectives
@@ -25,20 +24,36 @@ from steer.rewards.analysis import preference_metrics
 from steer.rewards.clip import CONFIG, Backbone, clip_folder, load_backbone, open_clip_folder
 from steer.rewards.compose import AGGREGATES
 from steer.rewards.compose import aggregate as compose_aggregate
+from steer.rewards.folders import CARD, Card, read_card, write_card
 from steer.rewards.grammar import Call, format_number
 from steer.rewards.images import in_micro_batches, resize_and_crop
 from steer.rewards.inputs import takes_any_images
 from steer.rewards.preference_pairs import Captions, Pairs, Source, load_images, split_by_prompt
-from steer.rewards.weights import cast, load_weights, read_checkpoint, to_module_device
+from steer.rewards.weights import cast, linear_layers, load_weights, read_checkpoint, to_module_device
 from steer.training.supervised import TrainingRun, batch_at
 
 logger = logging.getLogger(__name__)
 
-CARD = "reward.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 HIDDEN = 128
 BANK = 64  # images that a general preference compares with, as a reward
 MAX_WIDTH = 65_536  # features; bounds the memory that a card can ask for
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Return linear layers of these widths, with GELUs between them."""
+    return linear_layers(widths, range(0, 2 * len(widths) - 2, 2), nn.GELU)
+
+
+def scaled(features: Tensor) -> Tensor:
+    """Scale features (…, D) of unit length, whose entries are about 1/√D, to entries of about 1."""
+    return features * math.sqrt(features.shape[-1])
+
+
+def joined(image: Tensor, text: Tensor) -> Tensor:
+    """Join features of images and texts, and their products: (…, 3 D)."""
+    image, text = scaled(image), scaled(text)
+    return torch.cat([image, text, image * text], -1)
 
 
 class Similarity(nn.Module):
@@ -57,10 +72,10 @@ class ImageHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
+        self.layers = mlp(width, HIDDEN, 1)
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        return self.layers(image * math.sqrt(image.shape[-1]))[:, 0]
+        return self.layers(scaled(image))[:, 0]
 
 
 class PairHead(nn.Module):
@@ -68,12 +83,10 @@ class PairHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(3 * width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
+        self.layers = mlp(3 * width, HIDDEN, 1)
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        # Entries of unit-length features are about 1/√D: scale them to about 1.
-        image, text = (features * math.sqrt(features.shape[-1]) for features in (image, text))
-        return self.layers(torch.cat([image, text, image * text], -1))[:, 0]
+        return self.layers(joined(image, text))[:, 0]
 
 
 class GeneralPreference(nn.Module):
@@ -87,7 +100,7 @@ class GeneralPreference(nn.Module):
 
     def __init__(self, width: int, planes: int = 2, temperature: float = 0.1) -> None:
         super().__init__()
-        self.vector = nn.Sequential(nn.Linear(3 * width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 2 * planes))
+        self.vector = mlp(3 * width, HIDDEN, 2 * planes)
         self.scales = nn.Linear(width, planes)
         self.temperature = temperature
         self.register_buffer("bank", torch.zeros(BANK, width))
@@ -95,7 +108,7 @@ class GeneralPreference(nn.Module):
     def difference(self, a: Tensor, b: Tensor, text: Tensor) -> Tensor:
         """Return Δ(a, b) of features (…, D), in nats."""
         left, right = (self._vector(image, text).unflatten(-1, (-1, 2)) for image in (a, b))
-        scales = self.scales(text * math.sqrt(text.shape[-1])).softmax(-1) * left.shape[-2]
+        scales = self.scales(scaled(text)).softmax(-1) * left.shape[-2]
         area = left[..., 0] * right[..., 1] - left[..., 1] * right[..., 0]
         return (scales * area).sum(-1) / self.temperature
 
@@ -106,8 +119,7 @@ class GeneralPreference(nn.Module):
         return self.difference(pairs[0], others, pairs[1]).mean(1)
 
     def _vector(self, image: Tensor, text: Tensor) -> Tensor:
-        image, text = (features * math.sqrt(features.shape[-1]) for features in (image, text))
-        return F.normalize(self.vector(torch.cat([image, text, image * text], -1)), dim=-1)
+        return F.normalize(self.vector(joined(image, text)), dim=-1)
 
 
 HEADS: dict[str, type[nn.Module]] = {
@@ -127,7 +139,7 @@ def raw_pair(head: nn.Module, a: Tensor, b: Tensor, text: Tensor) -> tuple[Tenso
 
 
 @dataclass(frozen=True)
-class RewardCard:
+class RewardCard(Card):
     """Contents of reward.json: how to build the members, and the mean and std that standardise their raw scores."""
 
     head: str
@@ -136,7 +148,12 @@ class RewardCard:
     means: tuple[float, ...]
     stds: tuple[float, ...]
     report: dict[str, Any]
-    format: int = 1
+
+    @property
+    def is_valid(self) -> bool:
+        valid = self.head in HEADS and isinstance(self.backbone, str) and 0 < self.width <= MAX_WIDTH
+        valid = valid and len(self.means) == len(self.stds) > 0 and min(self.stds) > 0
+        return valid and all(map(math.isfinite, (*self.means, *self.stds)))
 
 
 class LearnedReward:
@@ -167,7 +184,7 @@ class LearnedReward:
         gamma: str | float | None = None,
     ) -> None:
         path = self.embedded.get(folder, Path(folder))
-        card = read_card(path)
+        card = read_reward_card(path)
         choose("aggregate", aggregate, AGGREGATES)
         options = {name: value for name, value in (("lam", lam), ("q", q), ("gamma", gamma)) if value is not None}
         call = Call(f"aggregate={aggregate}", (), {name: str(value) for name, value in options.items()}, 1.0)
@@ -257,31 +274,10 @@ class LearnedAestheticReward(LearnedReward):
     embedded = REWARDS[kind]
 
 
-def read_card(folder: Path) -> RewardCard:
-    """Read the folder's reward.json, and verify the checksums of the folder's files.
-
-    Raises RewardError where a checksum does not match, and where reward.json is missing or invalid.
-    """
-    files = [*(folder / name for name in (CARD, CONFIG, *TOKENIZER)), *sorted(folder.glob("member-*"))]
-    try:
-        if unknown := verify_checksums(*filter(Path.is_file, files)):
-            logger.info("%s: no checksum of %s, it is not verified", folder, unknown[0].name)
-    except (InputError, OSError) as error:
-        raise RewardError(str(error)) from error
-    try:
-        card = RewardCard(**json.loads((folder / CARD).read_text()))
-        card = replace(card, means=tuple(card.means), stds=tuple(card.stds))
-        numbers = [float(number) for number in (*card.means, *card.stds)]
-        valid = card.format == 1 and card.head in HEADS and isinstance(card.backbone, str)
-        valid = valid and 0 < card.width <= MAX_WIDTH and len(card.means) == len(card.stds) > 0
-        valid = valid and all(map(math.isfinite, numbers)) and min(card.stds) > 0
-    except FileNotFoundError as error:
-        raise RewardError(f"{folder}: no {CARD} there; give a folder of `steer rewards train`, or scenes") from error
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise RewardError(f"{folder / CARD}: cannot be read ({str(error)[:80]})") from error
-    if not valid:
-        raise RewardError(f"{folder / CARD}: not the card of a learned reward of this version")
-    return card
+def read_reward_card(folder: Path) -> RewardCard:
+    """Read the folder's card, and verify its files. Raises RewardError."""
+    files = [*(folder / name for name in (CONFIG, *TOKENIZER)), *sorted(folder.glob("member-*"))]
+    return read_card(folder, RewardCard, files, "a learned reward")
 
 
 def member_module(head: nn.Module, backbone: Backbone | None) -> nn.ModuleDict:
@@ -309,7 +305,7 @@ def save_learned(
             save_file({key: _saved(value, half=key.startswith("backbone")) for key, value in state.items()}, new[name])
         for path in config_files:
             shutil.copyfile(path, new[path.name])
-        new[CARD].write_text(json.dumps(asdict(card), indent=1) + "\n", encoding="utf-8")
+        write_card(new[CARD], card)
 
 
 def _saved(weight: Tensor, half: bool) -> Tensor:
@@ -323,7 +319,8 @@ def configuration_files(folder: Path) -> list[Path]:
 
 
 FEATURE_BATCH = 64  # images whose features are computed at a time, outside training
-Features = Sequence[Tensor]  # of image a, of image b, of the prompt: (N, D) each
+Features = Sequence[Tensor]  # of image a, of image b (not of ratings), of the prompt: (N, D) each
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -395,7 +392,7 @@ def train_reward(
     members, outputs, labels = [], [], training.labels.to(device)
     for number in range(config.members):
         member, own = new_member(config, number, backbone)
-        encode = partial(_encode, own, training) if config.train_backbone else lambda rows: [f[rows] for f in frozen]
+        encode = partial(_encode, own, training) if config.train_backbone else partial(rows_of, frozen)
         loss = partial(pair_loss, member["head"], encode, labels, objective, config)
         train_member(member, loss, len(training), config, work, number)
         with torch.no_grad():
@@ -427,7 +424,7 @@ def new_member(config: RewardTrainingConfig, number: int, backbone: Backbone) ->
 
 
 def _load_start(member: nn.ModuleDict, folder: Path, number: int, config: RewardTrainingConfig) -> None:
-    card, backbone = read_card(folder), card_backbone(config)
+    card, backbone = read_reward_card(folder), card_backbone(config)
     if (card.head, card.backbone) not in ((config.head, backbone), (config.head, config.backbone)):
         given = f"--head {card.head} --backbone {card.backbone}"
         raise RewardError(f"--start {folder}: a reward with {given}; train with the same head and backbone")
@@ -462,17 +459,20 @@ def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> Non
     write_text(note, serialized)
 
 
-@torch.no_grad()
 def pair_features(backbone: Backbone, pairs: Pairs) -> Features:
-    """Encode every pair: image a, image b, prompt, on the CPU; each distinct image and prompt is encoded once."""
+    """Encode every pair, outside of training: image a, image b, prompt, on the CPU."""
+    images = encode_once(backbone, partial(image_features, backbone), [*pairs.a, *pairs.b])
+    return [*images.chunk(2), encode_once(backbone, backbone.texts, pairs.prompts)]
+
+
+@torch.no_grad()
+def encode_once(backbone: Backbone, encode: Callable[[Sequence[T]], Tensor], items: Sequence[T]) -> Tensor:
+    """Encode each distinct image or prompt once, outside of training: features (N, D) of N items, on the CPU."""
     backbone.eval()
-    images, prompts = list(dict.fromkeys((*pairs.a, *pairs.b))), list(dict.fromkeys(pairs.prompts))
-    batches = range(0, len(images), FEATURE_BATCH), range(0, len(prompts), FEATURE_BATCH)
-    image = torch.cat([image_features(backbone, images[k : k + FEATURE_BATCH]).cpu() for k in batches[0]])
-    text = torch.cat([backbone.texts(prompts[k : k + FEATURE_BATCH]).cpu() for k in batches[1]])
-    of_image, of_prompt = ({one: row for row, one in enumerate(some)} for some in (images, prompts))
-    a, b = (image[[of_image[one] for one in side]] for side in (pairs.a, pairs.b))
-    return [a, b, text[[of_prompt[one] for one in pairs.prompts]]]
+    row_of = {one: row for row, one in enumerate(dict.fromkeys(items))}
+    distinct, starts = list(row_of), range(0, len(row_of), FEATURE_BATCH)
+    features = torch.cat([encode(distinct[start : start + FEATURE_BATCH]).cpu() for start in starts])
+    return features[[row_of[one] for one in items]]
 
 
 def image_features(backbone: Backbone, sources: Sequence[Source]) -> Tensor:
@@ -481,13 +481,21 @@ def image_features(backbone: Backbone, sources: Sequence[Source]) -> Tensor:
     return backbone.images(images.to(next(backbone.parameters()).device))
 
 
+def text_features(backbone: Backbone, prompts: Sequence[str]) -> Tensor:
+    """Encode prompts, each distinct one once: (N, D), on the backbone's device; with gradients."""
+    distinct = list(dict.fromkeys(prompts))
+    return backbone.texts(distinct)[[distinct.index(prompt) for prompt in prompts]]
+
+
+def rows_of(features: Features, rows: Tensor) -> Features:
+    """Return some rows of features."""
+    return [column[rows] for column in features]
+
+
 def _encode(backbone: Backbone, pairs: Pairs, rows: Tensor) -> Features:
-    """Encode some pairs; each distinct prompt is encoded once."""
     chosen = pairs.select(rows.tolist())
     a, b = image_features(backbone, [*chosen.a, *chosen.b]).chunk(2)
-    prompts = list(dict.fromkeys(chosen.prompts))
-    text = backbone.texts(prompts)[[prompts.index(prompt) for prompt in chosen.prompts]]
-    return a, b, text
+    return a, b, text_features(backbone, chosen.prompts)
 
 
 def pair_loss(
@@ -532,6 +540,18 @@ def train_member(
     member.eval()
 
 
+def raw_statistics(outputs: Sequence[Sequence[Tensor]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std of each member's raw rewards of images a and b. Raises RewardError where all are equal."""
+    means, stds = (
+        tuple(statistic(torch.cat([*raw])).item() for raw in outputs) for statistic in (torch.mean, torch.std)
+    )
+    if not all(std > 0 for std in stds):
+        raise RewardError(
+            "the trained reward scores all held-out images equally: train for more steps, or on more pairs"
+        )
+    return means, stds
+
+
 def _card(
     config: RewardTrainingConfig,
     width: int,
@@ -540,13 +560,7 @@ def _card(
     counts: dict[str, int],
 ) -> RewardCard:
     """Describe members by their raw rewards of the held-out images a and b. Raises RewardError where all are equal."""
-    means, stds = (
-        tuple(statistic(torch.cat([*raw])).item() for raw in outputs) for statistic in (torch.mean, torch.std)
-    )
-    if not all(std > 0 for std in stds):
-        raise RewardError(
-            "the trained reward scores all held-out images equally: train for more steps, or on more pairs"
-        )
+    means, stds = raw_statistics(outputs)
     ensemble = [torch.stack(rows).mean(0) for rows in zip(*outputs, strict=True)]
     report = {
         "config": asdict(config),

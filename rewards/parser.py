@@ -15,6 +15,7 @@ from steer.registry import nearest
 from steer.reward import Judge, Metadata, Reward, RewardError, as_texts, mean_over_frames
 from steer.reward import score_components as reward_scores
 from steer.rewards import compose
+from steer.rewards.folders import CARD, kind_of, preference
 from steer.rewards.grammar import NUMBER, PLUS, Call, read_call, read_constraint, split
 from steer.rewards.inputs import as_batch, prompt_of_each
 from steer.rewards.names import _as_reward, _make, make_reward, reward_names
@@ -22,7 +23,6 @@ from steer.rewards.remote import RemoteReward, is_remote
 
 T = TypeVar("T")
 FILES = (".yaml", ".yml")
-CARD = "reward.json"  # in the folder of a learned reward
 MAX_DEPTH = 20  # functions and files inside each other
 MAX_REWARDS = 250  # rewards in one expression
 
@@ -81,7 +81,6 @@ def _atom(text: str, state: ParserState) -> Reward:
     if text.endswith(FILES) and _has_no_name(text):
         return _read_file(Path(text), state)
     if _is_path(text):
-        from steer.rewards.folders import kind_of, preference
         from steer.rewards.learned import LearnedReward  # brings open_clip, which takes seconds
 
         return LearnedReward(text) if kind_of(text) == "heads" else preference(text)

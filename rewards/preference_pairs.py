@@ -18,8 +18,18 @@ from steer.arguments import is_number
 from steer.errors import InputError
 from steer.files import atomic_write, read_image, write_text
 from steer.reward import RewardError
+from steer.rewards.inputs import rows_by_prompt
 from steer.rewards.objectives import PreferenceLabels
-from steer.tables import DATA_SET, data_files, parse_cells, read_text, select_split
+from steer.tables import (
+    DATA_SET,
+    data_files,
+    numbered_lines,
+    open_parquet,
+    parse_cells,
+    parse_json,
+    read_text,
+    select_split,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +187,7 @@ class Ratings:
 
 def table_files(path: Path) -> Iterator[Path]:
     """Return the files of a table: itself; of a folder its only table, or the parquet files of its training split; of
-    ORGANISATION/NAME[:SPLIT] on the hub those of the split, downloaded. Raises RewardError."""
+    ORGANISATION/NAME[:SPLIT] on the hub those of the split, downloaded. Raises InputError."""
     if path.is_dir():
         names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
         tables = [path / name for name in select_split(names, "train", tuple(READERS))]
@@ -187,10 +197,7 @@ def table_files(path: Path) -> Iterator[Path]:
         yield from tables
         return
     if path.suffix.lower() not in READERS and not path.exists() and (named := DATA_SET.fullmatch(path.as_posix())):
-        try:
-            yield from data_files(named[1], named[2] or "train", (".parquet", ".jsonl", ".json"), "pairs")
-        except InputError as error:
-            raise RewardError(str(error)) from error
+        yield from data_files(named[1], named[2] or "train", (".parquet", ".jsonl", ".json"), "pairs")
         return
     if path.suffix.lower() not in READERS:
         formats = ".jsonl and .parquet files, .csv, .tsv, and .json with a list of rows"
@@ -205,67 +212,45 @@ def read_rows(path: Path, limit: int | None = None) -> list[Row]:
 
     limit  the first rows alone; of a data set only the files with them are read, and downloaded
     """
-    found = (row for file in table_files(path) for row in READERS[file.suffix.lower()](file))
-    rows = list(itertools.islice(found, limit))
+    all_rows = (row for file in table_files(path) for row in READERS[file.suffix.lower()](file))
+    try:
+        rows = list(itertools.islice(all_rows, limit))
+    except InputError as error:
+        raise RewardError(str(error)) from error
+    except OSError as error:
+        raise RewardError(f"{path}: cannot be read ({error.strerror})") from error
     if not rows:
         raise RewardError(f"{path}: no rows in this file")
     return rows
 
 
 def _json_lines(path: Path) -> list[Row]:
-    rows = []
-    try:
-        text = read_text(path)
-    except (OSError, InputError) as error:
-        raise RewardError(f"{path}: cannot be read as lines of text ({str(error)[:80]})") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise RewardError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(rows[-1], dict):
-                raise RewardError(f"{path}, line {number}: expected an object")
-    return rows
+    rows = [(where, parse_json(line, where)) for where, line in numbered_lines(path) if line.strip()]
+    if wrong := [where for where, row in rows if not isinstance(row, dict)]:
+        raise InputError(f"{wrong[0]}: expected an object")
+    return [row for _, row in rows]
 
 
 def _json_list(path: Path) -> list[Row]:
-    try:
-        rows = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RewardError(f"{path}: cannot be read as JSON ({str(error)[:80]})") from error
+    rows = parse_json(read_text(path), str(path))
     if isinstance(rows, dict) and len(rows) == 1:  # {"train": [row, …]}
         rows = next(iter(rows.values()))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RewardError(f"{path}: expected a list of objects")
+        raise InputError(f"{path}: expected a list of objects")
     return rows
 
 
 def _parquet(path: Path) -> list[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise RewardError(f"{path}: parquet needs pyarrow: pip install 'steer-diffusion[train]'") from error
-    try:
-        with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
-            # In batches: a forged file may claim more rows than memory holds.
-            return [row for batch in file.iter_batches(PARQUET_BATCH) for row in batch.to_pylist()]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise RewardError(f"{path}: not a parquet file that can be read ({str(error)[:80]})") from error
+    with open_parquet(path) as file:  # in batches: a forged file may claim more rows than memory holds
+        return [row for batch in file.iter_batches(PARQUET_BATCH) for row in batch.to_pylist()]
 
 
 def _cells(path: Path) -> list[Row]:
     """Read a .csv or .tsv file; cells that are numbers, lists, true or false have these values, empty ones none."""
-    try:
-        (_, names), *rows = parse_cells(path, "\t" if path.suffix.lower() == ".tsv" else None) or [("", [])]
-    except (OSError, InputError) as error:
-        raise RewardError(
-            str(error) if isinstance(error, InputError) else f"{path}: cannot be read ({error})"
-        ) from error
+    (_, names), *rows = parse_cells(path, "\t" if path.suffix.lower() == ".tsv" else None) or [("", [])]
     names = [name.strip() for name in names]
     if wrong := [place for place, cells in rows if any(cell.strip() for cell in cells[len(names) :])]:
-        raise RewardError(
+        raise InputError(
             f"{wrong[0]}: more cells than the {len(names)} columns: quote texts that contain the separator"
         )
     return [
@@ -470,30 +455,46 @@ def _text(path: Path, number: int, prompt: Any) -> str:
     return prompt
 
 
+def check_output(path: Path, sources: Sequence[Source]) -> None:
+    """Raise RewardError for a file to which `write_pairs` cannot write pairs of these images."""
+    suffix = path.suffix.lower()
+    if suffix != ".parquet" and (suffix != ".jsonl" or any(isinstance(one, bytes) for one in sources)):
+        raise RewardError(f"{path}: pairs are written to .jsonl files, or .parquet where images are bytes in the table")
+
+
 def write_pairs(path: Path, pairs: Pairs, columns: Mapping[str, Sequence[Any]] | None = None) -> None:
     """Write pairs, and further columns, as a table that `read_pairs` reads. Raises RewardError, OSError.
 
     path  .jsonl, with the paths of images relative to it; .parquet where images are bytes
+    The column strength is left out where every strength is 1.
     """
-    rows: list[Row] = []
-    for number, (a, b, prompt) in enumerate(zip(pairs.a, pairs.b, pairs.prompts, strict=True)):
-        images = [one if isinstance(one, bytes) else os.path.relpath(one, path.parent) for one in (a, b)]
-        choice, strength = (column[number].item() for column in (pairs.labels.choice, pairs.labels.strength))
-        rows.append({"image_a": images[0], "image_b": images[1], "prompt": prompt, "choice": round(choice, 6)})
-        rows[-1]["strength"] = round(strength, 6)
-        if pairs.users:
-            rows[-1]["user"] = pairs.users[number]
-        rows[-1] |= {name: values[number] for name, values in (columns or {}).items()}
+    check_output(path, (*pairs.a, *pairs.b))
+
+    def cells(sources: Sequence[Source]) -> list[Any]:
+        return [one if isinstance(one, bytes) else os.path.relpath(one, path.parent) for one in sources]
+
+    choice, strength = ([round(n, 6) for n in one.tolist()] for one in (pairs.labels.choice, pairs.labels.strength))
+    table = {"image_a": cells(pairs.a), "image_b": cells(pairs.b), "prompt": pairs.prompts, "choice": choice}
+    table |= {"strength": strength} if set(strength) != {1.0} else {}
+    table |= ({"user": pairs.users} if pairs.users else {}) | dict(columns or {})
     if path.suffix.lower() == ".parquet":
         import pyarrow
         from pyarrow import parquet
 
         with atomic_write(path) as new:
-            parquet.write_table(pyarrow.Table.from_pylist(rows), new)
+            parquet.write_table(pyarrow.table(table), new)
         return
-    if path.suffix.lower() != ".jsonl" or any(isinstance(one, bytes) for one in (*pairs.a, *pairs.b)):
-        raise RewardError(f"{path}: pairs are written to .jsonl files, or .parquet where images are bytes in the table")
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    rows = zip(*table.values(), strict=True)
+    write_text(path, "".join(json.dumps(dict(zip(table, row, strict=True))) + "\n" for row in rows))
+
+
+def draw_pairs(prompts: Sequence[str], limit: int, seed: int) -> list[tuple[int, int]]:
+    """Draw pairs of rows of each prompt, at most `limit` of it, without repetition."""
+    generator, drawn = random.Random(seed), list[tuple[int, int]]()
+    for rows in rows_by_prompt(prompts).values():
+        pairs = list(itertools.combinations(rows, 2))
+        drawn += generator.sample(pairs, min(limit, len(pairs)))
+    return drawn
 
 
 def load_images(sources: Sequence[Source], fit: Callable[[Tensor], Tensor]) -> Tensor:

@@ -16,20 +16,21 @@ from steer.reward import RewardError
 from steer.rewards.analysis import pairwise_agreement
 from steer.rewards.clip import Backbone, load_backbone
 from steer.rewards.learned import (
-    FEATURE_BATCH,
     HEADS,
+    Features,
     RewardCard,
     RewardTrainingConfig,
     card_backbone,
+    encode_once,
     image_features,
     new_member,
+    rows_of,
     save_members,
+    text_features,
     train_member,
     write_run_config,
 )
 from steer.rewards.preference_pairs import Ratings, split_by_prompt
-
-Numbers = dict[str, float]
 
 
 def train_on_ratings(
@@ -53,13 +54,13 @@ def train_on_ratings(
         raise RewardError(f"all {len(training)} ratings are {mean:g}: nothing to learn")
     backbone = load_backbone(config.backbone).to(device)
     target, members, predictions = ((training.ratings - mean) / std).to(device), [], []
-    frozen = None if config.train_backbone else _features(backbone, training)
+    frozen = None if config.train_backbone else _features(backbone, training, device)
     for number in range(config.members):
         member, own = new_member(config, number, backbone)
-        encode = partial(_encode, own, training) if frozen is None else partial(_rows, frozen)
+        encode = partial(_encode, own, training) if frozen is None else partial(rows_of, frozen)
         train_member(member, partial(_loss, member["head"], encode, target), len(training), config, work, number)
         with torch.no_grad():
-            predictions.append((member["head"](*_features(own, held)) * std + mean).cpu())
+            predictions.append((member["head"](*_features(own, held, device)) * std + mean).cpu())
         members.append(member)
     report = {
         "config": asdict(config),
@@ -74,7 +75,7 @@ def train_on_ratings(
     return report
 
 
-def rating_metrics(predicted: Tensor, held: Ratings) -> Numbers:
+def rating_metrics(predicted: Tensor, held: Ratings) -> dict[str, float]:
     """Return Pearson's correlation, R² and the pairwise accuracy inside prompts (nan without such pairs)."""
     if len(held) < 2:
         return dict.fromkeys(("pearson", "r2", "pair_accuracy"), math.nan)
@@ -89,20 +90,12 @@ def _loss(head: nn.Module, encode: Any, target: Tensor, rows: Tensor) -> Tensor:
     return F.mse_loss(head(*encode(rows)), target[rows])
 
 
-def _rows(features: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-    return features[0][rows], features[1][rows]
+def _features(backbone: Backbone, ratings: Ratings, device: str) -> Features:
+    """Encode all images and prompts, outside of training: (N, D) each."""
+    image = encode_once(backbone, partial(image_features, backbone), ratings.images)
+    return [image.to(device), encode_once(backbone, backbone.texts, ratings.prompts).to(device)]
 
 
-@torch.no_grad()
-def _features(backbone: Backbone, ratings: Ratings) -> tuple[Tensor, Tensor]:
-    backbone.eval()
-    parts = [_encode(backbone, ratings, rows) for rows in torch.arange(len(ratings)).split(FEATURE_BATCH)]
-    return torch.cat([image for image, _ in parts]), torch.cat([text for _, text in parts])
-
-
-def _encode(backbone: Backbone, ratings: Ratings, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode some images and their prompts: (N, D) each."""
+def _encode(backbone: Backbone, ratings: Ratings, rows: Tensor) -> Features:
     chosen = ratings.select(rows.tolist())
-    prompts = list(dict.fromkeys(chosen.prompts))
-    text = backbone.texts(prompts)[[prompts.index(prompt) for prompt in chosen.prompts]]
-    return image_features(backbone, chosen.images), text
+    return image_features(backbone, chosen.images), text_features(backbone, chosen.prompts)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steer.reward import RewardError
 from steer.rewards.inputs import takes_any_images
+from steer.rewards.names import option_number
 from steer.rewards.remote import line
 from steer.rewards.sandbox_child import frame
 
@@ -58,10 +59,7 @@ class SandboxReward:
         from steer.rewards.code_rules import refusals
 
         self.name, self._lock = name, threading.Lock()
-        try:
-            self._seconds, gigabytes = float(seconds), float(memory)
-        except ValueError as error:
-            raise RewardError(f"{name}: seconds= and memory= are numbers, got {seconds!r} and {memory!r}") from error
+        self._seconds, gigabytes = option_number("seconds", seconds), option_number("memory", memory)
         if reasons := refusals(code):
             raise RewardError(f"{name}: {'; '.join(reasons)}")
         self._first = {"code": code, "seconds": self._seconds, "memory": gigabytes, "clip": clip}

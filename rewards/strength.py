@@ -26,6 +26,7 @@ from steer.rewards.learned import (
     pair_features,
     pair_loss,
     raw_pair,
+    rows_of,
     train_member,
     write_run_config,
 )
@@ -40,12 +41,12 @@ class Strengths:
 
     @property
     def mean(self) -> Tensor:
-        """μ (P,)."""
+        """Return μ (P,), in nats."""
         return self.differences.mean(0)
 
     @property
     def spread(self) -> Tensor:
-        """s (P,)."""
+        """Return s (P,), in nats."""
         return self.differences.std(0, correction=0)
 
     def agreement(self, choice: Tensor) -> Tensor:
@@ -74,20 +75,16 @@ def measure_strength(
     differences = torch.zeros(config.members, len(pairs))
     for number, fold in enumerate(order.chunk(folds)):
         others = order[~torch.isin(order, fold)]
-        seen = [column[others.to(device)] for column in features]
+        seen = rows_of(features, others.to(device))
         labels = pairs.labels[others].to(device)
         for k in range(config.members):
             member, _ = new_member(config, number * config.members + k, backbone)
-            loss = partial(pair_loss, member["head"], partial(_rows, seen), labels, objective, config)
+            loss = partial(pair_loss, member["head"], partial(rows_of, seen), labels, objective, config)
             train_member(member, loss, len(others), config, work, number * config.members + k)
             with torch.no_grad():
-                a, b = raw_pair(member["head"], *(column[fold.to(device)] for column in features))
+                a, b = raw_pair(member["head"], *rows_of(features, fold.to(device)))
             differences[k, fold] = (a - b).cpu()
     return Strengths(differences)
-
-
-def _rows(features: list[Tensor], rows: Tensor) -> list[Tensor]:
-    return [column[rows] for column in features]
 
 
 KEPT, SOFTENED, FLIPPED = "kept", "softened", "flipped"

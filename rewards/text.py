@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steer.reward import Composite, Reward, RewardError, Texts, score
 from steer.rewards.classifier import Classifier
+from steer.rewards.names import option_count
 from steer.rewards.scene import parse
 
 BATCH = 32  # texts of a language model at a time
@@ -129,7 +130,7 @@ class Perplexity(TextReward):
     def __init__(self, model: str, micro_batch: str | int = BATCH) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.name, self._batch = f"perplexity:{model}", _batch_size(micro_batch)
+        self.name, self._batch = f"perplexity:{model}", option_count("micro_batch", micro_batch)
         self._tokenizer, self._model = _load(model, AutoModelForCausalLM, self.name)
 
     @torch.no_grad()
@@ -156,7 +157,7 @@ class TextClassifier(TextReward):
     def __init__(self, model: str, label: str, micro_batch: str | int = BATCH) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        self.name, self._batch = f"classifier:{model},label={label}", _batch_size(micro_batch)
+        self.name, self._batch = f"classifier:{model},label={label}", option_count("micro_batch", micro_batch)
         self._tokenizer, self._model = _load(model, AutoModelForSequenceClassification, self.name)
         names = {str(name).lower(): index for index, name in self._model.config.id2label.items()}
         index = int(label) if label.isdecimal() else names.get(label.lower(), -1)
@@ -184,12 +185,6 @@ def classifier(
 
 
 classifier.takes_number = True  # type: ignore[attr-defined]  # of an image class
-
-
-def _batch_size(micro_batch: str | int) -> int:
-    if not str(micro_batch).isdecimal() or int(micro_batch) < 1:
-        raise RewardError(f"micro_batch={micro_batch}: use a positive integer")
-    return int(micro_batch)
 
 
 def _load(model: str, kind: Any, name: str) -> tuple[Any, Any]:

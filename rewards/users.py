@@ -7,7 +7,6 @@ latent (VPL, arXiv 2408.10075)    r(x|p, z),  q(z | the pairs of u) = N(μ, σ²
 Features are those of a frozen CLIP. A user without pairs has the mean weights of all users, or z = 0.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,19 +19,30 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steer.files import atomic_write_with_checksums, verify_checksums
+from steer.files import atomic_write_with_checksums
 from steer.reward import RewardError
 from steer.rewards.analysis import preference_metrics
 from steer.rewards.clip import load_backbone
+from steer.rewards.folders import CARD, Card, read_card, write_card
 from steer.rewards.images import in_micro_batches
 from steer.rewards.inputs import takes_any_images
-from steer.rewards.learned import MAX_WIDTH, RewardTrainingConfig, pair_features, write_run_config
+from steer.rewards.learned import (
+    MAX_WIDTH,
+    RewardTrainingConfig,
+    joined,
+    mlp,
+    pair_features,
+    raw_statistics,
+    rows_of,
+    scaled,
+    write_run_config,
+)
 from steer.rewards.objectives import PreferenceLabels
 from steer.rewards.preference_pairs import Pairs, read_pairs, split_by_prompt
 from steer.rewards.weights import cast, load_weights, read_checkpoint, to_module_device
 from steer.training.supervised import TrainingRun, batch_at
 
-KIND, CARD, WEIGHTS = "users", "reward.json", "users.safetensors"
+KIND, WEIGHTS = "users", "users.safetensors"
 HIDDEN, DIMENSIONS = 64, 32
 MAX_USERS, MAX_GROUPS = 1_000_000, 1000
 CONTEXT = 16  # pairs of a user that the set encoder sees in a step of the training
@@ -41,27 +51,21 @@ PRIOR_PAIRS = 0.5  # weight of the mean user, in pairs, where the weights of a n
 FIT_STEPS = 200
 
 
-def _joined(image: Tensor, text: Tensor) -> Tensor:
-    """Join features of unit length, scaled to entries of about 1: (N, 3 D)."""
-    image, text = (features * math.sqrt(features.shape[-1]) for features in (image, text))
-    return torch.cat([image, text, image * text], -1)
-
-
 class Groups(nn.Module):
     """K groups, and the logits W (U, K) of the users' weights. A profile is a row of weights (K,)."""
 
     def __init__(self, width: int, size: int, users: int) -> None:
         super().__init__()
-        self.image = nn.Sequential(nn.Linear(3 * width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, DIMENSIONS))
-        self.text = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, size * DIMENSIONS))
+        self.image = mlp(3 * width, HIDDEN, DIMENSIONS)
+        self.text = mlp(width, HIDDEN, size * DIMENSIONS)
         self.logits = nn.Parameter(0.1 * torch.randn(users, size))
         self.log_scale = nn.Parameter(torch.tensor(math.log(5.0)))
 
     def forward(self, image: Tensor, text: Tensor, profile: Tensor) -> Tensor:
         """Score images (N,) for profiles (N, K), in nats."""
-        groups = self.text(text * math.sqrt(text.shape[-1])).unflatten(-1, (profile.shape[-1], DIMENSIONS))
+        groups = self.text(scaled(text)).unflatten(-1, (profile.shape[-1], DIMENSIONS))
         wanted = (profile[..., None] * groups).sum(-2)
-        return self.log_scale.exp() * F.cosine_similarity(self.image(_joined(image, text)), wanted, dim=-1)
+        return self.log_scale.exp() * F.cosine_similarity(self.image(joined(image, text)), wanted, dim=-1)
 
     def loss(self, users: Tensor, a: Tensor, b: Tensor, text: Tensor, choice: Tensor) -> Tensor:
         """Return the log loss of pairs with the numbers of their users."""
@@ -96,22 +100,20 @@ class Latents(nn.Module):
 
     def __init__(self, width: int, size: int, users: int) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(4 * width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN), nn.GELU())
+        self.encoder = mlp(4 * width, HIDDEN, HIDDEN)
         self.moments = nn.Linear(HIDDEN, 2 * size)
-        self.decoder = nn.Sequential(
-            nn.Linear(3 * width + size, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1)
-        )
+        self.decoder = mlp(3 * width + size, HIDDEN, HIDDEN, 1)
         self.size = size
 
     def forward(self, image: Tensor, text: Tensor, profile: Tensor) -> Tensor:
         """Score images (N,) for profiles (N, L), in nats."""
-        return self.decoder(torch.cat([_joined(image, text), profile], -1))[:, 0]
+        return self.decoder(torch.cat([joined(image, text), profile], -1))[:, 0]
 
     def encode(self, a: Tensor, b: Tensor, text: Tensor, choice: Tensor, users: Tensor, count: int) -> Tensor:
         """Return μ and log σ² (U, 2 L) of users numbered 0 … U − 1, from the mean over the pairs of each."""
-        scale = math.sqrt(a.shape[-1])
-        sign = (2 * choice - 1)[:, None]
-        hidden = self.encoder(scale * torch.cat([sign * (a - b), a + b, text, sign * (a - b) * text * scale], -1))
+        a, b, text = map(scaled, (a, b, text))
+        difference = (2 * choice - 1)[:, None] * (a - b)
+        hidden = F.gelu(self.encoder(torch.cat([difference, a + b, text, difference * text], -1)))
         sums = hidden.new_zeros(count, HIDDEN).index_add(0, users, hidden)
         return self.moments(sums / torch.bincount(users, minlength=count).clamp(min=1)[:, None])
 
@@ -146,7 +148,7 @@ MODELS: dict[str, type[Groups] | type[Latents]] = {"groups": Groups, "latent": L
 
 
 @dataclass(frozen=True)
-class UserCard:
+class UserCard(Card):
     """Contents of reward.json: the form of the model, its users, and the mean and std that standardise scores."""
 
     model: str
@@ -158,7 +160,13 @@ class UserCard:
     std: float
     report: dict[str, Any] = field(default_factory=dict)
     kind: str = KIND
-    format: int = 1
+
+    @property
+    def is_valid(self) -> bool:
+        valid = self.kind == KIND and self.model in MODELS and isinstance(self.backbone, str)
+        valid = valid and 0 < self.size <= MAX_GROUPS and 0 < self.width <= MAX_WIDTH
+        valid = valid and 0 < len(self.users) <= MAX_USERS and all(isinstance(user, str) for user in self.users)
+        return valid and math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0
 
 
 def train_on_users(
@@ -180,12 +188,12 @@ def train_on_users(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = MODELS[model](backbone.width, size, len(names)).to(device)
-    training = [column[training_rows] for column in columns]
+    training = rows_of(columns, torch.tensor(training_rows))
     batch = partial(_batch_of_users if model == "latent" else batch_at, size=config.batch_size, seed=config.seed)
 
     def loss_at(step: int) -> Tensor:
         rows = batch(step, count=len(training_rows)) if model == "groups" else batch(step, users=training[0].cpu())
-        return net.loss(*(column[rows.to(device)] for column in training))
+        return net.loss(*rows_of(training, rows.to(device)))
 
     TrainingRun(work, config.steps, config.learning_rate, warmup=min(100, config.steps // 10)).train([net], loss_at)
     net.requires_grad_(False).eval()
@@ -194,7 +202,7 @@ def train_on_users(
     fitted = net.profiles(a, b, text, choice, seen)
     fitted = torch.cat([fitted, fitted.new_zeros(len(names) - len(fitted), size)])
     profiles = torch.where(known.to(device)[:, None], fitted, net.prior(fitted[known.to(device)]).to(device))
-    held = [column[held_rows or training_rows] for column in columns]
+    held = rows_of(columns, torch.tensor(held_rows or training_rows))
     report, mean, std = _report(net, profiles, held, config, len(training_rows), len(held_rows))
     card = UserCard(model, size, config.backbone, backbone.width, names, mean, std, report)
     save_users(out, card, net, profiles)
@@ -235,15 +243,13 @@ def _report(
     """Return the report, and the mean and deviation of the scores."""
     users, a, b, text, choice = held
     labels = PreferenceLabels(choice.cpu(), torch.ones(len(choice)))
-    measured = {}
-    raw = torch.zeros(0)
+    measured, sides = {}, list[Tensor]()
     for name, profile in (("shared", net.prior(profiles).to(a).expand(len(users), -1)), ("ensemble", profiles[users])):
         sides = [net(image, text, profile).cpu() for image in (a, b)]
-        measured[name], raw = asdict(preference_metrics(sides, labels)), torch.cat(sides)
-    if not raw.std() > 0:
-        raise RewardError("the trained reward scores all held-out images equally: train for more steps, or more pairs")
+        measured[name] = asdict(preference_metrics(sides, labels))
+    (mean,), (std,) = raw_statistics([sides])
     pairs = {"trained": counts[0], "held_out": counts[1]}
-    return {"config": asdict(config), "pairs": pairs} | measured, raw.mean().item(), raw.std().item()
+    return {"config": asdict(config), "pairs": pairs} | measured, mean, std
 
 
 def save_users(out: Path, card: UserCard, net: nn.Module, profiles: Tensor) -> None:
@@ -251,23 +257,7 @@ def save_users(out: Path, card: UserCard, net: nn.Module, profiles: Tensor) -> N
     state = {f"net.{key}": value.cpu().contiguous() for key, value in net.state_dict().items() if key != "logits"}
     with atomic_write_with_checksums(out, [CARD, WEIGHTS]) as new:
         save_file(state | {"profiles": profiles.cpu().contiguous()}, new[WEIGHTS])
-        new[CARD].write_text(json.dumps(asdict(card), indent=1) + "\n", encoding="utf-8")
-
-
-def read_user_card(folder: Path) -> UserCard:
-    """Read and check the reward.json of a reward of users. Raises RewardError."""
-    try:
-        verify_checksums(*(folder / name for name in (CARD, WEIGHTS) if (folder / name).is_file()))
-        card = UserCard(**json.loads((folder / CARD).read_text(encoding="utf-8")))
-        valid = card.format == 1 and card.kind == KIND and card.model in MODELS and isinstance(card.backbone, str)
-        valid = valid and 0 < card.size <= MAX_GROUPS and 0 < card.width <= MAX_WIDTH
-        valid = valid and 0 < len(card.users) <= MAX_USERS and all(isinstance(user, str) for user in card.users)
-        valid = valid and math.isfinite(card.mean) and math.isfinite(card.std) and card.std > 0
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise RewardError(f"{folder / CARD}: cannot be read ({str(error)[:80]})") from error
-    if not valid:
-        raise RewardError(f"{folder / CARD}: not the card of a reward of users of this version")
-    return card
+        write_card(new[CARD], card)
 
 
 class UserReward:
@@ -291,7 +281,7 @@ class UserReward:
         micro_batch: str | int = 64,
     ) -> None:
         path = Path(folder)
-        self.card = card = read_user_card(path)
+        self.card = card = read_card(path, UserCard, [path / WEIGHTS], "a reward of users")
         options = {"user": user, "like": like, "aggregate": aggregate}
         if len(given := [f"{name}={value}" for name, value in options.items() if value is not None]) > 1:
             raise RewardError(f"{folder}: give one of user, like and aggregate, got {', '.join(given)}")

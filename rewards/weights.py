@@ -14,10 +14,10 @@ from torch.hub import download_url_to_file, get_dir
 from steer.files import file_sha256
 from steer.registry import nearest
 from steer.reward import RewardError
+from steer.tables import one_line
 
 State = Mapping[str, Tensor]
 MAX_KEYS_SHOWN = 4  # in a message
-MAX_ERROR_LENGTH = 160  # characters of another library's message
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NO_NETWORK = "without a network set HF_HUB_OFFLINE=1 (or --offline) once it is in the cache, or name a file: path=…"
 
@@ -66,11 +66,6 @@ class WebFile:
                 raise RewardError(f"cannot fetch {self.url}: {one_line(error)}; or name a file: path=…") from error
         verify(path, self.sha256)
         return path
-
-
-def one_line(error: Exception) -> str:
-    """Reduce an error of another library to one line of bounded length."""
-    return " ".join(str(error).split())[:MAX_ERROR_LENGTH] or type(error).__name__
 
 
 def verify(path: Path, sha256: str | None) -> None:

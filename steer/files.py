@@ -186,6 +186,9 @@ DECODE_ERRORS = (  # raised by Pillow; IndexError for a truncated colour profile
 )
 
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of the images of a folder
+
+
 def read_image(path: Path | bytes) -> Tensor:
     """Read an image file, or its bytes, as (3, H, W) in [0, 1]: EXIF rotation applied, transparency on white.
 

@@ -3,12 +3,13 @@
 import codecs
 import csv
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from steer.errors import InputError
 
@@ -30,6 +31,35 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         kind = "UTF-8 text" if encoding == "utf-8-sig" else f"the {encoding.upper()} text of its byte order mark"
         raise InputError(f"{path}: not {kind} (byte {error.start}): save it as UTF-8") from error
+
+
+def numbered_lines(path: Path) -> list[tuple[str, str]]:
+    """Split a text file at line ends alone (other Unicode separators may be part of a text), each with its place."""
+    lines = read_text(path).replace("\r\n", "\n").split("\n")
+    return [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1)]
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON. Raises InputError, which begins with `where`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from error
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """Open a parquet file as a pyarrow.parquet.ParquetFile. Raises InputError without pyarrow and for a broken file."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path}: parquet needs pyarrow: pip install 'steer-diffusion[train]'") from error
+    try:
+        with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
+            yield file
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
 
 
 DELIMITERS = ",;\t"

@@ -198,7 +198,7 @@ def test_files_that_are_none_are_named(folder: Path) -> None:
     (folder / "pairs.parquet").write_bytes(b"PAR1 no, not at all PAR1")
     refused(folder / "pairs.parquet", "not a parquet file that can be read")
     (folder / "pairs.jsonl").write_bytes(b"\xff\xfe\x00")
-    refused(folder / "pairs.jsonl", "cannot be read as lines of text")
+    refused(folder / "pairs.jsonl", "not the UTF-16 text of its byte order mark")
     assert read_rows(lines(folder, {"a": 1}).rename(folder / "PAIRS.JSONL")) == [{"a": 1}]
 
 
@@ -423,7 +423,7 @@ def test_a_bad_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -
 
 
 def test_json_that_is_no_list_of_rows_is_refused(tmp_path: Path) -> None:
-    for text, message in (("{}", "expected a list of objects"), ("[1]", "expected a list"), ("[", "cannot be read as")):
+    for text, message in (("{}", "expected a list of objects"), ("[1]", "expected a list"), ("[", "not JSON")):
         (tmp_path / "pairs.json").write_text(text)
         with pytest.raises(RewardError, match=message):
             read_pairs(tmp_path / "pairs.json")

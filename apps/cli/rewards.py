@@ -1,7 +1,8 @@
 """`steer rewards …`: list, analyse, calibrate, train and serve rewards. Commands import heavy modules themselves."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +63,34 @@ def serve(reward: str, host: str, port: int, device: str | None) -> None:
         exit_now(0)
 
 
+def on_images(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --images, --prompt and --device, and pass the images' paths, their prompts and the device to a command."""
+
+    @IMAGES
+    @PROMPT
+    @DEVICE
+    @wraps(command)
+    def run(images: Path, prompt: str | None, device: str | None, **options: Any) -> None:
+        from steer.apps.models import default_device
+        from steer.apps.scoring import images_with_prompts
+
+        command(*images_with_prompts(images, prompt), default_device(device), **options)
+
+    return run
+
+
 @rewards.command()
 @click.argument("reward")
-@IMAGES
-@PROMPT
+@on_images
 @click.option("--max-images", default=8, type=click.IntRange(1), help="Images of one size to test on.")
-@DEVICE
-def check(reward: str, images: Path, prompt: str | None, max_images: int, device: str | None) -> None:
+def check(paths: Sequence[Path], prompts: Sequence[str], device: str, reward: str, max_images: int) -> None:
     """Test REWARD: contract, determinism, batches, gradients, speed. Exit code 1 where a test fails."""
-    from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
-    from steer.apps.scoring import images_with_prompts, load_batch, render_check_results
+    from steer.apps.scoring import load_batch, render_check_results
     from steer.rewards.analysis import check_reward
 
-    paths, prompts = images_with_prompts(images, prompt)
     batch, texts = load_batch(paths, prompts, max_images)
-    check_results = check_reward(resolve_reward(reward), batch.to(default_device(device)), texts)
+    check_results = check_reward(resolve_reward(reward), batch.to(device), texts)
     click.echo(render_check_results(check_results))
     if any(finding.passed is False for finding in check_results):
         raise SystemExit(1)
@@ -86,21 +99,15 @@ def check(reward: str, images: Path, prompt: str | None, max_images: int, device
 @rewards.command()
 @click.argument("first")
 @click.argument("second")
-@IMAGES
-@PROMPT
+@on_images
 @click.option("--out", default=Path("scatter.png"), type=FOLDER, help="The scatter plot, a PNG file.")
-@DEVICE
-def compare(first: str, second: str, images: Path, prompt: str | None, out: Path, device: str | None) -> None:
+def compare(paths: Sequence[Path], prompts: Sequence[str], device: str, first: str, second: str, out: Path) -> None:
     """Measure the agreement of two rewards on images: rank correlations, STARC distance, and a scatter plot."""
-    from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
-    from steer.apps.scoring import draw_scatter, images_with_prompts, render_agreement, score_all
+    from steer.apps.scoring import draw_scatter, render_agreement, score_each
     from steer.rewards.analysis import compare as agreement_of
 
-    paths, prompts = images_with_prompts(images, prompt)
-    one, two = (
-        score_all(resolve_reward(spec), paths, prompts, device=default_device(device)) for spec in (first, second)
-    )
+    one, two = score_each(map(resolve_reward, (first, second)), paths, prompts, device)
     agreement = agreement_of(one, two, prompts)
     draw_scatter(first, one, second, two, prompts, agreement, out)
     click.echo(f"{render_agreement(agreement)}\n→ {out}")
@@ -109,61 +116,50 @@ def compare(first: str, second: str, images: Path, prompt: str | None, out: Path
 @rewards.command()
 @click.argument("proxy")
 @click.argument("held_out", metavar="HOLDOUT")
-@IMAGES
-@PROMPT
-@DEVICE
-def usefulness(proxy: str, held_out: str, images: Path, prompt: str | None, device: str | None) -> None:
+@on_images
+def usefulness(paths: Sequence[Path], prompts: Sequence[str], device: str, proxy: str, held_out: str) -> None:
     """Find where HOLDOUT peaks as PROXY is optimised, by best-of-n of each prompt's images: a bound for training."""
-    from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
-    from steer.apps.scoring import images_with_prompts, render_usefulness, scores_by_prompt
+    from steer.apps.scoring import render_usefulness, scores_by_prompt
     from steer.training.overoptimization import point_of_usefulness
 
-    paths, prompts = images_with_prompts(images, prompt)
     reward = resolve_reward(proxy)
-    scores = scores_by_prompt(reward, resolve_reward(held_out), paths, prompts, default_device(device))
+    scores = scores_by_prompt(reward, resolve_reward(held_out), paths, prompts, device)
     click.echo(render_usefulness(point_of_usefulness(*scores), reward.name))
 
 
 @rewards.command()
 @click.argument("proxy")
 @click.argument("held_out", metavar="HOLDOUT")
-@IMAGES
-@PROMPT
+@on_images
 @click.option("--keep", type=click.IntRange(2), help="Samples of a prompt to keep.  [default: half]")
-@DEVICE
 def reliability(
-    proxy: str, held_out: str, images: Path, prompt: str | None, keep: int | None, device: str | None
+    paths: Sequence[Path], prompts: Sequence[str], device: str, proxy: str, held_out: str, keep: int | None
 ) -> None:
     """Measure how well PROXY predicts HOLDOUT among the samples that each `sample_filter` of a training keeps."""
-    from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
-    from steer.apps.scoring import images_with_prompts, render_reliability, scores_by_prompt
+    from steer.apps.scoring import render_reliability, scores_by_prompt
     from steer.training.signals import filter_reliability
 
-    paths, prompts = images_with_prompts(images, prompt)
-    rewards_ = resolve_reward(proxy), resolve_reward(held_out)
-    first, second = scores_by_prompt(*rewards_, paths, prompts, default_device(device))
+    first, second = scores_by_prompt(resolve_reward(proxy), resolve_reward(held_out), paths, prompts, device)
     kept = keep or max(2, first.shape[1] // 2)
     click.echo(render_reliability(filter_reliability(first, second, kept), kept))
 
 
 @rewards.command()
 @click.argument("reward")
-@IMAGES
-@PROMPT
-@DEVICE
-def contrast(reward: str, images: Path, prompt: str | None, device: str | None) -> None:
+@on_images
+def contrast(paths: Sequence[Path], prompts: Sequence[str], device: str, reward: str) -> None:
     """Measure how often REWARD prefers an image's prompt to one with a colour, count or relation changed."""
-    from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
-    from steer.apps.scoring import images_with_prompts, render_consistency, score_consistency
+    from steer.apps.scoring import render_consistency, score_consistency
     from steer.errors import InputError
 
-    paths, prompts = images_with_prompts(images, prompt)
-    results = score_consistency(resolve_reward(reward), paths, prompts, device=default_device(device))
+    results = score_consistency(resolve_reward(reward), paths, prompts, device=device)
     if not results:
-        raise InputError(f"--images {images}: no prompt names a colour, a count or a relation that could be changed")
+        raise InputError(
+            f"--images: no prompt of its {len(paths)} images names a colour, a count or a relation to change"
+        )
     click.echo(render_consistency(results))
 
 
@@ -177,14 +173,11 @@ def herding(
     rewards_: tuple[str, ...], images: Path, prompt: str | None, optimised: Path | None, device: str | None
 ) -> None:
     """Measure whether the members of an ensemble err together: correlations, and gains of each other's best of n."""
-    from steer.apps.ensembles import score_each
+    from steer.apps.calibration import measure_herding
     from steer.apps.models import default_device
-    from steer.rewards.herding import herding as measure
-    from steer.rewards.herding import render_herding
 
     for folder in (images, *([optimised] if optimised else [])):
-        scores, prompts = score_each(rewards_, folder, prompt, default_device(device))
-        click.echo(f"{folder}: {len(prompts)} images\n{render_herding(measure(rewards_, scores, prompts))}")
+        click.echo(measure_herding(rewards_, folder, prompt, default_device(device)))
 
 
 @rewards.command()
@@ -209,50 +202,27 @@ def calibrate(
     device: str | None,
 ) -> None:
     """Measure each REWARD's mean and spread, overall and per prompt, on images of `steer sample --method base`."""
+    from steer.apps.calibration import calibrate_bound, calibrate_rewards
     from steer.apps.models import default_device
-    from steer.apps.reward_specs import resolve_reward
-    from steer.apps.scoring import images_with_prompts, score_all
-    from steer.rewards.compose import Calibration, read_calibration, reward_statistics
 
-    if bound is not None:
-        from steer.apps.ensembles import calibrate_bound
-
-        for text in calibrate_bound(rewards_, bound, images, prompt, level, out, optimised, default_device(device)):
-            click.echo(text)
-        return
-    paths, prompts = images_with_prompts(images, prompt)
-    scales = dict(read_calibration(out).scales) if out.exists() else {}
-    for reward in map(resolve_reward, rewards_):
-        scores = score_all(reward, paths, prompts, device=default_device(device))
-        scales[reward.name] = scale = reward_statistics(scores, prompts)
-        click.echo(f"{reward.name}: mean {scale.mean:.4g}, std {scale.std:.4g} over {scale.count} images")
-        Calibration(scales, {"images": images.name, "count": len(paths)}).save(out)
+    where = images, prompt, out, default_device(device)
+    lines = (
+        calibrate_bound(rewards_, bound, level, optimised, *where)
+        if bound is not None
+        else calibrate_rewards(rewards_, *where)
+    )
+    for text in lines:
+        click.echo(text)
 
 
-@rewards.command()
-@click.option(
-    "--by", "judge", required=True, help="A judge: hierarchy(A > 0.1, B), a reward, http://HOST/v1,model=NAME."
+PAIRS_PER_PROMPT = click.option(
+    "--pairs-per-prompt", default=32, type=click.IntRange(1), help="At most; drawn without repetition."
 )
-@IMAGES
-@PROMPT
-@click.option("--out", required=True, type=FOLDER, help="The pairs, a .jsonl file for `steer rewards train`.")
-@click.option("--pairs-per-prompt", default=32, type=click.IntRange(1), help="At most; drawn without repetition.")
-@click.option("--seed", default=0)
-@DEVICE
-def pairs(
-    judge: str, images: Path, prompt: str | None, out: Path, pairs_per_prompt: int, seed: int, device: str | None
-) -> None:
-    """Label pairs of images of one prompt by a judge: rows with the probability that image_a is preferred."""
-    from steer.apps.models import default_device
-    from steer.apps.scoring import images_with_prompts, label_pairs
-    from steer.rewards.parser import load_judge
-
-    paths, prompts = images_with_prompts(images, prompt)
-    rows = label_pairs(load_judge(judge), paths, prompts, pairs_per_prompt, seed, default_device(device), out)
-    click.echo(f"{rows} pairs → {out}; train on them: steer rewards train {out} --out FOLDER")
-
-
+SEED = click.option("--seed", default=0)
 DATA = click.option("--images", type=FOLDER, help="Folder that image paths are relative to.  [default: that of DATA]")
+OUT_PAIRS = click.option(
+    "--out", required=True, type=FOLDER, help="The pairs, a .jsonl file, or .parquet with their images."
+)
 MAX_ROWS = click.option("--max-rows", type=click.IntRange(1), help="The first rows of DATA alone.")
 WORK = click.option(
     "--work", type=FOLDER, help="Folder of checkpoints and logs; run the command again to resume.  [default: runs/OUT]"
@@ -260,23 +230,50 @@ WORK = click.option(
 
 
 @rewards.command()
-@click.argument("data", type=FOLDER)
-@click.option("--out", required=True, type=FOLDER, help="The pairs, a .jsonl file, or .parquet with their images.")
-@DATA
-@click.option("--certainty", default=0.3, help="Leave out pairs with |P - 1/2| below it, 0 to 0.5.")
-@click.option("--pairs-per-prompt", default=32, type=click.IntRange(1), help="At most; drawn without repetition.")
-@click.option("--seed", default=0)
-def counts(data: Path, out: Path, images: Path | None, certainty: float, pairs_per_prompt: int, seed: int) -> None:
-    """Label pairs of images by how often they were liked and shown: rows of image, prompt, shown, liked in DATA."""
-    from steer.apps.learning import label_counts
+@click.option(
+    "--by", "judge", required=True, help="A judge: hierarchy(A > 0.1, B), a reward, http://HOST/v1,model=NAME."
+)
+@on_images
+@click.option("--out", required=True, type=FOLDER, help="The pairs, a .jsonl file for `steer rewards train`.")
+@PAIRS_PER_PROMPT
+@SEED
+def pairs(
+    paths: Sequence[Path],
+    prompts: Sequence[str],
+    device: str,
+    judge: str,
+    out: Path,
+    pairs_per_prompt: int,
+    seed: int,
+) -> None:
+    """Label pairs of images of one prompt by a judge: rows with the probability that image_a is preferred."""
+    from steer.apps.scoring import label_pairs
+    from steer.rewards.parser import load_judge
 
-    rows = label_counts(data, out, certainty, pairs_per_prompt, seed, images)
+    _report_pairs(label_pairs(load_judge(judge), paths, prompts, pairs_per_prompt, seed, device, out), out)
+
+
+def _report_pairs(rows: int, out: Path) -> None:
     click.echo(f"{rows} pairs → {out}; train on them: steer rewards train {out} --out FOLDER")
 
 
 @rewards.command()
 @click.argument("data", type=FOLDER)
-@click.option("--out", required=True, type=FOLDER, help="The pairs, a .jsonl file, or .parquet with their images.")
+@OUT_PAIRS
+@DATA
+@click.option("--certainty", default=0.3, help="Leave out pairs with |P - 1/2| below it, 0 to 0.5.")
+@PAIRS_PER_PROMPT
+@SEED
+def counts(data: Path, out: Path, images: Path | None, certainty: float, pairs_per_prompt: int, seed: int) -> None:
+    """Label pairs of images by how often they were liked and shown: rows of image, prompt, shown, liked in DATA."""
+    from steer.apps.learning import label_counts
+
+    _report_pairs(label_counts(data, out, certainty, pairs_per_prompt, seed, images), out)
+
+
+@rewards.command()
+@click.argument("data", type=FOLDER)
+@OUT_PAIRS
 @DATA
 @MAX_ROWS
 @WORK
@@ -289,7 +286,7 @@ def counts(data: Path, out: Path, images: Path | None, certainty: float, pairs_p
 @click.option("--steps", default=300)
 @click.option("--batch-size", default=64)
 @click.option("--learning-rate", default=1e-3)
-@click.option("--seed", default=0)
+@SEED
 @DEVICE
 def strength(
     data: Path,
@@ -378,7 +375,7 @@ def write(
     help="Weight of the penalty that centers each prompt's rewards at 0; for ensembles 0.01 to 0.1.",
 )
 @click.option("--held-out", default=0.1, help="Share of the prompts for evaluation.")
-@click.option("--seed", default=0)
+@SEED
 @click.option(
     "--features", help='Named rewards, like "clip:scenes, brightness": fit their weights in place of a CLIP head.'
 )
@@ -406,29 +403,21 @@ def train(
     (image_a, image_b, prompt, choice), the tables of Pick-a-Pic, HPDv2, HPDv3 and ImageReward, DPO's chosen and
     rejected, and preference datasets that the demo recorded; with --objective rating image, prompt and rating.
     """
-    from steer.apps.learning import run_feature_training, run_reward_training, run_user_training, summary
+    from steer.apps.learning import run_reward_training, summary
     from steer.apps.models import default_device
     from steer.errors import InputError
     from steer.rewards.learned import RewardTrainingConfig
     from steer.rewards.named_features import FeatureConfig
 
-    if sum(one is not None for one in (options["features"], groups, latent)) > 1:
+    features, kind = options["features"], "a reward of CLIP features"
+    users = next(((name, size) for name, size in (("groups", groups), ("latent", latent)) if size is not None), None)
+    if sum(one is not None for one in (features, groups, latent)) > 1:
         raise InputError("--features, --groups and --latent are three kinds of rewards: give one of them")
-    config, feature_config = (_config(kind, options) for kind in (RewardTrainingConfig, FeatureConfig))
-    if options["features"] is not None:
-        _refuse_others("--features", vars(feature_config))
-    elif groups is not None or latent is not None:
-        _refuse_others("--groups and --latent", vars(config).keys() - OF_HEADS)
-    else:
-        _refuse_others("a reward of CLIP features", vars(config))
-    where = out, work or Path("runs") / out.name, default_device(device), images, max_rows
-    if options["features"] is not None:
-        report = run_feature_training(data, feature_config, *where)
-    elif groups is not None or latent is not None:
-        size = ("groups", groups) if groups is not None else ("latent", latent or 0)
-        report = run_user_training(data, config, size, *where)
-    else:
-        report = run_reward_training(data, config, *where)
+    config = _config(RewardTrainingConfig if features is None else FeatureConfig, options)
+    kind = "--groups and --latent" if users else kind if features is None else "--features"
+    _refuse_others(kind, vars(config).keys() - (OF_HEADS if users else set()))
+    work = work or Path("runs") / out.name
+    report = run_reward_training(data, config, out, work, default_device(device), images, max_rows, users)
     click.echo(f"{summary(report)} → {out}")
 
 
