@@ -7,6 +7,7 @@ import json
 from urllib.parse import urlencode
 
 from steer.apps.demo.steering import given_options
+from steer.apps.demo.studio import prompts_in
 from steer.apps.recipes import checked_settings
 from steer.apps.settings import SHARED, SamplingConfig
 from steer.errors import InputError
@@ -40,6 +41,7 @@ def read_link(text: str) -> tuple[str, SamplingConfig]:
     if not isinstance(prompt, str) or not prompt.isprintable() or not prompt.strip():
         raise InputError(f"link: the prompt must be one line of text, got {prompt!r:.60}")
     try:
+        prompts_in(prompt, 1)
         return prompt, checked_settings(data["settings"])
     except InputError as error:
         raise InputError(f"link: {error}") from error
