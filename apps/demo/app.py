@@ -9,7 +9,7 @@ import gradio as gr
 
 from steer.apps.demo.fields import DEFAULTS, setting_field
 from steer.apps.demo.finetune_tab import FinetuneTab
-from steer.apps.demo.history_tab import HistoryTab
+from steer.apps.demo.history_tab import TOKEN, HistoryTab
 from steer.apps.demo.label_tab import LabelTab
 from steer.apps.demo.rewards_tab import RewardsTab
 from steer.apps.demo.steer_tab import METHODS, SteerTab, prompts_of, settings_of
@@ -123,7 +123,7 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("History", id="history") as history:
                 past = HistoryTab(studio, steer, rewards, tabs)
         history.select(past.refresh, past.chosen, past.live, **PRIVATE)
-        app.load(past.enter, past.token, past.token, **PRIVATE)
+        app.load(past.enter, past.token, None, js=TOKEN, **PRIVATE)
         app.load(past.open_link, steer.weights, past.form, **PRIVATE)
         finetune.loaded(steer.weights, tabs)
         PublicApi(studio)

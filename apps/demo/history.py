@@ -29,7 +29,7 @@ FILE = "history.sqlite"
 VERSION = 1
 TIMEOUT = 10.0  # seconds to wait for another process that writes
 THUMBNAIL = 256  # pixels of the longer side
-TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")  # as `secrets.token_urlsafe` writes 32 bytes
+TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")  # 32 random bytes in base64
 SCHEMA = f"""
 PRAGMA auto_vacuum = FULL;
 BEGIN IMMEDIATE;
@@ -107,7 +107,7 @@ class Run:
 class History:
     """The runs of all visitors in a file, which is created where it is missing.
 
-    shared  whether visitors are told apart, by a secret that their browsers keep; else all runs belong to one user
+    shared  whether each visitor has runs of their own, by a secret that the browser keeps; else all are one user's
 
     A file that is no history of this version is renamed to FILE.old. Every method raises InputError where the file
     cannot be read or written.
@@ -150,13 +150,10 @@ class History:
         except sqlite3.Error as error:
             raise InputError(f"history: {error}; free some space, or delete {FILE} and start the app again") from error
 
-    def enter(self, session: str, token: str | None, user: str | None = None) -> str:
-        """Connect a page's session with its visitor; returns the secret that the browser keeps, new without one."""
-        if not self.shared:
-            return ""
-        known = token if isinstance(token, str) and TOKEN.fullmatch(token) else secrets.token_urlsafe(32)
+    def enter(self, session: str, token: str | None, user: str | None = None) -> None:
+        """Connect a page's session with its visitor, by the secret of the browser; without one, until the page ends."""
+        known = token if token and TOKEN.fullmatch(token) else secrets.token_urlsafe(32)
         self._owners[session] = hashlib.sha256(f"{user or ''}\n{known}".encode()).hexdigest()
-        return known
 
     def leave(self, session: str) -> None:
         """Forget the session of a page that was closed; the visitor's runs stay."""

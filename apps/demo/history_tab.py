@@ -30,6 +30,18 @@ STYLE = """
 .steer-pair img { width: 100%; max-width: 26rem; image-rendering: auto; border-radius: 6px; }
 """
 ADDRESS = "query => query && location.origin + location.pathname + query"
+# The secret by which a browser's runs are found again; without storage it lasts as long as the page.
+TOKEN = """() => {
+    const bytes = String.fromCharCode(...crypto.getRandomValues(new Uint8Array(32)));
+    const fresh = btoa(bytes).replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
+    try {
+        const token = localStorage.getItem('steer-history') || fresh;
+        localStorage.setItem('steer-history', token);
+        return [token];
+    } catch {
+        return [fresh];
+    }
+}"""
 CONFIRM = "() => [confirm('Delete all runs of your history?')]"
 Runs = Sequence[tuple[Run, Sequence[bytes]]]  # with their PNGs
 
@@ -106,7 +118,7 @@ class HistoryTab:
 
     def __init__(self, studio: Studio, steer: SteerTab, rewards: RewardsTab, tabs: gr.Tabs) -> None:
         self.studio, self.steer, self.rewards, self.tabs = studio, steer, rewards, tabs
-        self.token = gr.BrowserState("", storage_key="steer-history")
+        self.token = gr.Textbox(visible=False)
         self.numbers = gr.State(())  # of the runs in the gallery
         self.form = [steer.status, steer.defaults, *steer.fields.values()]
         self._layout()
@@ -148,8 +160,8 @@ class HistoryTab:
         self.delete_button.click(self.delete, self.chosen, self.live, **PRIVATE)
         self.clear_button.click(self.clear, self.sure, self.live, js=CONFIRM, **PRIVATE)
 
-    def enter(self, token: str | None, request: gr.Request) -> str:
-        return self.studio.history.enter(str(request.session_hash), token, request.username)
+    def enter(self, token: str | None, request: gr.Request) -> None:
+        self.studio.history.enter(str(request.session_hash), token, request.username)
 
     @refusing
     def refresh(self, first: int | None, second: int | None, request: gr.Request) -> Change:
