@@ -366,4 +366,4 @@ def test_visitors_of_an_app_with_a_login_do_not_see_each_others_history(browser:
         context.close()
     running.process.terminate()
     assert running.process.wait(90) == 0
-    assert not list(tmp_path.glob("steer-demo-*")) and not (tmp_path / "cache").exists()
+    assert not list(tmp_path.glob("steer-demo-*")) and not (tmp_path / "cache" / "steer").exists()
