@@ -128,8 +128,10 @@ class HistoryTab:
 
     def _layout(self) -> None:
         self.status = gr.HTML(line(EMPTY_TEXT), elem_id="history-status")
-        look: dict[str, Any] = {"columns": 6, "height": "auto", "object_fit": "contain", "allow_preview": False}
-        self.gallery = gr.Gallery(label="Runs, newest first", elem_id="history-runs", interactive=False, **look)
+        look: dict[str, Any] = {"columns": 8, "fit_columns": False, "height": 240, "object_fit": "contain"}
+        self.gallery = gr.Gallery(
+            label="Runs, newest first", elem_id="history-runs", interactive=False, allow_preview=False, **look
+        )
         with gr.Row():
             self.first = gr.Dropdown([], label="Run", elem_id="history-first")
             self.second = gr.Dropdown([], label="Compare with", elem_id="history-second")
