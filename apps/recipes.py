@@ -228,7 +228,7 @@ def _checked(data: Any) -> Recipe:
     # Fields with a default are newer than some files, and may be missing.
     needed = [name for name, one in known.items() if one.default is MISSING and one.default_factory is MISSING]
     _check_keys(data, needed, known)
-    settings = _settings(data["settings"])
+    settings = checked_settings(data["settings"])
     plain = [name for name in known if name in data and name not in ("settings", "components", "arguments")]
     values = {name: _value(name, data[name], get_args(hints[name]) or (hints[name],)) for name in plain}
     if not isinstance(data["components"], dict):
@@ -248,8 +248,8 @@ def _checked(data: Any) -> Recipe:
     return recipe
 
 
-def _settings(data: Any) -> SamplingConfig:
-    """Check the settings of a recipe; missing ones, newer than the file, have their default."""
+def checked_settings(data: Any) -> SamplingConfig:
+    """Check settings from outside; missing ones, newer than the file, have their default. Raises InputError."""
     _check_keys(data, REQUIRED)
     method = _value("method", data["method"], (str,))
     _check_keys(data, REQUIRED, [*SHARED, *option_names(method)])

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import httpx
 
 from steer.errors import InputError
-from steer.files import make_folder, write_text
+from steer.files import make_folder, user_cache, write_text
 from steer.reward import RewardError
 from steer.rewards.remote import LOCAL, checked_url, line, read_token
 
@@ -72,7 +71,7 @@ class ChatReply:
 
 def default_cache() -> Path:
     """Return the folder of cached replies of this user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steer" / "chat"
+    return user_cache("chat")
 
 
 class ChatClient:

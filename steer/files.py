@@ -49,6 +49,11 @@ def write_text(path: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8")
 
 
+def user_cache(name: str) -> Path:
+    """Return a folder in this user's cache, which may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steer" / name
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its parents durably: they survive a power cut. Raises OSError."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]

@@ -43,7 +43,8 @@ class Served:
 def served(folder: Path, *more: str) -> Served:
     """Starts the command as a user does, and waits for its address."""
     command = [sys.executable, "-m", "steer.apps.cli.main", "demo", "--labels", str(folder / "labels"), *more]
-    given = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    cache = {"XDG_CACHE_HOME": str(folder / "cache")}  # of the history
+    given = os.environ | cache | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=given)
     assert process.stdout is not None
     for line in process.stdout:
@@ -283,3 +284,86 @@ def test_texts_appear_word_by_word(page: Page) -> None:
     view.locator(".steer-scrubber").fill("2")
     seen(view.locator(".steer-frame:not([hidden]) .steer-masked").first).to_be_visible()
     seen(view.locator(".steer-table")).to_contain_text("base 1")
+
+
+def history_run(page: Page, seed: int) -> None:
+    page.get_by_label("Seed").first.fill(str(seed))
+    page.get_by_label("number input for Steps").fill("4")
+    run_to_end(page)
+    seen(page.locator("#steer-status")).to_contain_text(f"seed {seed}.", timeout=SLOW)
+
+
+def opened_history(page: Page, url: str) -> None:
+    page.goto(url)
+    page.get_by_role("tab", name="History").click()
+
+
+def choose_second(page: Page, name: str) -> None:
+    page.locator("#history-second input").click()
+    page.get_by_role("option", name=name).click()
+
+
+def test_the_history_survives_a_kill_and_restores_compares_and_shares(browser: object, tmp_path: Path) -> None:
+    running = served(tmp_path)
+    page = browser.new_page(viewport={"width": 1280, "height": 900})  # type: ignore[attr-defined]
+    page.set_default_timeout(SLOW)
+    page.goto(running.url)
+    history_run(page, 11)
+    history_run(page, 12)
+    running.process.kill()
+    running.process.wait()
+    running = served(tmp_path)
+    opened_history(page, running.url)
+    seen(page.locator("#history-status")).to_contain_text("2 runs in your history", timeout=SLOW)
+    seen(page.locator("#history-runs button:has(img)")).to_have_count(2)
+    seen(page.locator("#history-view")).to_contain_text("seed 12")
+    choose_second(page, "seed 11")
+    seen(page.locator("#history-view img")).to_have_count(2)
+    seen(page.locator("#history-view table").first).to_contain_text(re.compile(r"seed\s*12\s*11"))
+    page.screenshot(path=tmp_path / "history.png")
+    page.locator("#history-runs button:has(img)").nth(1).click()
+    seen(page.locator("#history-first input")).to_have_value(re.compile("seed 11"))
+    page.locator("#history-share").click()
+    link = page.locator("#history-link textarea, #history-link input")
+    seen(link).to_have_value(re.compile(r"^http://.*\?settings=%7B"))
+    page.goto(link.input_value())
+    seen(page.locator("#steer-status")).to_contain_text("Settings of the link", timeout=SLOW)
+    seen(page.get_by_label("Seed").first).to_have_value("11")
+    opened_history(page, running.url)
+    page.locator("#history-rewards").click()
+    seen(page.locator("#rewards-files")).to_contain_text("image1", timeout=SLOW)
+    page.get_by_role("tab", name="History").click()
+    page.locator("#history-restore").click()
+    seen(page.get_by_label("Seed").first).to_have_value("12")
+    seen(page.locator("#steer-status")).to_contain_text("restored", timeout=SLOW)
+    page.get_by_role("tab", name="History").click()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.locator("#history-clear").click()
+    seen(page.locator("#history-status")).to_contain_text("appear here")
+    page.close()
+    running.process.terminate()
+    assert running.process.wait(90) == 0
+
+
+def test_visitors_of_an_app_with_a_login_do_not_see_each_others_history(browser: object, tmp_path: Path) -> None:
+    running = served(tmp_path, "--auth", "ada:secret")
+    first, second = (browser.new_context() for _ in range(2))  # type: ignore[attr-defined]
+    page, other = first.new_page(), second.new_page()
+    for one in (page, other):
+        one.set_default_timeout(SLOW)
+        one.goto(running.url)
+        one.locator("input").nth(0).fill("ada")
+        one.locator("input").nth(1).fill("secret")
+        one.get_by_role("button", name="Login").click()
+        seen(one.locator("#steer-start")).to_be_visible(timeout=SLOW)
+    history_run(page, 11)
+    opened_history(page, running.url)  # a reload
+    seen(page.locator("#history-status")).to_contain_text("1 run in your history", timeout=SLOW)
+    opened_history(other, running.url)
+    seen(other.locator("#history-status")).to_contain_text("appear here", timeout=SLOW)
+    seen(other.locator("#history-view img")).to_have_count(0)
+    for context in (first, second):
+        context.close()
+    running.process.terminate()
+    assert running.process.wait(90) == 0
+    assert not list(tmp_path.glob("steer-demo-*")) and not (tmp_path / "cache" / "steer").exists()

@@ -53,10 +53,12 @@ def demo(
     if not (models or rewards):  # visitors shall not fetch from the hub where the owner does not
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from steer.apps.demo.app import check_address, launch
+    from steer.apps.demo.history import default_path
     from steer.apps.demo.studio import Studio, embedded_models
 
     check_address(host, share, user)
-    studio = Studio((*models, *embedded_models()), rewards, labels, device, dtype, label_images)
+    history = default_path() if user is None else None  # without a login only this user gets in
+    studio = Studio((*models, *embedded_models()), rewards, labels, device, dtype, label_images, history_file=history)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # how services are stopped: run `finally`, too
     try:
         app = launch(studio, host, port, user, share)

@@ -9,11 +9,12 @@ import gradio as gr
 
 from steer.apps.demo.fields import DEFAULTS, setting_field
 from steer.apps.demo.finetune_tab import FinetuneTab
+from steer.apps.demo.history_tab import TOKEN, HistoryTab
 from steer.apps.demo.label_tab import LabelTab
 from steer.apps.demo.rewards_tab import RewardsTab
 from steer.apps.demo.steer_tab import METHODS, SteerTab, prompts_of, settings_of
 from steer.apps.demo.steering import PromptResult, steering
-from steer.apps.demo.studio import Studio, public
+from steer.apps.demo.studio import PRIVATE, Studio, public
 from steer.apps.demo.text_tab import TextTab
 from steer.errors import InputError
 
@@ -118,7 +119,12 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("Finetune", id="finetune"):
                 finetune = FinetuneTab(studio)
             with gr.Tab("Rewards", id="rewards"):
-                RewardsTab(studio)
+                rewards = RewardsTab(studio)
+            with gr.Tab("History", id="history") as history:
+                past = HistoryTab(studio, steer, rewards, tabs)
+        history.select(past.refresh, past.chosen, past.live, **PRIVATE)
+        app.load(past.enter, past.token, None, js=TOKEN, **PRIVATE)
+        app.load(past.open_link, steer.weights, past.form, **PRIVATE)
         finetune.loaded(steer.weights, tabs)
         PublicApi(studio)
         app.unload(studio.forget)

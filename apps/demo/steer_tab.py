@@ -23,6 +23,7 @@ from steer.apps.demo.studio import (
     guarded,
     line,
     prompts_in,
+    public,
     seed_of,
 )
 from steer.apps.plots import short
@@ -114,12 +115,19 @@ def prompts_of(text: str) -> list[str]:
 
 def fields_from_recipe(recipe: Recipe, models: Sequence[str], weights: Weights | None = None) -> dict[str, Any]:
     """Restore the fields from a recipe. Raises InputError for one without a field for each setting."""
-    settings, first = recipe.settings, recipe.settings.plain()
+    return fields_from_settings(recipe.prompt, recipe.settings, models, weights)
+
+
+def fields_from_settings(
+    prompt: str, settings: SamplingConfig, models: Sequence[str], weights: Weights | None = None
+) -> dict[str, Any]:
+    """Restore the fields from settings. Raises InputError for some without a field for each."""
+    first = settings.plain()
     if settings.model not in models or settings.method not in METHODS.values():
         what = f"model {settings.model!r:.80}, method {settings.method!r}"
         raise InputError(f"it was made with {what}, which this app does not have: use `steer sample --replay`")
     asked = {name: first.get(name, DEFAULTS.get(name)) for name in SETTINGS}
-    asked |= {"prompts": recipe.prompt, "fresh": False, "adapter": settings.lora is not None}
+    asked |= {"prompts": prompt, "fresh": False, "adapter": settings.lora is not None}
     asked["auto"] = first.get("lam", "auto") == "auto"
     asked |= {"lam": DEFAULTS["lam"]} if asked["auto"] else {}
     asked |= {"steps": settings.steps or 1, "guidance": settings.guidance or 0.0}
@@ -313,6 +321,8 @@ class SteerTab(JobTab):
             self.results.box: gr.update(visible=False),
         }
         for event in ticket.events():
+            if isinstance(event, PromptResult):
+                self.remember(request, event)
             if state.after(event):
                 view = (
                     {self.view: run_view(state.frames, state.made)} if isinstance(event, Frame | PromptResult) else {}
@@ -321,6 +331,13 @@ class SteerTab(JobTab):
         yield {self.status: line(state.conclusion(ticket.stopped)), self.finished: state.finished}
         if state.finished:
             yield self.show(0, state.finished)
+
+    def remember(self, request: gr.Request, made: PromptResult) -> None:
+        """Add a finished prompt to the history; where that fails, a warning appears and the run continues."""
+        try:
+            self.studio.history.record(str(request.session_hash), made.images, made.base, made.cost.seconds)
+        except InputError as error:
+            gr.Warning(escape(public(str(error))))
 
     def show(self, place: int, finished: tuple[PromptResult, ...]) -> Change:
         return {self.view: run_view(finished[place].frames, finished[place]), **self.results.updates(finished, place)}
@@ -361,8 +378,12 @@ class SteerTab(JobTab):
             values = fields_from_recipe(read_metadata(Path(path)), self.studio.models, weights)
         except InputError as error:
             return {self.status: line(str(error).replace(path, Path(path).name), "alert")}
+        return self.fill(values, weights, f"Settings of {Path(path).name} restored: press Steer for the same image.")
+
+    def fill(self, values: Mapping[str, Any], weights: Weights | None, text: str) -> Change:
+        """Set all fields, and the status."""
         method = values["method"]
         return self._set_fields(values, method, weights) | {
             self.defaults: Defaults(defaults_of(method, self.studio.models, weights)),
-            self.status: line(f"Settings of {Path(path).name} restored: press Steer for the same image."),
+            self.status: line(text),
         }

@@ -21,6 +21,7 @@ from typing import Any
 import gradio as gr
 from gradio.events import Dependency
 
+from steer.apps.demo.history import FILE, History
 from steer.apps.models import load_pipeline
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
 from steer.assets import MODELS, TEXT_MODELS
@@ -159,7 +160,8 @@ class Studio:
     labels   folder of preferences; None: one in `home`, which is removed when the app ends
     text_models  of the Text tab
     label_images  folder of images with prompts that annotators choose between; None: images are sampled
-    home     a temporary folder: nothing outside it is written, nothing else is served
+    home     a temporary folder: nothing but labels and history is written outside it, nothing else is served
+    history_file  history of one user, which outlives the app; None: one in `home`, apart for each visitor
     """
 
     models: tuple[str, ...]
@@ -171,9 +173,14 @@ class Studio:
     worker: Worker = field(default_factory=Worker)
     home: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="steer-demo-")))
     text_models: tuple[str, ...] = field(default_factory=lambda: embedded_text_models())
+    history_file: Path | None = None
+    history: History = field(init=False)
     _pipe: tuple[str, Any] | None = None
     _running: dict[str, Ticket] = field(default_factory=dict)
     _runs: Iterator[int] = field(default_factory=lambda: count(1))
+
+    def __post_init__(self) -> None:
+        self.history = History(self.history_file or self.home / FILE, shared=self.history_file is None)
 
     def begin(self, request: gr.Request, work: Callable[[Ticket], None]) -> Ticket:
         """Start a visitor's job in place of their last one. Raises Busy."""
@@ -189,13 +196,21 @@ class Studio:
             ticket.stop()
 
     def folder(self, request: gr.Request) -> Path:
-        """The visitor's folder. Raises InputError without a session."""
+        """Make the visitor's folder. Raises InputError without a session, and once the app has ended."""
+        folder = self._place(request)
+        try:
+            for one in (folder.parent, folder):  # without `home`, which `close` removes for good
+                one.mkdir(mode=0o700, exist_ok=True)
+        except FileNotFoundError as error:
+            raise InputError("the app has ended: start it again") from error
+        return folder
+
+    def _place(self, request: gr.Request) -> Path:
+        """The path of the visitor's folder, which may not exist. Raises InputError without a session."""
         visitor = request.session_hash or ""
         if not VISITOR.fullmatch(visitor):
             raise InputError("this request has no session: open the app in a browser, or use its client")
-        checked_value = self.home / "visitors" / visitor  # in a folder of its own, because the name comes from outside
-        checked_value.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return checked_value
+        return self.home / "visitors" / visitor  # in a folder of its own, because the name comes from outside
 
     def run_folder(self, request: gr.Request) -> Path:
         """A folder for one run of the visitor, with a number unique in this app: run-7."""
@@ -203,8 +218,9 @@ class Studio:
 
     def forget(self, request: gr.Request) -> None:
         """Stop a visitor's job, and remove their folder once nothing writes there."""
-        folder, ticket = self.folder(request), self._running.get(str(request.session_hash))
+        folder, ticket = self._place(request), self._running.get(str(request.session_hash))
         self.stop(request)
+        self.history.leave(str(request.session_hash))
         if ticket is None:
             shutil.rmtree(folder, ignore_errors=True)
         else:
@@ -212,12 +228,16 @@ class Studio:
 
     def reward(self, spec: str) -> Reward:
         """Load a reward that visitors may use. Raises InputError for one that could run code or read files."""
+        self.check_reward(spec)
+        return resolve_reward(spec.strip())
+
+    def check_reward(self, spec: str) -> None:
+        """Raise InputError for a reward that could run code or read files; nothing is loaded."""
         text = spec.strip()
         if text not in self.rewards and not only_named_rewards(text):
             raise InputError(
                 f"reward {text!r:.80}: here rewards have names (`steer rewards` lists them), with + between them"
             )
-        return resolve_reward(text)
 
     @contextmanager
     def model(self, name: str) -> Iterator[Any]:
