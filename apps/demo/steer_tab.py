@@ -24,6 +24,7 @@ from steer.apps.demo.studio import (
     line,
     prompts_in,
     seed_of,
+    write_zip,
 )
 from steer.apps.plots import short
 from steer.apps.recipes import Recipe, read_metadata
@@ -39,16 +40,22 @@ METHODS = {
     "Optimised noise (ReNO)": "reno",
     "Plain sampling": "base",
 }
+KEYS_SCRIPT = (Path(__file__).parent / "keys.js").read_text()
 MAX_PROMPTS = 4  # of one visitor on a shared machine
 SETTINGS = ("method", "reward", "particles", "lam", "steps", "guidance", "iterations", "seed", "model", "compare")
 ONE_STEP = "scenes-turbo"
 
 
+def prompt_field() -> gr.Textbox:
+    """The field of the prompts."""
+    info = f"One a line, up to {MAX_PROMPTS}. Ctrl+Enter runs."
+    return gr.Textbox(EXAMPLE, label="Prompt", lines=2, max_lines=MAX_PROMPTS, info=info, elem_id="steer-prompts")
+
+
 def steer_fields(studio: Studio) -> dict[str, Any]:
-    """The components, by the names that `settings_of` reads."""
+    """The components of the settings, by the names that `settings_of` reads."""
     rewards = [*dict.fromkeys([*studio.rewards, *REWARDS])]
     fields: dict[str, Any] = {
-        "prompts": gr.Textbox(EXAMPLE, label="Prompt", lines=2, info=f"One a line, up to {MAX_PROMPTS}."),
         "method": gr.Radio([*METHODS.items()], value="race", label="Method"),
         "reward": setting_field(
             "reward",
@@ -158,8 +165,11 @@ class Results:
             self.chooser = gr.Radio([], label="Prompt", visible=False, elem_id="steer-chooser")
             files: dict[str, Any] = {"type": "filepath", "format": "png", "interactive": False}
             self.slider = gr.ImageSlider(max_height=420, elem_id="steer-slider", **files)
-            shown: dict[str, Any] = {"columns": 4, "height": "auto", "object_fit": "contain", "buttons": ["fullscreen"]}
+            shown: dict[str, Any] = {"columns": 4, "height": "auto", "object_fit": "contain"}
+            shown["buttons"] = ["download", "fullscreen"]  # of an image that was clicked; arrow keys show the next
+            self.images = gr.Gallery(label="Images, best first", elem_id="steer-images", **shown, **files)
             self.gallery = gr.Gallery(label="Base images", elem_id="steer-base", **shown, **files)
+            self.archive = gr.DownloadButton("Download all images (zip)", size="sm", elem_id="steer-archive")
             self.table = gr.HTML(elem_id="steer-rewards")
             with gr.Accordion("Images, each with its settings inside", open=False):
                 self.files = gr.File(show_label=False, file_count="multiple", interactive=False, elem_id="steer-files")
@@ -169,7 +179,8 @@ class Results:
 
     @property
     def components(self) -> list[Any]:
-        return [self.box, self.chooser, self.slider, self.gallery, self.table, self.files, self.command, self.python]
+        pictures = [self.slider, self.images, self.gallery, self.archive]
+        return [self.box, self.chooser, *pictures, self.table, self.files, self.command, self.python]
 
     def updates(self, finished: Sequence[PromptResult], place: int = 0) -> dict[Any, Any]:
         """Show one of the finished prompts, and offer the others."""
@@ -184,7 +195,9 @@ class Results:
                 visible=pair is not None,
                 label=pair and sides(one, *pair),
             ),
+            self.images: gr.update(value=image_captions(one), label=images_label(one)),
             self.gallery: gr.update(value=base_captions(one), visible=bool(one.base)),
+            self.archive: str(archive_of(one)),
             self.table: f'{rewards_table(one)}<p class="steer-summary">{summary}</p>',
             self.files: [str(picture.path) for picture in (*one.images, *one.base)],
             self.command: as_command(one.prompt, one.settings),
@@ -217,6 +230,24 @@ def sides(made: PromptResult, left: SavedImage, right: SavedImage) -> str:
     of = f"the best of {len(made.images)} each" if steered else "the same noise"
     rewards = f"{short(left.recipe.reward)} and {short(right.recipe.reward)}"
     return f"Left: base model, right: {kind} ({of}; rewards {rewards})"
+
+
+def image_captions(made: PromptResult) -> list[tuple[str, str]]:
+    """Every image with its rank and reward."""
+    return [(str(one.path), f"{rank + 1}: {short(one.recipe.reward)}") for rank, one in enumerate(made.images)]
+
+
+def images_label(made: PromptResult) -> str:
+    """The label of the images, which plain sampling does not sort."""
+    return "Images" if made.settings.method == "base" else "Images, best first"
+
+
+def archive_of(made: PromptResult) -> Path:
+    """Zip all images of a prompt beside them, once."""
+    files = [picture.path for picture in (*made.images, *made.base)]
+    folder, name = files[0].parent, files[0].stem.removesuffix("-00")
+    path = folder / f"{name}.zip"
+    return path if path.is_file() else write_zip(path, folder, files, name)
 
 
 def base_captions(made: PromptResult) -> list[tuple[str, str]]:
@@ -274,18 +305,22 @@ class SteerTab(JobTab):
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.finished, self.weights = studio, gr.State(()), gr.State(None)
-        with gr.Row(equal_height=False):
+        with gr.Row(equal_height=False, elem_id="steer-top"):
+            with gr.Column(scale=3, min_width=300):
+                prompts = prompt_field()
             with gr.Column(scale=2, min_width=300):
-                self.fields = steer_fields(studio)
+                self._job_buttons("Steer", "steer")
+                self.status = gr.HTML(line("Ready."), js_on_load=KEYS_SCRIPT, elem_id="steer-status")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=300):
+                self.results = Results()
+                self.view = gr.HTML(run_view((), None), js_on_load=RUN_SCRIPT, elem_id="steer-view")
+            with gr.Column(scale=2, min_width=300):
+                self.fields = {"prompts": prompts} | steer_fields(studio)
                 first = defaults_of(self.fields["method"].value, studio.models)
                 self.defaults = gr.State(Defaults(first | {"reward": self.fields["reward"].value}))
-                self._job_buttons("Steer", "steer")
                 label = "Drop an image that was made here to restore its settings"
                 self.dropped = gr.File(label=label, file_types=[".png"], height=160, elem_id="steer-drop")
-            with gr.Column(scale=3, min_width=300):
-                self.status = gr.HTML(line("Ready."), elem_id="steer-status")
-                self.view = gr.HTML(run_view((), None), js_on_load=RUN_SCRIPT, elem_id="steer-view")
-                self.results = Results()
         self._connect()
 
     def _connect(self) -> None:
@@ -317,7 +352,7 @@ class SteerTab(JobTab):
                 view = (
                     {self.view: run_view(state.frames, state.made)} if isinstance(event, Frame | PromptResult) else {}
                 )
-                yield {self.status: line(state.line), **view}
+                yield {self.status: state.status, **view}
         yield {self.status: line(state.conclusion(ticket.stopped)), self.finished: state.finished}
         if state.finished:
             yield self.show(0, state.finished)

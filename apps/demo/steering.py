@@ -22,7 +22,7 @@ from steer.apps.errors import wrap_errors
 from steer.apps.methods import METHODS, DisableAdapter, Job
 from steer.apps.models import adapter_applied
 from steer.apps.plots import short
-from steer.apps.sampling import SavedImage, base_output, write_images
+from steer.apps.sampling import SavedImage, base_output, samples_base, write_images
 from steer.apps.settings import SamplingConfig, default_of
 from steer.files import make_folder
 from steer.pipelines.base import Cost, Iteration
@@ -98,13 +98,23 @@ class Loading:
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: a step of prompt `number` of `count`, in a phase of PHASES."""
+    """Progress: a step of prompt `number` of `count`, in a phase of PHASES.
+
+    before, after  steps of the phases before and after this one
+    """
 
     number: int
     count: int
     phase: str
     step: int
     total: int
+    before: int = 0
+    after: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share of the run's steps that are done, 0 to 1."""
+        return (self.number + (self.before + self.step) / (self.before + self.total + self.after)) / self.count
 
     def __str__(self) -> str:
         which = f"Prompt {self.number + 1} of {self.count}. " if self.count > 1 else ""
@@ -170,13 +180,25 @@ def steer_all(
     make_folder(folder)
     for number, prompt in enumerate(prompts):
 
-        def step(phase: str, step: int, total: int, number: int = number) -> None:
-            ticket.say(Step(number, len(prompts), phase, step, total))
+        def step(*progress: Any, number: int = number) -> None:
+            ticket.say(Step(number, len(prompts), *progress))
 
         which = f"prompt{number + 1}-" if len(prompts) > 1 else ""
         prefix = f"{_slug(prompt)}{settings.method}-seed{settings.seed}-{which}{folder.name}-"
         job = Job(pipe, reward, prompt, settings, state_file=None, adapter_disabled=adapter_disabled)
         ticket.say(_steer_one(job, folder, prefix, ticket, step))
+
+
+class _StepCounts:
+    """The steps of the phases of a prompt: those of the method, and those of the base images after it."""
+
+    def __init__(self, settings: SamplingConfig) -> None:
+        self.base, self.method = (settings.steps or 1) if samples_base(settings) else 0, 0
+
+    def of_method(self, step: int, total: int) -> tuple[int, int, int, int]:
+        """Arguments of `Step` after its phase."""
+        self.method = total
+        return step, total, 0, self.base
 
 
 def _slug(prompt: str) -> str:
@@ -186,9 +208,9 @@ def _slug(prompt: str) -> str:
 
 
 def _steer_one(
-    job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callable[[str, int, int], None]
+    job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callable[..., None]
 ) -> PromptResult:
-    method, frames = job.settings.method, list[Frame]()
+    method, frames, counts = job.settings.method, list[Frame](), _StepCounts(job.settings)
 
     def show(number: int, total: int, images: Tensor, rewards: Tensor, *resampling: Any) -> None:
         thumbnails = tuple(Image.fromarray(pixels_of(image.detach().clamp(0, 1))) for image in images)
@@ -198,7 +220,7 @@ def _steer_one(
         ticket.say(frames[-1])
 
     def on_step(report: StepReport) -> None:
-        step(method, report.step + 1, report.total)
+        step(method, *counts.of_method(report.step + 1, report.total))
         if (evaluation := report.evaluation) is not None and report.previews is not None:
             ess, ancestors = evaluation.ess[0].item(), tuple(evaluation.ancestors[0].tolist())
             show(report.step, report.total, report.previews, evaluation.rewards, ess, ancestors)
@@ -208,14 +230,16 @@ def _steer_one(
             show(report.step, report.total, report.previews, unknown, None, tuple(range(count)))
 
     def on_iteration(one: Iteration) -> None:
-        step(method, one.number + 1, one.total)
+        step(method, *counts.of_method(one.number + 1, one.total))
         if one.images is not None and one.number % max(1, one.total // MAX_FRAMES) == 0:
             show(one.number, one.total, one.images, one.rewards)
 
     early = tuple(round(share * (job.settings.steps or 0)) for share in EARLY_PREVIEWS)
     observed = replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None, early_previews=early)
     output = METHODS[method].run(observed)
-    base = base_output(replace(job, on_step=lambda report: step("beside", report.step + 1, report.total)), output)
+    base = base_output(
+        replace(job, on_step=lambda report: step("beside", report.step + 1, report.total, counts.method)), output
+    )
     return PromptResult(
         prompt=job.prompt,
         settings=job.settings,
