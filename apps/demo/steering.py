@@ -5,8 +5,8 @@ import re
 import shlex
 import shutil
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from steer.apps.components import set_scheduler
+from steer.apps.demo.steer_options import on_disk
 from steer.apps.demo.studio import Studio, Ticket, Weights
 from steer.apps.errors import wrap_errors
 from steer.apps.methods import METHODS, DisableAdapter, Job
-from steer.apps.models import adapter_applied
+from steer.apps.models import adapter_applied, read_loras
 from steer.apps.plots import short
 from steer.apps.sampling import SavedImage, base_output, samples_base, write_images
 from steer.apps.settings import SamplingConfig, default_of
@@ -40,6 +42,12 @@ PHASES = {
     "base": "Sampling",
     "beside": "Base images",
     "reno": "Optimising the noise",
+    "svdd": "Selecting",
+    "beam": "Searching",
+    "drafts": "Finishing the best drafts",
+    "renoise": "Finishing the best drafts",
+    "noise-search": "Searching the noise",
+    "map-elites": "Collecting elites",
 }
 EARLY_PREVIEWS = (0.0, 0.15)  # shares of a run, before the first rewards: a picture at once
 MAX_FRAMES = 12  # of a noise optimisation, which has many more iterations
@@ -141,14 +149,22 @@ class PromptResult:
 
 
 def steering(
-    studio: Studio, prompts: Sequence[str], settings: SamplingConfig, folder: Path, weights: Weights | None = None
+    studio: Studio,
+    prompts: Sequence[str],
+    settings: SamplingConfig,
+    folder: Path,
+    weights: Weights | None = None,
+    loras: Sequence[str] = (),
 ) -> Callable[[Ticket], None]:
-    """Make a job for the worker that steers every prompt, with `weights` where the settings name an adapter.
+    """Make a job for the worker that steers every prompt, with the adapters that the settings name.
 
+    weights, loras  finetuned weights of the visitor, and paths of uploaded LoRA files
     Raises InputError for a reward that visitors may not use.
     """
     reward = studio.reward(settings.reward)
-    adapter = None if weights is None or settings.lora is None else str(weights.folder)
+    places = {Path(path).name: Path(path) for path in loras}
+    places |= {} if weights is None else {weights.archive_path: weights.folder}
+    adapter = None if settings.lora is None else on_disk(settings.lora, places)
 
     def work(ticket: Ticket) -> None:
         ticket.say(Loading(settings.model))
@@ -157,11 +173,24 @@ def steering(
         with (
             wrap_errors("this run", NOTHING_KEPT_HINT, MEMORY_HINT),
             studio.model(settings.model) as pipe,
+            scheduler_applied(pipe, settings.scheduler),
             adapter_applied(pipe, adapter) as off,
         ):
             steer_all(pipe, reward, prompts, settings, folder, ticket, off)
 
     return work
+
+
+@contextmanager
+def scheduler_applied(pipe: Any, text: str | None) -> Iterator[None]:
+    """Replace the scheduler of a pipeline inside the block. Raises InputError for one of another kind of model."""
+    own = pipe.scheduler
+    if text is not None:
+        set_scheduler(pipe, text)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 def steer_all(
@@ -207,9 +236,7 @@ def _slug(prompt: str) -> str:
     return f"{words}-" if words else ""
 
 
-def _steer_one(
-    job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callable[..., None]
-) -> PromptResult:
+def _steer_one(job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callable[..., None]) -> PromptResult:
     method, frames, counts = job.settings.method, list[Frame](), _StepCounts(job.settings)
 
     def show(number: int, total: int, images: Tensor, rewards: Tensor, *resampling: Any) -> None:
@@ -253,13 +280,14 @@ def _steer_one(
 
 
 # Shared options of the command, and as arguments of Python.
-OPTIONS = ("model", "lora", "method", "reward", "particles", "steps", "guidance", "seed")
+OPTIONS = ("model", "lora", "scheduler", "method", "reward", "particles", "steps", "guidance", "seed")
+CALL = ("negative_prompt", "height", "width")
 ARGUMENTS = {"particles": "num_particles", "steps": "num_inference_steps", "guidance": "guidance_scale"}
 PYTHON = """import torch
 from steer.apps.models import load_pipeline
 from steer import {name}
 
-pipe = load_pipeline({model!r}{dtype})
+pipe = load_pipeline({model!r}{loading})
 {adapter}out = {name}(pipe, reward={reward!r})(
     {prompt!r},
 {arguments}
@@ -279,12 +307,13 @@ def given_options(settings: SamplingConfig, shared: Iterable[str]) -> dict[str, 
 
 def as_python(prompt: str, settings: SamplingConfig) -> str:
     """Write a program that makes the same images."""
-    method, arguments = METHODS[settings.method], given_options(settings, ARGUMENTS)
+    method, arguments = METHODS[settings.method], given_options(settings, (*ARGUMENTS, *CALL))
+    loading = {name: value for name in ("dtype", "scheduler") if (value := getattr(settings, name))}
     return PYTHON.format(
         name=method.pipeline.__name__,
         model=settings.model,
-        dtype=f", dtype={settings.dtype!r}" if settings.dtype else "",
-        adapter=f"pipe.load_lora_weights({settings.lora!r})  # unpacked\n" if settings.lora else "",
+        loading="".join(f", {name}={value!r}" for name, value in loading.items()),
+        adapter=_load_adapters(settings.lora) if settings.lora else "",
         reward=settings.reward,
         prompt=prompt,
         arguments="\n".join(f"    {ARGUMENTS.get(name, name)}={value!r}," for name, value in arguments.items()),
@@ -293,10 +322,21 @@ def as_python(prompt: str, settings: SamplingConfig) -> str:
     )
 
 
+def _load_adapters(lora: str) -> str:
+    """Write the lines that load adapters, each from beside the program."""
+    terms = read_loras(lora)
+    if len(terms) == 1 and terms[0][1] == 1:
+        return f"pipe.load_lora_weights({terms[0][0]!r})  # unpacked\n"
+    names, weights = [f"lora{number}" for number in range(len(terms))], [weight for _, weight in terms]
+    loads = zip(names, terms, strict=True)
+    lines = [f"pipe.load_lora_weights({path!r}, adapter_name={name!r})" for name, (path, _) in loads]
+    return "\n".join([*lines, f"pipe.set_adapters({names!r}, {weights!r})\n"])
+
+
 def as_command(prompt: str, settings: SamplingConfig) -> str:
     """Write a command that makes the same images."""
     words = [] if settings.compare else ["--no-compare"]
-    for name, value in given_options(settings, OPTIONS).items():
+    for name, value in given_options(settings, (*OPTIONS, *CALL)).items():
         words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
     dashed = ["--", prompt] if prompt.startswith("-") else [prompt]
     return shlex.join(["steer", "sample", *words, *dashed])
