@@ -52,7 +52,7 @@ METHODS = {
 }
 METHOD_HINTS = {
     "race": "Looks ahead at three steps, drops the worst images and continues the best ones.",
-    "fk": "Copies promising images on the way and drops others: draws from the model, tilted to the reward.",
+    "fk": "Copies promising images during the run and drops others: draws from the model, tilted to the reward.",
     "best-of-n": "Samples as usual and sorts by the reward.",
     "reno": "Follows the gradient of the reward to a better starting noise. For one-step models.",
     "base": "The model alone, scored but not steered.",
@@ -364,12 +364,12 @@ class SteerTab(JobTab):
         with gr.Row(equal_height=False, elem_id="steer-top"):
             with gr.Column(scale=3, min_width=300):
                 prompts = prompt_field(studio.models[0])
+                if studio.models[0] in MODELS:
+                    gr.Examples([[one] for one in EXAMPLES], [prompts], label="Examples", api_visibility="private")
             with gr.Column(scale=2, min_width=300):
                 self._job_buttons("Steer", "steer")
                 self.status = gr.HTML(line("Ready."), js_on_load=KEYS_SCRIPT, elem_id="steer-status")
                 self.estimate = gr.HTML(elem_id="steer-estimate")
-                if studio.models[0] in MODELS:
-                    gr.Examples([[one] for one in EXAMPLES], [prompts], label="Examples", api_visibility="private")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
                 self.results = Results()
