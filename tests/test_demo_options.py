@@ -133,5 +133,10 @@ def test_every_offered_reward_has_a_meaning_and_can_be_used() -> None:
         assert text and (name == "mine:reward" or Studio.reward(SimpleNamespace(rewards=()), name))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("empty", [None, 0, ""])
+def test_an_empty_size_is_that_of_the_model(empty: Any) -> None:
+    assert settings_of(ASKED | {"height": empty, "width": empty}) == settings_of(ASKED)
+
+
 def test_no_upload_means_no_adapter() -> None:
     assert uploaded_loras(ASKED) is None and uploaded_loras({"loras": None, "lora_weights": ""}) is None

@@ -72,7 +72,7 @@ def image_fields() -> dict[str, Any]:
         fields: dict[str, Any] = {"negative_prompt": gr.Textbox("", label="Negative prompt", info=hint)}
         with gr.Row():
             for name in ("width", "height"):
-                fields[name] = setting_field(name, info="Pixels; empty: the model’s own", precision=0)
+                fields[name] = setting_field(name, value=0, info="Pixels; 0: the model’s own", precision=0)
         fields["scheduler"] = gr.Dropdown(
             [("the model’s own", ""), *SCHEDULERS],
             value="",
@@ -98,8 +98,8 @@ def lora_fields() -> dict[str, Any]:
 
 
 def image_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Read IMAGE_SETTINGS from the fields; empty ones are left out. Raises InputError."""
-    given: dict[str, Any] = {name: value for name in IMAGE_SETTINGS if (value := asked.get(name)) not in (None, "")}
+    """Read IMAGE_SETTINGS from the fields; empty ones and sizes of 0 are left out. Raises InputError."""
+    given: dict[str, Any] = {name: value for name in IMAGE_SETTINGS if (value := asked.get(name)) not in (None, "", 0)}
     for name in ("height", "width"):
         if name in given and (size := whole(name, given[name])) > MAX_SIZE:
             raise InputError(f"{name} can be at most {MAX_SIZE} pixels in this app, got {size}")

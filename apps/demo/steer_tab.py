@@ -179,7 +179,7 @@ def fields_from_recipe(recipe: Recipe, models: Sequence[str], weights: Weights |
     asked["auto"] = settings.method != "fk" or first["lam"] == "auto"
     asked |= {"lam": DEFAULTS["lam"]} if asked["auto"] else {}
     asked |= {name: first[name] or "" for name in ("negative_prompt", "scheduler")}
-    asked |= {name: first[name] for name in ("height", "width")} | {"loras": None, "lora_weights": ""}
+    asked |= {name: first[name] or 0 for name in ("height", "width")} | {"loras": None, "lora_weights": ""}
     asked |= {"steps": settings.steps or 1, "guidance": settings.guidance or 0.0}
     again = settings_of(asked, weights).plain()
     for name, value in first.items():
