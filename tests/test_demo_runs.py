@@ -270,7 +270,7 @@ def test_files_of_different_runs_have_different_names(tab: SteerTab) -> None:
         for one in shown[tab.finished]:
             names += [picture.path.name for picture in (*one.images, *one.base)]
     assert len(set(names)) == len(names)
-    assert names[0].startswith("a-red-star-fk-seed0-run-") and names[0].endswith("-00.png")
+    assert names[0].startswith("a-red-star-race-seed0-run-") and names[0].endswith("-00.png")
     assert any("-base-" in name for name in names) and any(name.startswith("星-") for name in names)
 
 
