@@ -264,9 +264,8 @@ def _steer_one(job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callab
     early = tuple(round(share * (job.settings.steps or 0)) for share in EARLY_PREVIEWS)
     observed = replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None, early_previews=early)
     output = METHODS[method].run(observed)
-    base = base_output(
-        replace(job, on_step=lambda report: step("beside", report.step + 1, report.total, counts.method)), output
-    )
+    beside = replace(job, on_step=lambda report: step("beside", report.step + 1, report.total, counts.method))
+    base = base_output(beside, output)
     return PromptResult(
         prompt=job.prompt,
         settings=job.settings,
