@@ -55,13 +55,16 @@ CONTROLS = ("base", "best_of")  # entries of a prompt beside its own images
 
 def base_output(job: Job, output: SteeringOutput) -> SteeringOutput | None:
     """Sample the images of the same seed without steering and finetuned weights, in slot order; None if not wanted."""
-    plain = job.settings.lora is None
-    if not job.settings.compare or (plain and job.settings.method == "base"):
-        return None
-    if plain and job.settings.method == "best-of-n":
-        return output.in_slot_order()  # its batch is the base batch
+    if not samples_base(job.settings):
+        compared = job.settings.compare and job.settings.method == "best-of-n"
+        return output.in_slot_order() if compared else None  # its batch is the base batch
     with job.adapter_disabled():
         return job.run("base")
+
+
+def samples_base(settings: SamplingConfig) -> bool:
+    """Return whether the base images beside a run are a batch of their own."""
+    return settings.compare and (settings.lora is not None or settings.method not in ("base", "best-of-n"))
 
 
 def best_of_n(job: Job, count: int) -> tuple[Job, SteeringOutput]:

@@ -1,6 +1,7 @@
 """`steer demo`: what is refused before anything listens."""
 
 import os
+import re
 
 import pytest
 
@@ -51,6 +52,16 @@ def test_this_machine_needs_none(host: str) -> None:
 def test_half_a_password_is_refused(auth: str) -> None:
     told = CliRunner().invoke(demo, ["--auth", auth])
     assert isinstance(told.exception, InputError) and "must be USER:PASSWORD" in str(told.exception)
+
+
+def test_the_start_names_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: object) -> None:
+        raise InputError("not free")
+
+    monkeypatch.setattr("steer.apps.demo.app.launch", refused)
+    printed = CliRunner().invoke(demo, []).output.splitlines()
+    assert printed[0] == "steer demo: loading PyTorch, diffusers and gradio …"
+    assert re.match("steer demo: building the page for scenes.* …", printed[1])
 
 
 def test_the_command_refuses_before_it_loads_anything() -> None:

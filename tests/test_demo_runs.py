@@ -17,7 +17,7 @@ import gradio as gr
 from steer.apps.demo import steering as steering_module
 from steer.apps.demo.app import PublicApi
 from steer.apps.demo.rewards_tab import RewardsTab
-from steer.apps.demo.steer_tab import METHODS, SteerTab
+from steer.apps.demo.steer_tab import METHODS, ONE_STEP_METHODS, SteerTab
 from steer.apps.demo.steering import PromptResult, Step
 from steer.apps.demo.studio import Studio, Ticket, Weights, line, public, seed_of
 from steer.errors import InputError
@@ -61,7 +61,7 @@ def result_of(tab: SteerTab, shown: dict[Any, Any]) -> PromptResult:
 
 
 def asked(method: str) -> dict[str, Any]:
-    return {"method": method} | (RENO if method == "reno" else {})
+    return {"method": method} | (RENO if method in ONE_STEP_METHODS else {})
 
 
 # ---- state of the run before

@@ -264,7 +264,7 @@ def test_what_the_fields_cannot_ask_for_is_not_restored(studio: Studio, tmp_path
     recipe = made.images[0].recipe
     for change, message in (
         ({"potential": "sum"}, "made with potential 'sum'"),
-        ({"method": "svdd"}, "method 'svdd'"),
+        ({"method": "svdd", "lam": 3.0}, "made with lam 3.0"),
         ({"model": "/etc/passwd"}, "model '/etc/passwd'"),
         ({"steps": None}, "made with steps None"),
         ({"particles": 64}, "particles can be at most 16"),

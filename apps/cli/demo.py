@@ -52,6 +52,7 @@ def demo(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is first imported, after this
     if not (models or rewards):  # visitors shall not fetch from the hub where the owner does not
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    click.echo("steer demo: loading PyTorch, diffusers and gradio …")
     from steer.apps.demo.app import check_address, launch
     from steer.apps.demo.history import default_path
     from steer.apps.demo.studio import Studio, embedded_models
@@ -61,6 +62,7 @@ def demo(
     studio = Studio((*models, *embedded_models()), rewards, labels, device, dtype, label_images, history_file=history)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # how services are stopped: run `finally`, too
     try:
+        click.echo(f"steer demo: building the page for {', '.join(studio.models)} …")
         app = launch(studio, host, port, user, share)
         click.echo(f"steer demo: {app.share_url or app.local_url} (Ctrl-C ends it)")
         app.block_thread()

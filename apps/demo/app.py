@@ -55,8 +55,8 @@ class PublicApi:
 
         Args:
             prompt: what the image should show
-            method: race (the best picture, by search), fk (samples), best-of-n, reno (optimised noise, for one-step
-                models) or base
+            method: race (the best picture, by search), fk (samples), best-of-n, base, svdd, beam, drafts, renoise, or,
+                for one-step models, reno (optimised noise), noise-search or map-elites
             reward: a name that `steer rewards` lists, or a sum such as preference:scenes + aesthetic:scenes:0.5
             particles: images at a time
             steps: of the solver; 1 for reno
@@ -107,7 +107,7 @@ INTRODUCTION = "Images and texts that score higher by a reward you choose, and a
 def build(studio: Studio) -> gr.Blocks:
     """The app over a studio, not yet launched."""
     with gr.Blocks(title="steer", analytics_enabled=False, delete_cache=CACHE_LIMITS) as app:
-        gr.Markdown(f"# steer\n{INTRODUCTION}")
+        gr.HTML(f'<header class="steer-header"><h1>steer</h1><p>{INTRODUCTION}</p></header>')
         with gr.Tabs() as tabs:
             with gr.Tab("Steer", id="steer"):
                 steer = SteerTab(studio)

@@ -16,6 +16,7 @@ from matplotlib.colors import Normalize, to_hex
 from PIL import Image
 
 from steer.apps.demo.markup import folded, gallery, table
+from steer.apps.demo.progress import Progress
 from steer.apps.demo.steering import Frame, Loading, PromptResult, Step
 from steer.apps.demo.studio import Waiting, plural
 from steer.apps.plots import COLORMAP, chart, draw_series, short
@@ -37,6 +38,7 @@ class RunView:
     made: PromptResult | None = None
     finished: tuple[PromptResult, ...] = ()
     line: str = "Starting …"
+    progress: Progress = field(default_factory=Progress)
     _last_redraw: float = field(default=0.0, repr=False)
 
     def after(self, event: Any) -> bool:
@@ -52,12 +54,18 @@ class RunView:
                 raise TypeError(f"no event of a run: {event!r}")
         if not isinstance(event, Step):
             return True
+        self.progress.update(event.share)
         if event.step == 1 and event.phase != "beside":
             self.frames, self.made = (), None
         if (now := time.monotonic()) - self._last_redraw < REDRAW_INTERVAL:
             return False
         self._last_redraw = now
         return True
+
+    @property
+    def status(self) -> str:
+        """The status line with the progress of the run."""
+        return self.progress.status(self.line)
 
     def conclusion(self, stopped: bool) -> str:
         if stopped and not self.finished:
@@ -87,6 +95,8 @@ def run_view(frames: Sequence[Frame], made: PromptResult | None) -> str:
     curves = _curves(columns, paths) if frames else ""
     run = zlib.crc32(repr(columns[0].rewards).encode() + columns[0].images[0].tobytes())  # differs between runs
     components = _gallery(columns) + tree + curves + _table(columns, paths)
+    if made is not None and not related:
+        components = f'<details class="steer-folded"><summary>The steps of the run</summary>{components}</details>'
     return f'<section class="steer-run" data-run="{run:08x}">{components}</section>'
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import gradio as gr
 
+from steer.apps.demo.estimate import Paces
 from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, Defaults, check_limits, label_of, setting_field
 from steer.apps.demo.markup import RUN_SCRIPT, table
 from steer.apps.demo.run_view import RunView, run_view
+from steer.apps.demo.steer_options import RewardChips, image_fields, image_settings, lora_fields, uploaded_loras
 from steer.apps.demo.steering import Frame, PromptResult, as_command, as_python, steering
 from steer.apps.demo.studio import (
     PRIVATE,
@@ -25,13 +27,16 @@ from steer.apps.demo.studio import (
     prompts_in,
     public,
     seed_of,
+    write_zip,
 )
 from steer.apps.plots import short
 from steer.apps.recipes import Recipe, read_metadata
 from steer.apps.sampling import SavedImage
 from steer.apps.settings import ALL_OPTIONS, SamplingConfig, option_names, picture_options
+from steer.assets import MODELS
 from steer.errors import InputError
 from steer.pipelines.base import Cost
+from steer.rewards.scene import COLOURS, PLURALS
 
 METHODS = {
     "Best picture (search)": "race",
@@ -39,18 +44,60 @@ METHODS = {
     "Best of N": "best-of-n",
     "Optimised noise (ReNO)": "reno",
     "Plain sampling": "base",
+    "Best of each step (SVDD)": "svdd",
+    "Beam search": "beam",
+    "Best drafts, finished": "drafts",
+    "Best draft, varied": "renoise",
+    "Best noise (search)": "noise-search",
+    "A diverse set (MAP-Elites)": "map-elites",
 }
+METHOD_HINTS = {
+    "race": "Looks ahead at three steps, drops the worst images and continues the best ones.",
+    "fk": "Copies promising images during the run and drops others: draws from the model, tilted to the reward.",
+    "best-of-n": "Samples as usual and sorts by the reward.",
+    "reno": "Follows the gradient of the reward to a better starting noise. For one-step models.",
+    "base": "The model alone, scored but not steered.",
+    "svdd": "Continues every step from the single best candidate: high reward, little variety.",
+    "beam": "Continues every step from the two best candidates.",
+    "drafts": "Makes 16 images of 5 steps and finishes the best in full.",
+    "renoise": "Makes 16 images of 5 steps, adds noise to the best and finishes it in several ways.",
+    "noise-search": "Tries neighbours of the best starting noise; needs no gradient.",
+    "map-elites": "Keeps the best image of each brightness and complexity, for a set that differs.",
+}
+ONE_STEP_METHODS = ("reno", "noise-search", "map-elites")  # which make many images, by a one-step model if there is one
+EXAMPLES = (EXAMPLE, "a red circle left of a blue star", "two yellow squares and a black cross")
+KEYS_SCRIPT = (Path(__file__).parent / "keys.js").read_text()
 MAX_PROMPTS = 4  # of one visitor on a shared machine
 SETTINGS = ("method", "reward", "particles", "lam", "steps", "guidance", "iterations", "seed", "model", "compare")
 ONE_STEP = "scenes-turbo"
 
 
+def drawable(model: str) -> str:
+    """Describe the prompts that a model understands."""
+    if model not in MODELS:
+        return ""
+    shapes, colours = (", ".join(names[:-1]) + f" or {names[-1]}" for names in ([*PLURALS], [*COLOURS]))
+    return f"{model} draws one to four {shapes}, each {colours}, with and, left of, right of, above or below."
+
+
+def prompt_info(model: str) -> str:
+    """The hint of the field of the prompts."""
+    return f"One a line, up to {MAX_PROMPTS}. Ctrl+Enter runs. {drawable(model)}"
+
+
+def prompt_field(model: str) -> gr.Textbox:
+    """The field of the prompts."""
+    info = prompt_info(model)
+    return gr.Textbox(EXAMPLE, label="Prompt", lines=2, max_lines=MAX_PROMPTS, info=info, elem_id="steer-prompts")
+
+
 def steer_fields(studio: Studio) -> dict[str, Any]:
-    """The components, by the names that `settings_of` reads."""
+    """The components of the settings, by the names that `settings_of` reads."""
     rewards = [*dict.fromkeys([*studio.rewards, *REWARDS])]
     fields: dict[str, Any] = {
-        "prompts": gr.Textbox(EXAMPLE, label="Prompt", lines=2, info=f"One a line, up to {MAX_PROMPTS}."),
-        "method": gr.Radio([*METHODS.items()], value="race", label="Method"),
+        "method": gr.Dropdown(
+            [*METHODS.items()], value="race", label="Method", info=METHOD_HINTS["race"], elem_id="steer-method"
+        ),
         "reward": setting_field(
             "reward",
             choices=rewards,
@@ -59,8 +106,6 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
             info="To be maximised. Add several with +, weight one with :0.5.",
         ),
     }
-    with gr.Accordion("What the rewards measure", open=False):
-        gr.Markdown("\n".join(f"- `{name}`: {text}" for name, text in REWARDS.items()))
     for names in (("particles", "lam"), ("steps", "guidance")):
         with gr.Row():
             hidden = {name: {"visible": False} for name in ("lam",)}  # of fk, which is not the first method
@@ -76,6 +121,7 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
         fields["model"] = setting_field("model", choices=[*studio.models], value=studio.models[0], info=None)
         fields["compare"] = setting_field("compare", label="Also make the base images of the same seed", info=None)
         fields["adapter"] = gr.Checkbox(False, label="Finetuned weights", visible=False, elem_id="steer-adapter")
+    fields |= image_fields() | lora_fields()
     return fields
 
 
@@ -88,13 +134,23 @@ def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> Sam
     given = {name: asked[name] for name in SETTINGS if name not in own}
     if empty := [name for name, value in given.items() if value is None and name != "seed"]:
         raise InputError(f"{label_of(empty[0])}: the field is empty, give a number")
-    if "lam" in given and asked.get("auto"):
+    if asked["method"] != "fk":
+        given.pop("lam", None)  # svdd takes the best candidate
+    elif asked.get("auto"):
         given["lam"] = "auto"
-    given |= picture_options(asked["particles"]) if asked["method"] == "race" else {}
+    given |= _particle_options(asked["method"], asked["particles"])
     given |= {"reward": asked["reward"].strip(), "seed": seed_of(asked["seed"], asked["fresh"])}
-    settings = SamplingConfig.of(**given, lora=_adapter_path(asked["model"], weights) if asked["adapter"] else None)
+    adapters = [_adapter_path(asked["model"], weights) if asked["adapter"] else None, uploaded_loras(asked)]
+    given |= image_settings(asked)
+    settings = SamplingConfig.of(**given, lora=" + ".join(filter(None, adapters)) or None)
     check_limits(settings)
     return settings
+
+
+def _particle_options(method: str, particles: int) -> dict[str, Any]:
+    """The options of a method that follow from the number of particles."""
+    beams = {"beams": 2 - particles % 2}
+    return picture_options(particles) if method == "race" else beams if method == "beam" else {}
 
 
 def _adapter_path(model: str, weights: Weights | None) -> str:
@@ -128,8 +184,10 @@ def fields_from_settings(
         raise InputError(f"it was made with {what}, which this app does not have: use `steer sample --replay`")
     asked = {name: first.get(name, DEFAULTS.get(name)) for name in SETTINGS}
     asked |= {"prompts": prompt, "fresh": False, "adapter": settings.lora is not None}
-    asked["auto"] = first.get("lam", "auto") == "auto"
+    asked["auto"] = settings.method != "fk" or first["lam"] == "auto"
     asked |= {"lam": DEFAULTS["lam"]} if asked["auto"] else {}
+    asked |= {name: first[name] or "" for name in ("negative_prompt", "scheduler")}
+    asked |= {name: first[name] or 0 for name in ("height", "width")} | {"loras": None, "lora_weights": ""}
     asked |= {"steps": settings.steps or 1, "guidance": settings.guidance or 0.0}
     again = settings_of(asked, weights).plain()
     for name, value in first.items():
@@ -139,11 +197,11 @@ def fields_from_settings(
 
 
 def defaults_of(method: str, models: Sequence[str], weights: Weights | None = None) -> dict[str, Any]:
-    """Default values of the fields that depend on the method: ReNO is for one-step models.
+    """Default values of the fields that depend on the method: some are for one-step models.
 
     The other methods use finetuned weights where some are loaded.
     """
-    if method == "reno":
+    if method in ONE_STEP_METHODS:
         model = weights.model if weights else models[0]
         return {"steps": 1, "guidance": 0, "model": ONE_STEP if ONE_STEP in models else model, "adapter": False}
     if weights:
@@ -153,8 +211,7 @@ def defaults_of(method: str, models: Sequence[str], weights: Weights | None = No
 
 def visible_fields(method: str, weights: Weights | None = None) -> dict[str, bool]:
     """The visibility of the fields that not all methods have."""
-    own = {name: name in option_names(method) for name in ("lam", "iterations")}
-    own["auto"] = own["lam"]
+    own = {"lam": method == "fk", "auto": method == "fk", "iterations": "iterations" in option_names(method)}
     return own | {"compare": method != "base" or weights is not None, "adapter": weights is not None}
 
 
@@ -166,8 +223,11 @@ class Results:
             self.chooser = gr.Radio([], label="Prompt", visible=False, elem_id="steer-chooser")
             files: dict[str, Any] = {"type": "filepath", "format": "png", "interactive": False}
             self.slider = gr.ImageSlider(max_height=420, elem_id="steer-slider", **files)
-            shown: dict[str, Any] = {"columns": 4, "height": "auto", "object_fit": "contain", "buttons": ["fullscreen"]}
+            shown: dict[str, Any] = {"columns": 4, "height": "auto", "object_fit": "contain"}
+            shown["buttons"] = ["download", "fullscreen"]  # of an image that was clicked; arrow keys show the next
+            self.images = gr.Gallery(label="Images, best first", elem_id="steer-images", **shown, **files)
             self.gallery = gr.Gallery(label="Base images", elem_id="steer-base", **shown, **files)
+            self.archive = gr.DownloadButton("Download all images (zip)", size="sm", elem_id="steer-archive")
             self.table = gr.HTML(elem_id="steer-rewards")
             with gr.Accordion("Images, each with its settings inside", open=False):
                 self.files = gr.File(show_label=False, file_count="multiple", interactive=False, elem_id="steer-files")
@@ -177,7 +237,8 @@ class Results:
 
     @property
     def components(self) -> list[Any]:
-        return [self.box, self.chooser, self.slider, self.gallery, self.table, self.files, self.command, self.python]
+        pictures = [self.slider, self.images, self.gallery, self.archive]
+        return [self.box, self.chooser, *pictures, self.table, self.files, self.command, self.python]
 
     def updates(self, finished: Sequence[PromptResult], place: int = 0) -> dict[Any, Any]:
         """Show one of the finished prompts, and offer the others."""
@@ -192,7 +253,9 @@ class Results:
                 visible=pair is not None,
                 label=pair and sides(one, *pair),
             ),
+            self.images: gr.update(value=image_captions(one), label=images_label(one)),
             self.gallery: gr.update(value=base_captions(one), visible=bool(one.base)),
+            self.archive: str(archive_of(one)),
             self.table: f'{rewards_table(one)}<p class="steer-summary">{summary}</p>',
             self.files: [str(picture.path) for picture in (*one.images, *one.base)],
             self.command: as_command(one.prompt, one.settings),
@@ -225,6 +288,24 @@ def sides(made: PromptResult, left: SavedImage, right: SavedImage) -> str:
     of = f"the best of {len(made.images)} each" if steered else "the same noise"
     rewards = f"{short(left.recipe.reward)} and {short(right.recipe.reward)}"
     return f"Left: base model, right: {kind} ({of}; rewards {rewards})"
+
+
+def image_captions(made: PromptResult) -> list[tuple[str, str]]:
+    """Every image with its rank and reward."""
+    return [(str(one.path), f"{rank + 1}: {short(one.recipe.reward)}") for rank, one in enumerate(made.images)]
+
+
+def images_label(made: PromptResult) -> str:
+    """The label of the images, which plain sampling does not sort."""
+    return "Images" if made.settings.method == "base" else "Images, best first"
+
+
+def archive_of(made: PromptResult) -> Path:
+    """Zip all images of a prompt beside them, once."""
+    files = [picture.path for picture in (*made.images, *made.base)]
+    folder, name = files[0].parent, files[0].stem.removesuffix("-00")
+    path = folder / f"{name}.zip"
+    return path if path.is_file() else write_zip(path, folder, files, name)
 
 
 def base_captions(made: PromptResult) -> list[tuple[str, str]]:
@@ -262,6 +343,12 @@ def describe_means(made: PromptResult) -> str:
     return f"{text}{same} "
 
 
+def total_cost(made: PromptResult) -> tuple[int, float]:
+    """Denoiser evaluations and seconds of a prompt, those of its base images with them."""
+    costs = [cost for cost in (made.cost, made.base_cost) if cost is not None]
+    return sum(cost.nfe for cost in costs), sum(cost.seconds for cost in costs)
+
+
 def describe_cost(made: PromptResult) -> str:
     """Describe the cost in a sentence."""
     base = f"; the base images beside them {_cost(made.base_cost)}" if made.base_cost else ""
@@ -281,30 +368,58 @@ class SteerTab(JobTab):
     """
 
     def __init__(self, studio: Studio) -> None:
-        self.studio, self.finished, self.weights = studio, gr.State(()), gr.State(None)
-        with gr.Row(equal_height=False):
+        self.studio, self.finished, self.weights, self.paces = studio, gr.State(()), gr.State(None), Paces()
+        with gr.Row(equal_height=False, elem_id="steer-top"):
+            with gr.Column(scale=3, min_width=300):
+                prompts = prompt_field(studio.models[0])
+                if studio.models[0] in MODELS:
+                    gr.Examples([[one] for one in EXAMPLES], [prompts], label="Examples", api_visibility="private")
             with gr.Column(scale=2, min_width=300):
-                self.fields = steer_fields(studio)
+                self._job_buttons("Steer", "steer")
+                self.status = gr.HTML(line("Ready."), js_on_load=KEYS_SCRIPT, elem_id="steer-status")
+                self.estimate = gr.HTML(elem_id="steer-estimate")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=300):
+                self.results = Results()
+                self.view = gr.HTML(run_view((), None), js_on_load=RUN_SCRIPT, elem_id="steer-view")
+            with gr.Column(scale=2, min_width=300):
+                self.fields = {"prompts": prompts} | steer_fields(studio)
                 first = defaults_of(self.fields["method"].value, studio.models)
                 self.defaults = gr.State(Defaults(first | {"reward": self.fields["reward"].value}))
-                self._job_buttons("Steer", "steer")
+                self.chips = RewardChips(self.fields["reward"], studio.rewards)
                 label = "Drop an image that was made here to restore its settings"
                 self.dropped = gr.File(label=label, file_types=[".png"], height=160, elem_id="steer-drop")
-            with gr.Column(scale=3, min_width=300):
-                self.status = gr.HTML(line("Ready."), elem_id="steer-status")
-                self.view = gr.HTML(run_view((), None), js_on_load=RUN_SCRIPT, elem_id="steer-view")
-                self.results = Results()
+        values = {field: field.value for field in self.fields.values()} | {self.weights: None}
+        self.estimate.value = self.describe_cost(values)
         self._connect()
 
     def _connect(self) -> None:
         fields, seed = self.fields, (self.fields["seed"], self.fields["fresh"])
-        live = [self.status, self.view, self.start, self.stop, self.finished, *seed, *self.results.components]
+        live = [
+            self.status,
+            self.estimate,
+            self.view,
+            self.start,
+            self.stop,
+            self.finished,
+            *seed,
+            *self.results.components,
+        ]
         asked = {*fields.values(), self.weights}
         self._connect_job(self.start.click(self.run, asked, live, **RUNS))
-        follows, known = [self.status, self.defaults, *fields.values()], {self.weights, self.defaults, *fields.values()}
+        follows, known = (
+            [self.status, self.defaults, *fields.values(), *self.chips.components],
+            {self.weights, self.defaults, *fields.values()},
+        )
         fields["method"].input(self.fit, known, follows, **PRIVATE)
         self.weights.change(self.load_adapter, known, follows, **PRIVATE)
         self.dropped.upload(self.restore, [self.dropped, self.weights], follows, **PRIVATE)
+        costs = [fields[name].change for name in ("prompts", "particles", "steps", "iterations", "compare")]
+        costs += [fields[name].change for name in ("method", "model")]
+        gr.on(costs, self.describe_cost, {*fields.values(), self.weights}, self.estimate, trigger_mode="always_last",
+              queue=False, **PRIVATE)  # fmt: skip
+        fields["model"].change(lambda model: gr.update(info=prompt_info(model)), fields["model"], fields["prompts"],
+                               queue=False, **PRIVATE)  # fmt: skip
         chosen = [self.results.chooser, self.finished]
         self.results.chooser.input(self.show, chosen, [self.view, *self.results.components], **PRIVATE)
 
@@ -312,7 +427,7 @@ class SteerTab(JobTab):
     def run(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
         asked, weights = self.values(field_values), field_values[self.weights]
         prompts, settings = prompts_of(asked["prompts"]), settings_of(asked, weights)
-        work = steering(self.studio, prompts, settings, self.studio.run_folder(request), weights)
+        work = steering(self.studio, prompts, settings, self.studio.run_folder(request), weights, asked["loras"] or ())
         ticket, state = self.studio.begin(request, work), RunView()
         yield {
             self.fields["seed"]: settings.seed,
@@ -327,10 +442,21 @@ class SteerTab(JobTab):
                 view = (
                     {self.view: run_view(state.frames, state.made)} if isinstance(event, Frame | PromptResult) else {}
                 )
-                yield {self.status: line(state.line), **view}
+                yield {self.status: state.status, **view}
         yield {self.status: line(state.conclusion(ticket.stopped)), self.finished: state.finished}
+        for one in state.finished:
+            self.paces.add(settings, *total_cost(one))
         if state.finished:
-            yield self.show(0, state.finished)
+            yield self.show(0, state.finished) | {self.estimate: self.describe_cost(field_values)}
+
+    def describe_cost(self, field_values: dict[Any, Any]) -> str:
+        """Describe the cost of a run with the present fields; nothing where they do not make one."""
+        asked = self.values(field_values) | {"seed": 0}
+        try:
+            prompts, settings = prompts_of(asked["prompts"]), settings_of(asked, field_values[self.weights])
+        except InputError:
+            return ""
+        return f'<p class="steer-note">{self.paces.describe(settings, len(prompts))}</p>'
 
     def remember(self, request: gr.Request, made: PromptResult) -> None:
         """Add a finished prompt to the history; where that fails, a warning appears and the run continues."""
@@ -358,7 +484,9 @@ class SteerTab(JobTab):
         changes = {name: {"value": value} for name, value in values.items()}
         for name, visible in visible_fields(method, weights).items():
             changes.setdefault(name, {})["visible"] = visible
-        return {self.fields[name]: gr.update(**change) for name, change in changes.items()}
+        changes.setdefault("method", {})["info"] = METHOD_HINTS[method]
+        chips = self.chips.clear() if "reward" in values else {}
+        return chips | {self.fields[name]: gr.update(**change) for name, change in changes.items()}
 
     def load_adapter(self, field_values: dict[Any, Any]) -> Change:
         """Select newly loaded finetuned weights, and plain sampling, which shows their effect best."""

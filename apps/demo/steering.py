@@ -5,8 +5,8 @@ import re
 import shlex
 import shutil
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
@@ -17,12 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from steer.apps.components import set_scheduler
+from steer.apps.demo.steer_options import on_disk
 from steer.apps.demo.studio import Studio, Ticket, Weights
 from steer.apps.errors import wrap_errors
 from steer.apps.methods import METHODS, DisableAdapter, Job
-from steer.apps.models import adapter_applied
+from steer.apps.models import adapter_applied, read_loras
 from steer.apps.plots import short
-from steer.apps.sampling import SavedImage, base_output, write_images
+from steer.apps.sampling import SavedImage, base_output, samples_base, write_images
 from steer.apps.settings import SamplingConfig, default_of
 from steer.files import make_folder
 from steer.pipelines.base import Cost, Iteration
@@ -40,6 +42,12 @@ PHASES = {
     "base": "Sampling",
     "beside": "Base images",
     "reno": "Optimising the noise",
+    "svdd": "Selecting",
+    "beam": "Searching",
+    "drafts": "Finishing the best drafts",
+    "renoise": "Finishing the best drafts",
+    "noise-search": "Searching the noise",
+    "map-elites": "Collecting elites",
 }
 EARLY_PREVIEWS = (0.0, 0.15)  # shares of a run, before the first rewards: a picture at once
 MAX_FRAMES = 12  # of a noise optimisation, which has many more iterations
@@ -98,13 +106,23 @@ class Loading:
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: a step of prompt `number` of `count`, in a phase of PHASES."""
+    """Progress: a step of prompt `number` of `count`, in a phase of PHASES.
+
+    before, after  steps of the phases before and after this one
+    """
 
     number: int
     count: int
     phase: str
     step: int
     total: int
+    before: int = 0
+    after: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share of the run's steps that are done, 0 to 1."""
+        return (self.number + (self.before + self.step) / (self.before + self.total + self.after)) / self.count
 
     def __str__(self) -> str:
         which = f"Prompt {self.number + 1} of {self.count}. " if self.count > 1 else ""
@@ -131,14 +149,22 @@ class PromptResult:
 
 
 def steering(
-    studio: Studio, prompts: Sequence[str], settings: SamplingConfig, folder: Path, weights: Weights | None = None
+    studio: Studio,
+    prompts: Sequence[str],
+    settings: SamplingConfig,
+    folder: Path,
+    weights: Weights | None = None,
+    loras: Sequence[str] = (),
 ) -> Callable[[Ticket], None]:
-    """Make a job for the worker that steers every prompt, with `weights` where the settings name an adapter.
+    """Make a job for the worker that steers every prompt, with the adapters that the settings name.
 
+    weights, loras  finetuned weights of the visitor, and paths of uploaded LoRA files
     Raises InputError for a reward that visitors may not use.
     """
     reward = studio.reward(settings.reward)
-    adapter = None if weights is None or settings.lora is None else str(weights.folder)
+    places = {Path(path).name: Path(path) for path in loras}
+    places |= {} if weights is None else {weights.archive_path: weights.folder}
+    adapter = None if settings.lora is None else on_disk(settings.lora, places)
 
     def work(ticket: Ticket) -> None:
         ticket.say(Loading(settings.model))
@@ -147,11 +173,24 @@ def steering(
         with (
             wrap_errors("this run", NOTHING_KEPT_HINT, MEMORY_HINT),
             studio.model(settings.model) as pipe,
+            scheduler_applied(pipe, settings.scheduler),
             adapter_applied(pipe, adapter) as off,
         ):
             steer_all(pipe, reward, prompts, settings, folder, ticket, off)
 
     return work
+
+
+@contextmanager
+def scheduler_applied(pipe: Any, text: str | None) -> Iterator[None]:
+    """Replace the scheduler of a pipeline inside the block. Raises InputError for one of another kind of model."""
+    own = pipe.scheduler
+    if text is not None:
+        set_scheduler(pipe, text)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 def steer_all(
@@ -170,13 +209,25 @@ def steer_all(
     make_folder(folder)
     for number, prompt in enumerate(prompts):
 
-        def step(phase: str, step: int, total: int, number: int = number) -> None:
-            ticket.say(Step(number, len(prompts), phase, step, total))
+        def step(*progress: Any, number: int = number) -> None:
+            ticket.say(Step(number, len(prompts), *progress))
 
         which = f"prompt{number + 1}-" if len(prompts) > 1 else ""
         prefix = f"{_slug(prompt)}{settings.method}-seed{settings.seed}-{which}{folder.name}-"
         job = Job(pipe, reward, prompt, settings, state_file=None, adapter_disabled=adapter_disabled)
         ticket.say(_steer_one(job, folder, prefix, ticket, step))
+
+
+class _StepCounts:
+    """The steps of the phases of a prompt: those of the method, and those of the base images after it."""
+
+    def __init__(self, settings: SamplingConfig) -> None:
+        self.base, self.method = (settings.steps or 1) if samples_base(settings) else 0, 0
+
+    def of_method(self, step: int, total: int) -> tuple[int, int, int, int]:
+        """Arguments of `Step` after its phase."""
+        self.method = total
+        return step, total, 0, self.base
 
 
 def _slug(prompt: str) -> str:
@@ -185,10 +236,8 @@ def _slug(prompt: str) -> str:
     return f"{words}-" if words else ""
 
 
-def _steer_one(
-    job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callable[[str, int, int], None]
-) -> PromptResult:
-    method, frames = job.settings.method, list[Frame]()
+def _steer_one(job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callable[..., None]) -> PromptResult:
+    method, frames, counts = job.settings.method, list[Frame](), _StepCounts(job.settings)
 
     def show(number: int, total: int, images: Tensor, rewards: Tensor, *resampling: Any) -> None:
         thumbnails = tuple(Image.fromarray(pixels_of(image.detach().clamp(0, 1))) for image in images)
@@ -198,7 +247,7 @@ def _steer_one(
         ticket.say(frames[-1])
 
     def on_step(report: StepReport) -> None:
-        step(method, report.step + 1, report.total)
+        step(method, *counts.of_method(report.step + 1, report.total))
         if (evaluation := report.evaluation) is not None and report.previews is not None:
             ess, ancestors = evaluation.ess[0].item(), tuple(evaluation.ancestors[0].tolist())
             show(report.step, report.total, report.previews, evaluation.rewards, ess, ancestors)
@@ -208,14 +257,15 @@ def _steer_one(
             show(report.step, report.total, report.previews, unknown, None, tuple(range(count)))
 
     def on_iteration(one: Iteration) -> None:
-        step(method, one.number + 1, one.total)
+        step(method, *counts.of_method(one.number + 1, one.total))
         if one.images is not None and one.number % max(1, one.total // MAX_FRAMES) == 0:
             show(one.number, one.total, one.images, one.rewards)
 
     early = tuple(round(share * (job.settings.steps or 0)) for share in EARLY_PREVIEWS)
     observed = replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None, early_previews=early)
     output = METHODS[method].run(observed)
-    base = base_output(replace(job, on_step=lambda report: step("beside", report.step + 1, report.total)), output)
+    beside = replace(job, on_step=lambda report: step("beside", report.step + 1, report.total, counts.method))
+    base = base_output(beside, output)
     return PromptResult(
         prompt=job.prompt,
         settings=job.settings,
@@ -229,13 +279,14 @@ def _steer_one(
 
 
 # Shared options of the command, and as arguments of Python.
-OPTIONS = ("model", "lora", "method", "reward", "particles", "steps", "guidance", "seed")
+OPTIONS = ("model", "lora", "scheduler", "method", "reward", "particles", "steps", "guidance", "seed")
+CALL = ("negative_prompt", "height", "width")
 ARGUMENTS = {"particles": "num_particles", "steps": "num_inference_steps", "guidance": "guidance_scale"}
 PYTHON = """import torch
 from steer.apps.models import load_pipeline
 from steer import {name}
 
-pipe = load_pipeline({model!r}{dtype})
+pipe = load_pipeline({model!r}{loading})
 {adapter}out = {name}(pipe, reward={reward!r})(
     {prompt!r},
 {arguments}
@@ -255,12 +306,13 @@ def given_options(settings: SamplingConfig, shared: Iterable[str]) -> dict[str, 
 
 def as_python(prompt: str, settings: SamplingConfig) -> str:
     """Write a program that makes the same images."""
-    method, arguments = METHODS[settings.method], given_options(settings, ARGUMENTS)
+    method, arguments = METHODS[settings.method], given_options(settings, (*ARGUMENTS, *CALL))
+    loading = {name: value for name in ("dtype", "scheduler") if (value := getattr(settings, name))}
     return PYTHON.format(
         name=method.pipeline.__name__,
         model=settings.model,
-        dtype=f", dtype={settings.dtype!r}" if settings.dtype else "",
-        adapter=f"pipe.load_lora_weights({settings.lora!r})  # unpacked\n" if settings.lora else "",
+        loading="".join(f", {name}={value!r}" for name, value in loading.items()),
+        adapter=_load_adapters(settings.lora) if settings.lora else "",
         reward=settings.reward,
         prompt=prompt,
         arguments="\n".join(f"    {ARGUMENTS.get(name, name)}={value!r}," for name, value in arguments.items()),
@@ -269,10 +321,21 @@ def as_python(prompt: str, settings: SamplingConfig) -> str:
     )
 
 
+def _load_adapters(lora: str) -> str:
+    """Write the lines that load adapters, each from beside the program."""
+    terms = read_loras(lora)
+    if len(terms) == 1 and terms[0][1] == 1:
+        return f"pipe.load_lora_weights({terms[0][0]!r})  # unpacked\n"
+    names, weights = [f"lora{number}" for number in range(len(terms))], [weight for _, weight in terms]
+    loads = zip(names, terms, strict=True)
+    lines = [f"pipe.load_lora_weights({path!r}, adapter_name={name!r})" for name, (path, _) in loads]
+    return "\n".join([*lines, f"pipe.set_adapters({names!r}, {weights!r})\n"])
+
+
 def as_command(prompt: str, settings: SamplingConfig) -> str:
     """Write a command that makes the same images."""
     words = [] if settings.compare else ["--no-compare"]
-    for name, value in given_options(settings, OPTIONS).items():
+    for name, value in given_options(settings, (*OPTIONS, *CALL)).items():
         words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
     dashed = ["--", prompt] if prompt.startswith("-") else [prompt]
     return shlex.join(["steer", "sample", *words, *dashed])

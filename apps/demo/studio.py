@@ -351,8 +351,9 @@ class JobTab:
 
     def _job_buttons(self, label: str, prefix: str) -> None:
         with gr.Row():
-            self.start = gr.Button(label, variant="primary", elem_id=f"{prefix}-start")
-            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{prefix}-stop")
+            self.start = gr.Button(label, variant="primary", min_width=120, elem_id=f"{prefix}-start")
+            look: dict[str, Any] = {"variant": "stop", "interactive": False, "min_width": 120}
+            self.stop = gr.Button("Stop", **look, elem_id=f"{prefix}-stop")
 
     def _connect_job(self, *events: Dependency) -> None:
         """Connect the ways to start the job with `fail`, and the stop button with the studio."""

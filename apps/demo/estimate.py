@@ -1,0 +1,74 @@
+"""The cost of a run before it starts: denoiser evaluations by the settings, and seconds by the pace of earlier runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+from steer.apps.demo.progress import duration
+from steer.apps.demo.steering import EARLY_PREVIEWS
+from steer.apps.sampling import samples_base
+from steer.apps.settings import SamplingConfig
+
+LOOKAHEAD = 2  # evaluations of a look-ahead of three steps beyond the step itself
+RUNGS = (0.25, 0.4, 0.6)  # of race with branches, shares of the run
+RESTART = 0.4  # of renoise, share of the run
+
+
+def _early(steps: int, *shares: float) -> int:
+    """Evaluations of look-aheads for each particle: early previews, and those at other shares of the run."""
+    return LOOKAHEAD * len({round(share * steps) for share in (*EARLY_PREVIEWS, *shares)})
+
+
+def _iterative(settings: SamplingConfig, images: int) -> int:
+    """Evaluations of a search over the starting noise: its images, its best once more, and the noise."""
+    return settings.particles * ((settings.steps or 1) * (images + 1) + 1)
+
+
+def _per_particle(own: Callable[[int], int]) -> Callable[[SamplingConfig], int]:
+    """Make a count of evaluations for all particles from that for one, by the steps."""
+    return lambda settings: settings.particles * own(settings.steps or 1)
+
+
+def _of_drafts(options: Any) -> int:
+    return int(options.drafts * options.draft_steps)
+
+
+EVALUATIONS: dict[str, Callable[[SamplingConfig], int]] = {
+    "fk": _per_particle(lambda steps: steps + _early(steps)),
+    "race": _per_particle(lambda steps: steps + _early(steps, *RUNGS)),
+    "drafts": lambda one: _of_drafts(one.options) + one.particles * (one.steps or 1),
+    "renoise": lambda one: (
+        _of_drafts(one.options)
+        + one.particles * ((one.steps or 1) - round(RESTART * (one.steps or 1)) + _early(one.steps or 1))
+    ),
+    "reno": lambda one: _iterative(one, one.options.iterations),
+    "noise-search": lambda one: _iterative(one, 1 + (one.options.iterations - 1) * one.options.neighbours),
+    "map-elites": lambda one: _iterative(one, one.options.iterations - 1 + one.options.first_batches),
+}
+
+
+def evaluations(settings: SamplingConfig) -> int:
+    """Denoiser evaluations of a prompt by the settings, those of the base images with them."""
+    plain = _per_particle(lambda steps: steps)
+    return EVALUATIONS.get(settings.method, plain)(settings) + (plain(settings) if samples_base(settings) else 0)
+
+
+class Paces:
+    """Seconds per denoiser evaluation, decoding and rewards with them, of the latest runs."""
+
+    def __init__(self) -> None:
+        self._latest: dict[tuple[Any, ...], float] = {}
+
+    def add(self, settings: SamplingConfig, evaluations: int, seconds: float) -> None:
+        """Add a finished run."""
+        if evaluations:
+            self._latest[self._key(settings)] = seconds / evaluations
+
+    def describe(self, settings: SamplingConfig, prompts: int) -> str:
+        """Describe the cost of a run in a sentence; without seconds before the first run of the method and model."""
+        count, pace = prompts * evaluations(settings), self._latest.get(self._key(settings))
+        seconds = "" if pace is None else f", {duration(count * pace)} at the pace of the last run"
+        return f"About {count:,} denoiser evaluations{seconds}."
+
+    @staticmethod
+    def _key(settings: SamplingConfig) -> tuple[Any, ...]:
+        return settings.model, settings.method, settings.height, settings.width
