@@ -257,7 +257,7 @@ HOSTILE: list[tuple[Any, str]] = [
     ({"prompt": "a", "settings": PLAIN | {"steps": "8"}}, "expected int or null"),
     ({"prompt": "a", "settings": PLAIN | {"guidance": float("nan")}}, "finite"),
     ({"prompt": "a", "settings": PLAIN | {"model": "/etc"}}, "which this app does not have"),
-    ({"prompt": "a", "settings": PLAIN | {"method": "beam"}}, "which this app does not have"),
+    ({"prompt": "a", "settings": PLAIN | {"method": "teleport"}}, "unknown method"),
     ({"prompt": "a", "settings": PLAIN | {"lora": "/etc/passwd"}}, "no finetuned weights are loaded"),
     ({"prompt": "a", "settings": PLAIN | {"vae": "/etc/passwd"}}, "has no field here"),
     ({"prompt": "a", "settings": PLAIN | {"reward": "evil_module:run"}}, "rewards have names"),
