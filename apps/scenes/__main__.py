@@ -76,7 +76,7 @@ def _autoencoder(options: argparse.Namespace) -> None:
 
 
 def _denoiser(options: argparse.Namespace) -> None:
-    recipe, steps = training.RECIPES[options.size], options.steps or 60_000
+    recipe, steps = training.RECIPES[options.size], options.steps or 11_000
     training.train_denoiser(options.out / "denoiser", _vae(options), recipe, steps, start=options.start)
 
 
