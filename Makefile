@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 .PHONY: zoo sample test test-browser test-hard test-hub fuzz audit sbom docs lint types unit format clean
 
 sample: $(INSTALLED)  ## the main job: base, best-of-8 and steered images for three prompts, requirements ticked
-	$(BIN)/steer sample "a red circle left of a blue star" "three green triangles" "a yellow square and a purple cross" \
+	$(BIN)/steer sample "four yellow crosses" "three blue stars" "a yellow star below a black cross" \
 		--steps 20 --guidance 4 --particles 4 --best-of 8 --checklist scene --out out/sample
 	@echo "look at out/sample/grid.png and out/sample/ancestry.png"
 
