@@ -290,6 +290,7 @@ def test_a_strange_link_changes_no_field_and_loads_nothing(
 def test_a_link_fills_the_form_and_a_page_without_one_stays(tab: HistoryTab) -> None:
     link = link_of("two blue squares", settings_of(ASKED))
     change = opened(tab, given(link))
+    assert change.keys() <= {*tab.form}, "the outputs of the event"
     shown = {name: change[field]["value"] for name, field in tab.steer.fields.items()}
     assert shown["prompts"] == "two blue squares" and settings_of(shown) == settings_of(ASKED)
     assert list(opened(tab, None)) == [tab.steer.status]

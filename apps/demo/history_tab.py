@@ -120,7 +120,7 @@ class HistoryTab:
         self.studio, self.steer, self.rewards, self.tabs = studio, steer, rewards, tabs
         self.token = gr.Textbox(visible=False)
         self.numbers = gr.State(())  # of the runs in the gallery
-        self.form = [steer.status, steer.defaults, *steer.fields.values()]
+        self.form = [steer.status, steer.defaults, *steer.fields.values(), *steer.chips.components]
         self._layout()
         self.chosen = [self.first, self.second]
         self.live = [self.status, self.gallery, self.numbers, *self.chosen, self.view, self.link, self.files]
