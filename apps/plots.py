@@ -353,8 +353,13 @@ def draw_ancestry(report: Report, out: Path) -> Path:
 
 def _reward_columns(entry: Report) -> list[list[float]]:
     """Rewards by slot at each evaluated step, and of the finished images."""
-    finished = [entry["rewards"][entry["order"].index(slot)] for slot in range(len(entry["order"]))]
-    return [*entry["step_rewards"], finished]
+    slots = _finished_slots(entry)
+    return [*entry["step_rewards"], [entry["rewards"][slots.index(slot)] for slot in range(len(slots))]]
+
+
+def _finished_slots(entry: Report) -> list[int]:
+    """Slots of the finished images, best first, from 0 without gaps: a run such as drafts keeps only some."""
+    return [sorted(entry["order"]).index(slot) for slot in entry["order"]]
 
 
 def _draw_tree(axes: Axes, entry: Report, out: Path) -> None:
@@ -367,7 +372,7 @@ def _draw_tree(axes: Axes, entry: Report, out: Path) -> None:
         axes.scatter([column] * len(rewards), range(len(rewards)), c=rewards, **style)
         for slot, reward in enumerate(rewards if column < last else ()):
             _annotate(axes, f"{reward:.2g}", (column, slot), (0, 7), size=6.5, ha="center")
-    for rank, slot in enumerate(entry["order"]):
+    for rank, slot in enumerate(_finished_slots(entry)):
         weight = "bold" if rank == 0 else "normal"
         if "texts" in entry:
             text = f"{entry['rewards'][rank]:.3g}  {plain_text(entry['texts'][rank])[:MAX_TEXT]}"

@@ -19,7 +19,7 @@ from steer.diffusion.modular import as_callable
 from steer.diffusion.schedules import clip_limit, descends_from, ignores_eta
 from steer.diffusion.seeds import Generators, copy_generators
 from steer.errors import InputError
-from steer.pipelines.settings import Prompts, StepSettings, read_arguments
+from steer.pipelines.settings import IntermediateSettings, Prompts, read_arguments
 from steer.pipelines.text.masked_diffusion import pipeline_class
 from steer.registry import nearest
 from steer.rewards.parser import load_reward
@@ -85,7 +85,7 @@ class SteeringCall(Protocol[P]):
 def steering_call(settings: Callable[P, S]) -> Callable[[SteeringMethod[S]], SteeringCall[P]]:
     """Decorate the body of a method's call: its signature and its docstring are made from the settings dataclass."""
     kind = cast(type[Settings], settings)
-    shared = {one.name for one in fields(StepSettings)} - {"num_particles"}  # shown after the method's own
+    shared = {one.name for one in fields(IntermediateSettings)} - {"num_particles"}  # shown after the method's own
     parameters = sorted(inspect.signature(kind).parameters.values(), key=lambda one: one.name in shared)
 
     def decorate(method: SteeringMethod[S]) -> SteeringCall[P]:

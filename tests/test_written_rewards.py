@@ -192,7 +192,7 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     for text, message in (
         ("sandbox:gone.py", "sandbox:gone.py: cannot be read"),
         (f"sandbox:{tmp_path / 'bad.py'}", "import of os is not allowed"),
-        (f"sandbox:{tmp_path / 'bad.py'},seconds=soon", "seconds= and memory= are numbers"),
+        (f"sandbox:{tmp_path / 'bad.py'},seconds=soon", "seconds=soon: use a number"),
     ):
         (tmp_path / "bad.py").write_text("import os\n" + RED)
         with pytest.raises(RewardError) as raised:
