@@ -278,9 +278,10 @@ BAND = (10, 90)  # percentiles over prompts
 def draw_grid(report: Report, out: Path) -> Path:
     """Write grid.png: one row per prompt, from left to right the base images, best-of-N, and the steered ones.
 
+    Of the steered ones only those that `steer sample --keep` chose, where it did.
     Below each image are its reward and, where it has a checklist, the requirements that it meets or misses.
     """
-    entries = report["prompts"][:MAX_ROWS]
+    entries = [_kept(entry) for entry in report["prompts"][:MAX_ROWS]]
     sides = [side for side in ("base", "best_of") if any(entry.get(side, {}).get("images") for entry in entries)]
     blocks = [[*(entry.get(side, {}) for side in sides), entry] for entry in entries]
     columns = [max(len(block[n].get("images", ())) for block in blocks) for n in range(len(sides) + 1)]
@@ -293,7 +294,8 @@ def draw_grid(report: Report, out: Path) -> Path:
     below = [BELOW + LINE * count for count in lines]
     subtitle = f"below each image: {report['settings']['reward']}"
     height = TOP + sum(heights) + sum(below) + (BELOW + GAP) * len(blocks)
-    titles = [_side_title(side, blocks[0][n]) for n, side in enumerate(sides)] + [image_title(report)]
+    names = {"base": "base", "best_of": f"best of {report['settings'].get('best_of')}"}
+    titles = [*(names[side] for side in sides), image_title(report)]
     canvas = Canvas(lefts[-1], height, "", plain_text(subtitle, 150))
     for left, title in zip(lefts, titles, strict=False):
         canvas.text(title, left, 6, size=11, weight="bold")
@@ -310,9 +312,12 @@ def draw_grid(report: Report, out: Path) -> Path:
     return save_figure(canvas.figure, out / "grid.png")
 
 
-def _side_title(side: str, block: Report) -> str:
-    """Name the images of a control; best-of-N with its N."""
-    return "base" if side == "base" else f"best of {block['cost']['reward_calls']}"
+def _kept(entry: Report) -> Report:
+    """Return an entry with the images that `steer sample --keep` chose, in the order of the choice."""
+    if (ranks := entry.get("kept", {}).get("ranks")) is None:
+        return entry
+    names = [name for name in ("images", "rewards", "checklist") if name in entry]
+    return {**entry} | {name: [entry[name][k] for k in ranks] for name in names}
 
 
 def _draw_checklist(canvas: Canvas, checks: Mapping[str, bool], left: int, top: int) -> None:

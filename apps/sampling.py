@@ -291,7 +291,7 @@ def sample(
             raise InputError(f"--animation shows iterations and --method {settings.method} has none: leave it out")
         reward = resolve_reward(settings.reward, reward_timeout)
         METHODS[settings.method].check(settings, reward)
-        check = None if checklist is None else load_checklist(checklist)
+        check = load_checklist(checklist)
         check_model_settings(settings)
     record, pending = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
     if pending:
@@ -328,16 +328,20 @@ def sample(
 Checklist = Callable[[torch.Tensor, Sequence[str]], list[dict[str, bool]]]
 
 
-def load_checklist(text: str) -> Checklist:
-    """Load the checklist of a reward. Raises InputError for one that has none."""
+def load_checklist(text: str | None) -> Checklist | None:
+    """Load the checklist of a reward, None without a name. Raises InputError for a reward that has none."""
+    if text is None:
+        return None
     check: Checklist | None = getattr(resolve_reward(text), "checklist", None)
     if check is None:
         raise InputError(f"--checklist {text}: this reward lists no requirements: use scene, or leave it out")
     return check
 
 
-def with_checklists(report: Report, out: Path, check: Checklist) -> Report:
-    """Return a report in which images have their checklists."""
+def with_checklists(report: Report, out: Path, check: Checklist | None) -> Report:
+    """Return a report in which images have their checklists, where there are any."""
+    if check is None:
+        return report
 
     def with_checks(side: Entry, prompt: str) -> Entry:
         return side | {"checklist": [check(read_image(out / name)[None], [prompt])[0] for name in side["images"]]}
@@ -402,7 +406,7 @@ def _local_prompts(pending: Sequence[int], context: LaunchContext, method: str, 
 
 
 def _draw(report: Report, out: Path, check: Checklist | None = None) -> None:
-    draw_grid(report if check is None else with_checklists(report, out, check), out)
+    draw_grid(with_checklists(report, out, check), out)
     (draw_progress if METHODS[report["method"]].is_iterative else draw_ancestry)(report, out)
 
 

@@ -94,6 +94,23 @@ def test_the_commands(tmp_path: Path, steer: Steer) -> None:
     assert code == 2 and "add --keep N" in err
 
 
+def test_the_grid_shows_the_kept_images_with_their_checklists(
+    steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells: list[list[float]] = []
+    monkeypatch.setattr("steer.apps.plots.Canvas.cell", lambda self, picture, rewards, *place: cells.append(rewards))
+    ticks: list[dict[str, bool]] = []
+    monkeypatch.setattr("steer.apps.plots._draw_checklist", lambda canvas, checks, left, top: ticks.append(checks))
+    words = ["sample", "a red circle", "--steps", 2, "--particles", 3, "--no-compare", "--method", "base"]
+    assert steer(*words, "--keep", 1, "--checklist", "scene", "--out", tmp_path)[0] == 0
+    entry = json.loads((tmp_path / "report.json").read_text())["prompts"][0]
+    (rank,) = entry["kept"]["ranks"]
+    assert len(cells) == len(ticks) == 3 + 1 and cells[-1] == [entry["rewards"][rank]]
+    assert ticks[-1] == ticks[rank]
+    code, _, err = steer("sample", "a red", "--model", "scenes-text", "--checklist", "scene", "--out", tmp_path / "t")
+    assert code == 2 and "--checklist is for images" in err
+
+
 @pytest.mark.hard
 def test_four_of_sixteen_scenes_differ_more_at_little_cost() -> None:
     """Held-out prompts: the mean distance of the four images rises outside its interval; rewards stay near the top."""

@@ -94,8 +94,7 @@ def sample(
         prompts = _prompts(prompt, prompt_file, prompt_column)
     from steer.apps.expansion import is_text_model
     from steer.apps.methods import ComputeOptions
-    from steer.apps.picking import check_keep, keep_diverse
-    from steer.apps.plots import draw_grid
+    from steer.apps.picking import check_keep
     from steer.apps.sampling import sample as run
     from steer.apps.texts import TEXTS, sample_texts
 
@@ -106,13 +105,14 @@ def sample(
     check_keep(keep, diverse, config.particles)
     if texts and keep is not None:
         raise InputError(f"--keep chooses among images, and {config.model} makes texts: leave it out")
+    if texts and checklist is not None:
+        raise InputError(f"--checklist is for images, and {config.model} makes texts: leave it out")
     if texts:
         report = sample_texts(prompts, config, out, device, reward_timeout)
     else:
         report = run(prompts, config, out, device, reward_timeout, animation, compute_options, checklist)
         if keep is not None and is_main_process():
-            report = keep_diverse(report, out, keep, 0.5 if diverse is None else diverse)
-            draw_grid(report, out)
+            report = _keep(report, out, keep, diverse, checklist)
     written = out / (TEXTS if texts else "grid.png")
     means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]
     best = [max(entry["rewards"]) for entry in report["prompts"]]
@@ -124,6 +124,17 @@ def sample(
             f"{len(prompts)} prompts, {config.reward}: best {sum(best) / len(best):.3f}, "
             f"mean {sum(means) / len(means):.3f}, {report['cost']['seconds']:.1f} s by {config.method}{lam} → {written}"
         )
+
+
+def _keep(report: dict[str, Any], out: Path, keep: int, diverse: float | None, checklist: str | None) -> dict[str, Any]:
+    """Choose images of each prompt, draw grid.png with these alone, and return the report."""
+    from steer.apps.picking import keep_diverse
+    from steer.apps.plots import draw_grid
+    from steer.apps.sampling import load_checklist, with_checklists
+
+    report = keep_diverse(report, out, keep, 0.5 if diverse is None else diverse)
+    draw_grid(with_checklists(report, out, load_checklist(checklist)), out)
+    return report
 
 
 def _warn_nsfw(entries: Sequence[Mapping[str, Any]]) -> None:
