@@ -377,15 +377,15 @@ def test_the_reference_is_told_as_it_is() -> None:
     with torch.no_grad():
         base = sampling_by_hand(exact_lora(None).pipe, one.stored)
     for steps in (ALL, (0, 2), (1,)):
-        (told,) = one.batch(steps=steps).references
+        (recorded,) = one.batch(steps=steps).references
         for column, t in enumerate(steps):
             kernel, x = base[t]
             drawn = Gaussian(kernel.mean, kernel.scale)
-            ours = told.kernel(column, drawn, one.stored.latents[:, one.stored.stochastic[t]])
+            ours = recorded.kernel(column, drawn, one.stored.latents[:, one.stored.stochastic[t]])
             torch.testing.assert_close(ours.mean.double(), kernel.mean, rtol=0, atol=1e-5)
             assert ours.std.item() == pytest.approx(kernel.scale.mean().item(), rel=1e-5)
             by_hand = kernel.log_prob(x).flatten(1).sum(1)
-            torch.testing.assert_close(told.log_probs[:, column].double(), by_hand, rtol=0, atol=5e-4)
+            torch.testing.assert_close(recorded.log_probs[:, column].double(), by_hand, rtol=0, atol=5e-4)
 
 
 PEAK = """

@@ -1,4 +1,4 @@
-"""Rewards of users: two planted kinds are told apart by groups and by latents, new users, refusals."""
+"""Rewards of users: two planted kinds are distinguished by groups and by latents, new users, refusals."""
 
 import json
 from collections import Counter

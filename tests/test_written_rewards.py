@@ -164,7 +164,7 @@ def test_a_sandboxed_reward_scores_as_by_hand_and_the_child_has_no_secrets_and_n
 
 
 def test_the_limits_of_the_child_hold_without_the_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The code here passes no rule; the child is told to run it all the same, as if the rules had a hole."""
+    """The code here passes no rule; the child runs it all the same, as if the rules had a hole."""
     (tmp_path / "sitecustomize.py").write_text(
         "import steer.rewards.code_rules as rules\n"
         "rules.refusals = lambda code: []\n"
