@@ -44,3 +44,7 @@ class FieldLists(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
             obj.docstring.value = fields_to_list(examples_to_code(obj.docstring.value))
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        """Export the names that `steer` imports for type checkers, from which it computes its `__all__`."""
+        pkg.exports = [name for name, path in pkg.imports.items() if path.startswith("steer.")]

@@ -4,222 +4,103 @@ Everything a user needs is imported from here, and loaded at its first use: `imp
 diffusers.
 """
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
+# The public names, a line each: for type checkers, which see them as re-exported, and read by the code below.
 if TYPE_CHECKING:
-    from steer.assets import MODELS, TEXT_MODELS
-    from steer.audio import AudioReward
-    from steer.diffusion.two_prompts import two_prompts
-    from steer.diverse import Selection, diverse
-    from steer.errors import InputError
-    from steer.pipelines.base import Cost, InitialNoise, Iteration, ResamplingInfo, SteeringOutput
-    from steer.pipelines.drafts import DraftsPipeline, RenoisePipeline
-    from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
-    from steer.pipelines.map_elites import MapElitesPipeline
-    from steer.pipelines.racing import RacingPipeline
-    from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
-    from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
-    from steer.pipelines.settings import (
-        BestOfNSettings,
-        DraftsSettings,
-        FKSettings,
-        MapElitesSettings,
-        NoiseSearchSettings,
-        RacingSettings,
-        RenoiseSettings,
-        ReNOSettings,
-        SelectionSettings,
-    )
-    from steer.pipelines.text.masked_diffusion import MaskedDiffusionPipeline
-    from steer.pipelines.training.config import TrainingConfig
-    from steer.pipelines.training.d3po_prdp import (
-        BRAInConfig,
-        BRAInTrainer,
-        D3POConfig,
-        D3POTrainer,
-        PRDPConfig,
-        PRDPTrainer,
-    )
-    from steer.pipelines.training.ddpo_grpo import (
-        DDPOConfig,
-        DDPOTrainer,
-        FilteredConfig,
-        FilteredTrainer,
-        GRPOConfig,
-        GRPOTrainer,
-    )
-    from steer.pipelines.training.drakes import DRAKESTrainer
-    from steer.pipelines.training.forward import (
-        AWMConfig,
-        AWMTrainer,
-        DPOConfig,
-        DPOTrainer,
-        NFTConfig,
-        NFTTrainer,
-        RAMConfig,
-        RAMTrainer,
-    )
-    from steer.pipelines.training.judged import DNOConfig, DNOTrainer, SPOConfig, SPOTrainer
-    from steer.pipelines.training.method import TrainingResult
-    from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
-    from steer.pipelines.training.value import ValueConfig, train_value
-    from steer.reward import Judge, Reward, RewardError, SequenceReward, with_timeout
-    from steer.rewards.judges import HierarchyJudge, Tournament, as_judge
-    from steer.rewards.parser import combine, load_judge, load_reward, score, score_components
-    from steer.training.lora_layouts import convert_lora
-    from steer.training.overoptimization import find_hacking, fit_reward_curve
-    from steer.video import VideoReward
+    from steer.assets import MODELS as MODELS
+    from steer.assets import TEXT_MODELS as TEXT_MODELS
+    from steer.audio import AudioReward as AudioReward
+    from steer.diffusion.two_prompts import two_prompts as two_prompts
+    from steer.diverse import Selection as Selection
+    from steer.diverse import diverse as diverse
+    from steer.errors import InputError as InputError
+    from steer.pipelines.base import Cost as Cost
+    from steer.pipelines.base import InitialNoise as InitialNoise
+    from steer.pipelines.base import Iteration as Iteration
+    from steer.pipelines.base import ResamplingInfo as ResamplingInfo
+    from steer.pipelines.base import SteeringOutput as SteeringOutput
+    from steer.pipelines.drafts import DraftsPipeline as DraftsPipeline
+    from steer.pipelines.drafts import RenoisePipeline as RenoisePipeline
+    from steer.pipelines.fk_steering import FKSteeringPipeline as FKSteeringPipeline
+    from steer.pipelines.fk_steering import StepReport as StepReport
+    from steer.pipelines.map_elites import MapElitesPipeline as MapElitesPipeline
+    from steer.pipelines.racing import RacingPipeline as RacingPipeline
+    from steer.pipelines.reno import NoiseSearchPipeline as NoiseSearchPipeline
+    from steer.pipelines.reno import ReNOPipeline as ReNOPipeline
+    from steer.pipelines.selection import BestOfNPipeline as BestOfNPipeline
+    from steer.pipelines.selection import SelectionPipeline as SelectionPipeline
+    from steer.pipelines.settings import BestOfNSettings as BestOfNSettings
+    from steer.pipelines.settings import DraftsSettings as DraftsSettings
+    from steer.pipelines.settings import FKSettings as FKSettings
+    from steer.pipelines.settings import MapElitesSettings as MapElitesSettings
+    from steer.pipelines.settings import NoiseSearchSettings as NoiseSearchSettings
+    from steer.pipelines.settings import RacingSettings as RacingSettings
+    from steer.pipelines.settings import RenoiseSettings as RenoiseSettings
+    from steer.pipelines.settings import ReNOSettings as ReNOSettings
+    from steer.pipelines.settings import SelectionSettings as SelectionSettings
+    from steer.pipelines.text.masked_diffusion import MaskedDiffusionPipeline as MaskedDiffusionPipeline
+    from steer.pipelines.training.config import TrainingConfig as TrainingConfig
+    from steer.pipelines.training.d3po_prdp import BRAInConfig as BRAInConfig
+    from steer.pipelines.training.d3po_prdp import BRAInTrainer as BRAInTrainer
+    from steer.pipelines.training.d3po_prdp import D3POConfig as D3POConfig
+    from steer.pipelines.training.d3po_prdp import D3POTrainer as D3POTrainer
+    from steer.pipelines.training.d3po_prdp import PRDPConfig as PRDPConfig
+    from steer.pipelines.training.d3po_prdp import PRDPTrainer as PRDPTrainer
+    from steer.pipelines.training.ddpo_grpo import DDPOConfig as DDPOConfig
+    from steer.pipelines.training.ddpo_grpo import DDPOTrainer as DDPOTrainer
+    from steer.pipelines.training.ddpo_grpo import FilteredConfig as FilteredConfig
+    from steer.pipelines.training.ddpo_grpo import FilteredTrainer as FilteredTrainer
+    from steer.pipelines.training.ddpo_grpo import GRPOConfig as GRPOConfig
+    from steer.pipelines.training.ddpo_grpo import GRPOTrainer as GRPOTrainer
+    from steer.pipelines.training.drakes import DRAKESTrainer as DRAKESTrainer
+    from steer.pipelines.training.forward import AWMConfig as AWMConfig
+    from steer.pipelines.training.forward import AWMTrainer as AWMTrainer
+    from steer.pipelines.training.forward import DPOConfig as DPOConfig
+    from steer.pipelines.training.forward import DPOTrainer as DPOTrainer
+    from steer.pipelines.training.forward import NFTConfig as NFTConfig
+    from steer.pipelines.training.forward import NFTTrainer as NFTTrainer
+    from steer.pipelines.training.forward import RAMConfig as RAMConfig
+    from steer.pipelines.training.forward import RAMTrainer as RAMTrainer
+    from steer.pipelines.training.judged import DNOConfig as DNOConfig
+    from steer.pipelines.training.judged import DNOTrainer as DNOTrainer
+    from steer.pipelines.training.judged import SPOConfig as SPOConfig
+    from steer.pipelines.training.judged import SPOTrainer as SPOTrainer
+    from steer.pipelines.training.method import TrainingResult as TrainingResult
+    from steer.pipelines.training.reward_backprop import RewardBackpropConfig as RewardBackpropConfig
+    from steer.pipelines.training.reward_backprop import RewardBackpropTrainer as RewardBackpropTrainer
+    from steer.pipelines.training.value import ValueConfig as ValueConfig
+    from steer.pipelines.training.value import train_value as train_value
+    from steer.reward import Judge as Judge
+    from steer.reward import Reward as Reward
+    from steer.reward import RewardError as RewardError
+    from steer.reward import SequenceReward as SequenceReward
+    from steer.reward import with_timeout as with_timeout
+    from steer.rewards.judges import HierarchyJudge as HierarchyJudge
+    from steer.rewards.judges import Tournament as Tournament
+    from steer.rewards.judges import as_judge as as_judge
+    from steer.rewards.parser import combine as combine
+    from steer.rewards.parser import load_judge as load_judge
+    from steer.rewards.parser import load_reward as load_reward
+    from steer.rewards.parser import score as score
+    from steer.rewards.parser import score_components as score_components
+    from steer.training.lora_layouts import convert_lora as convert_lora
+    from steer.training.overoptimization import find_hacking as find_hacking
+    from steer.training.overoptimization import fit_reward_curve as fit_reward_curve
+    from steer.video import VideoReward as VideoReward
 
-_MODULES = {
-    "steer.assets": ("MODELS", "TEXT_MODELS"),
-    "steer.audio": ("AudioReward",),
-    "steer.diffusion.two_prompts": ("two_prompts",),
-    "steer.diverse": ("Selection", "diverse"),
-    "steer.errors": ("InputError",),
-    "steer.pipelines.base": ("Cost", "InitialNoise", "Iteration", "ResamplingInfo", "SteeringOutput"),
-    "steer.pipelines.drafts": ("DraftsPipeline", "RenoisePipeline"),
-    "steer.pipelines.fk_steering": ("FKSteeringPipeline", "StepReport"),
-    "steer.pipelines.map_elites": ("MapElitesPipeline",),
-    "steer.pipelines.racing": ("RacingPipeline",),
-    "steer.pipelines.reno": ("NoiseSearchPipeline", "ReNOPipeline"),
-    "steer.pipelines.selection": ("BestOfNPipeline", "SelectionPipeline"),
-    "steer.pipelines.settings": (
-        "BestOfNSettings",
-        "DraftsSettings",
-        "FKSettings",
-        "MapElitesSettings",
-        "NoiseSearchSettings",
-        "RacingSettings",
-        "ReNOSettings",
-        "RenoiseSettings",
-        "SelectionSettings",
-    ),
-    "steer.pipelines.text.masked_diffusion": ("MaskedDiffusionPipeline",),
-    "steer.pipelines.training.config": ("TrainingConfig",),
-    "steer.pipelines.training.d3po_prdp": (
-        "BRAInConfig",
-        "BRAInTrainer",
-        "D3POConfig",
-        "D3POTrainer",
-        "PRDPConfig",
-        "PRDPTrainer",
-    ),
-    "steer.pipelines.training.ddpo_grpo": (
-        "DDPOConfig",
-        "DDPOTrainer",
-        "FilteredConfig",
-        "FilteredTrainer",
-        "GRPOConfig",
-        "GRPOTrainer",
-    ),
-    "steer.pipelines.training.drakes": ("DRAKESTrainer",),
-    "steer.pipelines.training.forward": (
-        "AWMConfig",
-        "AWMTrainer",
-        "DPOConfig",
-        "DPOTrainer",
-        "NFTConfig",
-        "NFTTrainer",
-        "RAMConfig",
-        "RAMTrainer",
-    ),
-    "steer.pipelines.training.judged": ("DNOConfig", "DNOTrainer", "SPOConfig", "SPOTrainer"),
-    "steer.pipelines.training.method": ("TrainingResult",),
-    "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
-    "steer.pipelines.training.value": ("ValueConfig", "train_value"),
-    "steer.reward": ("Judge", "Reward", "RewardError", "SequenceReward", "with_timeout"),
-    "steer.rewards.judges": ("HierarchyJudge", "Tournament", "as_judge"),
-    "steer.rewards.parser": ("combine", "load_judge", "load_reward", "score", "score_components"),
-    "steer.training.lora_layouts": ("convert_lora",),
-    "steer.training.overoptimization": ("find_hacking", "fit_reward_curve"),
-    "steer.video": ("VideoReward",),
+_MODULE_OF = {
+    alias.name: str(node.module)
+    for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    if isinstance(node, ast.ImportFrom) and str(node.module).startswith("steer.")
+    for alias in node.names
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = [
-    "MODELS",
-    "TEXT_MODELS",
-    "AWMConfig",
-    "AWMTrainer",
-    "AudioReward",
-    "BRAInConfig",
-    "BRAInTrainer",
-    "BestOfNPipeline",
-    "BestOfNSettings",
-    "Cost",
-    "D3POConfig",
-    "D3POTrainer",
-    "DDPOConfig",
-    "DDPOTrainer",
-    "DNOConfig",
-    "DNOTrainer",
-    "DPOConfig",
-    "DPOTrainer",
-    "DRAKESTrainer",
-    "DraftsPipeline",
-    "DraftsSettings",
-    "FKSettings",
-    "FKSteeringPipeline",
-    "FilteredConfig",
-    "FilteredTrainer",
-    "GRPOConfig",
-    "GRPOTrainer",
-    "HierarchyJudge",
-    "InitialNoise",
-    "InputError",
-    "Iteration",
-    "Judge",
-    "MapElitesPipeline",
-    "MapElitesSettings",
-    "MaskedDiffusionPipeline",
-    "NFTConfig",
-    "NFTTrainer",
-    "NoiseSearchPipeline",
-    "NoiseSearchSettings",
-    "PRDPConfig",
-    "PRDPTrainer",
-    "RAMConfig",
-    "RAMTrainer",
-    "RacingPipeline",
-    "RacingSettings",
-    "ReNOPipeline",
-    "ReNOSettings",
-    "RenoisePipeline",
-    "RenoiseSettings",
-    "ResamplingInfo",
-    "Reward",
-    "RewardBackpropConfig",
-    "RewardBackpropTrainer",
-    "RewardError",
-    "SPOConfig",
-    "SPOTrainer",
-    "Selection",
-    "SelectionPipeline",
-    "SelectionSettings",
-    "SequenceReward",
-    "SteeringOutput",
-    "StepReport",
-    "Tournament",
-    "TrainingConfig",
-    "TrainingResult",
-    "ValueConfig",
-    "VideoReward",
-    "as_judge",
-    "combine",
-    "convert_lora",
-    "diverse",
-    "find_hacking",
-    "fit_reward_curve",
-    "load_judge",
-    "load_reward",
-    "score",
-    "score_components",
-    "train_value",
-    "two_prompts",
-    "with_timeout",
-]
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
@@ -230,4 +111,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__
