@@ -3,8 +3,9 @@
 import inspect
 import json
 import logging
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -61,6 +62,11 @@ class Card(ABC):
     @abstractmethod
     def is_valid(self) -> bool:
         """Return whether a reward can be built of it. Values of other types may raise TypeError or ValueError."""
+
+
+def are_scales(means: Sequence[float], stds: Sequence[float]) -> bool:
+    """Return whether means and deviations are finite and as many, at least one, and the deviations above 0."""
+    return len(means) == len(stds) > 0 and all(map(math.isfinite, (*means, *stds))) and min(stds) > 0
 
 
 C = TypeVar("C", bound=Card)

@@ -166,14 +166,7 @@ def _load(path: Path, base: str, dtype: str | None) -> tuple[Any, nn.ModuleDict]
                 "of another shape": [key for key, *_ in info["mismatched_keys"]],
             },
         )
-    rm_head = nn.Sequential(
-        nn.Linear(sizes[0], sizes[1]),
-        nn.ReLU(),
-        nn.Identity(),
-        nn.Linear(sizes[1], sizes[2]),
-        nn.ReLU(),
-        nn.Linear(sizes[2], sizes[3]),
-    )
+    rm_head = weights.linear_layers(sizes, HEAD, nn.ReLU)
     weights.load_weights(rm_head, head, what)
     network = nn.ModuleDict({"model": model.model, "rm_head": rm_head.float()})
     return processor, network.eval().requires_grad_(False)

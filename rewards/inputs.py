@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from steer.files import read_image
 from steer.reward import RewardError, as_texts, mean_over_frames
 
+T = TypeVar("T")
 FORMS = "(N, 3, H, W) tensors, (N, H, W, 3) arrays, PIL images, or a list of them"
 
 
@@ -80,9 +81,9 @@ def prompt_of_each(count: int, prompts: str | Sequence[str]) -> Sequence[str]:
     return prompts
 
 
-def rows_by_prompt(prompts: Sequence[str]) -> dict[str, list[int]]:
-    """Return the rows of each distinct prompt, in the order of their first occurrence."""
-    rows: dict[str, list[int]] = {}
+def rows_by_prompt(prompts: Sequence[T]) -> dict[T, list[int]]:
+    """Return the rows of each distinct prompt, or other key, in the order of their first occurrence."""
+    rows: dict[T, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
     return rows

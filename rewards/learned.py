@@ -1,10 +1,11 @@
 """Learned rewards and their training: a folder with reward.json and the weights of one or several members."""
 
+import itertools
 import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,11 @@ from steer.rewards.analysis import preference_metrics
 from steer.rewards.clip import CONFIG, Backbone, clip_folder, load_backbone, open_clip_folder
 from steer.rewards.compose import AGGREGATES
 from steer.rewards.compose import aggregate as compose_aggregate
-from steer.rewards.folders import CARD, Card, read_card, write_card
+from steer.rewards.folders import CARD, Card, are_scales, read_card, write_card
 from steer.rewards.grammar import Call, format_number
 from steer.rewards.images import in_micro_batches, resize_and_crop
 from steer.rewards.inputs import takes_any_images
-from steer.rewards.preference_pairs import Captions, Pairs, Source, load_images, split_by_prompt
+from steer.rewards.preference_pairs import Captions, Pairs, Ratings, Source, load_images, split_by_prompt
 from steer.rewards.weights import cast, linear_layers, load_weights, read_checkpoint, to_module_device
 from steer.training.supervised import TrainingRun, batch_at
 
@@ -152,8 +153,7 @@ class RewardCard(Card):
     @property
     def is_valid(self) -> bool:
         valid = self.head in HEADS and isinstance(self.backbone, str) and 0 < self.width <= MAX_WIDTH
-        valid = valid and len(self.means) == len(self.stds) > 0 and min(self.stds) > 0
-        return valid and all(map(math.isfinite, (*self.means, *self.stds)))
+        return valid and are_scales(self.means, self.stds)
 
 
 class LearnedReward:
@@ -355,7 +355,8 @@ class RewardTrainingConfig:
     start: str | None = None
 
     def check(self) -> None:
-        """Raise RewardError for a number out of range, before anything is read."""
+        """Raise RewardError for an unknown head and a number out of range, before anything is read."""
+        choose("head", self.head, HEADS)
         below = {"label_smoothing": 0.5, "label_noise": 0.5, "center_rewards_coefficient": math.inf, "held_out": 1}
         for name in ("members", "steps", "batch_size", *below):
             flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
@@ -374,7 +375,6 @@ def train_reward(
     pairs, those on the training pairs.
     """
     config.check()
-    choose("head", config.head, HEADS)
     objective = choose("objective", config.objective, objectives.OBJECTIVES)
     if objective is objectives.triplet and config.head != "similarity":
         raise RewardError("--objective triplet compares cosines: add --head similarity --train-backbone")
@@ -385,29 +385,20 @@ def train_reward(
     write_run_config(work, config, len(pairs))
     training_rows, held_rows = split_by_prompt(pairs.prompts, config.held_out, config.seed)
     training, held = pairs.select(training_rows), pairs.select(held_rows or training_rows)
-    backbone = load_backbone(config.backbone).to(device)
-    width, frozen, frozen_held = backbone.width, [], []
-    if not config.train_backbone:
-        frozen, frozen_held = ([f.to(device) for f in pair_features(backbone, part)] for part in (training, held))
-    members, outputs, labels = [], [], training.labels.to(device)
-    for number in range(config.members):
-        member, own = new_member(config, number, backbone)
-        encode = partial(_encode, own, training) if config.train_backbone else partial(rows_of, frozen)
-        loss = partial(pair_loss, member["head"], encode, labels, objective, config)
-        train_member(member, loss, len(training), config, work, number)
+    backbone, outputs, members = load_backbone(config.backbone).to(device), [], []
+    frozen, frozen_held = (None if config.train_backbone else features_of(backbone, part) for part in (training, held))
+    loss = pair_loss(objective, training.labels.to(device), config)
+    for member, own in train_members(training, frozen, backbone, loss, config, work):
         with torch.no_grad():
-            a, b, text = frozen_held or [feature.to(device) for feature in pair_features(own, held)]
-            if isinstance(member["head"], GeneralPreference):
-                member["head"].bank = encode(torch.arange(BANK) % len(training))[0].detach().clone()
-            outputs.append([raw.cpu() for raw in raw_pair(member["head"], a, b, text)])
+            outputs.append([raw.cpu() for raw in raw_pair(member["head"], *(frozen_held or features_of(own, held)))])
         members.append(member)
-        logger.info("member %d: %s", number, preference_metrics(outputs[-1], held.labels).summary)
-    card = _card(config, width, outputs, held.labels, {"trained": len(training), "held_out": len(held_rows)})
+        logger.info("member %d: %s", len(members) - 1, preference_metrics(outputs[-1], held.labels).summary)
+    card = _card(config, backbone.width, outputs, held.labels, {"trained": len(training), "held_out": len(held_rows)})
     save_members(out, card, members, config)
     return card.report
 
 
-def new_member(config: RewardTrainingConfig, number: int, backbone: Backbone) -> tuple[nn.ModuleDict, Backbone]:
+def _new_member(config: RewardTrainingConfig, number: int, backbone: Backbone) -> tuple[nn.ModuleDict, Backbone]:
     """Return a member to train, on the backbone's device, and its backbone: its own where that is trained.
 
     Raises RewardError where `start` is a reward of another form.
@@ -459,10 +450,11 @@ def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> Non
     write_text(note, serialized)
 
 
-def pair_features(backbone: Backbone, pairs: Pairs) -> Features:
-    """Encode every pair, outside of training: image a, image b, prompt, on the CPU."""
-    images = encode_once(backbone, partial(image_features, backbone), [*pairs.a, *pairs.b])
-    return [*images.chunk(2), encode_once(backbone, backbone.texts, pairs.prompts)]
+def features_of(backbone: Backbone, data: Pairs | Ratings) -> Features:
+    """Encode all images and prompts, outside of training: of image a, image b (not of ratings) and prompt."""
+    images = encode_once(backbone, partial(image_features, backbone), [*itertools.chain(*data.columns)])
+    features = [*images.chunk(len(data.columns)), encode_once(backbone, backbone.texts, data.prompts)]
+    return [column.to(next(backbone.parameters()).device) for column in features]
 
 
 @torch.no_grad()
@@ -492,52 +484,71 @@ def rows_of(features: Features, rows: Tensor) -> Features:
     return [column[rows] for column in features]
 
 
-def _encode(backbone: Backbone, pairs: Pairs, rows: Tensor) -> Features:
-    chosen = pairs.select(rows.tolist())
-    a, b = image_features(backbone, [*chosen.a, *chosen.b]).chunk(2)
-    return a, b, text_features(backbone, chosen.prompts)
+def _encode(backbone: Backbone, data: Pairs | Ratings, rows: Tensor) -> Features:
+    chosen = data.select(rows.tolist())
+    images = image_features(backbone, [*itertools.chain(*chosen.columns)])
+    return [*images.chunk(len(chosen.columns)), text_features(backbone, chosen.prompts)]
+
+
+# Of a head, the features of some rows, and the numbers of these rows.
+HeadLoss = Callable[[Any, Features, Tensor], Tensor]
 
 
 def pair_loss(
-    head: Any,
-    encode: Callable[[Tensor], Features],
-    labels: objectives.PreferenceLabels,
-    objective: objectives.Objective,
-    config: RewardTrainingConfig,
-    rows: Tensor,
-) -> Tensor:
-    """Compute the objective of some pairs, with the penalties of the configuration."""
-    image_a, image_b, text = encode(rows)
-    a, b = raw_pair(head, image_a, image_b, text)
-    if objective is objectives.triplet:  # on cosines: the scale of the similarity must not do the work
-        return objective((a - b) / head.log_scale.exp(), labels[rows])
-    smoothed = objectives.smooth_labels(labels[rows], config.label_smoothing)
-    loss = objective(objectives.noisy_difference(a - b, config.label_noise), smoothed)
-    return loss + config.center_rewards_coefficient * objectives.center_rewards_penalty(a, b)
+    objective: objectives.Objective, labels: objectives.PreferenceLabels, config: RewardTrainingConfig
+) -> HeadLoss:
+    """Return the objective of some pairs, with the penalties of the configuration."""
+
+    def loss(head: Any, features: Features, rows: Tensor) -> Tensor:
+        a, b = raw_pair(head, *features)
+        if objective is objectives.triplet:  # on cosines: the scale of the similarity must not do the work
+            return objective((a - b) / head.log_scale.exp(), labels[rows])
+        smoothed = objectives.smooth_labels(labels[rows], config.label_smoothing)
+        value = objective(objectives.noisy_difference(a - b, config.label_noise), smoothed)
+        return value + config.center_rewards_coefficient * objectives.center_rewards_penalty(a, b)
+
+    return loss
 
 
-def train_member(
-    member: nn.Module,
-    loss: Callable[[Tensor], Tensor],
-    count: int,
+def train_members(
+    data: Pairs | Ratings,
+    frozen: Features | None,
+    backbone: Backbone,
+    loss: HeadLoss,
     config: RewardTrainingConfig,
     work: Path,
-    number: int,
-) -> None:
-    """Minimise a loss of rows over a bootstrap sample of `count` rows (all of them where there is one member)."""
-    seed, sample = config.seed + number, torch.arange(count)
-    if config.members > 1:
-        sample = torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
+    first: int = 0,
+) -> Iterator[tuple[nn.ModuleDict, Backbone]]:
+    """Train the members of an ensemble, and yield each with its backbone; an interrupted run in `work` resumes.
 
-    def loss_at(step: int) -> Tensor:
-        member.train()
-        return loss(sample[batch_at(step, config.batch_size, count, seed)])
+    Each minimises `loss` over a bootstrap sample of the rows; a single member over all of them.
 
-    run = TrainingRun(
-        work / f"member-{number}", config.steps, config.learning_rate, warmup=min(100, config.steps // 10)
-    )
-    run.train([member], loss_at)
-    member.eval()
+    frozen  features of the data; None: every member trains a backbone of its own
+    first   number of the first member, which seeds it
+    """
+    for number in range(first, first + config.members):
+        member, own = _new_member(config, number, backbone)
+        encode = partial(_encode, own, data) if frozen is None else partial(rows_of, frozen)
+        seed, sample = config.seed + number, torch.arange(len(data))
+        if config.members > 1:
+            sample = torch.randint(len(data), (len(data),), generator=torch.Generator().manual_seed(seed))
+        run = TrainingRun(
+            work / f"member-{number}", config.steps, config.learning_rate, warmup=min(100, config.steps // 10)
+        )
+        run.train([member], partial(_loss_at, member, encode, loss, sample, config.batch_size, seed))
+        member.eval()
+        if isinstance(member["head"], GeneralPreference):
+            with torch.no_grad():
+                member["head"].bank = encode(torch.arange(BANK) % len(data))[0].detach().clone()
+        yield member, own
+
+
+def _loss_at(
+    member: Any, encode: Callable[[Tensor], Features], loss: HeadLoss, sample: Tensor, size: int, seed: int, step: int
+) -> Tensor:
+    member.train()
+    rows = sample[batch_at(step, size, len(sample), seed)]
+    return loss(member["head"], encode(rows), rows)
 
 
 def raw_statistics(outputs: Sequence[Sequence[Tensor]]) -> tuple[tuple[float, ...], tuple[float, ...]]:

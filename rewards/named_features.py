@@ -7,6 +7,7 @@ The weights minimise the mean log loss of the pairs + l2/2 ‖w‖², with the s
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from steer.files import atomic_write, atomic_write_with_checksums
 from steer.reward import Reward, RewardError, score
 from steer.rewards.analysis import preference_metrics
 from steer.rewards.compose import CompositeReward
-from steer.rewards.folders import CARD, Card, read_card, write_card
+from steer.rewards.folders import CARD, Card, are_scales, read_card, write_card
 from steer.rewards.grammar import COMMA, split
 from steer.rewards.inputs import file_batches
 from steer.rewards.objectives import PreferenceLabels
@@ -98,11 +99,11 @@ class FeatureCard(Card):
 
     @property
     def is_valid(self) -> bool:
-        count, numbers = len(self.features), [*self.means, *self.stds, *self.weights, self.scale]
+        count = len(self.features)
         valid = self.kind == KIND and all(isinstance(name, str) for name in self.features)
-        valid = valid and 0 < count <= MAX_FEATURES and len(self.means) == len(self.stds) == count
-        valid = valid and len(self.weights) == (0 if self.hidden else count) and 0 <= self.hidden <= MAX_HIDDEN
-        return valid and bool(np.isfinite(numbers).all()) and min(*self.stds, self.scale) > 0
+        valid = valid and len(self.means) == count <= MAX_FEATURES and 0 <= self.hidden <= MAX_HIDDEN
+        valid = valid and len(self.weights) == (0 if self.hidden else count) and all(map(math.isfinite, self.weights))
+        return valid and are_scales(self.means, self.stds) and are_scales([0.0], [self.scale])
 
 
 def network(features: int, hidden: int) -> nn.Sequential:

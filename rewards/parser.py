@@ -64,7 +64,7 @@ def _term(text: str, state: ParserState) -> compose.WeightedReward:
     if _is_path(text):
         return compose.WeightedReward(_atom(text, state))
     if call := read_call(text):
-        return compose.WeightedReward(_function(call, state.inside()), call.weight)
+        return compose.WeightedReward(_build(call, state.inside(), FUNCTIONS), call.weight)
     name, weight = compose.read_term(text)
     return compose.WeightedReward(_atom(name, state), weight)
 
@@ -100,10 +100,6 @@ def _is_path(text: str) -> bool:
 def _has_no_name(text: str) -> bool:
     """Return whether a text does not begin with the name of a reward."""
     return bool(text) and text.partition(":")[0] not in reward_names()
-
-
-def _function(call: Call, state: ParserState) -> Reward:
-    return _build(call, state, FUNCTIONS)
 
 
 def _build(call: Call, state: ParserState, table: Mapping[str, tuple[Callable[[Call, ParserState], T], Any]]) -> T:

@@ -155,6 +155,11 @@ class Pairs:
     labels: PreferenceLabels
     users: tuple[str | None, ...] = ()
 
+    @property
+    def columns(self) -> tuple[tuple[Source, ...], ...]:
+        """Return the images a and the images b."""
+        return self.a, self.b
+
     def __len__(self) -> int:
         return len(self.prompts)
 
@@ -173,6 +178,11 @@ class Ratings:
     images: tuple[Source, ...]
     prompts: tuple[str, ...]
     ratings: Tensor
+
+    @property
+    def columns(self) -> tuple[tuple[Source, ...], ...]:
+        """Return the images, as one column."""
+        return (self.images,)
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,17 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steer.registry import choose
 from steer.reward import RewardError
 from steer.rewards.analysis import pairwise_agreement
-from steer.rewards.clip import Backbone, load_backbone
+from steer.rewards.clip import load_backbone
 from steer.rewards.learned import (
-    HEADS,
     Features,
     RewardCard,
     RewardTrainingConfig,
     card_backbone,
-    encode_once,
-    image_features,
-    new_member,
-    rows_of,
+    features_of,
     save_members,
-    text_features,
-    train_member,
+    train_members,
     write_run_config,
 )
 from steer.rewards.preference_pairs import Ratings, split_by_prompt
@@ -43,7 +36,6 @@ def train_on_ratings(
     Raises RewardError for equal ratings, and for a head that compares images.
     """
     config.check()
-    choose("head", config.head, HEADS)
     if config.head == "general" or (config.head == "similarity" and not config.train_backbone):
         raise RewardError(f"--head {config.head} does not learn from ratings: take --head pair or image")
     write_run_config(work, config, len(ratings))
@@ -52,15 +44,16 @@ def train_on_ratings(
     mean, std = training.ratings.mean().item(), training.ratings.std().item()
     if not std > 0:
         raise RewardError(f"all {len(training)} ratings are {mean:g}: nothing to learn")
-    backbone = load_backbone(config.backbone).to(device)
-    target, members, predictions = ((training.ratings - mean) / std).to(device), [], []
-    frozen = None if config.train_backbone else _features(backbone, training, device)
-    for number in range(config.members):
-        member, own = new_member(config, number, backbone)
-        encode = partial(_encode, own, training) if frozen is None else partial(rows_of, frozen)
-        train_member(member, partial(_loss, member["head"], encode, target), len(training), config, work, number)
+    backbone, members, predictions = load_backbone(config.backbone).to(device), [], []
+    frozen = None if config.train_backbone else features_of(backbone, training)
+    target = ((training.ratings - mean) / std).to(device)
+
+    def loss(head: nn.Module, features: Features, rows: Tensor) -> Tensor:
+        return F.mse_loss(head(*features), target[rows])
+
+    for member, own in train_members(training, frozen, backbone, loss, config, work):
         with torch.no_grad():
-            predictions.append((member["head"](*_features(own, held, device)) * std + mean).cpu())
+            predictions.append((member["head"](*features_of(own, held)) * std + mean).cpu())
         members.append(member)
     report = {
         "config": asdict(config),
@@ -84,18 +77,3 @@ def rating_metrics(predicted: Tensor, held: Ratings) -> dict[str, float]:
     accuracy = pairwise_agreement(predicted.tolist(), held.ratings.tolist(), held.prompts)
     values = {"pearson": float(correlation), "r2": 1 - error.item(), "pair_accuracy": accuracy}
     return {name: round(value, 4) for name, value in values.items()}
-
-
-def _loss(head: nn.Module, encode: Any, target: Tensor, rows: Tensor) -> Tensor:
-    return F.mse_loss(head(*encode(rows)), target[rows])
-
-
-def _features(backbone: Backbone, ratings: Ratings, device: str) -> Features:
-    """Encode all images and prompts, outside of training: (N, D) each."""
-    image = encode_once(backbone, partial(image_features, backbone), ratings.images)
-    return [image.to(device), encode_once(backbone, backbone.texts, ratings.prompts).to(device)]
-
-
-def _encode(backbone: Backbone, ratings: Ratings, rows: Tensor) -> Features:
-    chosen = ratings.select(rows.tolist())
-    return image_features(backbone, chosen.images), text_features(backbone, chosen.prompts)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from steer.reward import RewardError
-from steer.rewards.inputs import takes_any_images
+from steer.rewards.inputs import rows_by_prompt, takes_any_images
 
 COLOURS = {
     "red": (0.86, 0.12, 0.14),
@@ -332,7 +332,6 @@ class SceneSoftReward:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         small = F.interpolate(images.float(), size=(SIDE, SIDE), mode="area")
         scores = small.new_zeros(len(prompts))
-        for prompt in dict.fromkeys(prompts):
-            rows = [row for row, text in enumerate(prompts) if text == prompt]
+        for prompt, rows in rows_by_prompt(prompts).items():
             scores[rows] = soft_requirements(parse(prompt), small[rows]).mean(1)
         return scores

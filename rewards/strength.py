@@ -9,7 +9,6 @@ The labels of least agreement are flipped, those of the next band become the ens
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +19,12 @@ from steer.reward import RewardError
 from steer.rewards import objectives
 from steer.rewards.clip import load_backbone
 from steer.rewards.learned import (
-    HEADS,
     RewardTrainingConfig,
-    new_member,
-    pair_features,
+    features_of,
     pair_loss,
     raw_pair,
     rows_of,
-    train_member,
+    train_members,
     write_run_config,
 )
 from steer.rewards.preference_pairs import Pairs
@@ -62,7 +59,6 @@ def measure_strength(
     Raises RewardError for a configuration that trains more than heads.
     """
     config.check()
-    choose("head", config.head, HEADS)
     objective = choose("objective", config.objective, objectives.OBJECTIVES)
     if config.train_backbone or config.head == "similarity" or config.start:
         raise RewardError("strength is measured by heads on a frozen CLIP: take --head pair, image or general")
@@ -70,19 +66,16 @@ def measure_strength(
         raise RewardError(f"--folds must be from 2 to the number of pairs, {len(pairs)}, got {folds}")
     write_run_config(work, config, len(pairs))
     backbone = load_backbone(config.backbone).to(device)
-    features = [column.to(device) for column in pair_features(backbone, pairs)]
+    features, labels = features_of(backbone, pairs), pairs.labels.to(device)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(config.seed))
     differences = torch.zeros(config.members, len(pairs))
     for number, fold in enumerate(order.chunk(folds)):
         others = order[~torch.isin(order, fold)]
-        seen = rows_of(features, others.to(device))
-        labels = pairs.labels[others].to(device)
-        for k in range(config.members):
-            member, _ = new_member(config, number * config.members + k, backbone)
-            loss = partial(pair_loss, member["head"], partial(rows_of, seen), labels, objective, config)
-            train_member(member, loss, len(others), config, work, number * config.members + k)
+        loss, frozen = pair_loss(objective, labels[others], config), rows_of(features, others)
+        data, first = pairs.select(others.tolist()), number * config.members
+        for k, (member, _) in enumerate(train_members(data, frozen, backbone, loss, config, work, first)):
             with torch.no_grad():
-                a, b = raw_pair(member["head"], *rows_of(features, fold.to(device)))
+                a, b = raw_pair(member["head"], *rows_of(features, fold))
             differences[k, fold] = (a - b).cpu()
     return Strengths(differences)
 

@@ -20,6 +20,7 @@ from steer.reward import Composite, Reward, RewardError, Texts, score
 from steer.rewards.classifier import Classifier
 from steer.rewards.names import option_count
 from steer.rewards.scene import parse
+from steer.tables import one_line
 
 BATCH = 32  # texts of a language model at a time
 
@@ -119,7 +120,24 @@ def _pairs(text: str) -> list[tuple[str, str]]:
     return list(itertools.pairwise(words))
 
 
-class Perplexity(TextReward):
+class ModelReward(TextReward):
+    """The base of rewards by a model of transformers, loaded from a folder or a hub name; code in it is never run."""
+
+    def __init__(self, name: str, model: str, kind: Any, micro_batch: str | int) -> None:
+        self.name, self._batch = name, option_count("micro_batch", micro_batch)
+        self._tokenizer, self._model = _load(model, kind, name)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> Tensor:
+        starts = range(0, len(texts), self._batch)
+        return torch.cat([self._log_probs(list(texts[start : start + self._batch])) for start in starts]).cpu()
+
+    def _log_probs(self, texts: list[str]) -> Tensor:
+        """Score a batch (N,), in nats."""
+        raise NotImplementedError
+
+
+class Perplexity(ModelReward):
     """−log perplexity: mean log-probability of a token, in nats, under a causal language model of transformers.
 
     model        folder or hub name; code in it is never run
@@ -130,12 +148,7 @@ class Perplexity(TextReward):
     def __init__(self, model: str, micro_batch: str | int = BATCH) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.name, self._batch = f"perplexity:{model}", option_count("micro_batch", micro_batch)
-        self._tokenizer, self._model = _load(model, AutoModelForCausalLM, self.name)
-
-    @torch.no_grad()
-    def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> Tensor:
-        return _in_batches(self._log_probs, texts, self._batch)
+        super().__init__(f"perplexity:{model}", model, AutoModelForCausalLM, micro_batch)
 
     def _log_probs(self, texts: list[str]) -> Tensor:
         encoded = _encode(self._tokenizer, texts, self._model.device, begin=True)
@@ -147,7 +160,7 @@ class Perplexity(TextReward):
         return torch.where(count > 0, mean, -math.log(logits.shape[-1]))
 
 
-class TextClassifier(TextReward):
+class TextClassifier(ModelReward):
     """Log-probability, in nats, of one label under a sequence classifier of transformers (toxicity, acceptability).
 
     model  folder or hub name; code in it is never run
@@ -157,17 +170,12 @@ class TextClassifier(TextReward):
     def __init__(self, model: str, label: str, micro_batch: str | int = BATCH) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        self.name, self._batch = f"classifier:{model},label={label}", option_count("micro_batch", micro_batch)
-        self._tokenizer, self._model = _load(model, AutoModelForSequenceClassification, self.name)
+        super().__init__(f"classifier:{model},label={label}", model, AutoModelForSequenceClassification, micro_batch)
         names = {str(name).lower(): index for index, name in self._model.config.id2label.items()}
         index = int(label) if label.isdecimal() else names.get(label.lower(), -1)
         if not 0 <= index < len(names):
             raise RewardError(f"{self.name}: no such label: it has {', '.join(names)}")
         self._label = index
-
-    @torch.no_grad()
-    def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> Tensor:
-        return _in_batches(self._log_probs, texts, self._batch)
 
     def _log_probs(self, texts: list[str]) -> Tensor:
         logits = self._model(**_encode(self._tokenizer, texts, self._model.device)).logits.float()
@@ -195,7 +203,7 @@ def _load(model: str, kind: Any, name: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = kind.from_pretrained(model).eval().requires_grad_(False)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise RewardError(f"{name}: cannot be loaded ({reason}): give a folder or hub name of transformers") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -213,10 +221,6 @@ def _encode(tokenizer: Any, texts: list[str], device: torch.device, begin: bool 
     if not ids.shape[1]:  # texts without a token
         ids, mask = torch.zeros(len(texts), 1, dtype=torch.long), torch.zeros(len(texts), 1, dtype=torch.long)
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def _in_batches(score_batch: Callable[[list[str]], Tensor], texts: Sequence[str], size: int) -> Tensor:
-    return torch.cat([score_batch(list(texts[start : start + size])) for start in range(0, len(texts), size)]).cpu()
 
 
 class SequenceScore:

@@ -23,15 +23,15 @@ from steer.files import atomic_write_with_checksums
 from steer.reward import RewardError
 from steer.rewards.analysis import preference_metrics
 from steer.rewards.clip import load_backbone
-from steer.rewards.folders import CARD, Card, read_card, write_card
+from steer.rewards.folders import CARD, Card, are_scales, read_card, write_card
 from steer.rewards.images import in_micro_batches
 from steer.rewards.inputs import takes_any_images
 from steer.rewards.learned import (
     MAX_WIDTH,
     RewardTrainingConfig,
+    features_of,
     joined,
     mlp,
-    pair_features,
     raw_statistics,
     rows_of,
     scaled,
@@ -166,7 +166,7 @@ class UserCard(Card):
         valid = self.kind == KIND and self.model in MODELS and isinstance(self.backbone, str)
         valid = valid and 0 < self.size <= MAX_GROUPS and 0 < self.width <= MAX_WIDTH
         valid = valid and 0 < len(self.users) <= MAX_USERS and all(isinstance(user, str) for user in self.users)
-        return valid and math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0
+        return valid and are_scales([self.mean], [self.std])
 
 
 def train_on_users(
@@ -182,9 +182,8 @@ def train_on_users(
     names = tuple(dict.fromkeys(str(user) for user in pairs.users))
     training_rows, held_rows = split_by_prompt(pairs.prompts, config.held_out, config.seed)
     backbone = load_backbone(config.backbone).to(device)
-    features = [*pair_features(backbone, pairs), pairs.labels.choice]
     users = torch.tensor([names.index(str(user)) for user in pairs.users])
-    columns = [column.to(device) for column in (users, *features)]
+    columns = [users.to(device), *features_of(backbone, pairs), pairs.labels.choice.to(device)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = MODELS[model](backbone.width, size, len(names)).to(device)
@@ -311,7 +310,7 @@ class UserReward:
         if like is not None:
             pairs = read_pairs(Path(like))
             with torch.no_grad():
-                a, b, text = pair_features(self._backbone, pairs)
+                a, b, text = features_of(self._backbone, pairs)
                 return self._net.fit(prior, a, b, text, pairs.labels.choice)
         if user is None:
             return prior

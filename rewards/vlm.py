@@ -28,7 +28,7 @@ from steer.rewards.chat import CONCURRENCY, MAX_ATTEMPTS, TIMEOUT, ChatClient, C
 from steer.rewards.clip import loading, reward_name
 from steer.rewards.grammar import NUMBER
 from steer.rewards.images import in_micro_batches
-from steer.rewards.inputs import as_png, as_uint8, takes_any_images
+from steer.rewards.inputs import as_png, as_uint8, rows_by_prompt, takes_any_images
 from steer.rewards.preference_pairs import read_rows
 from steer.rewards.weights import NO_NETWORK, cast, check_dtype, to_module_device
 
@@ -147,12 +147,8 @@ class LocalModel:
 
     def log_probabilities(self, images: Tensor, queries: Sequence[Query]) -> Tensor:
         columns: list[Tensor] = [torch.empty(0)] * len(queries)
-        for question, answers, other in dict.fromkeys((one.question, one.answers, one.other) for one in queries):
-            places = [
-                k
-                for k, one in enumerate(queries)
-                if (one.question, one.answers, one.other) == (question, answers, other)
-            ]
+        asked = [(one.question, one.answers, one.other) for one in queries]
+        for (question, answers, other), places in rows_by_prompt(asked).items():
             rows = images[[queries[k].row for k in places]]
             texts = [*answers, *([other] if other else [])]
             score = in_micro_batches(partial(self._answer, answers=texts), self._micro_batch)

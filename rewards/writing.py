@@ -106,14 +106,9 @@ def write_rewards(
     for number in range(1, settings.iterations + 1):
         current = Iteration(number, previous.candidates[:1])  # the best one stays among the candidates
         for k in range(1, settings.candidates + 1):
-            place = {
-                "number": k,
-                "candidates": settings.candidates,
-                "iteration": number,
-                "iterations": settings.iterations,
-            }
             errors = (current.refused or previous.refused)[-MAX_ERRORS:]
-            request = CONTRACT.format(goal=goal) + _feedback(previous, errors) + ASK.format(**place)
+            ask = ASK.format(number=k, iteration=number, **vars(settings))
+            request = CONTRACT.format(goal=goal) + _feedback(previous, errors) + ask
             made = _written(request, client, images, prompts, settings, make, current.refused)
             if made is not None:
                 current.candidates.append(replace(made, iteration=number))
