@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from steer.errors import InputError
 from steer.registry import nearest
+from steer.tables import one_line
 
 # Short names of schedulers, those of their papers; any class of diffusers is accepted too.
 SCHEDULERS = {
@@ -83,7 +84,7 @@ def set_scheduler(pipe: Any, text: str) -> None:
     try:
         pipe.scheduler = cls.from_config(pipe.scheduler.config, **options)
     except (ImportError, *LOAD_ERRORS) as error:
-        raise InputError(f"--scheduler {text}: {_reason(error)}") from error
+        raise InputError(f"--scheduler {text}: {one_line(error)}") from error
 
 
 def _compatible(cls: type[Any]) -> list[str]:
@@ -102,7 +103,7 @@ def set_vae(pipe: Any, source: str) -> None:
     try:
         vae = _load_vae(type(own), path if path.exists() else source, own)
     except LOAD_ERRORS as error:
-        raise InputError(f"--vae {source}: cannot be loaded as {type(own).__name__}: {_reason(error)}") from error
+        raise InputError(f"--vae {source}: cannot be loaded as {type(own).__name__}: {one_line(error)}") from error
     for name in ("latent_channels", "block_out_channels"):
         mine, other = (_length(one.config.get(name)) for one in (own, vae))
         if mine != other:
@@ -143,7 +144,3 @@ def check_components(loading: Mapping[str, str]) -> None:
         read_scheduler(loading["scheduler"])
     if "vae" in loading:
         check_vae(loading["vae"])
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

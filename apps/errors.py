@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 from safetensors import SafetensorError
@@ -58,6 +59,17 @@ def exit_now(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def check_writable(out: Path, place: str = "") -> None:
+    """Create a folder. Raises InputError, which begins with `place` (--out by default), where it cannot be written."""
+    from steer.files import write_text
+
+    try:
+        write_text(out / ".writable", "")
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"{place or f'--out {out}'}: cannot write there ({error.strerror})") from error
 
 
 @contextmanager

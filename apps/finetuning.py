@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from steer.apps.asking import TerminalAnswers
-from steer.apps.errors import named, wrap_errors
+from steer.apps.errors import check_writable, named, wrap_errors
 from steer.apps.models import check_device, load_pipeline
 from steer.apps.processes import is_main_process, launch_context
 from steer.apps.prompts import PromptRow, load_rows, metadata_of
@@ -370,7 +370,7 @@ def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
     except InputError as error:
         raise source.locate_error(error) from error
     if is_main_process():
-        _check_writable(out, f"{source.key('output_dir')} {folder}")
+        check_writable(out, f"{source.key('output_dir')} {folder}")
     return data
 
 
@@ -416,14 +416,6 @@ def _check_trackers(config: FinetuneConfig) -> None:
             choose("tracker", name, dict.fromkeys(known))
             if name not in here:
                 raise InputError(f"{name} is not installed: pip install {name}, or use another tracker, [] for none")
-
-
-def _check_writable(out: Path, place: str) -> None:
-    try:
-        write_text(out / ".writable", "")
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"{place}: cannot write there ({error.strerror})") from error
 
 
 PHASES = {"rollout_share": "rollouts", "reward_share": "rewards", "update_share": "updates"}

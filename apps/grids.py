@@ -9,14 +9,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from steer.apps.errors import wrap_errors
+from steer.apps.errors import check_writable, wrap_errors
 from steer.apps.methods import METHODS, Job
 from steer.apps.models import adapter_applied, load_pipeline, pipeline_type
 from steer.apps.plots import BELOW, GAP, SIDE, TOP, Canvas, fit, open_image, plain_text, save_figure
 from steer.apps.prompts import argument_names, check_prompt
 from steer.apps.recipes import Recipe, make_recipe, read_metadata, write_png
 from steer.apps.reward_specs import resolve_reward
-from steer.apps.sampling import MEMORY_HINT, check_model_settings, check_writable, output_errors
+from steer.apps.sampling import MEMORY_HINT, check_model_settings, output_errors
 from steer.apps.settings import ALL_OPTIONS, METHOD_OPTIONS, SHARED, SamplingConfig, kinds_of
 from steer.errors import InputError
 from steer.files import write_text
@@ -191,13 +191,8 @@ def _sample_group(
 
 def _report(x: Axis, y: Axis | None, cells: Sequence[tuple[Cell, Recipe]]) -> dict[str, Any]:
     rows = [
-        {
-            "x": cell.x,
-            "y": cell.y,
-            "image": cell.path.name,
-            "reward": recipe.reward,
-            "settings": recipe.settings.plain(),
-        }
+        {"x": cell.x, "y": cell.y, "image": cell.path.name}
+        | {"reward": recipe.reward, "settings": recipe.settings.plain()}
         | {"prompt": cell.prompt, "components": dict(recipe.components)}
         for cell, recipe in cells
     ]

@@ -28,9 +28,9 @@ from steer.pipelines.reno import ONE_STEP, NoiseSearchPipeline, ReNOPipeline, ch
 from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
 from steer.registry import choose
 from steer.reward import Reward
+from steer.tables import one_line
 
 TINY = "tiny"
-MAX_ERROR_LENGTH = 160  # characters of another library's message
 
 
 def load_preview(word: str, pipe: Any) -> Any:
@@ -59,8 +59,7 @@ def _load_tiny_vae(word: str, source: str | Path, dtype: torch.dtype) -> Autoenc
             source, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:MAX_ERROR_LENGTH] or type(error).__name__
-        raise InputError(f"preview {word!r} cannot be loaded as an AutoencoderTiny: {reason}") from error
+        raise InputError(f"preview {word!r} cannot be loaded as an AutoencoderTiny: {one_line(error)}") from error
     if missing := about["missing_keys"]:  # diffusers fills them with random numbers
         raise InputError(f"preview {word!r} is not an AutoencoderTiny: its weights have no {sorted(missing)[0]}")
     return loaded.eval()

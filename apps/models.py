@@ -32,6 +32,7 @@ from steer.errors import InputError
 from steer.files import verify_checksums
 from steer.pipelines.text.masked_diffusion import INDEX, pipeline_class
 from steer.registry import nearest
+from steer.tables import one_line
 from steer.training.trainable import TOKEN_DENOISER, get_denoiser
 
 # By prefix of the kind of checkpoint that diffusers infers from a single file.
@@ -314,8 +315,7 @@ class FinetunedWeights:
             except InputError as error:
                 raise InputError(f"{self.path}: {error}") from error
             except LOAD_ERRORS as error:
-                reason = " ".join(str(error).split())[:160] or type(error).__name__
-                raise InputError(f"{self.path} does not fit {type(pipe).__name__}: {reason}") from error
+                raise InputError(f"{self.path} does not fit {type(pipe).__name__}: {one_line(error)}") from error
             yield off
 
 
@@ -336,7 +336,7 @@ class AdapterSum:
 
         Raises InputError, before the block, for an adapter that does not fit.
         """
-        modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+        modules = _modules_of(pipe)
         names = {f"{ADAPTER_NAME}_{number}": weight for number, (_, weight) in enumerate(self.terms)}
         with ExitStack() as stack:
             for name, (one, _) in zip(names, self.terms, strict=True):
@@ -375,8 +375,7 @@ def adapter_applied(pipe: Any, path: str | None) -> Iterator[DisableAdapter]:
     if path is None:
         yield nullcontext
         return
-    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-    before = [(weight, weight.requires_grad) for module in modules for weight in module.parameters()]
+    before = [(weight, weight.requires_grad) for module in _modules_of(pipe) for weight in module.parameters()]
     try:
         with find_adapter(path).applied_to(pipe) as off:
             yield off
@@ -430,7 +429,7 @@ def _lora(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
         given = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
         with _defer_diffusers_logs():
             _skip_missing_components(pipe).load_lora_weights(str(file.parent), adapter_name=adapter, **given)
-        modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+        modules = _modules_of(pipe)
         _check_all_loaded(modules, load_file(file), pipe, adapter)
         yield _adapter_disabler(modules)
     finally:
@@ -476,6 +475,10 @@ def _peft(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
     finally:
         recurse_remove_peft_layers(denoiser)
         vars(denoiser).pop("peft_config", None)
+
+
+def _modules_of(pipe: Any) -> list[nn.Module]:
+    return [module for module in pipe.components.values() if isinstance(module, nn.Module)]
 
 
 def _lora_layers(modules: Sequence[nn.Module]) -> list[Any]:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from steer.apps.errors import wrap_errors
+from steer.apps.errors import check_writable, wrap_errors
 from steer.apps.methods import METHODS, TINY, Job
 from steer.apps.models import adapter_applied, check_device, load_pipeline
 from steer.apps.prompts import argument_names, call_arguments, cell, check_arguments
 from steer.apps.recipes import Recipe, make_recipe, pixel_hash, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
-from steer.apps.sampling import READ, check_writable, guided_by_original
+from steer.apps.sampling import READ, guided_by_original
 from steer.apps.settings import SamplingConfig
 from steer.diffusion.preview import PREVIEWS
 from steer.errors import InputError

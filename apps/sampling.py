@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from steer.apps.components import check_components
-from steer.apps.errors import describe_os_error, wrap_errors
+from steer.apps.errors import check_writable, describe_os_error, wrap_errors
 from steer.apps.expansion import load_expander
 from steer.apps.methods import METHODS, ComputeOptions, Job
 from steer.apps.models import adapter_applied, find_adapter, load_pipeline, pipeline_type
@@ -176,16 +176,6 @@ def open_report(
         if problem:
             raise InputError(f"--out {out}{problem}; choose another --out")
     return PartialReport(out, header | {"settings": config}, entries)
-
-
-def check_writable(out: Path) -> None:
-    """Create the folder. Raises InputError for one that cannot be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / ".writable", "")
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
 
 
 @contextmanager

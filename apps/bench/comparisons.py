@@ -127,10 +127,9 @@ def fk(
         rng = torch.Generator()
         rng.set_state(numbers)
         algorithm, guidance = FeynmanKac(STRENGTH), one.call["guidance_scale"]
-        out = naive_fk(
+        return naive_fk(
             one.pipe, reward, prompt, one.size, algorithm, one.read_at, one.generator(), rng, one.steps, guidance
         )
-        return out.images, out.rewards[None], out.ancestors
 
     with entered(one, on, persistent) as context:
 
@@ -264,10 +263,14 @@ def overhead(subject: Subject) -> Iterator[PreparedComparison]:
 @contextmanager
 def whole(subject: Subject) -> Iterator[PreparedComparison]:
     """Steering with previews and rewards against the plain batch, final images decoded to PIL in both."""
+    yield _over_plain(subject)
+
+
+def _over_plain(subject: Subject, **options: Any) -> PreparedComparison:
     reward = subject.judge()
-    steered = Variant("steered", lambda: steer_whole(subject, subject.pipe, reward))
+    steered = Variant("steered", lambda: steer_whole(subject, subject.pipe, reward, **options))
     plain = Variant("plain", lambda: as_type(plain_call(subject, subject.pipe), "pil"))
-    yield PreparedComparison(steered, plain, subject.images)
+    return PreparedComparison(steered, plain, subject.images)
 
 
 @contextmanager
@@ -280,10 +283,7 @@ def learned_value(subject: Subject) -> Iterator[PreparedComparison]:
             values.append(LearnedValue(ValueNet(value_features(solver_step)[0].shape[1]), {}))
         return values[0](solver_step, prompts)
 
-    reward = subject.judge()
-    steered = Variant("steered", lambda: steer_whole(subject, subject.pipe, reward, value=value))
-    plain = Variant("plain", lambda: as_type(plain_call(subject, subject.pipe), "pil"))
-    yield PreparedComparison(steered, plain, subject.images)
+    yield _over_plain(subject, value=value)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ random numbers are those of `steer`, so that the results are the same; what diff
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,6 @@ from steer.training.rollout import Rows, Trajectories
 from steer.training.trainable import Trainable
 
 
-@dataclass(frozen=True)
-class NaiveSteered:
-    """Images (K, 3, H, W) best first, their rewards (K,), and the ancestors (1, K) at each evaluated step."""
-
-    images: Tensor
-    rewards: Tensor
-    ancestors: tuple[Tensor, ...]
-
-
 @torch.no_grad()
 def naive_fk(
     pipe: Any,
@@ -47,9 +37,11 @@ def naive_fk(
     rng: Generator,
     steps: int,
     guidance: float,
-) -> NaiveSteered:
-    """Steer one prompt. All particles are decoded at once for every evaluation, turned into PIL images and back for the
-    reward; at the end they are decoded for their rewards, and once more for the user.
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Steer one prompt: images (K, 3, H, W) best first, rewards (1, K), and ancestors (1, K) at each evaluated step.
+
+    All particles are decoded at once for every evaluation, turned into PIL images and back for the reward; at the end
+    they are decoded for their rewards, and once more for the user.
 
     at         solver steps at which rewards are evaluated
     generator  of the starting noise; rng: of resampling and of the steps of copies
@@ -75,7 +67,7 @@ def naive_fk(
     images = _decoded(pipe, x)
     VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
     order = rewards.sort(descending=True, stable=True).indices
-    return NaiveSteered(images[order], rewards[order], tuple(ancestors))
+    return images[order], rewards[order][None], tuple(ancestors)
 
 
 def _texts(pipe: Any, prompts: Sequence[str], copies: int) -> Tensor:

@@ -83,20 +83,12 @@ def score(
         raise InputError(count + "; ".join(errors))
 
 
-steer.add_command(bench)
-steer.add_command(check_pipeline)
-steer.add_command(completion)
-steer.add_command(convert_lora)
-steer.add_command(demo)
-steer.add_command(evaluate)
-steer.add_command(finetune)
-steer.add_command(foresight)
-steer.add_command(grid)
-steer.add_command(pick)
-steer.add_command(rewards)
-steer.add_command(sample)
-steer.add_command(tune)
-steer.add_command(value)
+COMMANDS = (
+    *(bench, check_pipeline, completion, convert_lora, demo, evaluate, finetune),
+    *(foresight, grid, pick, rewards, sample, tune, value),
+)
+for command in COMMANDS:
+    steer.add_command(command)
 
 
 def main() -> None:

@@ -18,11 +18,10 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from steer import __version__
-from steer.apps.errors import named, wrap_errors
+from steer.apps.errors import check_writable, named, wrap_errors
 from steer.apps.methods import METHODS, Job
 from steer.apps.models import AdapterSum, FinetunedWeights, find_adapter
 from steer.apps.plots import thumbnail
-from steer.apps.sampling import check_writable
 from steer.apps.settings import ALL_OPTIONS, METHOD_OPTIONS, SHARED, SamplingConfig
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError

@@ -24,6 +24,7 @@ from steer.diffusion.masked_denoiser import MaskedDenoiser
 from steer.diffusion.subs_scheduler import SubsScheduler
 from steer.files import write_text
 from steer.pipelines.text.masked_diffusion import MASK_TOKEN, MaskedDiffusionPipeline
+from steer.rewards.parser import load_reward
 from steer.rewards.scene import COLOURS, RELATIONS, SHAPES, Phrase, SceneRequest
 
 logger = logging.getLogger(__name__)
@@ -154,15 +155,5 @@ def _save(denoiser: MaskedDenoiser, tokenizer: PreTrainedTokenizerFast, folder: 
 
 def parse_rate(pipe: MaskedDiffusionPipeline, count: int = 1000, steps: int = 20) -> float:
     """Return the share of `count` unconditional samples that the scene grammar parses."""
-    from steer.reward import RewardError
-    from steer.rewards.scene import parse
-
     texts = pipe([""] * count, steps, torch.Generator().manual_seed(1), return_dict=False)[0]
-    parsed = 0
-    for text in texts:
-        try:
-            parse(text)
-        except RewardError:
-            continue
-        parsed += 1
-    return parsed / count
+    return load_reward("parses")(texts, "").mean().item()
