@@ -17,7 +17,7 @@ from steer.apps.asking import TerminalAnswers
 from steer.apps.errors import check_writable, named, wrap_errors
 from steer.apps.models import check_device, load_pipeline
 from steer.apps.processes import is_main_process, launch_context
-from steer.apps.prompts import PromptRow, load_rows, metadata_of
+from steer.apps.prompts import PromptRow, evenly_chosen, load_rows, metadata_of
 from steer.apps.reward_specs import resolve_reward
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
@@ -394,8 +394,7 @@ def _prompts(config: FinetuneConfig) -> tuple[list[PromptRow], list[PromptRow]]:
     if job.eval_prompts is not None:
         with named(source.key("eval_prompts")):
             held_out = load_rows(job.eval_prompts, job.eval_prompt_column, job.metadata_columns)
-        count = min(job.eval_prompts_count or len(held_out), len(held_out))
-        held_out = [held_out[place * len(held_out) // count] for place in range(count)]
+        held_out = evenly_chosen(held_out, job.eval_prompts_count)
     trained_prompts = {row.prompt for row in prompts}
     if is_main_process() and (both := [row.prompt for row in held_out if row.prompt in trained_prompts]):
         click.echo(

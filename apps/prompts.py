@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from steer.apps.processes import is_main_process
 from steer.apps.settings import SamplingConfig
@@ -28,6 +28,7 @@ from steer.tables import (
     summarize_names,
 )
 
+T = TypeVar("T")
 COLUMN, TAG = "prompt", "tag"
 NAMES = (("prompt", "prompts"), ("text", "texts", "caption", "captions"))  # columns of prompts; the first kind wins
 MAX_ROWS, MAX_CHARACTERS = 10_000_000, 4_000_000_000  # rows of a table, and characters in them
@@ -243,6 +244,12 @@ def load_prompts(source: str, column: str | None = None) -> list[str]:
     cache.
     """
     return [row.prompt for row in load_rows(source, column, ())]
+
+
+def evenly_chosen(rows: Sequence[T], count: int | None) -> list[T]:
+    """Return `count` rows, evenly spaced; all of them where there are no more, or for None."""
+    count = min(count or len(rows), len(rows))
+    return [rows[place * len(rows) // count] for place in range(count)]
 
 
 def load_tagged_prompts(

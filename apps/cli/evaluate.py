@@ -110,23 +110,21 @@ def evaluate(
         raise InputError(f"--{defined[0]} and contenders exclude each other: name the {defined[0]} in each contender")
     if loras and len(models) > 1:
         raise InputError(f"--lora belongs to one model, got {len(models)} models: run one evaluation for each")
-    from steer.apps.prompts import load_tagged_prompts
+    from steer.apps.prompts import evenly_chosen, load_tagged_prompts
 
     with launch_context().local_main_process_first():
         texts, tags = load_tagged_prompts(prompts, prompt_column, tag_column)
-    count = min(num_prompts or len(texts), len(texts))
-    places = [place * len(texts) // count for place in range(count)]
     from steer.apps.evaluation.report import summary
     from steer.apps.evaluation.run import evaluate as run
     from steer.apps.evaluation.spec import Contender
 
     combined = [Contender(m, lora, method) for m in models for lora in (None, *loras) for method in methods]
     compared = [Contender.of(settings) for settings in contenders] or combined
-    chosen_tags = None if tags is None else [tags[place] for place in places]
+    chosen_tags = None if tags is None else evenly_chosen(tags, num_prompts)
     arguments: dict[str, Any] = {"tags": chosen_tags, "kl_prompts": kl_prompts, "batch": batch}
     arguments |= {"device": device, "reward_timeout": reward_timeout}
     options = {name: value for name, value in options.items() if value is not None}
     with errors_with_flags():
-        report = run(compared, [texts[place] for place in places], rewards, seeds, out, options, **arguments)
+        report = run(compared, evenly_chosen(texts, num_prompts), rewards, seeds, out, options, **arguments)
     if is_main_process():
         click.echo(f"{summary(report)}\n→ {out / 'evaluation.md'}")

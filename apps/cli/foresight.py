@@ -57,12 +57,10 @@ def foresight(
     """
     from steer.apps.evaluation import foresight as analysis
     from steer.apps.models import default_device, load_pipeline
-    from steer.apps.prompts import load_prompts
+    from steer.apps.prompts import evenly_chosen, load_prompts
     from steer.apps.reward_specs import resolve_reward
 
-    texts = load_prompts(prompts, prompt_column)
-    count = min(num_prompts or len(texts), len(texts))
-    chosen = [texts[place * len(texts) // count] for place in range(count)]
+    chosen = evenly_chosen(load_prompts(prompts, prompt_column), num_prompts)
     given: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     judged = None if judge is None else resolve_reward(judge, reward_timeout)
     scorer = resolve_reward(reward, reward_timeout)

@@ -322,17 +322,7 @@ def strength(
 @click.option("--seconds", default=20.0, help="Limit of one call of a written reward.")
 @click.option("--out", required=True, type=FOLDER, help="The reward, a Python file; use it by sandbox:FILE.")
 @click.option("--work", type=FOLDER, help="Folder of the iterations.  [default: runs/OUT]")
-def write(
-    goal: str,
-    chat: str,
-    chat_model: str,
-    images: Path,
-    prompt: str | None,
-    judge: str | None,
-    out: Path,
-    work: Path | None,
-    **options: Any,
-) -> None:
+def write(out: Path, work: Path | None, **options: Any) -> None:
     """Have a language model write a reward for GOAL, rank its versions by the images that they prefer, and refine it.
 
     Written code runs in a child process with limits: a fence, not a wall. Run the command again to resume.
@@ -340,8 +330,8 @@ def write(
     from steer.apps.writing import run_writing
     from steer.rewards.writing import WritingSettings
 
-    settings = WritingSettings(**options)
-    run_writing(goal, chat, chat_model, images, prompt, judge, settings, out, work or Path("runs") / out.stem)
+    settings = WritingSettings(**{name: options.pop(name) for name in ("candidates", "iterations", "seconds")})
+    run_writing(**options, settings=settings, out=out, work=work or Path("runs") / out.stem)
 
 
 @rewards.command()

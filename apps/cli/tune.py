@@ -55,12 +55,10 @@ def tune(
         raise InputError("--lam and --purpose samples need each other: the strength decides what is sampled")
     from steer.apps.evaluation import tune as tuning
     from steer.apps.models import default_device, load_pipeline
-    from steer.apps.prompts import load_prompts
+    from steer.apps.prompts import evenly_chosen, load_prompts
     from steer.apps.reward_specs import resolve_reward
 
-    texts = load_prompts(prompts, prompt_column)
-    count = min(num_prompts or len(texts), len(texts))
-    chosen = [texts[place * len(texts) // count] for place in range(count)]
+    chosen = evenly_chosen(load_prompts(prompts, prompt_column), num_prompts)
     scorer = resolve_reward(reward, reward_timeout)
     pipe = load_pipeline(model, default_device(device))
     pipe.set_progress_bar_config(disable=True)

@@ -8,7 +8,7 @@ from typing import Any
 from steer.apps.evaluation.run import evaluate
 from steer.apps.evaluation.spec import Contender
 from steer.apps.finetuning import FinetuneConfig, finetune, read_config
-from steer.apps.prompts import load_prompts
+from steer.apps.prompts import evenly_chosen, load_prompts
 from steer.apps.scenes.preferences import CHOICES, write_choices
 from steer.apps.yaml_text import read_yaml
 from steer.pipelines.training.method import prompts_at
@@ -65,8 +65,7 @@ def finetuning_study(
     for name in runs:
         if not only or name.startswith(tuple(only)):
             groups.setdefault(train(runs[name], folder / name).job.prompts or "scenes-training", []).append(name)
-    heldout = load_prompts("scenes-heldout")
-    unseen = [heldout[place * len(heldout) // count] for place in range(count)]  # evenly spaced: of every task
+    unseen = evenly_chosen(load_prompts("scenes-heldout"), count)  # of every task
     reports = {}
     for prompts, names in groups.items():
         seen = list(dict.fromkeys(prompts_at(0, count, load_prompts(prompts)[:CHOICES], seed=0)))
