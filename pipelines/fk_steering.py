@@ -480,8 +480,11 @@ class FKSteeringPipeline(SteeringPipeline):
             call, kernel_eta = route_kernel_eta(pipe, call, s)
         pipe = active_rows.view(pipe) if schedule.reduces_particles else pipe
         particle_batch = batch_class(pipe)(
-            *(pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size, s.preview, active_rows),
-            *(coarse_steps(s.lookahead), adapter),
+            *(pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size),
+            preview=s.preview,
+            live=active_rows,
+            lookahead=coarse_steps(s.lookahead),
+            adapter=adapter,
         )
         if s.target_reward is not None and particle_batch.groups > 1:
             raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")

@@ -45,7 +45,8 @@ class SelectionPipeline(SteeringPipeline):
         selection, schedule = Selection(s.beams, s.lam), ResamplingSchedule(s.select_steps)
         with few_step_adapter(self.pipe, s.lookahead) as adapter:
             particle_batch = batch_class(self.pipe)(
-                *(self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size, s.preview),
+                *(self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size),
+                preview=s.preview,
                 lookahead=coarse_steps(s.lookahead),
                 adapter=adapter,
             )

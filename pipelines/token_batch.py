@@ -11,7 +11,6 @@ import torch
 from diffusers import AmusedPipeline
 from torch import Tensor
 
-from steer.diffusion.batching import ActiveRows
 from steer.diffusion.lookahead import Adapter
 from steer.diffusion.masked import draw_tokens
 from steer.diffusion.step_hooks import SolverStep, StepOverride
@@ -19,7 +18,7 @@ from steer.diffusion.token_hooks import TokenStep, is_token_scheduler
 from steer.errors import InputError
 from steer.pipelines.base import SteeringOutput
 from steer.pipelines.particle_batch import ParticleBatch
-from steer.reward import Reward, Texts, score_components
+from steer.reward import Texts, score_components
 
 MAX_DRAWS = 64  # of x̂0 at one step
 PREDICTIONS = "argmax, samples:N (the mean of N draws of x̂0) or finish:M (M steps of the pipeline to the end)"
@@ -46,26 +45,16 @@ class TokenBatch(ParticleBatch):
     """K particles of ids for each prompt."""
 
     def __init__(
-        self,
-        pipe: Any,
-        reward: Reward,
-        prompt: str | Sequence[str] | None,
-        size: int,
-        call: Mapping[str, Any],
-        reward_prompt: str | Sequence[str] | None = None,
-        chunk_size: int = 8,
-        preview: Any = "full",
-        live: ActiveRows | None = None,
-        lookahead: int = 1,
-        adapter: Adapter | None = None,
+        self, *args: Any, preview: Any = "full", lookahead: int = 1, adapter: Adapter | None = None, **options: Any
     ) -> None:
         """As `ParticleBatch`, with `preview` one of PREDICTIONS."""
         if lookahead > 1 or adapter is not None:
             raise InputError(f"lookahead={lookahead}: tokens have no noise level to step along: use preview='finish:2'")
-        super().__init__(pipe, reward, prompt, size, call, reward_prompt, chunk_size, "full", live)
+        super().__init__(*args, **options)
         self._predict = _prediction(preview, self)
-        if size > 1 and _is_greedy(pipe, self.call):
-            raise InputError(f"{type(pipe).__name__} is greedy at temperature 0, copies stay equal: use temperature=1")
+        if self.size > 1 and _is_greedy(self.pipe, self.call):
+            name = type(self.pipe).__name__
+            raise InputError(f"{name} is greedy at temperature 0, copies stay equal: use temperature=1")
 
     def sample(
         self, on_solver_step: Callable[[SolverStep], StepOverride | None], pipe: Any = None, **given: Any
