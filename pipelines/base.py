@@ -268,34 +268,28 @@ class SteeringOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no type
 
     def in_slot_order(self) -> "SteeringOutput":
         """Return the output with images as the pipeline made them, not sorted by reward."""
-        slots = self.order.argsort(1)
-        groups, size = slots.shape
-        rows = (slots + torch.arange(groups)[:, None] * size).flatten().tolist()
         return replace(
-            self,
-            images=[self.images[row] for row in rows] if isinstance(self.images, list) else self.images[rows],
-            rewards=self.rewards.gather(1, slots),
-            components={name: scores.gather(1, slots) for name, scores in self.components.items()},
-            log_weights=self.log_weights.gather(1, slots),
-            latents=self.latents[rows],
-            order=torch.arange(size).expand(groups, size),
-            nsfw_content_detected=None if (flags := self.nsfw_content_detected) is None else flags.gather(1, slots),
-            start=self.start and self.start.rows(rows),
+            self._ranked(self.order.argsort(1)), order=torch.arange(self.order.shape[1]).expand_as(self.order)
         )
 
     def best(self, count: int) -> "SteeringOutput":
         """Return the output with the first `count` images of each prompt alone."""
         groups, size = self.order.shape
-        rows = [group * size + rank for group in range(groups) for rank in range(min(count, size))]
+        return self._ranked(torch.arange(min(count, size)).expand(groups, -1))
+
+    def _ranked(self, ranks: Tensor) -> "SteeringOutput":
+        """Return the output with the images of ranks (B, n) within their prompts, in this order."""
+        groups, size = self.order.shape
+        rows = (ranks + torch.arange(groups)[:, None] * size).flatten().tolist()
         return replace(
             self,
             images=[self.images[row] for row in rows] if isinstance(self.images, list) else self.images[rows],
-            rewards=self.rewards[:, :count],
-            components={name: scores[:, :count] for name, scores in self.components.items()},
-            log_weights=self.log_weights[:, :count],
+            rewards=self.rewards.gather(1, ranks),
+            components={name: scores.gather(1, ranks) for name, scores in self.components.items()},
+            log_weights=self.log_weights.gather(1, ranks),
             latents=self.latents[rows],
-            order=self.order[:, :count],
-            nsfw_content_detected=None if (flags := self.nsfw_content_detected) is None else flags[:, :count],
+            order=self.order.gather(1, ranks),
+            nsfw_content_detected=None if (flags := self.nsfw_content_detected) is None else flags.gather(1, ranks),
             start=self.start and self.start.rows(rows),
         )
 
