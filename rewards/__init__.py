@@ -1,4 +1,7 @@
-"""The tables of built-in rewards: name → (module:attribute, one line about it), and facts about each."""
+"""The tables of built-in rewards: name → (module:attribute, one line about it), and facts about each.
+
+The line says what is measured and how the name is written; unit, gradients, size and licence are facts.
+"""
 
 from dataclasses import dataclass
 
@@ -56,31 +59,19 @@ FACTS: dict[str, RewardFacts] = {
 }
 
 REWARDS: dict[str, tuple[str, str]] = {
-    "scene": ("steer.rewards.scene:SceneReward", "share of the prompt's requirements that a scene meets, exact, 0..1"),
-    "scene-soft": (
-        "steer.rewards.scene:SceneSoftReward",
-        "the same requirements by template matching: graded, differentiable",
-    ),
+    "scene": ("steer.rewards.scene:SceneReward", "share of the prompt's requirements that a scene meets, exact"),
+    "scene-soft": ("steer.rewards.scene:SceneSoftReward", "the same requirements by template matching: graded"),
     "clip": ("steer.rewards.clip:clip", "clip:MODEL, cosine of image and prompt by any CLIP; clip:scenes is embedded"),
-    "pickscore": ("steer.rewards.clip:pickscore", "PickScore v1: human choice, logit-scaled, about 15..25"),
-    "hpsv2": ("steer.rewards.clip:hpsv2", "Human Preference Score v2, cosine, about 0.2..0.35"),
-    "hpsv2.1": ("steer.rewards.clip:hpsv21", "Human Preference Score v2.1, cosine, about 0.2..0.35"),
-    "social": (
-        "steer.rewards.clip:social",
-        "social:path=FILE, Social Reward by CLIP ViT-L/14, cosine; no weights are public, 1.7 GB, differentiable",
-    ),
-    "hpsv3": (
-        "steer.rewards.hpsv3:HPSv3",
-        "Human Preference Score v3 by Qwen2-VL-7B: the mean μ of [μ, σ]; hub, 16 GB, MIT",
-    ),
-    "mps": (
-        "steer.rewards.mps:MPS",
-        "mps:path=FILE, Multi-dimensional Preference Score by CLIP-H, logit-scaled; a converted checkpoint, 4 GB",
-    ),
-    "imagereward": ("steer.rewards.imagereward:ImageReward", "ImageReward v1.0: human preference, standardised"),
+    "pickscore": ("steer.rewards.clip:pickscore", "PickScore v1: human choice, logit-scaled"),
+    "hpsv2": ("steer.rewards.clip:hpsv2", "Human Preference Score v2, cosine"),
+    "hpsv2.1": ("steer.rewards.clip:hpsv21", "Human Preference Score v2.1, cosine"),
+    "social": ("steer.rewards.clip:social", "social:path=FILE, Social Reward by CLIP ViT-L/14; no weights are public"),
+    "hpsv3": ("steer.rewards.hpsv3:HPSv3", "Human Preference Score v3 by Qwen2-VL-7B: the mean μ of [μ, σ]"),
+    "mps": ("steer.rewards.mps:MPS", "mps:path=FILE, Multi-dimensional Preference Score by CLIP-H"),
+    "imagereward": ("steer.rewards.imagereward:ImageReward", "ImageReward v1.0: human preference"),
     "aesthetic": (
         "steer.rewards.aesthetic:aesthetic",
-        "LAION's aesthetic v2, about 1..10; aesthetic:v1 and others, aesthetic:scenes is embedded",
+        "LAION's aesthetic v2; aesthetic:v1 and others, aesthetic:scenes is embedded",
     ),
     "preference": (
         "steer.rewards.folders:preference",
@@ -102,37 +93,19 @@ REWARDS: dict[str, tuple[str, str]] = {
         "steer.rewards.vlm:vqa",
         "vqa:MODEL or vqa:http://HOST/v1,model=NAME, P(yes) of a vision-language model, 0..1; its licence and size",
     ),
-    "like": (
-        "steer.rewards.example:ExampleReward",
-        "like:FOLDER,against=FOLDER, likeness to a few example images by a CLIP, log-likelihood ratio, differentiable",
-    ),
+    "like": ("steer.rewards.example:ExampleReward", "like:FOLDER,against=FOLDER, likeness to a few images by a CLIP"),
     "sandbox": (
         "steer.rewards.sandbox:SandboxReward",
         "sandbox:FILE, a Python file of `steer rewards write`, run in a child process with limits",
     ),
-    "geneval": (
-        "steer.rewards.geneval:Geneval",
-        "share of the prompt's objects, counts, colours and relations that a detector confirms, 0..1",
-    ),
+    "geneval": ("steer.rewards.geneval:Geneval", "objects, counts, colours and relations of the prompt, by a detector"),
     "nsfw": ("steer.rewards.packaged:Nsfw", "1 − P(pornographic) by Yahoo's Open-NSFW, 0..1"),
     "faces": ("steer.rewards.packaged:Faces", "confidence of the surest face, or closeness to faces:COUNT, 0..1"),
     "brisque": ("steer.rewards.packaged:Brisque", "minus BRISQUE, no-reference image quality, about -100..0"),
-    "lpips": ("steer.rewards.packaged:Lpips", "lpips:IMAGE, minus the perceptual distance to an image, differentiable"),
+    "lpips": ("steer.rewards.packaged:Lpips", "lpips:IMAGE, minus the perceptual distance to an image"),
     "ocr": ("steer.rewards.ocr:Ocr", "agreement of the text in the image with the prompt's quoted words, 0..1"),
-    "jpeg": (
-        "steer.rewards.jpeg:JpegCompressibility",
-        "minus the size as a JPEG of quality 95, in kB: prefers plain images",
-    ),
-    "jpeg-incompressible": (
-        "steer.rewards.jpeg:JpegIncompressibility",
-        "the size as a JPEG in kB: prefers busy images",
-    ),
-    "colour": (
-        "steer.rewards.colour:ColourMatch",
-        "colour:NAME or colour:#RRGGBB, mean closeness, 0..1, differentiable",
-    ),
-    "brightness": (
-        "steer.rewards.colour:Brightness",
-        "mean luma 0..1, or closeness to brightness:TARGET, differentiable",
-    ),
+    "jpeg": ("steer.rewards.jpeg:JpegCompressibility", "minus the size as a JPEG of quality 95: prefers plain images"),
+    "jpeg-incompressible": ("steer.rewards.jpeg:JpegIncompressibility", "the size as a JPEG: prefers busy images"),
+    "colour": ("steer.rewards.colour:ColourMatch", "colour:NAME or colour:#RRGGBB, mean closeness"),
+    "brightness": ("steer.rewards.colour:Brightness", "mean luma, or closeness to brightness:TARGET"),
 }

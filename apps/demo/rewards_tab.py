@@ -36,6 +36,7 @@ from steer.apps.recipes import read_prompt
 from steer.errors import InputError
 from steer.files import DECODE_ERRORS, FORMATS, read_image
 from steer.reward import Reward, score_components
+from steer.rewards import FACTS
 from steer.rewards.analysis import spearman
 from steer.rewards.names import reward_names
 
@@ -295,7 +296,8 @@ def _picture(row: Row, place: tuple[float, float], description: str) -> str:
 
 def names_view() -> str:
     """The rewards that have a name, and what they measure."""
-    return table("Rewards that have a name", ["name", "what it measures"], sorted(reward_names().items()))
+    names = {name: f"{about}; {FACTS[name]}" if name in FACTS else about for name, about in reward_names().items()}
+    return table("Rewards that have a name", ["name", "what it measures"], sorted(names.items()))
 
 
 DEFAULT_REWARDS = ("preference:scenes", "aesthetic:scenes", "clip:scenes")  # which score any image
