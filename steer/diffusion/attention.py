@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,24 +24,9 @@ from steer.diffusion.step_hooks import denoising_modules, replaced
 from steer.errors import InputError
 from steer.registry import choose
 
-
-class AttentionFunction(Protocol):
-    """Attention: Q (B, H, L, d), K (B, H, S, d), V (B, H, S, e) → (B, H, L, e).
-
-    The mask broadcasts to (B, H, L, S): true where a key is attended to, or a number that is added to its score.
-    """
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor: ...
+# The arguments are those of F.scaled_dot_product_attention: Q (B, H, L, d), K (B, H, S, d), V (B, H, S, e) → (B, H, L, e).
+# The mask broadcasts to (B, H, L, S): true where a key is attended to, or a number that is added to its score.
+AttentionFunction = Callable[..., Tensor]
 
 
 # softmax(QKᵀ/√d + M) V  (Vaswani et al. 2017, arXiv 1706.03762, eq. 1; M: the mask)

@@ -13,7 +13,6 @@ from steer.diffusion.schedules import (
     Gaussian,
     Level,
     LinearStep,
-    Pass,
     Scheduler,
     Wanted,
     clip_limit,
@@ -42,17 +41,15 @@ def one_pass(
     dtype: torch.dtype = torch.float32,
     storage: torch.dtype | None = None,
 ) -> dict[Wanted, Tensor]:
-    """Evaluate a step (`steer.diffusion.schedules.Pass`) by the kernel where there is one, else by `plain_pass`.
+    """Evaluate a step as `plain_pass`, by the kernel where there is one.
 
     Raises InputError where shapes differ, or a requested result lacks its inputs.
     """
-    tensors = [tensor for tensor in (x, output, noise, x_s) if tensor is not None]
-    run: Pass = plain_pass
-    if has_kernel(*tensors):
+    if has_kernel(*(tensor for tensor in (x, output, noise, x_s) if tensor is not None)):
         from steer.diffusion.triton_kernels import triton_pass  # triton is optional
 
-        run = triton_pass
-    return run(step, x, output, want, noise, x_s, dtype, storage)
+        return triton_pass(step, x, output, want, noise, x_s, dtype, storage)
+    return plain_pass(step, x, output, want, noise, x_s, dtype, storage)
 
 
 class FusedGaussian(Gaussian):

@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -540,27 +540,6 @@ def weighted_step(
     return LinearStep(*weights, c, after.alpha - c * before.alpha, tau, limit)
 
 
-class Pass(Protocol):
-    """One evaluation of a step: any of x̂0, mean, x_s (each shaped like x) and log p(x_s | x_t) (N,).
-
-    x, output   x_t and the model output (N, …), of any floating dtype
-    noise       z shaped like x: x_s is drawn from it, in `dtype`, rounded through `storage`
-    x_s         in place of the noise: the sample whose density is evaluated
-    """
-
-    def __call__(
-        self,
-        step: LinearStep,
-        x: Tensor,
-        output: Tensor,
-        want: Collection[Wanted],
-        noise: Tensor | None = None,
-        x_s: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-        storage: torch.dtype | None = None,
-    ) -> dict[Wanted, Tensor]: ...
-
-
 def plain_pass(
     step: LinearStep,
     x: Tensor,
@@ -571,7 +550,14 @@ def plain_pass(
     dtype: torch.dtype = torch.float32,
     storage: torch.dtype | None = None,
 ) -> dict[Wanted, Tensor]:
-    """Evaluate a step (`Pass`) in plain PyTorch, with gradients. All but x_s is fp32; log-probs are summed in fp64."""
+    """Evaluate any of x̂0, mean, x_s (each shaped like x) and log p(x_s | x_t) (N,) of a step, with gradients.
+
+    x, output   x_t and the model output (N, …), of any floating dtype
+    noise       z shaped like x: x_s is drawn from it, in `dtype`, rounded through `storage`
+    x_s         in place of the noise: the sample whose density is evaluated
+
+    All but x_s is fp32; log-probs are summed in fp64. `steer.diffusion.triton_kernels.triton_pass` is the fast twin.
+    """
     check_pass(step, x, output, want, noise, x_s)
     columns = step.table(x.device).unbind(1)
     a, b, c, d, std, log_std = (column.view(-1, *[1] * (x.dim() - 1)) for column in columns)

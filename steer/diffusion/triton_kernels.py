@@ -85,7 +85,7 @@ def triton_pass(
     dtype: torch.dtype = torch.float32,
     storage: torch.dtype | None = None,
 ) -> dict[Wanted, Tensor]:
-    """Evaluate a step (`steer.diffusion.schedules.Pass`) as one kernel; a given x_s is returned as is. No gradients.
+    """Evaluate a step as `plain_pass`, in one kernel; a given x_s is returned as is. No gradients.
 
     Rows that are not contiguous inside, channels-last for one, are copied first.
     """
