@@ -351,19 +351,11 @@ class GuidedRun(Run):
 
     first = 1  # x_T comes out of the pipeline without a graph
 
-    def __init__(
-        self,
-        algorithm: FeynmanKac,
-        particle_batch: ParticleBatch,
-        guidance: float,
-        eta: float,
-        schedule: ResamplingSchedule,
-        observer: Callable[[StepReport], None] | None,
-        preview_steps: Iterable[int] | None = (),
-    ) -> None:
-        super().__init__(algorithm, particle_batch, eta, eta, schedule, observer, preview_steps)
-        self.guidance = guidance
-        self.half = computes_in_fp16(particle_batch.pipe)
+    def configure(self, s: IntermediateSettings, pipe: Any) -> None:
+        """Take γ and the settings of all runs."""
+        super().configure(s, pipe)
+        assert isinstance(s, FKSettings)
+        self.guidance, self.half = s.reward_guidance, computes_in_fp16(self.particle_batch.pipe)
 
     def sample(self) -> Tensor:
         """Run the pipeline: the finished images (B·K, 3, H, W) of the K particles that are left."""
@@ -468,16 +460,16 @@ class FKSteeringPipeline(SteeringPipeline):
         self, algorithm: FeynmanKac, prompt: Prompts, s: FKSettings, call: dict[str, Any], adapter: Adapter | None
     ) -> Run:
         """Prepare the particles and their run. Raises InputError for what this pipeline cannot do."""
-        pipe, active_rows, kernel_eta = self.pipe, ActiveRows(), None
+        pipe, active_rows, eta = self.pipe, ActiveRows(), s.eta
         schedule = ResamplingSchedule(
             s.resample_steps, s.particle_schedule or {}, s.particle_schedule_rule, s.target_reward
         )
-        guided_eta = 1.0 if s.eta is None else s.eta
         if s.reward_guidance:
-            check_guidance(pipe.scheduler, self.reward, guided_eta)
+            eta = 1.0 if eta is None else eta
+            check_guidance(pipe.scheduler, self.reward, eta)
             pipe = differentiable(pipe, one_call=True)
         else:
-            call, kernel_eta = route_kernel_eta(pipe, call, s)
+            call, eta = route_kernel_eta(pipe, call, s)
         pipe = active_rows.view(pipe) if schedule.reduces_particles else pipe
         particle_batch = batch_class(pipe)(
             *(pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size),
@@ -488,14 +480,9 @@ class FKSteeringPipeline(SteeringPipeline):
         )
         if s.target_reward is not None and particle_batch.groups > 1:
             raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
-        if s.reward_guidance:
-            run: Run = GuidedRun(
-                algorithm, particle_batch, s.reward_guidance, guided_eta, schedule, s.on_step, s.preview_steps
-            )
-        else:
-            kind = AsynchronousRun if s.asynchronous_rewards else Run
-            # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
-            run = kind(algorithm, particle_batch, kernel_eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps)
+        kind = GuidedRun if s.reward_guidance else AsynchronousRun if s.asynchronous_rewards else Run
+        # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
+        run: Run = kind(algorithm, particle_batch, eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps)
         run.auto_strength = s.lam == "auto"
         run.configure(s, self.pipe)
         return run

@@ -24,7 +24,7 @@ from steer.diffusion.step_hooks import denoising_modules, replaced
 from steer.errors import InputError
 from steer.registry import choose
 
-# The arguments are those of F.scaled_dot_product_attention: Q (B, H, L, d), K (B, H, S, d), V (B, H, S, e) → (B, H, L, e).
+# With the arguments of F.scaled_dot_product_attention: Q (B, H, L, d), K (B, H, S, d), V (B, H, S, e) → (B, H, L, e).
 # The mask broadcasts to (B, H, L, S): true where a key is attended to, or a number that is added to its score.
 AttentionFunction = Callable[..., Tensor]
 
