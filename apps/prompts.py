@@ -435,8 +435,7 @@ def argument_names(kind: type[Any]) -> dict[str, Any]:
 
 
 # Settings in place of arguments of the call.
-FLAGS = {"guidance_scale": "--guidance", "num_inference_steps": "--steps", "eta": "--eta", "seed": "--seed"}
-FLAGS |= dict.fromkeys(IMAGES_PER_PROMPT, "--particles")
+FLAGS = {name: f"--{setting}" for name, setting in SETTINGS.items()} | dict.fromkeys(IMAGES_PER_PROMPT, "--particles")
 
 
 def call_arguments(kind: type[Any], settings: SamplingConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
@@ -96,13 +97,9 @@ def main() -> None:
         return
     answer({"network": not alone})
     while (head := read_frame(stdin)) is not None and (pixels := read_frame(stdin)) is not None:
-        resource.setrlimit(resource.RLIMIT_CPU, (int(_cpu_seconds() + start["seconds"]) + 1, resource.RLIM_INFINITY))
+        seconds = int(time.process_time() + start["seconds"]) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
         answer(run(reward, json.loads(head), pixels))
-
-
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def run(reward: Callable[[Any, Sequence[str]], Any], head: dict[str, Any], pixels: bytes) -> dict[str, Any]:

@@ -342,7 +342,8 @@ class VqaReward:
 
 def read_question(given: Any, prompt: str) -> tuple[str, tuple[str, ...], str | None]:
     """Read a question, or [question, answer]: question, spellings of its answer, opposite answer of yes and no."""
-    question, answer = (given, "Yes") if isinstance(given, str) else given if _is_pair(given) else (None, None)
+    is_pair = isinstance(given, list | tuple) and len(given) == 2
+    question, answer = (given, "Yes") if isinstance(given, str) else given if is_pair else (None, None)
     if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
         raise RewardError(f"a question is a text or [question, answer], got {given!r:.80}")
     question, answer = question.replace("{prompt}", prompt).strip(), answer.strip()
@@ -352,10 +353,6 @@ def read_question(given: Any, prompt: str) -> tuple[str, tuple[str, ...], str | 
         return question, YES_NO[:1] if yes else YES_NO[1:], YES_NO[1] if yes else YES_NO[0]
     digit = (str(COUNTS.index(answer.lower())),) if answer.lower() in COUNTS else ()
     return question, (answer, *digit), None
-
-
-def _is_pair(given: Any) -> bool:
-    return isinstance(given, list | tuple) and len(given) == 2
 
 
 def read_questions(path: Path) -> Callable[[str], Sequence[Any]]:

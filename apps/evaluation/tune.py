@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from steer.apps.methods import METHODS
+from steer.apps.prompts import SETTINGS
 from steer.apps.settings import SamplingConfig
 from steer.arguments import plain_value
 from steer.errors import InputError
@@ -184,9 +185,8 @@ def _preset(
     best: Candidate, lam: float | None, call: Mapping[str, Any], reward: Reward, shared: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the settings of the best candidate, as `steer sample --preset` reads them."""
-    names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
     values = {**shared, "method": best.method, "particles": best.particles}
-    values |= {names[name]: value for name, value in call.items() if name in names}
+    values |= {SETTINGS[name]: value for name, value in call.items() if name in SETTINGS}
     values |= {name: plain_value(value) for name, value in best.options.items()}
     values |= {"lam": lam} if best.method == "fk" else {}
     SamplingConfig.of(**values)  # every value is accepted
