@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -155,5 +156,5 @@ def _save(denoiser: MaskedDenoiser, tokenizer: PreTrainedTokenizerFast, folder: 
 
 def parse_rate(pipe: MaskedDiffusionPipeline, count: int = 1000, steps: int = 20) -> float:
     """Return the share of `count` unconditional samples that the scene grammar parses."""
-    texts = pipe([""] * count, steps, torch.Generator().manual_seed(1), return_dict=False)[0]
+    texts: Any = pipe([""] * count, steps, torch.Generator().manual_seed(1), return_dict=False)[0]
     return load_reward("parses")(texts, "").mean().item()
