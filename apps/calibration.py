@@ -1,10 +1,16 @@
-"""Statistics of rewards, lower bounds of a truth, and common errors of ensembles: `calibrate`, `herding`."""
+"""Rewards on the images of a folder: statistics, lower bounds, common errors, one-to-many accuracy: `calibrate`,
+`herding`, `benchmark`."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from steer.apps.reward_specs import resolve_reward
-from steer.apps.scoring import images_with_prompts, score_all, score_each
+from steer.apps.scoring import images_with_prompts, score_all, score_contrasts, score_each
+from steer.errors import InputError
+from steer.rewards.analysis import contrast_pairs, spearman
+from steer.rewards.benchmark import OneToMany, best_of_n_gain, image_questions, one_to_many
 from steer.rewards.compose import Calibration, read_calibration, reward_statistics
 from steer.rewards.conformal import describe, fit_lower_bound
 from steer.rewards.herding import herding, render_herding
@@ -58,3 +64,57 @@ def measure_herding(rewards: Sequence[str], images: Path, prompt: str | None, de
     paths, prompts = images_with_prompts(images, prompt)
     scores = score_each(map(resolve_reward, rewards), paths, prompts, device)
     return f"{images}: {len(prompts)} images\n{render_herding(herding(rewards, scores, prompts))}"
+
+
+def benchmark_rewards(
+    rewards: Sequence[str], gold: str | None, images: Path, prompt: str | None, device: str
+) -> Iterator[str]:
+    """Yield a table of the one-to-many accuracy of rewards, over changed prompts and over wrong images of a prompt.
+
+    gold  a reward that is the truth: its best images of each prompt are right. Without it all images are right, only
+          prompts are changed, and there is no gain of best-of-n.
+    Raises InputError where there are no wrong candidates of either kind.
+    """
+    paths, prompts = images_with_prompts(images, prompt)
+    truth = None if gold is None else score_all(resolve_reward(gold), paths, prompts, device=device)
+    changed = contrast_pairs(prompts)
+    questions = [] if truth is None else image_questions(truth, prompts)
+    right = None if truth is None else {row for row, _ in image_questions(truth, prompts, least=0)}
+    kept = [k for k, (row, _) in enumerate(changed) if right is None or row in right]
+    if not kept and not questions:
+        raise InputError(
+            f"{images}: no right image has a prompt with a colour, a count or a relation to change, and no prompt has "
+            "9 wrong images by --gold"
+        )
+    yield f"{'reward':32}  right against        questions   each   1:1   1:n   MRR" + "  best-of-n" * bool(gold)
+    columns: dict[str, list[float]] = {}
+    for spec in rewards:
+        reward, results = resolve_reward(spec), dict[str, OneToMany]()
+        if kept:
+            scores, wrong = score_contrasts(reward, paths, prompts, device=device)
+            results["changed prompts"] = one_to_many(scores, wrong[kept], [changed[k][0] for k in kept])
+        else:
+            scores = score_all(reward, paths, prompts, device=device)
+        if questions:
+            results["images of its prompt"] = _among_images(scores, questions)
+        gain = None if truth is None else best_of_n_gain(scores, truth, prompts)
+        for kind, one in results.items():
+            numbers = f"{one.one_to_one:4.0%}  {one.one_to_many:4.0%}  {one.reciprocal_rank:4.2f}"
+            after = "" if gain is None else f"  {gain:+9.3f}"
+            yield f"{spec:32}  {kind:20} {one.questions:9}  {one.candidates:5.1f}  {numbers}{after}"
+            for name in ("one_to_one", "one_to_many"):
+                columns.setdefault(f"{name.replace('_', '-')} against {kind}", []).append(getattr(one, name))
+        if gain is not None:
+            columns.setdefault(GAIN, []).append(gain)
+    if truth is not None and len(rewards) > 2:
+        for name, values in columns.items():
+            if name != GAIN:
+                yield f"Spearman with the gain of best-of-n: {spearman(values, columns[GAIN]):5.2f}  {name}"
+
+
+GAIN = "gain"
+
+
+def _among_images(scores: Tensor, questions: Sequence[tuple[int, Sequence[int]]]) -> OneToMany:
+    right, wrong = [row for row, _ in questions], [row for _, rows in questions for row in rows]
+    return one_to_many(scores[right], scores[wrong], [k for k, (_, rows) in enumerate(questions) for _ in rows])

@@ -321,6 +321,15 @@ def label_pairs(
     return len(drawn)
 
 
+def score_contrasts(
+    reward: Reward, paths: Sequence[Path], prompts: Sequence[str], batch: int = 16, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Score image files with their prompts, (N,), and with every contrast of them, (P,), as `contrast_pairs` lists."""
+    rows, changed = zip(*((row, contrast.prompt) for row, contrast in contrast_pairs(prompts)), strict=True)
+    right = score_all(reward, paths, prompts, batch, device)
+    return right, score_all(reward, [paths[row] for row in rows], changed, batch, device)
+
+
 def score_consistency(
     reward: Reward, paths: Sequence[Path], prompts: Sequence[str], batch: int = 16, device: str = "cpu"
 ) -> dict[str, Consistency]:
@@ -328,9 +337,7 @@ def score_consistency(
     pairs = contrast_pairs(prompts)
     if not pairs:
         return {}
-    right = score_all(reward, paths, prompts, batch, device)
-    changed = [contrast.prompt for _, contrast in pairs]
-    wrong = score_all(reward, [paths[row] for row, _ in pairs], changed, batch, device)
+    right, wrong = score_contrasts(reward, paths, prompts, batch, device)
     return consistency_by_kind([contrast.kind for _, contrast in pairs], right[[row for row, _ in pairs]] - wrong)
 
 
