@@ -53,6 +53,7 @@ FACTS: dict[str, RewardFacts] = {
     "jpeg-incompressible": RewardFacts("kB", NO),
     "colour": RewardFacts("0..1", YES),
     "brightness": RewardFacts("0..1", YES),
+    "diversity": RewardFacts("nats, 0...69", YES, needs="several images of each prompt"),
 }
 
 REWARDS: dict[str, tuple[str, str]] = {
@@ -134,5 +135,9 @@ REWARDS: dict[str, tuple[str, str]] = {
     "brightness": (
         "steer.rewards.colour:Brightness",
         "mean luma 0..1, or closeness to brightness:TARGET, differentiable",
+    ),
+    "diversity": (
+        "steer.rewards.diversity:Diversity",
+        "an image's gain in a log determinant over the images of its prompt; to add to another reward, differentiable",
     ),
 }
