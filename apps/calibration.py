@@ -10,7 +10,7 @@ from steer.apps.reward_specs import resolve_reward
 from steer.apps.scoring import images_with_prompts, score_all, score_contrasts, score_each
 from steer.errors import InputError
 from steer.rewards.analysis import contrast_pairs, spearman
-from steer.rewards.benchmark import OneToMany, best_of_n_gain, image_questions, one_to_many
+from steer.rewards.benchmark import WRONG_IMAGES, OneToMany, best_of_n_gain, image_questions, one_to_many
 from steer.rewards.compose import Calibration, read_calibration, reward_statistics
 from steer.rewards.conformal import describe, fit_lower_bound
 from steer.rewards.herding import herding, render_herding
@@ -76,45 +76,42 @@ def benchmark_rewards(
     Raises InputError where there are no wrong candidates of either kind.
     """
     paths, prompts = images_with_prompts(images, prompt)
-    truth = None if gold is None else score_all(resolve_reward(gold), paths, prompts, device=device)
-    changed = contrast_pairs(prompts)
-    questions = [] if truth is None else image_questions(truth, prompts)
-    right = None if truth is None else {row for row, _ in image_questions(truth, prompts, least=0)}
-    kept = [k for k, (row, _) in enumerate(changed) if right is None or row in right]
-    if not kept and not questions:
+    changed, questions, truth = contrast_pairs(prompts), [], None
+    if gold is not None:
+        truth = score_all(resolve_reward(gold), paths, prompts, device=device)
+        questions, right = image_questions(truth, prompts), dict(image_questions(truth, prompts, least=0))
+        changed = [(row, contrast) for row, contrast in changed if row in right]
+    if not changed and not questions:
         raise InputError(
             f"{images}: no right image has a prompt with a colour, a count or a relation to change, and no prompt has "
-            "9 wrong images by --gold"
+            f"{WRONG_IMAGES} wrong images by --gold"
         )
-    yield f"{'reward':32}  right against        questions   each   1:1   1:n   MRR" + "  best-of-n" * bool(gold)
-    columns: dict[str, list[float]] = {}
+    yield HEAD + ("  best-of-n" if gold else "")
+    columns, gains = dict[str, list[float]](), list[float]()
     for spec in rewards:
-        reward, results = resolve_reward(spec), dict[str, OneToMany]()
-        if kept:
-            scores, wrong = score_contrasts(reward, paths, prompts, device=device)
-            results["changed prompts"] = one_to_many(scores, wrong[kept], [changed[k][0] for k in kept])
-        else:
-            scores = score_all(reward, paths, prompts, device=device)
-        if questions:
-            results["images of its prompt"] = _among_images(scores, questions)
-        gain = None if truth is None else best_of_n_gain(scores, truth, prompts)
-        for kind, one in results.items():
+        scores, wrong = score_contrasts(resolve_reward(spec), paths, prompts, changed, device=device)
+        gains += [] if truth is None else [best_of_n_gain(scores, truth, prompts)]
+        for kind, one in _answers(scores, wrong, [row for row, _ in changed], questions).items():
             numbers = f"{one.one_to_one:4.0%}  {one.one_to_many:4.0%}  {one.reciprocal_rank:4.2f}"
-            after = "" if gain is None else f"  {gain:+9.3f}"
-            yield f"{spec:32}  {kind:20} {one.questions:9}  {one.candidates:5.1f}  {numbers}{after}"
-            for name in ("one_to_one", "one_to_many"):
-                columns.setdefault(f"{name.replace('_', '-')} against {kind}", []).append(getattr(one, name))
-        if gain is not None:
-            columns.setdefault(GAIN, []).append(gain)
-    if truth is not None and len(rewards) > 2:
+            gain = f"  {gains[-1]:+9.3f}" if gains else ""
+            yield f"{spec:32}  {kind:20} {one.questions:9}  {one.candidates:5.1f}  {numbers}{gain}"
+            columns.setdefault(f"1:1 against {kind}", []).append(one.one_to_one)
+            columns.setdefault(f"1:n against {kind}", []).append(one.one_to_many)
+    if len(gains) > 2:
         for name, values in columns.items():
-            if name != GAIN:
-                yield f"Spearman with the gain of best-of-n: {spearman(values, columns[GAIN]):5.2f}  {name}"
+            yield f"Spearman with the gain of best-of-n: {spearman(values, gains):5.2f}  {name}"
 
 
-GAIN = "gain"
+HEAD = f"{'reward':32}  right against        questions   each   1:1   1:n   MRR"
 
 
-def _among_images(scores: Tensor, questions: Sequence[tuple[int, Sequence[int]]]) -> OneToMany:
-    right, wrong = [row for row, _ in questions], [row for _, rows in questions for row in rows]
-    return one_to_many(scores[right], scores[wrong], [k for k, (_, rows) in enumerate(questions) for _ in rows])
+def _answers(
+    scores: Tensor, wrong: Tensor, rows: Sequence[int], questions: Sequence[tuple[int, Sequence[int]]]
+) -> dict[str, OneToMany]:
+    """Return the metrics of a reward on both kinds of questions, where there are any."""
+    results = {"changed prompts": one_to_many(scores, wrong, rows)} if rows else {}
+    if questions:
+        right, others = [row for row, _ in questions], [row for _, some in questions for row in some]
+        owner = [k for k, (_, some) in enumerate(questions) for _ in some]
+        results["images of its prompt"] = one_to_many(scores[right], scores[others], owner)
+    return results

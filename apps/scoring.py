@@ -17,7 +17,7 @@ from steer.apps.prompts import read_rows
 from steer.errors import InputError
 from steer.files import IMAGE_SUFFIXES, loads_with_checksum, read_image
 from steer.reward import Judge, Reward, RewardError, compare, score, score_components
-from steer.rewards.analysis import Agreement, CheckResult, Consistency, consistency_by_kind, contrast_pairs
+from steer.rewards.analysis import Agreement, CheckResult, Consistency, Contrast, consistency_by_kind, contrast_pairs
 from steer.rewards.inputs import file_batches, rows_by_prompt
 from steer.rewards.objectives import PreferenceLabels
 from steer.rewards.preference_pairs import Pairs, check_output, draw_pairs, write_pairs
@@ -322,11 +322,16 @@ def label_pairs(
 
 
 def score_contrasts(
-    reward: Reward, paths: Sequence[Path], prompts: Sequence[str], batch: int = 16, device: str = "cpu"
+    reward: Reward,
+    paths: Sequence[Path],
+    prompts: Sequence[str],
+    pairs: Sequence[tuple[int, Contrast]],
+    batch: int = 16,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Score image files with their prompts, (N,), and with every contrast of them, (P,), as `contrast_pairs` lists."""
-    rows, changed = zip(*((row, contrast.prompt) for row, contrast in contrast_pairs(prompts)), strict=True)
+    """Score N image files with their prompts, (N,), and some with a contrast of them, (P,), by `contrast_pairs`."""
     right = score_all(reward, paths, prompts, batch, device)
+    rows, changed = [row for row, _ in pairs], [contrast.prompt for _, contrast in pairs]
     return right, score_all(reward, [paths[row] for row in rows], changed, batch, device)
 
 
@@ -337,7 +342,7 @@ def score_consistency(
     pairs = contrast_pairs(prompts)
     if not pairs:
         return {}
-    right, wrong = score_contrasts(reward, paths, prompts, batch, device)
+    right, wrong = score_contrasts(reward, paths, prompts, pairs, batch, device)
     return consistency_by_kind([contrast.kind for _, contrast in pairs], right[[row for row, _ in pairs]] - wrong)
 
 

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steer.diverse import SIDE
+from steer.diverse import pixel_features
 from steer.reward import RewardError
 from steer.rewards.clip import reward_name
-from steer.rewards.images import at_least_float32
 from steer.rewards.inputs import rows_by_prompt, takes_any_images
 from steer.rewards.names import option_number
 
@@ -42,7 +41,7 @@ class Diversity:
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        small = torch.nn.functional.interpolate(at_least_float32(images), (SIDE, SIDE), mode="area").flatten(1)
+        small = pixel_features(images)  # less a common mean, which leaves distances as they are
         gains = small.new_zeros(len(small))
         for rows in map(torch.tensor, rows_by_prompt(prompts).values()):
             x = small[rows]

@@ -8,7 +8,7 @@ Follow-up likelihood as a reward (FLR, arXiv 2409.13948). F+ = {Yes}, F− = {No
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -58,15 +58,20 @@ class FollowupReward:
         return torch.cat(scores)[torch.tensor(order).argsort()]
 
 
+def read_yaml(option: str, path: Path) -> Any:
+    """Read the YAML file that an option names. Raises RewardError."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise RewardError(f"{option}={path}: cannot be read ({' '.join(str(error).split())[:100]})") from error
+
+
 def read_followups(path: Path) -> Followups:
     """Read a YAML file with the lists `positive` and `negative` and, where it is not ours, `question`.
 
     Raises RewardError.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RewardError(f"followups={path}: cannot be read ({' '.join(str(error).split())[:100]})") from error
+    data = read_yaml("followups", path)
     lists = [data.get(name) for name in ("positive", "negative")] if isinstance(data, dict) else []
     valid = len(lists) == 2 and set(data) <= {"positive", "negative", "question"}
     valid = valid and all(isinstance(one, list) and one and all(map(_is_text, one)) for one in lists)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from steer.registry import choose
 from steer.reward import Metadata, RewardError
 from steer.rewards.chat import CONCURRENCY, MAX_ATTEMPTS, TIMEOUT, ChatClient, ChatMessage, ChatReply, default_cache
 from steer.rewards.clip import loading, reward_name
-from steer.rewards.followups import FollowupReward, read_followups
+from steer.rewards.followups import FollowupReward, read_followups, read_yaml
 from steer.rewards.grammar import NUMBER
 from steer.rewards.images import in_micro_batches
 from steer.rewards.inputs import as_png, as_uint8, takes_any_images
@@ -380,10 +379,7 @@ def read_questions(path: Path) -> Callable[[str], Sequence[Any]]:
         rows = read_rows(path)
         keyed = {row.get("prompt"): next((row[key] for key in QUESTION_KEYS if key in row), None) for row in rows}
         return lambda prompt: keyed.get(prompt) or ()
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RewardError(f"questions={path}: cannot be read ({' '.join(str(error).split())[:100]})") from error
+    data = read_yaml("questions", path)
     if isinstance(data, list):
         return lambda prompt: data
     if isinstance(data, dict) and all(isinstance(value, list) for value in data.values()):
