@@ -33,6 +33,7 @@ FACTS: dict[str, RewardFacts] = {
     "aesthetic": RewardFacts("1..10", YES, "1.7 GB (ViT-L/14)", "Apache-2.0", "hub, web; aesthetic:scenes is embedded"),
     "preference": RewardFacts("standardised", YES, "that of your CLIP", "", "a folder; preference:scenes is embedded"),
     "classifier": RewardFacts("nats, at most 0", YES, "18 MB", "Apache-2.0", "extra classifier"),
+    "diversity": RewardFacts("nats, 0...69", YES, needs="several images of each prompt"),
     "parses": RewardFacts("0 or 1", NO),
     "says": RewardFacts("0 or 1", f"{YES} for relaxed tokens"),
     "regex": RewardFacts("0 or 1", NO),
@@ -53,7 +54,6 @@ FACTS: dict[str, RewardFacts] = {
     "jpeg-incompressible": RewardFacts("kB", NO),
     "colour": RewardFacts("0..1", YES),
     "brightness": RewardFacts("0..1", YES),
-    "diversity": RewardFacts("nats, 0...69", YES, needs="several images of each prompt"),
 }
 
 REWARDS: dict[str, tuple[str, str]] = {
@@ -90,6 +90,10 @@ REWARDS: dict[str, tuple[str, str]] = {
     "classifier": (
         "steer.rewards.text:classifier",
         "classifier:LABEL, log-probability of an ImageNet class, nats; of texts classifier:MODEL,label=LABEL",
+    ),
+    "diversity": (
+        "steer.rewards.diversity:Diversity",
+        "gain of an image after the others of its prompt, in a log determinant; to add to another reward",
     ),
     "parses": ("steer.rewards.text:Parses", "of texts: 1 where the scene grammar parses one, else 0"),
     "says": ("steer.rewards.text:Says", "of texts: says:WORD, 1 where one contains the word, else 0"),
@@ -135,9 +139,5 @@ REWARDS: dict[str, tuple[str, str]] = {
     "brightness": (
         "steer.rewards.colour:Brightness",
         "mean luma 0..1, or closeness to brightness:TARGET, differentiable",
-    ),
-    "diversity": (
-        "steer.rewards.diversity:Diversity",
-        "an image's gain in a log determinant over the images of its prompt; to add to another reward, differentiable",
     ),
 }

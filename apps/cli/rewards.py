@@ -343,20 +343,7 @@ def strength(
 @click.option("--distil", type=FOLDER, help="Train a head on a CLIP to predict the reward, into this folder.")
 @click.option("--backbone", default="scenes", help="The CLIP of --distil, as of `steer rewards train`.")
 @DEVICE
-def write(
-    goal: str,
-    chat: str,
-    chat_model: str,
-    images: Path,
-    prompt: str | None,
-    judge: str | None,
-    out: Path,
-    work: Path | None,
-    distil: Path | None,
-    backbone: str,
-    device: str | None,
-    **options: Any,
-) -> None:
+def write(out: Path, work: Path | None, distil: Path | None, backbone: str, device: str | None, **options: Any) -> None:
     """Have a language model write a reward for GOAL, rank its versions by the images that they prefer, and refine it.
 
     Written code runs in a child process with limits: a fence, not a wall. Run the command again to resume.
@@ -365,10 +352,12 @@ def write(
     from steer.apps.models import default_device
     from steer.rewards.writing import WritingSettings
 
-    settings, work = WritingSettings(**options), work or Path("runs") / out.stem
-    writing.run_writing(goal, chat, chat_model, images, prompt, judge, settings, out, work)
+    settings = WritingSettings(**{name: options.pop(name) for name in ("candidates", "iterations", "seconds")})
+    work = work or Path("runs") / out.stem
+    writing.run_writing(**options, settings=settings, out=out, work=work)
     if distil is not None:
-        writing.distil(out, images, prompt, backbone, distil, work / "distil", default_device(device))
+        data = options["images"], options["prompt"]
+        writing.distil(out, *data, backbone, distil, work / "distil", default_device(device))
 
 
 @rewards.command()
