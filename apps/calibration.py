@@ -76,9 +76,9 @@ def benchmark_rewards(
     Raises InputError where there are no wrong candidates of either kind.
     """
     paths, prompts = images_with_prompts(images, prompt)
-    changed, questions, truth = contrast_pairs(prompts), [], None
-    if gold is not None:
-        truth = score_all(resolve_reward(gold), paths, prompts, device=device)
+    truth = None if gold is None else score_all(resolve_reward(gold), paths, prompts, device=device)
+    changed, questions = contrast_pairs(prompts), list[tuple[int, list[int]]]()
+    if truth is not None:
         questions, right = image_questions(truth, prompts), dict(image_questions(truth, prompts, least=0))
         changed = [(row, contrast) for row, contrast in changed if row in right]
     if not changed and not questions:

@@ -419,8 +419,8 @@ def vqa(
                 f"vqa:{target}: followups= scores whole sentences by a local model: name one, without preset, unit, "
                 "questions and template"
             )
-        local, file = LocalModel(target, dtype=dtype, micro_batch=micro_batch), read_followups(Path(followups))
-        return FollowupReward(reward_name(f"vqa:{target}", followups=(followups, "")), local, file)
+        sentences, name = read_followups(Path(followups)), reward_name(f"vqa:{target}", followups=(followups, ""))
+        return FollowupReward(name, LocalModel(target, dtype=dtype, micro_batch=micro_batch), sentences)
     label = preset or ("soft-tifa" if questions else "vqascore")
     asked = choose("preset", label, PRESETS)
     if unit not in UNITS or (unit != "probability" and asked.read is not None):
