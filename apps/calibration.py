@@ -1,10 +1,16 @@
-"""Statistics of rewards, lower bounds of a truth, and common errors of ensembles: `calibrate`, `herding`."""
+"""Rewards on the images of a folder: statistics, lower bounds, common errors, one-to-many accuracy: `calibrate`,
+`herding`, `benchmark`."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from steer.apps.reward_specs import resolve_reward
-from steer.apps.scoring import images_with_prompts, score_all, score_each
+from steer.apps.scoring import images_with_prompts, score_all, score_contrasts, score_each
+from steer.errors import InputError
+from steer.rewards.analysis import contrast_pairs, spearman
+from steer.rewards.benchmark import WRONG_IMAGES, OneToMany, best_of_n_gain, image_questions, one_to_many
 from steer.rewards.compose import Calibration, read_calibration, reward_statistics
 from steer.rewards.conformal import describe, fit_lower_bound
 from steer.rewards.herding import herding, render_herding
@@ -58,3 +64,54 @@ def measure_herding(rewards: Sequence[str], images: Path, prompt: str | None, de
     paths, prompts = images_with_prompts(images, prompt)
     scores = score_each(map(resolve_reward, rewards), paths, prompts, device)
     return f"{images}: {len(prompts)} images\n{render_herding(herding(rewards, scores, prompts))}"
+
+
+def benchmark_rewards(
+    rewards: Sequence[str], gold: str | None, images: Path, prompt: str | None, device: str
+) -> Iterator[str]:
+    """Yield a table of the one-to-many accuracy of rewards, over changed prompts and over wrong images of a prompt.
+
+    gold  a reward that is the truth: its best images of each prompt are right. Without it all images are right, only
+          prompts are changed, and there is no gain of best-of-n.
+    Raises InputError where there are no wrong candidates of either kind.
+    """
+    paths, prompts = images_with_prompts(images, prompt)
+    truth = None if gold is None else score_all(resolve_reward(gold), paths, prompts, device=device)
+    changed, questions = contrast_pairs(prompts), list[tuple[int, list[int]]]()
+    if truth is not None:
+        questions, right = image_questions(truth, prompts), dict(image_questions(truth, prompts, least=0))
+        changed = [(row, contrast) for row, contrast in changed if row in right]
+    if not changed and not questions:
+        raise InputError(
+            f"{images}: no right image has a prompt with a colour, a count or a relation to change, and no prompt has "
+            f"{WRONG_IMAGES} wrong images by --gold"
+        )
+    yield HEAD + ("  best-of-n" if gold else "")
+    columns, gains = dict[str, list[float]](), list[float]()
+    for spec in rewards:
+        scores, wrong = score_contrasts(resolve_reward(spec), paths, prompts, changed, device=device)
+        gains += [] if truth is None else [best_of_n_gain(scores, truth, prompts)]
+        for kind, one in _answers(scores, wrong, [row for row, _ in changed], questions).items():
+            numbers = f"{one.one_to_one:4.0%}  {one.one_to_many:4.0%}  {one.reciprocal_rank:4.2f}"
+            gain = f"  {gains[-1]:+9.3f}" if gains else ""
+            yield f"{spec:32}  {kind:20} {one.questions:9}  {one.candidates:5.1f}  {numbers}{gain}"
+            columns.setdefault(f"1:1 against {kind}", []).append(one.one_to_one)
+            columns.setdefault(f"1:n against {kind}", []).append(one.one_to_many)
+    if len(gains) > 2:
+        for name, values in columns.items():
+            yield f"Spearman with the gain of best-of-n: {spearman(values, gains):5.2f}  {name}"
+
+
+HEAD = f"{'reward':32}  right against        questions   each   1:1   1:n   MRR"
+
+
+def _answers(
+    scores: Tensor, wrong: Tensor, rows: Sequence[int], questions: Sequence[tuple[int, Sequence[int]]]
+) -> dict[str, OneToMany]:
+    """Return the metrics of a reward on both kinds of questions, where there are any."""
+    results = {"changed prompts": one_to_many(scores, wrong, rows)} if rows else {}
+    if questions:
+        right, others = [row for row, _ in questions], [row for _, some in questions for row in some]
+        owner = [k for k, (_, some) in enumerate(questions) for _ in some]
+        results["images of its prompt"] = one_to_many(scores[right], scores[others], owner)
+    return results

@@ -43,7 +43,8 @@ def _is_named(term: str) -> bool:
     if call := read_call(term):
         # Parse with the reader's own grammar: a text that two parsers split differently would be a loophole.
         bare = [read_constraint(one)[0] if call.function == "product" else one for one in call.arguments]
-        return call.function in FUNCTIONS and "from" not in call.options and all(map(only_named_rewards, bare))
+        files = {"from", "paraphrases"} & set(call.options)
+        return call.function in FUNCTIONS and not files and all(map(only_named_rewards, bare))
     name, *arguments = term.split(":")
     if any(argument not in CLIPS and os.path.exists(argument) for argument in arguments):  # an existing path is no name
         return False

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from steer.apps.archives import write_archive
 from steer.apps.components import check_components
 from steer.apps.errors import check_writable, describe_os_error, wrap_errors
 from steer.apps.expansion import load_expander
@@ -424,6 +425,8 @@ def _sample_prompt(job: Job, row: PromptRow, folder: Path, animation: bool) -> E
         if output.start is not None:
             entry |= {"seeds": list(output.start.seeds), "noise": _write_noise(output, job, folder)}
             entry |= {"trace": _trace(output.trace), "stopped": output.stopped}
+        if output.elites is not None:
+            entry["archive"] = write_archive(output.elites, entry["prompt"], folder, folder.parent / entry["images"][0])
         if animation:
             frames.write(entry, output.images[0], folder / "progress.gif")
             entry["animation"] = f"{folder.name}/progress.gif"

@@ -17,7 +17,7 @@ from steer.apps.prompts import read_rows
 from steer.errors import InputError
 from steer.files import IMAGE_SUFFIXES, loads_with_checksum, read_image
 from steer.reward import Judge, Reward, RewardError, compare, score, score_components
-from steer.rewards.analysis import Agreement, CheckResult, Consistency, consistency_by_kind, contrast_pairs
+from steer.rewards.analysis import Agreement, CheckResult, Consistency, Contrast, consistency_by_kind, contrast_pairs
 from steer.rewards.inputs import file_batches, rows_by_prompt
 from steer.rewards.objectives import PreferenceLabels
 from steer.rewards.preference_pairs import Pairs, check_output, draw_pairs, write_pairs
@@ -321,6 +321,20 @@ def label_pairs(
     return len(drawn)
 
 
+def score_contrasts(
+    reward: Reward,
+    paths: Sequence[Path],
+    prompts: Sequence[str],
+    pairs: Sequence[tuple[int, Contrast]],
+    batch: int = 16,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Score N image files with their prompts, (N,), and some with a contrast of them, (P,), by `contrast_pairs`."""
+    right = score_all(reward, paths, prompts, batch, device)
+    rows, changed = [row for row, _ in pairs], [contrast.prompt for _, contrast in pairs]
+    return right, score_all(reward, [paths[row] for row in rows], changed, batch, device)
+
+
 def score_consistency(
     reward: Reward, paths: Sequence[Path], prompts: Sequence[str], batch: int = 16, device: str = "cpu"
 ) -> dict[str, Consistency]:
@@ -328,9 +342,7 @@ def score_consistency(
     pairs = contrast_pairs(prompts)
     if not pairs:
         return {}
-    right = score_all(reward, paths, prompts, batch, device)
-    changed = [contrast.prompt for _, contrast in pairs]
-    wrong = score_all(reward, [paths[row] for row, _ in pairs], changed, batch, device)
+    right, wrong = score_contrasts(reward, paths, prompts, pairs, batch, device)
     return consistency_by_kind([contrast.kind for _, contrast in pairs], right[[row for row, _ in pairs]] - wrong)
 
 

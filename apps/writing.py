@@ -1,4 +1,4 @@
-"""`steer rewards write`: the grid of images that candidates prefer, and their ranking in the terminal."""
+"""`steer rewards write`: the grid of images that candidates prefer, their ranking in the terminal, distillation."""
 
 import json
 import re
@@ -9,11 +9,15 @@ import click
 import torch
 from torch import Tensor
 
+from steer.apps.learning import run_reward_training
+from steer.apps.learning import summary as training_summary
 from steer.apps.plots import save_figure
-from steer.apps.scoring import images_with_prompts, load_batch
+from steer.apps.scoring import images_with_prompts, load_batch, score_all
 from steer.errors import InputError
 from steer.files import make_folder, write_text
+from steer.rewards.learned import RewardTrainingConfig
 from steer.rewards.parser import load_judge
+from steer.rewards.sandbox import SandboxReward
 from steer.rewards.vlm import endpoint
 from steer.rewards.writing import (
     Candidate,
@@ -91,3 +95,22 @@ def run_writing(
             write_text(out, one.candidates[0].code)
             click.echo(summary(one))
     click.echo(f"{client.cost}\n→ {out}; use it as --reward sandbox:{out}")
+
+
+def distil(code: Path, images: Path, prompt: str | None, backbone: str, out: Path, work: Path, device: str) -> None:
+    """Train a head on a CLIP to predict the scores of a written reward on all images of a folder.
+
+    The result in `out` is differentiable and needs no child process; a run in `work` resumes.
+    """
+    paths, prompts = images_with_prompts(images, prompt)
+    scores = score_all(SandboxReward(str(code)), paths, prompts)
+    make_folder(work)
+    table = work / "scores.jsonl"
+    rows = [
+        json.dumps({"image": str(path.resolve()), "prompt": text, "rating": value})
+        for path, text, value in zip(paths, prompts, scores.tolist(), strict=True)
+    ]
+    write_text(table, "\n".join(rows) + "\n")
+    config = RewardTrainingConfig(backbone, objective="rating")
+    report = run_reward_training(table, config, out, work / "training", device)
+    click.echo(f"{training_summary(report)}\n→ {out}; use it as --reward {out}")

@@ -230,6 +230,24 @@ class InitialNoise:
         return replace(self, noise=self.noise[list(rows)], seeds=seeds, generator=generator)
 
 
+@dataclass(frozen=True)
+class Elites:
+    """The best image of every cell of MAP-Elites, of B prompts × C cells.
+
+    pictures   (B, C, 3, 64, 64) of 8 bits, scaled to squares
+    rewards    (B, C), −∞ where a cell is empty
+    names      of the descriptors; shape: intervals of each, whose combinations are the cells, the last one fastest
+    low, high  (D,) ends of what the intervals divide
+    """
+
+    pictures: Tensor
+    rewards: Tensor
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    low: Tensor
+    high: Tensor
+
+
 @dataclass
 class SteeringOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
     """The images of a call, best first within each of B prompts of K particles; an object, a dict and a tuple.
@@ -243,6 +261,7 @@ class SteeringOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no type
     nsfw_content_detected  (B, K) bool: images that the pipeline's safety checker blackened, after they were scored;
                     None where it has none, or a noise was optimised
     lam             the strength λ of Feynman–Kac steering, as given or as chosen by lam="auto"; None in other methods
+    elites          the archive of MAP-Elites; None in other methods
     order           (B, K) the slot of the run that each image comes from
     history         one ResamplingInfo per evaluated step, in slots of that step
     cost            evaluations and seconds
@@ -265,6 +284,7 @@ class SteeringOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no type
     stopped: str | None = None
     nsfw_content_detected: Tensor | None = None
     lam: float | None = None
+    elites: Elites | None = None
 
     def in_slot_order(self) -> "SteeringOutput":
         """Return the output with images as the pipeline made them, not sorted by reward."""

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from steer.diffusion.seeds import derived_seed, seeded_normal
 from steer.errors import InputError
 from steer.noise import Search, neighbour
-from steer.pipelines.base import SteeringOutput, SteeringPipeline, steering_call
+from steer.pipelines.base import Elites, SteeringOutput, SteeringPipeline, steering_call
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import IterationResult, NoiseRun, NoiseToImage, best_of
 from steer.pipelines.settings import MapElitesSettings, Prompts
@@ -26,6 +27,7 @@ from steer.rewards.grammar import COMMA, split
 from steer.rewards.parser import load_reward
 
 SPAN = 3.5  # deviations of a descriptor, around its mean at the first images, that the cells divide
+SIDE = 64  # pixels of an elite's picture
 
 
 class MapElitesPipeline(SteeringPipeline):
@@ -55,19 +57,31 @@ class MapElitesPipeline(SteeringPipeline):
         search = Archive.empty(chain.start, len(particle_batch.prompts) // s.num_particles, shape).stored_in(
             Search.start(chain.start)
         )
-        return NoiseRun(chain, rule, search, s.iterations, s.state_file, s.on_iteration).output(s.output_type)
+        run = NoiseRun(chain, rule, search, s.iterations, s.state_file, s.on_iteration)
+        out, archive = run.output(s.output_type), Archive.of(run.search)
+        elites = Elites(archive.pictures, archive.rewards, names, shape, archive.low, archive.high)
+        return replace(out, elites=elites)
+
+
+def pictures_of(images: Tensor) -> Tensor:
+    """Scale images (N, 3, H, W), or the middle frames of videos (N, F, 3, H, W), to (N, 3, 64, 64) of 8 bits."""
+    frames = images[:, images.shape[1] // 2] if images.ndim == 5 else images
+    small = F.interpolate(frames.float().nan_to_num().clamp(0, 1), (SIDE, SIDE), mode="area")
+    return (small * 255).round().byte().cpu()
 
 
 @dataclass(frozen=True)
 class Archive:
     """Elites of B prompts over C cells: noise (B, C, …), rewards (B, C), −∞ where a cell is empty; and the intervals.
 
+    pictures   (B, C, 3, 64, 64) of 8 bits
     children   (B, C) made of the elites of a cell
     low, high  (D,) of the descriptors, not a number before the first images
     """
 
     noise: Tensor
     rewards: Tensor
+    pictures: Tensor
     children: Tensor
     low: Tensor
     high: Tensor
@@ -78,19 +92,20 @@ class Archive:
         count, unknown = math.prod(shape), torch.full((len(shape),), math.nan)
         noise = like.new_zeros(prompts, count, *like.shape[1:])
         rewards = torch.full((prompts, count), -torch.inf)
-        return cls(noise, rewards, torch.zeros_like(rewards), unknown, unknown.clone())
+        pictures = torch.zeros(prompts, count, 3, SIDE, SIDE, dtype=torch.uint8)
+        return cls(noise, rewards, pictures, torch.zeros_like(rewards), unknown, unknown.clone())
 
     @classmethod
     def of(cls, search: Search) -> "Archive":
         """Return the archive in the state of a search."""
         state = search.optimizer_state
-        counts = state["elite_rewards"].cpu(), state["children"].cpu()
-        return cls(state["elites"], *counts, state["low"], state["high"])
+        on_cpu = (state[name].cpu() for name in ("elite_rewards", "pictures", "children"))
+        return cls(state["elites"], *on_cpu, state["low"], state["high"])
 
     def stored_in(self, search: Search) -> Search:
         """Return a search with the archive in its state, which its checkpoint holds."""
-        state = {"elites": self.noise, "elite_rewards": self.rewards, "children": self.children}
-        state |= {"low": self.low, "high": self.high}
+        state = {"elites": self.noise, "elite_rewards": self.rewards, "pictures": self.pictures}
+        state |= {"children": self.children, "low": self.low, "high": self.high}
         return replace(search, optimizer_state=state)
 
     @property
@@ -111,14 +126,16 @@ class Archive:
             number = number * size + (share * size).long().clamp(0, size - 1)
         return number
 
-    def with_children(self, noise: Tensor, rewards: Tensor, cells: Tensor) -> "Archive":
-        """Return the archive with children, noise (B·K, …), where they are better than the elites of their cells."""
+    def with_children(self, noise: Tensor, images: Tensor, rewards: Tensor, cells: Tensor) -> "Archive":
+        """Return the archive with children, noise and images (B·K, …), where they are better than the elites of their
+        cells."""
         elites, best, per_prompt = self.noise.clone(), self.rewards.clone(), len(noise) // len(self.noise)
+        pictures, own = self.pictures.clone(), pictures_of(images)
         for row, (value, cell) in enumerate(zip(rewards.tolist(), cells.tolist(), strict=True)):
             prompt = row // per_prompt
             if value > best[prompt, cell]:
-                best[prompt, cell], elites[prompt, cell] = value, noise[row]
-        return replace(self, noise=elites, rewards=best)
+                best[prompt, cell], elites[prompt, cell], pictures[prompt, cell] = value, noise[row], own[row]
+        return replace(self, noise=elites, rewards=best, pictures=pictures)
 
     def parents(self, seeds: Sequence[int], stream: str) -> tuple[Tensor, "Archive"]:
         """Draw an elite for each row among the cells with the fewest children: noise (B·K, …), and the new counts."""
@@ -183,7 +200,7 @@ class MapElites:
             archive = archive.spanning(torch.cat(described))
         for result, values in zip(results, described, strict=True):
             cells = archive.cells(values, self.shape)
-            archive = archive.with_children(result.noise, result.rewards.flatten(), cells)
+            archive = archive.with_children(result.noise, result.images, result.rewards.flatten(), cells)
         noise, best = archive.top(len(seeds) // len(archive.noise))
         updated = replace(
             archive.stored_in(search), noise=noise, best_noise=noise.clone(), best_rewards=best, peak=best.clone()

@@ -36,6 +36,7 @@ FACTS: dict[str, RewardFacts] = {
     "aesthetic": RewardFacts("1..10", YES, "1.7 GB (ViT-L/14)", "Apache-2.0", "hub, web; aesthetic:scenes is embedded"),
     "preference": RewardFacts("standardised", YES, "that of your CLIP", "", "a folder; preference:scenes is embedded"),
     "classifier": RewardFacts("nats, at most 0", YES, "18 MB", "Apache-2.0", "extra classifier"),
+    "diversity": RewardFacts("nats, 0...69", YES, needs="several images of each prompt"),
     "parses": RewardFacts("0 or 1", NO),
     "says": RewardFacts("0 or 1", f"{YES} for relaxed tokens"),
     "regex": RewardFacts("0 or 1", NO),
@@ -80,6 +81,10 @@ REWARDS: dict[str, tuple[str, str]] = {
     "classifier": (
         "steer.rewards.text:classifier",
         "classifier:LABEL, log-probability of an ImageNet class, nats; of texts classifier:MODEL,label=LABEL",
+    ),
+    "diversity": (
+        "steer.rewards.diversity:Diversity",
+        "gain of an image after the others of its prompt, in a log determinant; to add to another reward",
     ),
     "parses": ("steer.rewards.text:Parses", "of texts: 1 where the scene grammar parses one, else 0"),
     "says": ("steer.rewards.text:Says", "of texts: says:WORD, 1 where one contains the word, else 0"),

@@ -160,6 +160,14 @@ def _lower(call: Call, state: ParserState) -> Reward:
     return LowerBoundReward(rewards, read_bound(Path(call.options["from"])))
 
 
+def _fused(call: Call, state: ParserState) -> Reward:
+    from steer.rewards.fused import FusedReward, read_paraphrases, scene_wordings
+
+    file = call.options.get("paraphrases")
+    wordings, option = (read_paraphrases(Path(file)), f", paraphrases={file}") if file else (scene_wordings, "")
+    return FusedReward(_single_reward(call, state), wordings, option)
+
+
 def _single_reward(call: Call, state: ParserState) -> Reward:
     if len(call.arguments) != 1:
         raise RewardError(f"{call.function}(…) takes one reward, got {len(call.arguments)}")
@@ -236,6 +244,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Call, ParserState], Reward], Sequence[str]]
     "tournament": (_tournament, ()),
     "z": (_standardised, ("from",)),
     "lower": (_lower, ("from",)),
+    "fused": (_fused, ("paraphrases",)),
     "logsigmoid": (_log_sigmoid, ("from", "reference", "temperature")),
 }
 

@@ -83,6 +83,14 @@ class SceneRequest:
             return SceneRequest(self.phrases[::-1], MIRRORED[self.relation])
         return self if self.relation else replace(self, phrases=tuple(sorted(self.phrases, key=str)))
 
+    @property
+    def wordings(self) -> tuple["SceneRequest", ...]:
+        """Return all wordings of the same scene, the canonical one first."""
+        one = self.canonical
+        mirrored = {canonical: relation for relation, canonical in MIRRORED.items()}
+        other = SceneRequest(one.phrases[::-1], mirrored[one.relation] if one.relation else None)
+        return (one,) if len(one.phrases) == 1 else (one, other)
+
     def __str__(self) -> str:
         return f" {self.relation or 'and'} ".join(map(str, self.phrases))
 

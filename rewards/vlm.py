@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from steer.registry import choose
 from steer.reward import Metadata, RewardError
 from steer.rewards.chat import CONCURRENCY, MAX_ATTEMPTS, TIMEOUT, ChatClient, ChatMessage, ChatReply, default_cache
 from steer.rewards.clip import loading, reward_name
+from steer.rewards.followups import FollowupReward, read_followups, read_yaml
 from steer.rewards.grammar import NUMBER
 from steer.rewards.images import in_micro_batches
 from steer.rewards.inputs import as_png, as_uint8, rows_by_prompt, takes_any_images
@@ -150,14 +150,22 @@ class LocalModel:
         asked = [(one.question, one.answers, one.other) for one in queries]
         for (question, answers, other), places in rows_by_prompt(asked).items():
             rows = images[[queries[k].row for k in places]]
-            texts = [*answers, *([other] if other else [])]
-            score = in_micro_batches(partial(self._answer, answers=texts), self._micro_batch)
-            scores = score(to_module_device(rows, self._model), [question] * len(rows))
+            scores = self.answers(rows, question, [*answers, *([other] if other else [])])
             chosen = scores[:, : len(answers)].logsumexp(1)
             opposite = scores[:, -1] if other else torch.full_like(chosen, math.nan)
             for k, row in zip(places, torch.stack([chosen, opposite], 1), strict=True):
                 columns[k] = row
         return torch.stack(columns)
+
+    def answers(self, images: Tensor, question: str, texts: Sequence[str], per_token: bool = False) -> Tensor:
+        """Return log P (N, A) of answers to one question about images (N, 3, H, W), each in a batch of its own.
+
+        per_token  the mean over the tokens of an answer in place of the sum
+        """
+        tokens = [self._processor.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        score = in_micro_batches(partial(self._answer, answers=tokens), self._micro_batch)
+        scores = score(to_module_device(images, self._model), [question] * len(images))
+        return scores / scores.new_tensor([len(answer) for answer in tokens]) if per_token else scores
 
     def texts(self, images: Tensor, queries: Sequence[Query]) -> list[str]:
         replies = []
@@ -169,13 +177,12 @@ class LocalModel:
             replies.append(self._processor.tokenizer.decode(new, skip_special_tokens=True))
         return replies
 
-    def _answer(self, images: Tensor, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Return log P (N, A) of answers to one question about images (N, 3, H, W)."""
+    def _answer(self, images: Tensor, questions: Sequence[str], answers: Sequence[Sequence[int]]) -> Tensor:
+        """Return log P (N, A) of the tokens of answers to one question about images (N, 3, H, W)."""
         inputs = self._inputs(images, questions[0])
-        tokens = [self._processor.tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
-        if all(len(answer) == 1 for answer in tokens):
-            return self._next_tokens(inputs, 1)[:, -1, [answer[0] for answer in tokens]]
-        return torch.stack([self._teacher_forced(inputs, answer) for answer in tokens], 1)
+        if all(len(answer) == 1 for answer in answers):
+            return self._next_tokens(inputs, 1)[:, -1, [answer[0] for answer in answers]]
+        return torch.stack([self._teacher_forced(inputs, answer) for answer in answers], 1)
 
     def _teacher_forced(self, inputs: Mapping[str, Tensor], answer: Sequence[int]) -> Tensor:
         """Return Σ_l log P(token_l | everything before it): (N,)."""
@@ -365,10 +372,7 @@ def read_questions(path: Path) -> Callable[[str], Sequence[Any]]:
         rows = read_rows(path)
         keyed = {row.get("prompt"): next((row[key] for key in QUESTION_KEYS if key in row), None) for row in rows}
         return lambda prompt: keyed.get(prompt) or ()
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RewardError(f"questions={path}: cannot be read ({' '.join(str(error).split())[:100]})") from error
+    data = read_yaml("questions", path)
     if isinstance(data, list):
         return lambda prompt: data
     if isinstance(data, dict) and all(isinstance(value, list) for value in data.values()):
@@ -384,6 +388,7 @@ def vqa(
     unit: str = "probability",
     questions: str | None = None,
     template: str | None = None,
+    followups: str | None = None,
     dtype: str | None = None,
     micro_batch: str | int = 8,
     timeout: str | float = TIMEOUT,
@@ -391,15 +396,24 @@ def vqa(
     concurrency: str | int = CONCURRENCY,
     top_logprobs: str | int = TOP_TOKENS,
     cache: str | None = None,
-) -> VqaReward:
+) -> VqaReward | FollowupReward:
     """Load a vision-language model as a reward: a transformers model, or the address of an endpoint.
 
     preset     vqascore, soft-tifa (the default with `questions`), unified-reward or rubric
     unit       probability or log-odds;  questions: a file for soft-tifa (`read_questions`)
     template   a text file that replaces the preset's question; {prompt} in it is replaced
+    followups  a file of approving and disapproving sentences in place of all of these (`steer.rewards.followups`)
     dtype, micro_batch                                    of a local model
     model, timeout, tries, concurrency, top_logprobs, cache    of an endpoint; cache=off keeps no replies
     """
+    if followups:
+        if preset or questions or template or unit != "probability" or target.startswith(("http://", "https://")):
+            raise RewardError(
+                f"vqa:{target}: followups= scores whole sentences by a local model: name one, without preset, unit, "
+                "questions and template"
+            )
+        sentences, name = read_followups(Path(followups)), reward_name(f"vqa:{target}", followups=(followups, ""))
+        return FollowupReward(name, LocalModel(target, dtype=dtype, micro_batch=micro_batch), sentences)
     label = preset or ("soft-tifa" if questions else "vqascore")
     asked = choose("preset", label, PRESETS)
     if unit not in UNITS or (unit != "probability" and asked.read is not None):

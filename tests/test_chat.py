@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from chat_server import Request, completion, serve
+from conftest import cached_pipe
 from torch import Tensor
 
+from steer import BestOfNPipeline, FKSteeringPipeline
 from steer.reward import RewardError
 from steer.rewards import chat
 from steer.rewards.parser import load_reward
@@ -53,6 +55,24 @@ def test_the_probability_is_that_of_all_spellings(tmp_path: Path) -> None:
     }
     asked = {one.text for one in served.requests}
     assert asked == {f'Does this figure show "{prompt}"? Please answer yes or no.' for prompt in "abc"}
+
+
+def test_steering_raises_the_score_of_an_endpoint(tmp_path: Path) -> None:
+    """P(yes) is the brightness: FK images are brighter than the plain batch, over six starts."""
+    pipe, prompts = cached_pipe("sd"), ["a star"] * 6
+    call = {"num_particles": 4, "num_inference_steps": 4, "height": 8, "width": 8, "output_type": "pt"}
+    with serve(by_brightness) as served:
+        reward = load_reward(f"vqa:{served.url},model=m,cache={tmp_path}")
+        steered, plain = (
+            method(prompts, generator=torch.Generator().manual_seed(0), **call, **options)
+            for method, options in (
+                (FKSteeringPipeline(pipe, reward), {"lam": 1000.0}),
+                (BestOfNPipeline(pipe, reward), {}),
+            )
+        )
+    torch.testing.assert_close(steered.rewards.flatten(), steered.images.mean((1, 2, 3)).float(), atol=5e-3, rtol=0)
+    gain = steered.rewards.mean(1) - plain.rewards.mean(1)
+    assert gain.mean() > 1.96 * gain.std() / len(gain) ** 0.5, gain
 
 
 def test_an_answer_that_is_not_listed_has_the_least_listed_probability(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
-"""MAP-Elites: the archive by hand, cells filled against random search, a rare reward, resuming, refusals."""
+"""MAP-Elites: the archive by hand, cells filled against random search, a rare reward, resuming, the picture."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Steer
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from steer import MODELS, MapElitesPipeline
@@ -67,7 +70,9 @@ def test_the_archive_by_hand() -> None:
     cells = archive.cells(described, (2, 3))
     assert cells.tolist() == [0, 4, 2, 5]
     noise, rewards = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1.0, 5.0, 2.0])
-    archive = archive.with_children(noise, rewards, torch.tensor([0, 4, 0]))
+    images = torch.tensor([0.2, 0.4, 0.6])[:, None, None, None].expand(-1, 3, 32, 16)
+    archive = archive.with_children(noise, images, rewards, torch.tensor([0, 4, 0]))
+    assert archive.pictures[0, :, 2, 63, 63].tolist() == [153, 0, 0, 0, 102, 0]
     assert archive.filled.sum() == 2 and archive.noise[0, [0, 4], 0].tolist() == [3, 2]
     kept, best = archive.top(3)
     assert kept[:, 0].tolist() == [2, 3, 2] and best.tolist() == [5, 2, 5]  # the best is repeated
@@ -128,8 +133,36 @@ def test_a_pipeline_returns_elites_of_different_cells_and_resumes(pipe: Any, tmp
     resumed = call(3, state_file=state)
     assert torch.equal(whole.images, resumed.images) and whole.rewards.shape == (1, 2)
     assert whole.rewards[0, 0] > whole.rewards[0, 1]
+    elites = whole.elites
+    assert elites.names == ("brightness", "jpeg") and elites.shape == (3, 2) and elites.rewards.shape == (1, 6)
+    assert torch.equal(elites.pictures, resumed.elites.pictures)
+    best = elites.pictures[0, elites.rewards[0].argmax()].float() / 255
+    torch.testing.assert_close(best, whole.images[0].float(), atol=2 / 255, rtol=0)
     torch.testing.assert_close(whole.trace[-1].best.sort(descending=True).values, whole.rewards, atol=1e-4, rtol=0)
     with pytest.raises(InputError, match="cells '8' are of 1 descriptors, describe names 2"):
         search("a star", cells="8")
     with pytest.raises(InputError, match="cells must be a number such as 8, or two such as 8x8"):
         MapElitesSettings(cells="8x8x8")
+
+
+def test_the_command_draws_the_archive(steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every filled cell is drawn at its place, and the report has its reward."""
+    drawn: list[tuple[int, int, float]] = []
+    monkeypatch.setattr(
+        "steer.apps.archives.Canvas.cell",
+        lambda self, picture, rewards, left, top, *size: drawn.append((left, top, rewards[0])),
+    )
+    words = ["sample", "a star", "--method", "map-elites", "--particles", 2, "--cells", "3x2", "--steps", 1]
+    words += ["--iterations", 2, "--first-batches", 2, "--reward", "brightness", "--no-compare", "--out", tmp_path]
+    code, _, err = steer(*words)
+    assert code == 0, err
+    archive = json.loads((tmp_path / "report.json").read_text())["prompts"][0]["archive"]
+    assert archive["describe"] == ["brightness", "jpeg"] and archive["cells"] == [3, 2]
+    filled = {cell: value for cell, value in enumerate(archive["rewards"]) if value is not None}
+    places = sorted({left for left, _, _ in drawn}), sorted({top for _, top, _ in drawn})
+    assert len(archive["rewards"]) == 6 and len(drawn) >= len(filled) >= 1
+    cells = drawn[: len(filled)]
+    assert [value for _, _, value in cells] == list(filled.values()) and all(places)
+    assert Image.open(tmp_path / archive["image"]).width > 2 * 96
+    values = torch.tensor([archive["low"], archive["high"]])
+    assert bool((values[0] < values[1]).all())

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from steer.reward import RewardError, score
+from steer.rewards.followups import read_followups
 from steer.rewards.inputs import as_uint8
 from steer.rewards.parser import load_reward
 from steer.rewards.vlm import mean_of_axes, score_in_json
@@ -98,6 +99,51 @@ def test_order_batches_and_micro_batches_do_not_matter(folders: dict[str, Path])
     torch.testing.assert_close(small(images[order], [prompts[k] for k in order]), whole[order], rtol=1e-4, atol=1e-7)
 
 
+def test_followups_equal_a_loop_over_tokens(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Mean log-likelihood per token of two approving answers less that of a disapproving one, in any order."""
+    file, folder = tmp_path / "f.yaml", folders["llava"]
+    file.write_text(
+        'question: Is it "{prompt}"?\npositive: [Yes it is a star, "Yes"]\nnegative: [No it is in figure four.]\n'
+    )
+    images, prompts = bit_images(3), ["a star", "blue", "a star"]
+    reward = load_reward(f"vqa:{folder},followups={file},micro_batch=2")
+    scores = reward(images, prompts)
+
+    def per_token(image: Tensor, prompt: str, answer: str) -> float:
+        count = len(AutoProcessor.from_pretrained(folder).tokenizer(answer, add_special_tokens=False).input_ids)
+        return by_hand(folder, image, f'Is it "{prompt}"?', answer) / count
+
+    for k, prompt in enumerate(prompts[:2]):
+        yes = [per_token(images[k], prompt, answer) for answer in ("Yes it is a star", "Yes")]
+        expected = sum(yes) / 2 - per_token(images[k], prompt, "No it is in figure four.")
+        assert scores[k].item() == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(reward(images.flip(0), prompts[::-1]), scores.flip(0), rtol=1e-4, atol=1e-6)
+    assert reward.differentiable and reward.name == f"vqa:{folder},followups={file}"
+    gradient = torch.autograd.grad(reward(images.requires_grad_(), prompts).sum(), images)[0]
+    assert gradient.abs().sum() > 0
+
+
+def test_yes_and_no_as_followups_are_the_log_odds(folders: dict[str, Path], tmp_path: Path) -> None:
+    file, images = tmp_path / "f.yaml", bit_images(2)
+    question = QUESTION.format("{prompt}")
+    file.write_text(json.dumps({"question": question, "positive": ["Yes"], "negative": ["No"]}))
+    odds, same = (
+        load_reward(f"vqa:{folders['qwen']},{option}")(images, ["a star", "blue"])
+        for option in ("unit=log-odds", f"followups={file}")
+    )
+    torch.testing.assert_close(same, odds, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["[a]", "positive: [a]", "positive: [a]\nnegative: []", "positive: a\nnegative: [b]", "a: ["]
+)
+def test_files_without_followups_are_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text(text)
+    with pytest.raises(RewardError, match=r"followups=.*(expected lists of sentences|cannot be read)") as caught:
+        read_followups(tmp_path / "f.yaml")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_local_model_that_answers_in_words_is_read_or_refused(folders: dict[str, Path]) -> None:
     reward = load_reward(f"vqa:{folders['llava']},preset=rubric")
     assert not reward.differentiable
@@ -139,6 +185,9 @@ def test_three_axes_are_averaged() -> None:
         ("vqa:{llava},preset=rubric,unit=log-odds", "unit=log-odds"),
         ("vqa:{llava},questions=q.yaml,preset=vqascore", "belongs to preset=soft-tifa"),
         ("vqa:{llava},questions=missing.yaml", "questions=missing.yaml: cannot be read"),
+        ("vqa:{llava},followups=f.yaml,unit=log-odds", "followups= scores whole sentences by a local model"),
+        ("vqa:http://127.0.0.1:9/v1,model=m,followups=f.yaml", "followups= scores whole sentences by a local model"),
+        ("vqa:{llava},followups=missing.yaml", "followups=missing.yaml: cannot be read"),
         ("vqa:{llava},template=missing.txt", "template=missing.txt: cannot be read"),
         ("vqa:{mute}", "no chat template"),
         ("vqa:{coded}", "auto_map"),

@@ -184,6 +184,24 @@ def herding(
 @click.argument("rewards_", nargs=-1, required=True, metavar="REWARD...")
 @IMAGES
 @PROMPT
+@click.option("--gold", metavar="REWARD", help="The truth: its best images of a prompt are the right ones.")
+@DEVICE
+def benchmark(
+    rewards_: tuple[str, ...], images: Path, prompt: str | None, gold: str | None, device: str | None
+) -> None:
+    """Measure how often each REWARD puts the right one above ALL wrong ones: changed prompts of an image and, by
+    --gold, images of its prompt; beside the share of pairs, and the gain of best-of-n."""
+    from steer.apps.calibration import benchmark_rewards
+    from steer.apps.models import default_device
+
+    for text in benchmark_rewards(rewards_, gold, images, prompt, default_device(device)):
+        click.echo(text)
+
+
+@rewards.command()
+@click.argument("rewards_", nargs=-1, required=True, metavar="REWARD...")
+@IMAGES
+@PROMPT
 @click.option("--out", required=True, type=FOLDER, help="The calibration, a JSON file; other rewards in it are kept.")
 @click.option(
     "--bound", metavar="TRUTH", help="Fit a lower bound of the reward TRUTH instead, for lower(A, B, from=OUT)."
@@ -322,16 +340,24 @@ def strength(
 @click.option("--seconds", default=20.0, help="Limit of one call of a written reward.")
 @click.option("--out", required=True, type=FOLDER, help="The reward, a Python file; use it by sandbox:FILE.")
 @click.option("--work", type=FOLDER, help="Folder of the iterations.  [default: runs/OUT]")
-def write(out: Path, work: Path | None, **options: Any) -> None:
+@click.option("--distil", type=FOLDER, help="Train a head on a CLIP to predict the reward, into this folder.")
+@click.option("--backbone", default="scenes", help="The CLIP of --distil, as of `steer rewards train`.")
+@DEVICE
+def write(out: Path, work: Path | None, distil: Path | None, backbone: str, device: str | None, **options: Any) -> None:
     """Have a language model write a reward for GOAL, rank its versions by the images that they prefer, and refine it.
 
     Written code runs in a child process with limits: a fence, not a wall. Run the command again to resume.
     """
-    from steer.apps.writing import run_writing
+    from steer.apps import writing
+    from steer.apps.models import default_device
     from steer.rewards.writing import WritingSettings
 
     settings = WritingSettings(**{name: options.pop(name) for name in ("candidates", "iterations", "seconds")})
-    run_writing(**options, settings=settings, out=out, work=work or Path("runs") / out.stem)
+    work = work or Path("runs") / out.stem
+    writing.run_writing(**options, settings=settings, out=out, work=work)
+    if distil is not None:
+        data = options["images"], options["prompt"]
+        writing.distil(out, *data, backbone, distil, work / "distil", default_device(device))
 
 
 @rewards.command()
