@@ -383,6 +383,7 @@ class SteerTab(JobTab):
                 self.results = Results()
                 self.view = gr.HTML(run_view((), None), js_on_load=RUN_SCRIPT, elem_id="steer-view")
             with gr.Column(scale=2, min_width=300):
+                self.above_fields = gr.Row(equal_height=False, elem_id="steer-presets")
                 self.fields = {"prompts": prompts} | steer_fields(studio)
                 first = defaults_of(self.fields["method"].value, studio.models)
                 self.defaults = gr.State(Defaults(first | {"reward": self.fields["reward"].value}))
