@@ -125,7 +125,7 @@ def _settings_of(given: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> 
 def _check_axes(prompt: str | None, axes: Sequence[Axis], given: Mapping[str, Any]) -> None:
     names = [axis.name for axis in axes]
     if len(set(names)) < len(names):
-        raise InputError(f"--x and --y both vary {names[0]}: choose two settings")
+        raise InputError(f"both axes vary {names[0]}: choose two settings")
     if (PROMPT in names) == bool(prompt):
         raise InputError("give the prompt as a word, or as an axis: prompt=a red star|a blue cross")
     known = [PROMPT, *(name for name in (*SHARED, *ALL_OPTIONS) if name not in FIXED)]

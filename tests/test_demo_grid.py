@@ -97,7 +97,7 @@ def test_a_stop_keeps_the_finished_images_of_a_grid(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("seed", "1,2", "seed", "3,4"), "both vary seed"),
+        (("seed", "1,2", "seed", "3,4"), "both axes vary seed"),
         (("seed", "", None, ""), "write NAME=VALUE"),
         (("seed", "x", None, ""), "is no value of it"),
         (("method", "race,teleport", None, ""), "teleport"),

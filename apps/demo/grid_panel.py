@@ -95,6 +95,8 @@ class GridPanel(JobTab):
         recipe = read_metadata(self.studio.history.images(str(request.session_hash), number)[0])
         named = ((x, x_values), (y, y_values))
         axes = [Axis.read(f"{name}={values}") for name, values in named if name is not None]
+        if not axes:
+            raise InputError("grid: choose a setting for the columns")
         out = self.studio.folder(request) / "grid"  # where the same images of the last grid are kept
         total, work = grid_job(self.studio, recipe, axes, out)
         ticket, progress, done, report = self.studio.begin(request, work), Progress(), 0, None
