@@ -46,13 +46,12 @@ class Presets:
                 value=None,
                 label="Preset",
                 allow_custom_value=True,
-                info="Choose one, or type a name and save the present settings",
-                scale=3,
-                min_width=200,
+                info="Choose one, or type a name and save the settings",
+                min_width=150,
                 elem_id="steer-preset",
             )
-            self.save_button = gr.Button("Save", size="sm", min_width=70, elem_id="steer-preset-save")
-            self.delete_button = gr.Button("Delete", size="sm", min_width=70, elem_id="steer-preset-delete")
+            self.save_button = gr.Button("Save", size="sm", scale=0, min_width=64, elem_id="steer-preset-save")
+            self.delete_button = gr.Button("Delete", size="sm", scale=0, min_width=64, elem_id="steer-preset-delete")
         fields = [steer.status, steer.defaults, *steer.fields.values(), *steer.chips.components]
         asked = {self.name, self.saved, steer.weights, *steer.fields.values()}
         changed = [self.status, self.name, self.saved]

@@ -388,7 +388,7 @@ class SteerTab(JobTab):
                 first = defaults_of(self.fields["method"].value, studio.models)
                 self.defaults = gr.State(Defaults(first | {"reward": self.fields["reward"].value}))
                 self.chips = RewardChips(self.fields["reward"], studio.rewards)
-                label = "Drop an image that was made here to restore its settings"
+                label = "Restore the settings of an image"
                 self.dropped = gr.File(label=label, file_types=[".png"], height=160, elem_id="steer-drop")
         values = {field: field.value for field in self.fields.values()} | {self.weights: None}
         self.estimate.value = self.describe_cost(values)
