@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ MAX_CELLS = 16  # of one visitor on a shared machine
 
 
 def grid_job(studio: Studio, recipe: Recipe, axes: Sequence[Axis], out: Path) -> tuple[int, Callable[[Ticket], None]]:
-    """Return the number of images of a run's grid, and the job for the worker, which sends (images, report) events.
+    """Return the number of images of a run's grid, and the job for the worker, which sends counts and the report.
 
     Raises InputError for a run with adapters, and for values that this app does not allow.
     """
@@ -48,7 +49,7 @@ def grid_job(studio: Studio, recipe: Recipe, axes: Sequence[Axis], out: Path) ->
     rewards = rewards_of(cells, studio.reward)
 
     def work(ticket: Ticket) -> None:
-        done = 0
+        done = count(1)
 
         @contextmanager
         def opened(settings: SamplingConfig) -> Iterator[tuple[Any, DisableAdapter]]:
@@ -57,11 +58,9 @@ def grid_job(studio: Studio, recipe: Recipe, axes: Sequence[Axis], out: Path) ->
                 yield pipe, nullcontext
 
         def on_image() -> None:
-            nonlocal done
-            ticket.say((done := done + 1, None))
+            ticket.say(next(done))
 
-        report = write_grid(x, y, cells, rewards, opened, out, on_image, on_step=lambda _: ticket.check())
-        ticket.say((done, report))
+        ticket.say(write_grid(x, y, cells, rewards, opened, out, on_image, on_step=lambda _: ticket.check()))
 
     return len(cells), work
 
@@ -101,12 +100,15 @@ class GridPanel(JobTab):
         total, work = grid_job(self.studio, recipe, axes, out)
         ticket, progress, done, report = self.studio.begin(request, work), Progress(), 0, None
         for event in ticket.events():
-            if isinstance(event, Waiting | Loading):
-                yield {self.status: progress.status(str(event))}
-                continue
-            done, report = event
-            progress.update(done / total)
-            yield {self.status: progress.status(f"{done} of {total} images")}
+            match event:
+                case Waiting() | Loading():
+                    yield {self.status: progress.status(str(event))}
+                case int():
+                    done = event
+                    progress.update(done / total)
+                    yield {self.status: progress.status(f"{done} of {total} images")}
+                case _:
+                    report = event
         if report is None:
             yield {self.status: line(f"Stopped after {done} of {total} images: the same grid resumes.")}
             return
