@@ -1,8 +1,9 @@
 """The job behind `steer grid`: one prompt and seed under every pair of values of two settings, as one picture."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from steer.apps.errors import check_writable, wrap_errors
-from steer.apps.methods import METHODS, Job
+from steer.apps.methods import METHODS, DisableAdapter, Job
 from steer.apps.models import adapter_applied, load_pipeline, pipeline_type
 from steer.apps.plots import BELOW, GAP, SIDE, TOP, Canvas, fit, open_image, plain_text, save_figure
 from steer.apps.prompts import argument_names, check_prompt
@@ -21,6 +22,7 @@ from steer.apps.settings import ALL_OPTIONS, METHOD_OPTIONS, SHARED, SamplingCon
 from steer.errors import InputError
 from steer.files import write_text
 from steer.registry import nearest
+from steer.reward import Reward
 
 PROMPT, DEFAULT = "prompt", "default"  # an axis of prompts; the value that leaves a setting at its default
 FIXED = ("compare", "best_of")  # settings that no axis varies
@@ -123,7 +125,7 @@ def _settings_of(given: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> 
 def _check_axes(prompt: str | None, axes: Sequence[Axis], given: Mapping[str, Any]) -> None:
     names = [axis.name for axis in axes]
     if len(set(names)) < len(names):
-        raise InputError(f"--x and --y both vary {names[0]}: choose two settings")
+        raise InputError(f"both axes vary {names[0]}: choose two settings")
     if (PROMPT in names) == bool(prompt):
         raise InputError("give the prompt as a word, or as an axis: prompt=a red star|a blue cross")
     known = [PROMPT, *(name for name in (*SHARED, *ALL_OPTIONS) if name not in FIXED)]
@@ -152,17 +154,54 @@ def sample_grid(
     The same call resumes an interrupted run: images of the same settings are kept. Models are loaded once each.
     """
     cells = plan_cells(prompt, x, y, given, out)
-    rewards = {spec: resolve_reward(spec, reward_timeout) for spec in {cell.settings.reward for cell in cells}}
+    rewards = rewards_of(cells, lambda spec: resolve_reward(spec, reward_timeout))
+
+    @contextmanager
+    def opened(settings: SamplingConfig) -> Iterator[tuple[Any, DisableAdapter]]:
+        pipe = load_pipeline(settings.model, device, settings.dtype, **settings.loading)
+        pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
+        with adapter_applied(pipe, settings.lora) as off:
+            yield pipe, off
+
+    with tqdm(desc="grid", total=len(cells), unit="image", disable=None) as bar:
+        return write_grid(x, y, cells, rewards, opened, out, on_image=lambda: bar.update())
+
+
+def rewards_of(cells: Sequence[Cell], resolve: Callable[[str], Reward]) -> dict[str, Reward]:
+    """Load each reward once. Raises InputError for one that the method of its cell cannot use."""
+    rewards = {spec: resolve(spec) for spec in {cell.settings.reward for cell in cells}}
     for cell in cells:
         METHODS[cell.settings.method].check(cell.settings, rewards[cell.settings.reward])
+    return rewards
+
+
+def write_grid(
+    x: Axis,
+    y: Axis | None,
+    cells: Sequence[Cell],
+    rewards: Mapping[str, Reward],
+    opened: Callable[[SamplingConfig], AbstractContextManager[tuple[Any, DisableAdapter]]],
+    out: Path,
+    on_image: Callable[[], object],
+    on_step: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
+    """Sample the planned cells that `out` lacks, and write the grid.
+
+    opened   gives the pipeline with the adapter of the settings, and a context without the adapter, once for each model
+    on_step  observes solver steps and iterations; an exception from it ends the grid, and finished images are kept
+    """
     check_writable(out)
     recipes = {cell.path: recipe for cell in cells if (recipe := cell.finished()) is not None}
     missing = sorted((cell for cell in cells if cell.path not in recipes), key=lambda cell: cell.model)
-    with tqdm(desc="grid", total=len(cells), initial=len(recipes), unit="image", disable=None) as bar:
-        for _, group in groupby(missing, key=lambda cell: cell.model):
-            for cell, recipe in _sample_group(list(group), rewards, device):
-                recipes[cell.path] = recipe
-                bar.update()
+    for _ in recipes:
+        on_image()
+    for _, group in groupby(missing, key=lambda cell: cell.model):
+        same = list(group)
+        with opened(same[0].settings) as (pipe, off):
+            for cell in same:
+                job = Job(pipe, rewards[cell.settings.reward], cell.prompt, cell.settings, None, on_step, on_step)
+                recipes[cell.path] = _sample_cell(cell, replace(job, adapter_disabled=off))
+                on_image()
     with output_errors(out):
         report = _report(x, y, [(cell, recipes[cell.path]) for cell in cells])
         write_text(out / "grid.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -170,23 +209,15 @@ def sample_grid(
     return report
 
 
-def _sample_group(
-    cells: Sequence[Cell], rewards: Mapping[str, Any], device: str | None
-) -> Iterator[tuple[Cell, Recipe]]:
-    """Sample cells of one model, and yield their recipes."""
-    one = cells[0].settings
-    pipe = load_pipeline(one.model, device, one.dtype, **one.loading)
-    pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
-    with adapter_applied(pipe, one.lora) as off:
-        for cell in cells:
-            where = f"{cell.x}" if cell.y is None else f"{cell.x}, {cell.y}"
-            with wrap_errors(f"image {where!r:.60}", "finished images are kept", MEMORY_HINT):
-                job = Job(pipe, rewards[cell.settings.reward], cell.prompt, cell.settings, None, adapter_disabled=off)
-                output = job.run()
-                recipe = make_recipe(job, output, 0, base=False)
-            with output_errors(cell.path.parent):
-                write_png(output.images[0], cell.path, recipe)
-            yield cell, recipe
+def _sample_cell(cell: Cell, job: Job) -> Recipe:
+    """Write the image of a cell, and return its recipe."""
+    where = cell.x if cell.y is None else f"{cell.x}, {cell.y}"
+    with wrap_errors(f"image {where!r:.60}", "finished images are kept", MEMORY_HINT):
+        output = job.run()
+        recipe = make_recipe(job, output, 0, base=False)
+    with output_errors(cell.path.parent):
+        write_png(output.images[0], cell.path, recipe)
+    return recipe
 
 
 def _report(x: Axis, y: Axis | None, cells: Sequence[tuple[Cell, Recipe]]) -> dict[str, Any]:

@@ -368,3 +368,193 @@ def test_visitors_of_an_app_with_a_login_do_not_see_each_others_history(browser:
     running.process.terminate()
     assert running.process.wait(90) == 0
     assert not list(tmp_path.glob("steer-demo-*")) and not (tmp_path / "cache" / "steer").exists()
+
+
+# ---- every tab in both themes, on a desk and on a phone
+
+SCREENS = os.environ.get("STEER_SCREENS")  # a folder for screenshots of every tab
+LOOKS = [(scheme, width) for scheme in ("light", "dark") for width in (1280, 390)]
+# Texts whose contrast is below that of WCAG 2.1 (1.4.3): 4.5 to 1, or 3 to 1 for large ones.
+PALE = r"""() => {
+    const context = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
+    const known = new Map();
+    const rgba = text => {
+        if (!known.has(text)) {
+            context.clearRect(0, 0, 1, 1);
+            context.fillStyle = text;
+            context.fillRect(0, 0, 1, 1);
+            const [red, green, blue, alpha] = context.getImageData(0, 0, 1, 1).data;
+            known.set(text, [red, green, blue, alpha / 255]);
+        }
+        return known.get(text);
+    };
+    const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3]));
+    const ancestors = element => element ? [...ancestors(element.parentElement), element] : [];
+    const luminance = colour => {
+        const [red, green, blue] = colour.map(value => value / 255)
+            .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    };
+    const pale = [];
+    for (const element of document.querySelectorAll('body *')) {
+        const written = [...element.childNodes].filter(node => node.nodeType === Node.TEXT_NODE).map(node => node.data);
+        const text = (written.join('') || element.value || '').toString().trim();
+        const box = element.getBoundingClientRect();
+        if (!text || box.width < 2 || box.height < 2) continue;
+        if (['SCRIPT', 'STYLE', 'OPTION'].includes(element.tagName)) continue;
+        if (['range', 'checkbox', 'radio', 'file'].includes(element.type)) continue;
+        if (!element.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+        if (element.closest(':disabled, [aria-disabled=true], .icon')) continue;
+        const chain = ancestors(element), style = getComputedStyle(element);
+        if (chain.some(one => getComputedStyle(one).backgroundImage !== 'none')) continue;
+        const below = chain.map(one => rgba(getComputedStyle(one).backgroundColor))
+            .reduce((under, top) => over(top, under), [255, 255, 255]);
+        const colour = rgba(element instanceof SVGElement ? style.fill : style.color);
+        const opacity = chain.reduce((product, one) => product * getComputedStyle(one).opacity, colour[3]);
+        const [high, low] = [luminance(below), luminance(over([...colour.slice(0, 3), opacity], below))]
+            .sort((one, other) => other - one);
+        const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+        const ratio = (high + 0.05) / (low + 0.05);
+        if (ratio < (large ? 3 : 4.5)) {
+            pale.push(`${element.tagName} ${element.className?.baseVal ?? element.className}: ${text.slice(0, 40)} ` +
+                `${ratio.toFixed(2)}`);
+        }
+    }
+    return pale;
+}"""
+LABELS = "button:not(.thumbnail-item), label > span, [role=tab], summary, th, figcaption, .caption-label, .grid-wrap"
+CUT = """labels => [...document.querySelectorAll(labels)]
+    .filter(one => one.checkVisibility() && one.scrollWidth > one.clientWidth + 1 && one.clientWidth > 1)
+    .filter(one => getComputedStyle(one).overflowX !== 'visible' && !one.closest('.steer-scroll'))
+    .map(one => `${one.tagName} ${one.className} ${one.innerText}`)"""
+
+
+def check_looks(page: Page, name: str, width: int) -> None:
+    """Contrast, cut labels and sideways scrolling of the page as it is, in both themes and widths."""
+    for scheme, across in LOOKS:
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.set_viewport_size({"width": across, "height": 900})
+        page.wait_for_function("dark => document.body.classList.contains('dark') === dark", arg=scheme == "dark")
+        page.wait_for_timeout(400)  # transitions of colours
+        if SCREENS:
+            page.screenshot(path=Path(SCREENS) / f"{name}-{scheme}-{across}.png", full_page=True)
+        where = f"{name}, {scheme}, {across} px"
+        assert not page.evaluate(PALE), where
+        assert not page.evaluate(CUT, LABELS), where
+        assert page.evaluate("document.documentElement.scrollWidth") <= across, where
+    page.set_viewport_size({"width": width, "height": 900})
+
+
+def open_tab(page: Page, name: str) -> None:
+    """Choose a tab, which on a phone may be in the menu of those that do not fit."""
+    tab = page.get_by_role("tab", name=name, exact=True)
+    if not tab.is_visible():
+        page.locator(".overflow-menu > button").click()
+        tab = page.locator(".overflow-dropdown").get_by_text(name, exact=True)
+    tab.click()
+
+
+@pytest.fixture(params=[("light", 1280), ("dark", 390)], ids=["desk", "phone"])
+def shaped(request: pytest.FixtureRequest, page: Page) -> tuple[Page, int]:
+    """A page on a desk, or in the dark on a phone, and its width."""
+    scheme, width = request.param
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 900})
+    return page, width
+
+
+def test_the_main_path_of_steer_and_history_looks_well(shaped: tuple[Page, int]) -> None:
+    page, width = shaped
+    check_looks(page, "steer-before", width)
+    page.locator("#steer-preset input").click()
+    page.get_by_role("option", name="Samples").click()
+    seen(page.locator("#steer-status")).to_contain_text("Preset", timeout=SLOW)
+    seen(page.locator("#steer-method input")).to_have_value("Samples (Feynman–Kac)")
+    page.get_by_label("number input for Steps").fill("6")
+    run_to_end(page)
+    seen(page.locator("#steer-images img").first).to_be_visible(timeout=SLOW)
+    check_looks(page, "steer", width)
+    page.locator("#steer-preset input").fill("mine")
+    page.locator("#steer-preset input").press("Enter")
+    page.locator("#steer-preset-save").click()
+    seen(page.locator("#steer-status")).to_contain_text("Preset 'mine' saved", timeout=SLOW)
+    open_tab(page, "History")
+    seen(page.locator("#history-view img")).to_have_count(1, timeout=SLOW)
+    page.get_by_text("Grid of two settings").click()
+    page.get_by_label("Values of the columns").fill("1,2")
+    page.locator("#grid-start").click()
+    seen(page.locator("#grid-status")).to_contain_text("Done: 2 images", timeout=SLOW)
+    seen(page.locator("#grid-image img")).to_be_visible(timeout=SLOW)
+    check_looks(page, "history", width)
+    page.reload()  # the preset is in the browser
+    page.locator("#steer-preset input").click()
+    page.get_by_role("option", name="mine").click()
+    seen(page.get_by_label("number input for Steps")).to_have_value("6", timeout=SLOW)
+
+
+def test_the_main_path_of_text_looks_well(shaped: tuple[Page, int]) -> None:
+    page, width = shaped
+    open_tab(page, "Text")
+    page.locator("#text-start").click()
+    seen(page.locator("#text-status")).to_contain_text("Done: 4 texts", timeout=SLOW)
+    check_looks(page, "text", width)
+
+
+def test_the_main_path_of_label_looks_well(shaped: tuple[Page, int]) -> None:
+    page, width = shaped
+    open_tab(page, "Label")
+    page.locator("#label-name input, #label-name textarea").fill(f"Ada {width}")
+    page.keyboard.press("Enter")
+    first = page.locator("#label-view img").first
+    seen(first).to_be_visible(timeout=SLOW)
+    page.locator(".steer-label button").first.click()
+    seen(page.locator("#label-progress")).to_contain_text(re.compile(r"1 choice,"), timeout=SLOW)
+    seen(first).to_be_visible(timeout=SLOW)
+    check_looks(page, "label", width)
+
+
+def test_the_main_path_of_finetune_looks_well(shaped: tuple[Page, int]) -> None:
+    page, width = shaped
+    open_tab(page, "Finetune")
+    page.get_by_label("number input for Updates").fill("1")
+    page.locator("#finetune-start").click()
+    seen(page.locator("#finetune-status")).to_contain_text("Done: 1 update", timeout=4 * SLOW)
+    check_looks(page, "finetune", width)
+
+
+def test_the_main_path_of_rewards_looks_well(shaped: tuple[Page, int], tmp_path: Path) -> None:
+    page, width = shaped
+    for name, colour in (("red", (220, 30, 30)), ("grey", (128, 128, 128))):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    open_tab(page, "Rewards")
+    page.locator("#rewards-files input[type=file]").set_input_files(sorted(tmp_path.glob("*.png")))
+    seen(page.locator("#rewards-files")).to_contain_text("red", timeout=SLOW)
+    page.get_by_label("brightness").check()
+    page.locator("#rewards-start").click()
+    seen(page.locator("#rewards-status")).to_contain_text("Done: 2 images", timeout=SLOW)
+    check_looks(page, "rewards", width)
+
+
+def test_the_first_picture_and_the_clicks_to_another_seed(page: Page) -> None:
+    """Prints seconds from Steer to a picture, of the second run: the first one may load the model."""
+    run_to_end(page)
+    first = page.locator("#steer-status").inner_text()
+    page.get_by_label("A new seed for every run").click()
+    seen(page.locator("#steer-start")).to_be_enabled()
+    page.evaluate("""() => {
+        const start = document.querySelector('#steer-start');
+        start.addEventListener('click', () => { window.clicked = performance.now(); window.picture = null; });
+        window.cleared = false;
+        setInterval(() => {
+            const shown = [...document.querySelectorAll('#steer-view img')].some(one => one.checkVisibility());
+            window.cleared ||= window.clicked && !shown;
+            if (window.cleared && shown) window.picture ??= performance.now();
+        }, 10);
+    }""")
+    page.locator("#steer-start").click()  # the only click of each further run
+    page.wait_for_function("window.picture", timeout=SLOW)
+    assert "Done" not in page.locator("#steer-status").inner_text(), "a preview, before the end"
+    seconds = page.evaluate("(window.picture - window.clicked) / 1000")
+    seen(page.locator("#steer-status")).to_contain_text("Done", timeout=SLOW)
+    assert page.locator("#steer-status").inner_text() != first, "another seed"
+    print(f"first picture after {seconds:.2f} s")  # noqa: T201 - the measurement of docs/demo.md

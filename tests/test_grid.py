@@ -67,7 +67,7 @@ def test_prompts_methods_and_arguments_of_the_call_are_axes(tmp_path: Path) -> N
         (("lamm=1,2",), "axis 'lamm' is no setting: did you mean lam"),
         (("compare=true",), "axis 'compare' is no setting"),
         (("steps=1,x",), "axis steps: 'x' is no value of it"),
-        (("lam=1", "lam=2"), "--x and --y both vary lam"),
+        (("lam=1", "lam=2"), "both axes vary lam"),
         (("prompt=a|b",), "give the prompt as a word, or as an axis"),
         (("seed=1,2",), "seed is an axis and an option"),
         (("method=fk,fkk",), "unknown method 'fkk'"),

@@ -11,6 +11,7 @@ from steer.apps.demo.fields import DEFAULTS, setting_field
 from steer.apps.demo.finetune_tab import FinetuneTab
 from steer.apps.demo.history_tab import TOKEN, HistoryTab
 from steer.apps.demo.label_tab import LabelTab
+from steer.apps.demo.presets import Presets
 from steer.apps.demo.rewards_tab import RewardsTab
 from steer.apps.demo.steer_tab import METHODS, SteerTab, prompts_of, settings_of
 from steer.apps.demo.steering import PromptResult, steering
@@ -111,6 +112,7 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tabs() as tabs:
             with gr.Tab("Steer", id="steer"):
                 steer = SteerTab(studio)
+                presets = Presets(studio, steer)
             if studio.text_models:
                 with gr.Tab("Text", id="text"):
                     TextTab(studio)
@@ -124,6 +126,7 @@ def build(studio: Studio) -> gr.Blocks:
                 past = HistoryTab(studio, steer, rewards, tabs)
         history.select(past.refresh, past.chosen, past.live, **PRIVATE)
         app.load(past.enter, past.token, None, js=TOKEN, **PRIVATE)
+        app.load(presets.show, presets.saved, presets.name, **PRIVATE)
         app.load(past.open_link, steer.weights, past.form, **PRIVATE)
         finetune.loaded(steer.weights, tabs)
         PublicApi(studio)

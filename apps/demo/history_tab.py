@@ -2,8 +2,7 @@
 
 import time
 from base64 import b64encode
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from html import escape
 from io import BytesIO
 from statistics import fmean
@@ -12,12 +11,13 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from steer.apps.demo.grid_panel import GridPanel
 from steer.apps.demo.history import Run, as_jpeg
 from steer.apps.demo.links import PARAMETER, link_of, read_link
 from steer.apps.demo.markup import table
 from steer.apps.demo.rewards_tab import MAX_FILES, RewardsTab
 from steer.apps.demo.steer_tab import SteerTab, fields_from_settings
-from steer.apps.demo.studio import PRIVATE, Change, Studio, Weights, line, plural
+from steer.apps.demo.studio import PRIVATE, Change, Studio, Weights, line, plural, refusing
 from steer.apps.plots import short
 from steer.apps.recipes import read_metadata
 from steer.errors import InputError
@@ -95,19 +95,6 @@ def _figure(run: Run, pngs: Sequence[bytes]) -> str:
     )
 
 
-def refusing(handler: Callable[..., Change]) -> Callable[..., Change]:
-    """Decorate a handler of the HistoryTab: bad input is shown in its status, and all else stays."""
-
-    @wraps(handler)
-    def shown(self: "HistoryTab", *given: Any) -> Change:
-        try:
-            return handler(self, *given)
-        except InputError as error:
-            return {self.status: line(str(error), "alert")}
-
-    return shown
-
-
 class HistoryTab:
     """The components and their events; made inside the app's Blocks.
 
@@ -147,6 +134,8 @@ class HistoryTab:
             self.delete_button = gr.Button("Delete this run", variant="stop", elem_id="history-delete")
             self.clear_button = gr.Button("Delete all runs", variant="stop", elem_id="history-clear")
         self.sure = gr.Checkbox(False, visible=False)
+        with gr.Accordion("Grid of two settings", open=False, elem_id="history-grid"):
+            self.grid = GridPanel(self.studio, self.first)
 
     def _connect(self) -> None:
         for field in self.chosen:

@@ -383,11 +383,12 @@ class SteerTab(JobTab):
                 self.results = Results()
                 self.view = gr.HTML(run_view((), None), js_on_load=RUN_SCRIPT, elem_id="steer-view")
             with gr.Column(scale=2, min_width=300):
+                self.above_fields = gr.Row(equal_height=False, elem_id="steer-presets")
                 self.fields = {"prompts": prompts} | steer_fields(studio)
                 first = defaults_of(self.fields["method"].value, studio.models)
                 self.defaults = gr.State(Defaults(first | {"reward": self.fields["reward"].value}))
                 self.chips = RewardChips(self.fields["reward"], studio.rewards)
-                label = "Drop an image that was made here to restore its settings"
+                label = "Restore the settings of an image"
                 self.dropped = gr.File(label=label, file_types=[".png"], height=160, elem_id="steer-drop")
         values = {field: field.value for field in self.fields.values()} | {self.weights: None}
         self.estimate.value = self.describe_cost(values)

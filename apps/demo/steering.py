@@ -21,6 +21,7 @@ from steer.apps.components import set_scheduler
 from steer.apps.demo.steer_options import on_disk
 from steer.apps.demo.studio import Studio, Ticket, Weights
 from steer.apps.errors import wrap_errors
+from steer.apps.grids import Axis
 from steer.apps.methods import METHODS, DisableAdapter, Job
 from steer.apps.models import adapter_applied, read_loras
 from steer.apps.plots import short
@@ -332,10 +333,14 @@ def _load_adapters(lora: str) -> str:
     return "\n".join([*lines, f"pipe.set_adapters({names!r}, {weights!r})\n"])
 
 
-def as_command(prompt: str, settings: SamplingConfig) -> str:
-    """Write a command that makes the same images."""
-    words = [] if settings.compare else ["--no-compare"]
+def as_command(prompt: str, settings: SamplingConfig, axes: Sequence[Axis] = ()) -> str:
+    """Write a command that makes the same images, or their grid with one or two axes."""
+    words = ["grid"] if axes else ["sample"] if settings.compare else ["sample", "--no-compare"]
+    for flag, axis in zip(("--x", "--y"), axes, strict=False):
+        words += [flag, f"{axis.name}={('|' if any(',' in value for value in axis.values) else ',').join(axis.values)}"]
+    varied = {axis.name for axis in axes}
     for name, value in given_options(settings, (*OPTIONS, *CALL)).items():
-        words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+        if name not in varied:
+            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
     dashed = ["--", prompt] if prompt.startswith("-") else [prompt]
-    return shlex.join(["steer", "sample", *words, *dashed])
+    return shlex.join(["steer", *words, *dashed])

@@ -392,6 +392,19 @@ def guarded(handler: Callable[..., Iterator[Change]]) -> Callable[..., Iterator[
     return shown
 
 
+def refusing(handler: Callable[..., Change]) -> Callable[..., Change]:
+    """Decorate a handler of a tab: bad input is shown in its status, and all else stays."""
+
+    @wraps(handler)
+    def shown(self: Any, *given: Any) -> Change:
+        try:
+            return handler(self, *given)
+        except InputError as error:
+            return {self.status: line(str(error), "alert")}
+
+    return shown
+
+
 ARCHIVE_NAME = "finetuned"  # folder inside the zip, and the name of the run's folder in its files
 
 

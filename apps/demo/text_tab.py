@@ -116,7 +116,10 @@ class TextTab(JobTab):
             ),
         }
         with gr.Row():
-            fields |= {"particles": setting_field("particles"), "lam": setting_field("lam", value=5.0)}
+            fields |= {
+                "particles": setting_field("particles", info="K, texts at a time"),
+                "lam": setting_field("lam", value=5.0),
+            }
         with gr.Row():
             fields |= {"steps": setting_field("steps", value=20), "seed": setting_field("seed", info="−1: a new one")}
         fields["model"] = setting_field("model", choices=models, value=models[0], info=None, visible=len(models) > 1)
