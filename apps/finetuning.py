@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -283,10 +283,13 @@ MEMORY_HINT = "a smaller micro_batch or gradient_checkpointing: true need less"
 FULL_USAGE = "pipe.{name} = type(pipe.{name}).from_pretrained({path!r})"
 
 
-def finetune(config: FinetuneConfig, resume: bool = False, agreed: bool = False) -> TrainingResult:
+def finetune(
+    config: FinetuneConfig, resume: bool = False, agreed: bool = False, callbacks: Sequence[Any] = ()
+) -> TrainingResult:
     """Train, and add config.yaml, samples/ and, at the end, plots/ and README.md to the output folder.
 
-    agreed  the first question of `ask` is answered with yes
+    agreed     the first question of `ask` is answered with yes
+    callbacks  further ones of the trainer
 
     Raises InputError for bad arguments, before any model is loaded.
     """
@@ -302,7 +305,7 @@ def finetune(config: FinetuneConfig, resume: bool = False, agreed: bool = False)
     _check_call(config, pipe)
     values = config.plain()
     files, answers = RunFiles(out, values), TerminalAnswers(out, agreed)
-    trainer = config.trainer(pipe, **data, callbacks=[files], on_question=answers, run_config=values)
+    trainer = config.trainer(pipe, **data, callbacks=[files, *callbacks], on_question=answers, run_config=values)
     with wrap_errors(config.source.name, RESUME_HINT, MEMORY_HINT):
         result = trainer.train(resume_from_checkpoint=resume)
         if here.is_main_process:

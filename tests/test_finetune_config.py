@@ -28,7 +28,7 @@ def written(tmp_path: Path, text: str) -> str:
 def test_embedded_configurations_are_whole(name: str) -> None:
     config = read_config(name)
     job = config.job
-    assert config.training.output_dir == f"out/{name}" and job.method == name.split("-")[0]
+    assert config.training.output_dir == f"out/{name}" and name.startswith(f"{job.method}-")
     assert f"steer finetune {name}" in CONFIGS[name].read_text()
     assert job.eval_rewards and {atom.split(":")[0] for atom in job.eval_rewards} <= set(reward_names())
     config.trainer(None, reward=load_reward("brightness + jpeg"))

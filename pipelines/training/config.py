@@ -88,6 +88,8 @@ class TrainingConfig(Settings):
     chi_square_weight    of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a trajectory
     eval_steps           updates between evaluations; one more comes before the first update and after the last
     num_generations_eval  images per held-out prompt
+    eval_kl              measure in evaluations the KL (`eval/kl`) of one batch of trajectories with noise, of any method:
+                         nats a trajectory, by two further replays
     early_stopping_patience  evaluations in a row with a higher trained and a lower held-out reward that end the
                          training, see `steer.training.guards.EarlyStopping`; 0: never
     ask                  ask whether to continue where the rewards of an evaluation disagree about its gain since the
@@ -149,6 +151,7 @@ class TrainingConfig(Settings):
     chi_square_weight: float = argument(0.0, "[0, inf)")
     eval_steps: int = argument(20, "[1, inf]")
     num_generations_eval: int = argument(1, "[1, inf]")
+    eval_kl: bool = False
     early_stopping_patience: int = argument(0, "[0, inf]")
     ask: bool = False
     ask_cost: float = argument(0.05, "[0, inf)")
