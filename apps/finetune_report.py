@@ -165,7 +165,9 @@ def reward_gains(result: TrainingResult, name: str) -> tuple[Tensor, Tensor]:
     kl, gains = [], []
     for one in later:
         recent = [one["eval/kl"]] if "eval/kl" in one else []
-        recent = recent or [r["kl"] for r in result.records if 0 <= one["step"] - r["step"] < GAIN_UPDATES and "kl" in r]
+        recent = recent or [
+            r["kl"] for r in result.records if 0 <= one["step"] - r["step"] < GAIN_UPDATES and "kl" in r
+        ]
         if recent:
             kl.append(sum(recent) / len(recent))
             gains.append((one[f"eval/{name}"][0] - base[f"eval/{name}"][0]) / scale)

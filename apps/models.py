@@ -32,7 +32,7 @@ from steer.errors import InputError
 from steer.files import verify_checksums
 from steer.pipelines.text.masked_diffusion import INDEX, pipeline_class
 from steer.registry import nearest
-from steer.training.trainable import TOKEN_DENOISER, get_denoiser
+from steer.training.trainable import SECOND_DENOISER, TOKEN_DENOISER, get_denoiser
 
 # By prefix of the kind of checkpoint that diffusers infers from a single file.
 SINGLE_FILE_PIPELINES = {
@@ -406,7 +406,8 @@ def _find_one(path: str) -> FinetunedWeights:
         if lora.is_file():
             if find_spec("peft") is None:
                 raise InputError(f"{path}: a LoRA needs peft: pip install 'steer-diffusion[train]'")
-            return FinetunedWeights(path, (lora,), load_adapter)
+            second = lora.parent / SECOND_DENOISER / LORA
+            return FinetunedWeights(path, (lora, *[second][: second.is_file()]), load_adapter)
     for folder in (place, *(place / name for name in (*DENOISERS, TOKEN_DENOISER))):
         if (folder / "config.json").is_file() and (files := sorted(folder.glob(FULL_WEIGHTS))):
             return FinetunedWeights(path, tuple(files), _full_denoiser)
@@ -422,17 +423,21 @@ def _lora(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
     """Load a LoRA in diffusers' format, of the denoiser and text encoders."""
     if not hasattr(pipe, "load_lora_weights"):
         raise InputError(f"{type(pipe).__name__} does not load LoRA files")
-    with safe_open(file, "pt") as opened:
-        names, metadata_json = list(opened.keys()), opened.metadata() or {}
-    configured = json.loads(metadata_json.get(LORA_ADAPTER_METADATA_KEY) or "{}")  # keys such as unet.r
-    _check_plain_lora({name.rpartition(".")[2]: value for name, value in configured.items() if value}, names)
+    second = file.parent / SECOND_DENOISER / LORA
     try:
-        given = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
-        with _defer_diffusers_logs():
-            _skip_missing_components(pipe).load_lora_weights(str(file.parent), adapter_name=adapter, **given)
-        modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-        _check_all_loaded(modules, load_file(file), pipe, adapter)
-        yield _adapter_disabler(modules)
+        for part in (file, *[second][: second.is_file()]):
+            with safe_open(part, "pt") as opened:
+                names, metadata_json = list(opened.keys()), opened.metadata() or {}
+            configured = json.loads(metadata_json.get(LORA_ADAPTER_METADATA_KEY) or "{}")  # keys such as unet.r
+            _check_plain_lora({name.rpartition(".")[2]: value for name, value in configured.items() if value}, names)
+            given = {"weight_name": part.name, "use_safetensors": True, "local_files_only": True}
+            own = {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
+            if part.parent.name == SECOND_DENOISER:
+                given["load_into_transformer_2"], own = True, {SECOND_DENOISER: pipe.transformer_2}
+            with _defer_diffusers_logs():
+                _skip_missing_components(pipe).load_lora_weights(str(part.parent), adapter_name=adapter, **given)
+            _check_all_loaded(list(own.values()), load_file(part), pipe, adapter)
+        yield _adapter_disabler([module for module in pipe.components.values() if isinstance(module, nn.Module)])
     finally:
         pipe.unload_lora_weights()
 

@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from steer.apps.scenes.finetuning import read_plan, read_run
 from steer.apps.scenes.finetuning_curves import (

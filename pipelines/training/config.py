@@ -61,6 +61,8 @@ class TrainingConfig(Settings):
     call                 further arguments of the pipeline's call
     lora_rank            of the adapter; 0 trains all weights of the denoiser
     lora_alpha           None: the rank
+    denoiser             name of the one to train, of the two of Wan 2.2 (transformer: high noise, transformer_2: low
+                         noise); None: both
     lora_target_modules  suffixes of the names of the layers that get an adapter
     init_adapter         trained LoRA of the same rank, alpha and targets to start from: a folder such as RUN/final or
                          its .safetensors file; the reference is then the model with this LoRA
@@ -129,6 +131,7 @@ class TrainingConfig(Settings):
     call: Mapping[str, Any] = field(default_factory=dict)
     lora_rank: int = argument(16, "[0, inf]")
     lora_alpha: float | None = None
+    denoiser: str | None = None
     lora_target_modules: tuple[str, ...] = ATTENTION
     init_adapter: str | None = None
     use_dora: bool = False
@@ -179,6 +182,8 @@ class TrainingConfig(Settings):
             raise InputError("init_adapter starts from a LoRA, and lora_rank 0 trains all weights: leave one out")
         if (self.use_dora or self.use_rslora) and self.lora_rank == 0:
             raise InputError("use_dora and use_rslora are for a LoRA, and lora_rank 0 trains all weights")
+        if self.denoiser is not None and self.lora_rank == 0:
+            raise InputError("denoiser chooses where a LoRA goes, and lora_rank 0 trains all weights: leave one out")
         if self.lr_scheduler_type == "constant" and self.warmup_steps:
             raise InputError(
                 "lr_scheduler_type constant has no warmup, got warmup_steps "

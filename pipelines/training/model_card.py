@@ -17,7 +17,7 @@ from steer.diffusion.token_hooks import is_token_scheduler
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import TrainingResult
 from steer.training.overoptimization import find_hacking
-from steer.training.trainable import LORA_FILES, get_denoiser
+from steer.training.trainable import LORA_FILES, SECOND_DENOISER, get_denoiser
 
 LORA, PEFT = LORA_FILES
 PACKAGES = ("torch", "diffusers", "peft")
@@ -190,7 +190,12 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
     before: list[str] = []
     after: list[str] = []
     if weights.name == LORA:
-        after = [f"pipe.load_lora_weights({place}, weight_name={LORA!r})"]
+        second = weights.parent.name == SECOND_DENOISER
+        into = ", load_into_transformer_2=True"
+        after = [f"pipe.load_lora_weights({place}, weight_name={LORA!r}{into if second else ''})"]
+        if (weights.parent / SECOND_DENOISER / LORA).is_file():
+            place = f"run, subfolder={(where / SECOND_DENOISER).as_posix()!r}"
+            after.append(f"pipe.load_lora_weights({place}, weight_name={LORA!r}{into})")
     elif weights.name == PEFT:  # the pipeline loads no LoRAs; written without PeftModel's prefix of every name
         peft = "PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict"
         imports += f"\nfrom peft import {peft}"
