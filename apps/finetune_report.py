@@ -164,10 +164,8 @@ def reward_gains(result: TrainingResult, name: str) -> tuple[Tensor, Tensor]:
     scale = base.get(f"eval/deviation/{name}") or 1.0
     kl, gains = [], []
     for one in later:
-        recent = [one["eval/kl"]] if "eval/kl" in one else []
-        recent = recent or [
-            r["kl"] for r in result.records if 0 <= one["step"] - r["step"] < GAIN_UPDATES and "kl" in r
-        ]
+        recent = [r["kl"] for r in result.records if 0 <= one["step"] - r["step"] < GAIN_UPDATES and "kl" in r]
+        recent = [one["eval/kl"]] if "eval/kl" in one else recent
         if recent:
             kl.append(sum(recent) / len(recent))
             gains.append((one[f"eval/{name}"][0] - base[f"eval/{name}"][0]) / scale)

@@ -419,7 +419,7 @@ def _prompts(config: FinetuneConfig) -> tuple[list[PromptRow], list[PromptRow]]:
 
 
 def conditions_of(rows: Sequence[PromptRow], names: Sequence[str], source: str | None) -> list[dict[str, Any]]:
-    """Return the columns of those names as arguments of the pipeline's call for each prompt, with images for their paths.
+    """Return the columns of those names as arguments of the call for each prompt, paths of images as images.
 
     source  of the rows; paths are relative to its folder
     Raises InputError for a row that lacks one, and for a file that is no image.

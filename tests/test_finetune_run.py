@@ -371,7 +371,7 @@ def test_a_pipeline_of_several_stages_is_refused(tmp_path: Path) -> None:
     pipe.first, pipe.second, pipe.transformer = pipe.transformer, pipe.transformer, None
     pipe.__dict__["components"] = {"first": pipe.first, "second": pipe.second}
     Stages.components = property(lambda self: self.__dict__["components"])
-    with pytest.raises(InputError, match="Stages has denoisers of several stages, first and second: train one stage"):
+    with pytest.raises(InputError, match="Stages has denoisers of several stages, first and second: use one"):
         get_denoisers(pipe)
 
 

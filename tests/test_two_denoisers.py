@@ -34,7 +34,7 @@ def two_denoisers() -> Any:
 
 
 def gradients(only: str | None) -> tuple[dict[str, Tensor], Tensor]:
-    """The gradient of one loss by the names of the parameters of both denoisers, and the log-densities of its samples."""
+    """The gradient of one loss by the parameters of both denoisers, and the log-densities of its samples."""
     pipe = two_denoisers()
     trained = LoRA(pipe, 2, denoiser=only)
     prefix = "" if only is None else f"{only}."
@@ -80,6 +80,10 @@ def test_the_gradient_of_one_denoiser_is_its_part_of_that_of_both() -> None:
             torch.testing.assert_close(value, both[key], rtol=1e-4, atol=1e-9)
 
 
+def image(pipe: Any) -> Tensor:
+    return images_of(pipe, prompt="a star", **CALL, generator=seeded())
+
+
 QUICK: dict[str, Any] = {
     **{"max_steps": 2, "steps_per_generation": 1, "num_iterations": 1, "eval_steps": 2, "kl_target_nats": None},
     **{"kl_weight": 0.0, "warmup_steps": 0, "ema_decay": 0.0, "num_inference_steps": 4, "guidance_scale": 3.0},
@@ -94,27 +98,20 @@ def test_a_training_changes_what_it_is_to_and_its_files_load_in_diffusers(only: 
     names = NAMES if only is None else (only,)
     assert all(record["grad_norm"] > 0 for record in result.records)
     assert result.evaluations[0]["eval/kl"] == 0 < result.evaluations[-1]["eval/kl"]
-    there = images_of(pipe, prompt="a star", **CALL, generator=seeded())
-    plain = two_denoisers()
-    base = images_of(plain, prompt="a star", **CALL, generator=seeded())
+    there, plain, own = image(pipe), two_denoisers(), two_denoisers()
+    assert (there - image(plain)).abs().max() > 1e-4
     for name in names:
         place = tmp_path / "final" / ("" if name == "transformer" else name)
         plain.load_lora_weights(str(place), load_into_transformer_2=name == "transformer_2")
-    torch.testing.assert_close(images_of(plain, prompt="a star", **CALL, generator=seeded()), there, atol=1e-5, rtol=0)
-    assert (there - base).abs().max() > 1e-4
-    own = two_denoisers()
+    torch.testing.assert_close(image(plain), there, atol=1e-5, rtol=0)
     with adapter_applied(own, str(result.weights.parent if result.weights else "")):
-        torch.testing.assert_close(
-            images_of(own, prompt="a star", **CALL, generator=seeded()), there, atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(image(own), there, atol=1e-5, rtol=0)
 
 
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="denoiser: WanPipeline has transformer and transformer_2, got 'unet'"):
         LoRA(two_denoisers(), 2, denoiser="unet")
-    with pytest.raises(
-        InputError, match="lora_rank 0 trains all weights of one denoiser, transformer and transformer_2"
-    ):
+    with pytest.raises(InputError, match="trains all weights of one denoiser, transformer and transformer_2 are two"):
         train("grpo", two_denoisers(), tmp_path, config_of("grpo", **QUICK, lora_rank=0))
     with pytest.raises(InputError, match="denoiser chooses where a LoRA goes"):
         config_of("grpo", **QUICK, lora_rank=0, denoiser="transformer")

@@ -203,7 +203,7 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], s
     "finetuning": (_finetuning, "train what is not finished of the runs of --plan in --out, and evaluate them"),
     "finetuning-curves": (
         _finetuning_curves,
-        "train what is not finished of the runs of --plan on --reward at equal seconds, to --json, a table and a figure",
+        "train the runs of --plan on --reward at equal seconds, unless finished, to --json, a table and a figure",
     ),
     "curves": (_curves, "best-of-n by an ensemble and others, from the evaluation in --out, to --json and a picture"),
     "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, to --json"),

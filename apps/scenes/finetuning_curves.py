@@ -1,4 +1,4 @@
-"""Finetuning runs at equal seconds: gains of the trained and the held-out reward on unseen prompts, over seconds and KL."""
+"""Finetuning runs at equal seconds: gains of the trained and the held-out reward, over seconds and √KL."""
 
 import json
 import re
@@ -122,9 +122,8 @@ def curves_table(figures: Figures) -> str:
     names = f"{figures['reward']} | {figures['hold_out']} | √KL | images | seconds to the first run's gain"
     lines = [f"| run | {names} |", "|" + "---|" * 6]
     for name, one in figures["runs"].items():
-        gains = [
-            f"{mean:+.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in (one["trained"][-1], one["hold_out"][-1])
-        ]
+        ends = one["trained"][-1], one["hold_out"][-1]
+        gains = [f"{mean:+.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in ends]
         root, images = max(one["kl"][-1][0], 0) ** 0.5, one["images"][-1][0]
         seconds = one["seconds_to_baseline"]
         cells = [name, *gains, f"{root:.2f}", f"{images:.0f}", "–" if seconds is None else f"{seconds:.0f}"]

@@ -51,6 +51,8 @@ def set_parameter(parameter: Tensor, value: Tensor) -> None:
 ADAPTER = "steer"  # the adapter's name
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TOKEN_DENOISER = "denoiser"  # of a MaskedDiffusionPipeline
+# Norms of the outputs of a DoRA's layers: (out,) in the layout of diffusers, (out, 1) in kohya's.
+MAGNITUDE, DORA = ".lora_magnitude_vector", ".dora_scale"
 SECOND_DENOISER = "transformer_2"  # whose LoRA diffusers loads from a file of its own
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # for diffusers, and for peft
 
@@ -64,9 +66,7 @@ def get_denoisers(pipe: Any, only: str | None = None) -> dict[str, Any]:
     if not names:
         raise InputError(f"{type(pipe).__name__} has no unet and no transformer: it cannot be finetuned")
     if len(names) > 1 and not set(names) <= set(DENOISERS):
-        raise InputError(
-            f"{type(pipe).__name__} has denoisers of several stages, {' and '.join(names)}: train one stage"
-        )
+        raise InputError(f"{type(pipe).__name__} has denoisers of several stages, {' and '.join(names)}: use one")
     if only is not None and only not in names:
         raise InputError(f"denoiser: {type(pipe).__name__} has {' and '.join(names)}, got {only!r}")
     return {name: getattr(pipe, name) for name in names if only in (None, name)}
