@@ -565,7 +565,7 @@ def _defer_diffusers_logs() -> Iterator[None]:
 
 
 def _check_plain_lora(config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise InputError for an adapter that is more than low-rank factors or a DoRA, with its kind, settings and keys."""
+    """Raise InputError for an adapter that is no plain LoRA and no DoRA, with its kind, settings and keys."""
     if any(config.get(name) for name in IMPORTING_KEYS):
         raise InputError("its configuration names a module to import, which is never done")
     magnitudes = sum(name.endswith(MAGNITUDE) for name in names)
