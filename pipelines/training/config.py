@@ -90,8 +90,8 @@ class TrainingConfig(Settings):
     chi_square_weight    of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a trajectory
     eval_steps           updates between evaluations; one more comes before the first update and after the last
     num_generations_eval  images per held-out prompt
-    eval_kl              measure `eval/kl` in evaluations, of any method: KL of a batch of trajectories with noise, nats a
-                         trajectory, by a rollout and two replays
+    eval_kl              measure `eval/kl` in evaluations, of any method: KL of one batch of trajectories with noise, in
+                         nats a trajectory, by a rollout and two replays
     early_stopping_patience  evaluations in a row with a higher trained and a lower held-out reward that end the
                          training, see `steer.training.guards.EarlyStopping`; 0: never
     ask                  ask whether to continue where the rewards of an evaluation disagree about its gain since the
