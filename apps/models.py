@@ -409,8 +409,8 @@ def _find_one(path: str) -> FinetunedWeights:
         if lora.is_file():
             if find_spec("peft") is None:
                 raise InputError(f"{path}: a LoRA needs peft: pip install 'steer-diffusion[train]'")
-            second = lora.parent / SECOND_DENOISER / LORA
-            return FinetunedWeights(path, (lora, *[second][: second.is_file()]), load_adapter)
+            files = [one for one in (lora, lora.parent / SECOND_DENOISER / LORA) if one.is_file()]
+            return FinetunedWeights(path, tuple(files), load_adapter)
     for folder in (place, *(place / name for name in (*DENOISERS, TOKEN_DENOISER))):
         if (folder / "config.json").is_file() and (files := sorted(folder.glob(FULL_WEIGHTS))):
             return FinetunedWeights(path, tuple(files), _full_denoiser)
@@ -426,25 +426,29 @@ def _lora(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
     """Load a LoRA in diffusers' format, of the denoiser and text encoders."""
     if not hasattr(pipe, "load_lora_weights"):
         raise InputError(f"{type(pipe).__name__} does not load LoRA files")
-    stack, second = ExitStack(), file.parent / SECOND_DENOISER / LORA
-    file = _converted(file, Path(stack.enter_context(TemporaryDirectory())))
-    try:
-        for part in (file, *[second][: second.is_file()]):
-            with safe_open(part, "pt") as opened:
-                names, metadata_json = list(opened.keys()), opened.metadata() or {}
-            configured = json.loads(metadata_json.get(LORA_ADAPTER_METADATA_KEY) or "{}")  # keys such as unet.r
-            _check_plain_lora({name.rpartition(".")[2]: value for name, value in configured.items() if value}, names)
-            given = {"weight_name": part.name, "use_safetensors": True, "local_files_only": True}
-            own = {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
-            if part.parent.name == SECOND_DENOISER:
-                given["load_into_transformer_2"], own = True, {SECOND_DENOISER: pipe.transformer_2}
-            with _defer_diffusers_logs():
-                _skip_missing_components(pipe).load_lora_weights(str(part.parent), adapter_name=adapter, **given)
-            _check_all_loaded(list(own.values()), load_file(part), pipe, adapter)
-        yield _adapter_disabler([module for module in pipe.components.values() if isinstance(module, nn.Module)])
-    finally:
-        stack.close()
-        pipe.unload_lora_weights()
+    with TemporaryDirectory() as place:
+        file, second = _converted(file, Path(place)), file.parent / SECOND_DENOISER / LORA
+        try:
+            for part in [one for one in (file, second) if one.is_file()]:
+                _load_lora(pipe, part, adapter)
+            yield _adapter_disabler([module for module in pipe.components.values() if isinstance(module, nn.Module)])
+        finally:
+            pipe.unload_lora_weights()
+
+
+def _load_lora(pipe: Any, file: Path, adapter: str) -> None:
+    """Load one file, of a second transformer from the folder of its name."""
+    with safe_open(file, "pt") as opened:
+        names, metadata_json = list(opened.keys()), opened.metadata() or {}
+    configured = json.loads(metadata_json.get(LORA_ADAPTER_METADATA_KEY) or "{}")  # keys such as unet.r
+    _check_plain_lora({name.rpartition(".")[2]: value for name, value in configured.items() if value}, names)
+    given = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
+    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+    if file.parent.name == SECOND_DENOISER:
+        given["load_into_transformer_2"], modules = True, [pipe.transformer_2]
+    with _defer_diffusers_logs():
+        _skip_missing_components(pipe).load_lora_weights(str(file.parent), adapter_name=adapter, **given)
+    _check_all_loaded(modules, load_file(file), pipe, adapter)
 
 
 def _converted(file: Path, folder: Path) -> Path:
@@ -570,7 +574,7 @@ def _check_plain_lora(config: Mapping[str, Any], names: Sequence[str]) -> None:
         raise InputError("its configuration names a module to import, which is never done")
     magnitudes = sum(name.endswith(MAGNITUDE) for name in names)
     dora = bool(config.get("use_dora")) and magnitudes == sum(name.endswith(DOWN) for name in names)
-    known = (*DOWN, *UP, ".alpha", *[MAGNITUDE][:dora])
+    known = (*(FACTORS if dora else (*DOWN, *UP)), ".alpha")
     if others := [name for name in names if not name.endswith(known)]:
         kinds = sorted({kind for part, kind in KINDS.items() if any(part in name for name in others)})
         kind = " and ".join(kinds) or "full tensors or unknown keys"

@@ -538,7 +538,8 @@ def _penalised_loss(
     chosen = pairs.select(rows.tolist())
     images = load_images([*chosen.a, *chosen.b], lambda image: resize_and_crop(image, backbone.size))
     share = torch.rand(len(rows), 1, 1, 1, generator=torch.Generator().manual_seed(int(rows.sum())))
-    between = torch.lerp(*images.chunk(2), share).to(next(backbone.parameters()).device)
+    a, b = images.chunk(2)
+    between = torch.lerp(a, b, share).to(next(backbone.parameters()).device)
     texts = text_features(backbone, chosen.prompts)
     with sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no second derivative
         penalty = objectives.slope_penalty(lambda x: head(backbone.images(x), texts), between, config.slope)

@@ -166,13 +166,14 @@ class LabelStore:
             fitting, number = sum(map(request.fits, folder.groups.values())), len(folder.groups)
         (prompt,) = prompts_at(fitting, 1, request.prompts, ORDER)
         start, *noises = (derived_seed(number, name) for name in ("start", *map(str, range(request.images))))
-        sampling, denoiser = folder.provenance, getattr(pipe, denoisers_in(pipe)[0])
+        sampling = folder.provenance
 
-        def checked_denoiser(*args: Any, **kwargs: Any) -> Any:
+        def checked(denoiser: Any, *args: Any, **kwargs: Any) -> Any:
             check()
             return denoiser(*args, **kwargs)
 
-        sampler = Sampler(pipe, sampling.call, sampling.eta, DTYPES[sampling.latents_dtype], checked_denoiser)
+        denoisers = {name: partial(checked, getattr(pipe, name)) for name in denoisers_in(pipe)}
+        sampler = Sampler(pipe, sampling.call, sampling.eta, DTYPES[sampling.latents_dtype], denoisers)
         sampled_rows, images = sampler.rollout(
             Rows((prompt,) * request.images, (start,) * request.images, tuple(noises))
         )

@@ -153,9 +153,13 @@ def policy_kl(sampler: Sampler, rows: Rows, reference: Policy, other: Sampler | 
     stored, _ = sampler.rollout(rows)
     kernels: list[Kernel] = []
     total = torch.zeros(len(rows), dtype=torch.float64)
+
+    def add(t: int, kernel: Kernel, x_s: Tensor) -> None:
+        total.add_(kernels[t].kl(kernel).cpu())
+
     sampler.replay(stored, lambda t, kernel, x_s: kernels.append(kernel))
     with reference():
-        (other or sampler).replay(stored, lambda t, kernel, x_s: total.add_(kernels[t].kl(kernel).cpu()))
+        (other or sampler).replay(stored, add)
     return total
 
 

@@ -256,7 +256,7 @@ class LoRA:
         """
         from peft import get_peft_model_state_dict
 
-        collected = {}
+        collected: dict[str, Tensor] = {}
         for name, denoiser in self.denoisers.items():
             prefix = f"{name}." if len(self.denoisers) > 1 else ""
             state = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
@@ -277,8 +277,8 @@ class LoRA:
         written = []
         for name in self.denoisers:
             own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            layers, place = own if len(self.denoisers) > 1 else dict(state), folder / name
-            place = place if name == SECOND_DENOISER else folder
+            layers = own if len(self.denoisers) > 1 else dict(state)
+            place = folder / name if name == SECOND_DENOISER else folder
             metadata = {f"{_component(name)}_lora_adapter_metadata": self.config.to_dict()}
             self.pipe.save_lora_weights(place, **{f"{_component(name)}_lora_layers": layers}, **metadata)
             written.append(place / LORA_FILES[0])
