@@ -30,13 +30,8 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, help="model that `text` begins with, or `denoiser` where --out has no state"
     )
-    parser.add_argument(
-        "--seconds",
-        "--seconds-each",
-        type=float,
-        default=300.0,
-        help="processor time of each recipe of `pilot`; seconds of updates of each run of `finetuning-curves`",
-    )
+    seconds = "processor time of each recipe of `pilot`; seconds of updates of each run of `finetuning-curves`"
+    parser.add_argument("--seconds", "--seconds-each", type=float, default=300.0, help=seconds)
     parser.add_argument("--seeds", type=int, default=3, help="of each run of `finetuning-curves`")
     parser.add_argument("--size", default="scenes", help="model of `denoiser`: scenes or scenes-large")
     parser.add_argument("--vae", type=Path, help="finished autoencoder for `denoiser`; by default the one in --out")

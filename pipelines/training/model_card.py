@@ -190,12 +190,7 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
     before: list[str] = []
     after: list[str] = []
     if weights.name == LORA:
-        second = weights.parent.name == SECOND_DENOISER
-        into = ", load_into_transformer_2=True"
-        after = [f"pipe.load_lora_weights({place}, weight_name={LORA!r}{into if second else ''})"]
-        if (weights.parent / SECOND_DENOISER / LORA).is_file():
-            place = f"run, subfolder={(where / SECOND_DENOISER).as_posix()!r}"
-            after.append(f"pipe.load_lora_weights({place}, weight_name={LORA!r}{into})")
+        after = _lora_code(weights.parent, where, place)
     elif weights.name == PEFT:  # the pipeline loads no LoRAs; written without PeftModel's prefix of every name
         peft = "PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict"
         imports += f"\nfrom peft import {peft}"
@@ -222,6 +217,16 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
         f"output = pipe(prompt, {arguments})",
     ]
     return "\n".join(lines)
+
+
+def _lora_code(weights: Path, where: Path, place: str) -> list[str]:
+    """Lines that load the LoRA in a folder, and that of a second denoiser in the folder of its name."""
+    second, into = where / SECOND_DENOISER, ", load_into_transformer_2=True"
+    only = into if weights.name == SECOND_DENOISER else ""
+    lines = [f"pipe.load_lora_weights({place}, weight_name={LORA!r}{only})"]
+    if (weights / SECOND_DENOISER / LORA).is_file():
+        lines.append(f"pipe.load_lora_weights(run, subfolder={second.as_posix()!r}, weight_name={LORA!r}{into})")
+    return lines
 
 
 def _text_code(weights: Path, model: Any, config: TrainingConfig) -> str:
