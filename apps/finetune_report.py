@@ -157,13 +157,15 @@ def _draw_against(axes: Axes, result: TrainingResult, trained: str, held_out: st
 def reward_gains(result: TrainingResult, name: str) -> tuple[Tensor, Tensor]:
     """Return KL (N,) in nats and the gain (N,) of a reward since the base model, in the base model's deviations.
 
-    KL is that of the training samples: the mean of the GAIN_UPDATES updates before each evaluation but the first.
+    KL is that of the evaluations, by `eval_kl`, or of the training samples: the mean of the GAIN_UPDATES updates before
+    each evaluation but the first.
     """
     base, *later = [one for one in result.evaluations if f"eval/{name}" in one]
     scale = base.get(f"eval/deviation/{name}") or 1.0
     kl, gains = [], []
     for one in later:
         recent = [r["kl"] for r in result.records if 0 <= one["step"] - r["step"] < GAIN_UPDATES and "kl" in r]
+        recent = [one["eval/kl"]] if "eval/kl" in one else recent
         if recent:
             kl.append(sum(recent) / len(recent))
             gains.append((one[f"eval/{name}"][0] - base[f"eval/{name}"][0]) / scale)
@@ -190,7 +192,7 @@ def _draw_gains(axes: Axes, result: TrainingResult, names: Sequence[str]) -> Non
         axes.plot(grid, [curve(d) for d in grid], color=color, lw=1.2, label=f"α {curve.alpha:.2g}, β {curve.beta:.2g}")
     axes.axhline(0, color=FAINT, lw=0.9)
     set_title(axes, "gain in deviations of the base model")
-    axes.set_xlabel("√KL of the training samples, √nats", size=8, color=INK)
+    axes.set_xlabel("√KL from the base model, √nats", size=8, color=INK)
     axes.legend(frameon=False, fontsize=7, labelcolor=INK)
 
 

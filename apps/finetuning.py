@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,8 @@ from steer.apps.reward_specs import resolve_reward
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
 from steer.errors import InputError
-from steer.files import write_text
+from steer.files import IMAGE_SUFFIXES, read_image, write_text
+from steer.pipelines.particle_batch import as_type
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.d3po_prdp import BRAInTrainer, D3POTrainer, PRDPTrainer
 from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
@@ -33,7 +34,7 @@ from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
 from steer.pipelines.training.state import checkpoint_to_resume
 from steer.pipelines.training.trainer import PAUSED, Trainer
 from steer.registry import choose, nearest
-from steer.training.trainable import read_lora
+from steer.training.trainable import SECOND_DENOISER, read_lora
 
 METHODS: dict[str, type[Trainer[Any]]] = {
     "d3po": D3POTrainer,
@@ -71,6 +72,8 @@ class FinetuneJob:
     eval_prompts_count  number of them, evenly spaced; by default all
     prompt_column, eval_prompt_column  of a table; by default "prompt"
     metadata_columns    of the tables of prompts, for rewards that take metadata
+    condition_columns   of the tables of prompts: arguments of the pipeline's call for each prompt, such as image,
+                        mask_image or control_image; paths of images start at the table
     device              by default the GPU if there is one
     dtype               of the model; by default float32 on the CPU, bfloat16 elsewhere
     """
@@ -86,6 +89,7 @@ class FinetuneJob:
     eval_prompt_column: str | None = None
     eval_prompts_count: int | None = None
     metadata_columns: tuple[str, ...] = ()
+    condition_columns: tuple[str, ...] = ()
     eval_rewards: tuple[str, ...] = ()
     device: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -283,10 +287,13 @@ MEMORY_HINT = "a smaller micro_batch or gradient_checkpointing: true need less"
 FULL_USAGE = "pipe.{name} = type(pipe.{name}).from_pretrained({path!r})"
 
 
-def finetune(config: FinetuneConfig, resume: bool = False, agreed: bool = False) -> TrainingResult:
+def finetune(
+    config: FinetuneConfig, resume: bool = False, agreed: bool = False, callbacks: Sequence[Any] = ()
+) -> TrainingResult:
     """Train, and add config.yaml, samples/ and, at the end, plots/ and README.md to the output folder.
 
-    agreed  the first question of `ask` is answered with yes
+    agreed     the first question of `ask` is answered with yes
+    callbacks  further ones of the trainer
 
     Raises InputError for bad arguments, before any model is loaded.
     """
@@ -302,7 +309,7 @@ def finetune(config: FinetuneConfig, resume: bool = False, agreed: bool = False)
     _check_call(config, pipe)
     values = config.plain()
     files, answers = RunFiles(out, values), TerminalAnswers(out, agreed)
-    trainer = config.trainer(pipe, **data, callbacks=[files], on_question=answers, run_config=values)
+    trainer = config.trainer(pipe, **data, callbacks=[files, *callbacks], on_question=answers, run_config=values)
     with wrap_errors(config.source.name, RESUME_HINT, MEMORY_HINT):
         result = trainer.train(resume_from_checkpoint=resume)
         if here.is_main_process:
@@ -363,6 +370,10 @@ def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
     if names := job.metadata_columns:
         with named(source.key("metadata_columns")):
             data |= {"metadata": metadata_of(prompts, names), "eval_metadata": metadata_of(held_out, names)}
+    if names := job.condition_columns:
+        with named(source.key("condition_columns")):
+            data["conditions"] = conditions_of(prompts, names, job.prompts)
+            data["eval_conditions"] = conditions_of(held_out, names, job.eval_prompts)
     try:
         config.trainer(None, **data)
         if config.training.init_adapter is not None:
@@ -388,12 +399,13 @@ def _prompts(config: FinetuneConfig) -> tuple[list[PromptRow], list[PromptRow]]:
     """Load the rows of training and held-out prompts; warn about prompts that are both."""
     job, source = config.job, config.source
     prompts, held_out = list[PromptRow](), list[PromptRow]()
+    used = (*job.metadata_columns, *job.condition_columns)
     if job.prompts is not None:
         with named(source.key("prompts")):
-            prompts = load_rows(job.prompts, job.prompt_column, job.metadata_columns)
+            prompts = load_rows(job.prompts, job.prompt_column, used)
     if job.eval_prompts is not None:
         with named(source.key("eval_prompts")):
-            held_out = load_rows(job.eval_prompts, job.eval_prompt_column, job.metadata_columns)
+            held_out = load_rows(job.eval_prompts, job.eval_prompt_column, used)
         held_out = evenly_chosen(held_out, job.eval_prompts_count)
     trained_prompts = {row.prompt for row in prompts}
     if is_main_process() and (both := [row.prompt for row in held_out if row.prompt in trained_prompts]):
@@ -403,6 +415,22 @@ def _prompts(config: FinetuneConfig) -> tuple[list[PromptRow], list[PromptRow]]:
             err=True,
         )
     return prompts, held_out
+
+
+def conditions_of(rows: Sequence[PromptRow], names: Sequence[str], source: str | None) -> list[dict[str, Any]]:
+    """Return the columns of those names as arguments of the call for each prompt, paths of images as images.
+
+    source  of the rows; paths are relative to its folder
+    Raises InputError for a row that lacks one, and for a file that is no image.
+    """
+    result = metadata_of(rows, names)
+    for row, values in zip(rows, result, strict=True):
+        if missing := [name for name in names if name not in values]:
+            raise InputError(f"prompt {row.prompt!r:.60} has no {missing[0]!r}: every prompt needs one")
+        for name, value in values.items():
+            if isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES):
+                values[name] = as_type(read_image(Path(source or "").parent / value)[None], "pil")[0]
+    return result
 
 
 def _check_trackers(config: FinetuneConfig) -> None:
@@ -447,4 +475,6 @@ def summary(config: FinetuneConfig, result: TrainingResult) -> str:
         return line
     name, path = result.weights.name, str(result.weights)
     use = USAGE.get(name, FULL_USAGE).format(folder=str(result.weights.parent), name=name, path=path)
+    if result.weights.parent.name == SECOND_DENOISER or (result.weights.parent / SECOND_DENOISER).is_dir():
+        use += f", that of {SECOND_DENOISER} with load_into_transformer_2=True"
     return f"{line}; load the weights by {use}"

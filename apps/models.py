@@ -16,6 +16,7 @@ from functools import partial
 from importlib.util import find_spec
 from logging.handlers import BufferingHandler
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from steer.files import verify_checksums
 from steer.pipelines.text.masked_diffusion import INDEX, pipeline_class
 from steer.registry import nearest
 from steer.tables import one_line
-from steer.training.trainable import TOKEN_DENOISER, get_denoiser
+from steer.training.trainable import DORA, MAGNITUDE, SECOND_DENOISER, TOKEN_DENOISER, get_denoiser
 
 # By prefix of the kind of checkpoint that diffusers infers from a single file.
 SINGLE_FILE_PIPELINES = {
@@ -260,7 +261,7 @@ PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")  # 
 IMPORTING_KEYS = ("megatron_config",)  # some versions of peft import the module that megatron_core names
 DOWN = tuple(f"{one}.weight" for one in (".lora_A", "lora_down", "lora.down", "lora_linear_layer.down"))
 UP = tuple(f"{one}.weight" for one in (".lora_B", "lora_up", "lora.up", "lora_linear_layer.up"))
-FACTORS = (*DOWN, *UP)
+FACTORS = (*DOWN, *UP, MAGNITUDE)
 KINDS = {  # part of a key: kind of adapter
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -345,6 +346,8 @@ class AdapterSum:
                 own = [name for name in names if name in layer.lora_A]
                 layer.set_adapter(own)
                 for name in own:
+                    if getattr(layer, "use_dora", {}).get(name):
+                        raise InputError("a DoRA in a sum, or with a weight, is no DoRA: give it alone")
                     layer.scaling[name] *= names[name]
                 layer.requires_grad_(False)
             yield _adapter_disabler(modules)
@@ -405,7 +408,8 @@ def _find_one(path: str) -> FinetunedWeights:
         if lora.is_file():
             if find_spec("peft") is None:
                 raise InputError(f"{path}: a LoRA needs peft: pip install 'steer-diffusion[train]'")
-            return FinetunedWeights(path, (lora,), load_adapter)
+            files = [one for one in (lora, lora.parent / SECOND_DENOISER / LORA) if one.is_file()]
+            return FinetunedWeights(path, tuple(files), load_adapter)
     for folder in (place, *(place / name for name in (*DENOISERS, TOKEN_DENOISER))):
         if (folder / "config.json").is_file() and (files := sorted(folder.glob(FULL_WEIGHTS))):
             return FinetunedWeights(path, tuple(files), _full_denoiser)
@@ -421,19 +425,39 @@ def _lora(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
     """Load a LoRA in diffusers' format, of the denoiser and text encoders."""
     if not hasattr(pipe, "load_lora_weights"):
         raise InputError(f"{type(pipe).__name__} does not load LoRA files")
+    with TemporaryDirectory() as place:
+        file, second = _converted(file, Path(place)), file.parent / SECOND_DENOISER / LORA
+        try:
+            for part in [one for one in (file, second) if one.is_file()]:
+                _load_lora(pipe, part, adapter)
+            yield _adapter_disabler(_modules_of(pipe))
+        finally:
+            pipe.unload_lora_weights()
+
+
+def _load_lora(pipe: Any, file: Path, adapter: str) -> None:
+    """Load one file, of a second transformer from the folder of its name."""
     with safe_open(file, "pt") as opened:
         names, metadata_json = list(opened.keys()), opened.metadata() or {}
     configured = json.loads(metadata_json.get(LORA_ADAPTER_METADATA_KEY) or "{}")  # keys such as unet.r
     _check_plain_lora({name.rpartition(".")[2]: value for name, value in configured.items() if value}, names)
-    try:
-        given = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
-        with _defer_diffusers_logs():
-            _skip_missing_components(pipe).load_lora_weights(str(file.parent), adapter_name=adapter, **given)
-        modules = _modules_of(pipe)
-        _check_all_loaded(modules, load_file(file), pipe, adapter)
-        yield _adapter_disabler(modules)
-    finally:
-        pipe.unload_lora_weights()
+    given = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
+    modules = _modules_of(pipe)
+    if file.parent.name == SECOND_DENOISER:
+        given["load_into_transformer_2"], modules = True, [pipe.transformer_2]
+    with _defer_diffusers_logs():
+        _skip_missing_components(pipe).load_lora_weights(str(file.parent), adapter_name=adapter, **given)
+    _check_all_loaded(modules, load_file(file), pipe, adapter)
+
+
+def _converted(file: Path, folder: Path) -> Path:
+    """Return a file; a DoRA of kohya's layout, whose norms diffusers does not read, converted to diffusers'."""
+    from steer.training.lora_layouts import convert_lora
+
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+    kohya = all(name.startswith(("lora_unet_", "lora_transformer_")) for name in names)
+    return convert_lora(file, folder) if kohya and any(name.endswith(DORA) for name in names) else file
 
 
 def _skip_missing_components(pipe: Any) -> Any:
@@ -464,7 +488,8 @@ def _peft(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
         _check_plain_lora(metadata_json, list(opened.keys()))
     state = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
     try:
-        config = LoraConfig(**{key: metadata_json[key] for key in APPLIED_KEYS if metadata_json.get(key) is not None})
+        options = {key: metadata_json[key] for key in APPLIED_KEYS if metadata_json.get(key) is not None}
+        config = LoraConfig(**options, use_dora=bool(metadata_json.get("use_dora")))
         inject_adapter_in_model(config, denoiser, adapter)
         loaded = set_peft_model_state_dict(denoiser, state, adapter_name=adapter)
         if missing := [name for name in loaded.missing_keys if f".{adapter}." in name]:
@@ -547,17 +572,20 @@ def _defer_diffusers_logs() -> Iterator[None]:
 
 
 def _check_plain_lora(config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise InputError for an adapter that is more than low-rank factors, with its kind, settings and keys."""
+    """Raise InputError for an adapter that is no plain LoRA and no DoRA, with its kind, settings and keys."""
     if any(config.get(name) for name in IMPORTING_KEYS):
         raise InputError("its configuration names a module to import, which is never done")
-    if others := [name for name in names if not name.endswith((*FACTORS, ".alpha"))]:
+    magnitudes = sum(name.endswith(MAGNITUDE) for name in names)
+    dora = bool(config.get("use_dora")) and magnitudes == sum(name.endswith(DOWN) for name in names)
+    known = (*(FACTORS if dora else (*DOWN, *UP)), ".alpha")
+    if others := [name for name in names if not name.endswith(known)]:
         kinds = sorted({kind for part, kind in KINDS.items() if any(part in name for name in others)})
         kind = " and ".join(kinds) or "full tensors or unknown keys"
         raise InputError(
             f"{len(names) - len(others)} of its {len(names)} tensors have a place in a plain LoRA, not "
             f"{_first_names(others)} ({kind}): merge it into the model's weights"
         )
-    harmless = {"bias": ("none",), "init_lora_weights": PLAIN_INITIALISATIONS}
+    harmless = {"bias": ("none",), "init_lora_weights": PLAIN_INITIALISATIONS, "use_dora": (dora,)}
     unsupported = [
         f"{name}={value!r:.40}"
         for name, value in config.items()

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from steer.assets import REWARDS
 from steer.files import atomic_write_with_checksums, write_text
@@ -335,6 +336,8 @@ class RewardTrainingConfig:
     label_smoothing  ε of the labels, 0..½
     label_noise      assumed share of wrong labels, 0..½
     center_rewards_coefficient  η of `center_rewards_penalty`, ≥ 0: makes the members of an ensemble comparable
+    slope_penalty    λ ≥ 0 of `objectives.slope_penalty` at a random point between the images of each pair; 10 is usual
+    slope            its bound k, nats per unit of the norm over the pixels of an image in [0, 1]
     held_out   share of the prompts that accuracy and calibration are measured on
     start      folder of a reward of the same head and backbone, to train further: ratings first, then preferences
     """
@@ -350,6 +353,8 @@ class RewardTrainingConfig:
     label_smoothing: float = 0.0
     label_noise: float = 0.0
     center_rewards_coefficient: float = 0.0
+    slope_penalty: float = 0.0
+    slope: float = 1.0
     held_out: float = 0.1
     seed: int = 0
     start: str | None = None
@@ -358,12 +363,15 @@ class RewardTrainingConfig:
         """Raise RewardError for an unknown head and a number out of range, before anything is read."""
         choose("head", self.head, HEADS)
         below = {"label_smoothing": 0.5, "label_noise": 0.5, "center_rewards_coefficient": math.inf, "held_out": 1}
+        below |= {"slope_penalty": math.inf, "slope": math.inf}
         for name in ("members", "steps", "batch_size", *below):
             flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
             if name not in below and value < 1:
                 raise RewardError(f"{flag} must be at least 1, got {value}")
             if name in below and not 0 <= value < below[name]:
                 raise RewardError(f"{flag} must be from 0 to below {below[name]}, got {value}")
+        if self.slope_penalty and (self.head == "general" or self.objective in ("rating", "contrastive")):
+            raise RewardError("--slope-penalty is for rewards of pairs, not for ratings, captions or --head general")
 
 
 def train_reward(
@@ -510,6 +518,27 @@ def pair_loss(
     return loss
 
 
+def _penalised_loss(
+    loss: HeadLoss,
+    backbone: Backbone,
+    data: Pairs | Ratings,
+    config: RewardTrainingConfig,
+    head: Any,
+    features: Features,
+    rows: Tensor,
+) -> Tensor:
+    """Add the slope penalty, at points between the images of each pair that depend on the rows alone."""
+    chosen = data.select(rows.tolist())
+    images = load_images([*itertools.chain(*chosen.columns)], lambda image: resize_and_crop(image, backbone.size))
+    share = torch.rand(len(rows), 1, 1, 1, generator=torch.Generator().manual_seed(int(rows.sum())))
+    a, b = images.chunk(2)
+    between = torch.lerp(a, b, share).to(next(backbone.parameters()).device)
+    texts = text_features(backbone, chosen.prompts)
+    with sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no second derivative
+        penalty = objectives.slope_penalty(lambda x: head(backbone.images(x), texts), between, config.slope)
+    return loss(head, features, rows) + config.slope_penalty * penalty
+
+
 def train_members(
     data: Pairs | Ratings,
     frozen: Features | None,
@@ -535,7 +564,8 @@ def train_members(
         run = TrainingRun(
             work / f"member-{number}", config.steps, config.learning_rate, warmup=min(100, config.steps // 10)
         )
-        run.train([member], partial(_loss_at, member, encode, loss, sample, config.batch_size, seed))
+        whole = partial(_penalised_loss, loss, own, data, config) if config.slope_penalty else loss
+        run.train([member], partial(_loss_at, member, encode, whole, sample, config.batch_size, seed))
         member.eval()
         if isinstance(member["head"], GeneralPreference):
             with torch.no_grad():

@@ -98,6 +98,17 @@ def center_rewards_penalty(a: Tensor, b: Tensor) -> Tensor:
     return ((a + b) ** 2).mean()
 
 
+def slope_penalty(reward: Callable[[Tensor], Tensor], images: Tensor, bound: float) -> Tensor:
+    """Return max(0, ‖∇_x r(x)‖ − k)², the mean over images (N, 3, H, W) in [0, 1], with a graph of its own.
+
+    A one-sided gradient penalty (arXiv 1709.08894): where a reward changes slowly with the pixels there is little to
+    exploit. k is in nats per unit of the norm over all pixels.
+    """
+    points = images.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(reward(points).sum(), points, create_graph=True)
+    return F.relu(gradient.flatten(1).norm(dim=1) - bound).square().mean()
+
+
 def contrastive(images: Tensor, texts: Tensor, scale: Tensor, prompts: Sequence[str]) -> Tensor:
     """Compute CLIP's symmetric loss (arXiv 2103.00020, figure 3) on features (N, D) of unit length.
 

@@ -55,7 +55,7 @@ def gradients(folder: Path) -> None:
         method = trainer_of(name, fresh(), folder, config)
         lora = LoRA(method.pipe, rank=2)
         prepared = accelerator.prepare(lora.denoiser)
-        sampler = sampler_of(method.pipe, config, prepared)
+        sampler = sampler_of(method.pipe, config, {"unet": prepared})
         rollout = OnlineRollouts(PROMPTS, method).collect(0, sampler, lora, lambda: None, context)
         on_policy = name == "reward-backprop"
         if not on_policy:

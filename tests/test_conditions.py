@@ -1,5 +1,6 @@
 """Finetuning with images as conditions: each prompt has its own source, which reaches the pipeline and the reward."""
 
+import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -9,12 +10,14 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
+import yaml
 from conftest import cached_pipe
 from diffusers import StableDiffusionImg2ImgPipeline
 from finetune_runs import METHODS
 from torch import Tensor
 
 from steer import TrainingConfig, TrainingResult
+from steer.apps.finetuning import finetune, load_data, read_config
 from steer.errors import InputError
 from steer.training.rollout import Rows, Sampler, log_probs
 
@@ -92,3 +95,27 @@ def test_source_image_and_metadata_reach_the_reward(tmp_path: Path) -> None:
 def test_conditions_that_do_not_fit_are_refused(conditions: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         train(tmp_path, "brightness", train_prompts=["a", "a"], conditions=conditions)
+
+
+def test_a_table_gives_the_image_of_each_prompt_to_the_command(tmp_path: Path) -> None:
+    """Paths start at the folder of the table, numbers stay numbers, and a training of the command runs with them."""
+    for name, source in (("red", RED), ("blue", BLUE)):
+        source.resize((64, 64)).save(tmp_path / f"{name}.png")
+    rows = [{"prompt": "a", "image": "red.png", "strength": 0.5}, {"prompt": "b", "image": "blue.png", "strength": 0.5}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    img2img().save_pretrained(tmp_path / "model")
+    keys = {"method": "grpo", "model": str(tmp_path / "model"), "reward": "brightness", "device": "cpu"}
+    keys |= {"prompts": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "run"), "log_with": []}
+    keys |= {"max_steps": 1, "train_batch_size": 2, "num_generations": 2, "num_inference_steps": 6, "lora_rank": 2}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys | {"condition_columns": ["image", "strength"]}))
+    config = read_config(str(tmp_path / "run.yaml"))
+    first, second = load_data(config, False)["conditions"]
+    assert first["image"].getpixel((0, 0)) == (255, 0, 0) and second["image"].getpixel((0, 0)) == (0, 0, 255)
+    assert first["strength"] == 0.5
+    assert finetune(config).records[0]["grad_norm"] > 0
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "image": "none.png"}\n{"prompt": "b"}\n')
+    with pytest.raises(InputError, match="condition_columns: prompt 'b' has no 'image': every prompt needs one"):
+        load_data(read_config(str(tmp_path / "run.yaml"), {"condition_columns": "[image]", "output_dir": "x"}), False)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "image": "none.png"}\n')
+    with pytest.raises(InputError, match=r"condition_columns: .*none.png"):
+        load_data(read_config(str(tmp_path / "run.yaml"), {"condition_columns": "[image]", "output_dir": "x"}), False)

@@ -22,7 +22,7 @@ from steer.pipelines.training.rollouts import batch_order
 from steer.training.gradient import Batch, reference_of, reward_gradient
 from steer.training.guards import kl
 from steer.training.rollout import Sampler
-from steer.training.trainable import LoRA
+from steer.training.trainable import LoRA, get_denoisers
 
 SHORT: dict[str, Any] = {
     "max_steps": 3,
@@ -362,11 +362,17 @@ def test_an_argument_that_the_pipeline_does_not_take_is_named(pipe: Any, tmp_pat
         train("grpo", pipe, tmp_path, config)
 
 
-def test_a_pipeline_of_two_denoisers_is_refused(tmp_path: Path) -> None:
+def test_a_pipeline_of_several_stages_is_refused(tmp_path: Path) -> None:
+    class Stages(type(fresh("wan"))):  # type: ignore[misc]
+        """Of denoisers without the usual names."""
+
     pipe = fresh("wan")
-    pipe.transformer_2 = pipe.transformer
-    with pytest.raises(InputError, match="WanPipeline has several denoisers, transformer and transformer_2: only one"):
-        train("grpo", pipe, tmp_path, config_of("grpo", **SHORT))
+    pipe.__class__ = Stages
+    pipe.first, pipe.second, pipe.transformer = pipe.transformer, pipe.transformer, None
+    pipe.__dict__["components"] = {"first": pipe.first, "second": pipe.second}
+    Stages.components = property(lambda self: self.__dict__["components"])
+    with pytest.raises(InputError, match="Stages has denoisers of several stages, first and second: use one"):
+        get_denoisers(pipe)
 
 
 def test_the_forms_of_d3po_are_different_runs_and_pareto_needs_parts(pipe: Any, tmp_path: Path) -> None:

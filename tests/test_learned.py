@@ -156,6 +156,20 @@ def test_centred_members_agree_on_where_zero_is(recipe: RewardTrainingConfig, pa
     assert raw[1] < 0.3 and raw[1] < raw[0]
 
 
+def test_a_slope_penalty_flattens_a_reward(recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path) -> None:
+    """The slopes of a head through a frozen CLIP to the pixels, with and without the penalty."""
+    slopes = []
+    for name, weight in (("free", 0.0), ("flat", 100.0)):
+        options = {"head": "pair", "slope_penalty": weight, "slope": 0.01}
+        train_reward(pairs, replace(recipe, **options), tmp_path / name, tmp_path / f"w-{name}")
+        stds = json.loads((tmp_path / name / "reward.json").read_text())["stds"]
+        images = torch.full((4, 3, SIDE, SIDE), 0.5).requires_grad_(True)
+        rewards = LearnedReward(str(tmp_path / name))(images, ["a blue star"] * 4)
+        (gradient,) = torch.autograd.grad(rewards.sum() * stds[0], images)
+        slopes.append(gradient[0].norm().item())
+    assert slopes[1] < slopes[0] / 2
+
+
 def test_a_training_that_was_stopped_goes_on_to_the_same_reward(
     recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +224,7 @@ def test_scores_depend_neither_on_batch_nor_on_order(
         ({"objective": "bradley"}, "unknown objective 'bradley'"),
         ({"head": "similarity"}, "add --train-backbone"),
         ({"members": 0}, "--members must be at least 1"),
+        ({"slope_penalty": 1.0, "head": "general"}, "--slope-penalty is for rewards of pairs"),
         ({"center_rewards_coefficient": -1.0}, "--center-rewards-coefficient must be from 0 to below inf"),
         ({"label_noise": 0.5}, "--label-noise must be from 0 to below 0.5"),
         ({"held_out": 1.0}, "--held-out must be from 0"),

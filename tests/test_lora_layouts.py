@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_trainable import fresh_pipe, image, move
 
+from steer.apps.models import adapter_applied
 from steer.errors import InputError
 from steer.training.lora_layouts import convert_lora, to_diffusers, to_kohya
 from steer.training.trainable import LoRA
@@ -44,6 +45,44 @@ def test_a_round_trip_leaves_every_tensor_and_diffusers_loads_both(
     assert torch.equal(image(trained, name), there)
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl", "flux"])
+def test_a_dora_round_trips_and_is_applied_by_its_formula(name: str, tmp_path: Path) -> None:
+    """W' = m (W + α/r B A)/‖W + α/r B A‖, norms of outputs, as ComfyUI reads `dora_scale` (out, 1)."""
+    there = image(adapter(name, tmp_path / "first", 3.0, use_dora=True), name)
+    kohya = convert_lora(tmp_path / "first", tmp_path / "kohya.safetensors")
+    state, merged = load_file(kohya), fresh_pipe(name)
+    denoiser = merged.transformer if name == "flux" else merged.unet
+    kind = "transformer" if name == "flux" else "unet"
+    layers = {f"lora_{kind}_{path.replace('.', '_')}": layer for path, layer in denoiser.named_modules()}
+    for key in [key.removesuffix(".dora_scale") for key in state if key.endswith(".dora_scale")]:
+        weight = layers[key].weight.data
+        weight += state[f"{key}.alpha"] / 2 * state[f"{key}.lora_up.weight"] @ state[f"{key}.lora_down.weight"]
+        weight *= state[f"{key}.dora_scale"] / weight.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(image(merged, name), there, atol=1e-5, rtol=0)
+    back = convert_lora(kohya, tmp_path / "back")
+    first, again = load_file(tmp_path / "first/pytorch_lora_weights.safetensors"), load_file(back)
+    assert first.keys() == again.keys() and all(torch.equal(value, again[key]) for key, value in first.items())
+    assert sum("magnitude" in key for key in again) == len(again) // 3 > 3
+    for place in (kohya, back.parent):
+        loaded = fresh_pipe(name)
+        with adapter_applied(loaded, str(place)):
+            torch.testing.assert_close(image(loaded, name), there, atol=1e-5, rtol=0)
+    weighted = adapter_applied(fresh_pipe(name), f"{kohya}:0.5")
+    with pytest.raises(InputError, match="a DoRA in a sum, or with a weight"), weighted:
+        pass
+
+
+def test_norms_of_inputs_and_missing_norms_are_refused() -> None:
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    state = {f"{layer}.lora_down.weight": torch.ones(2, 3), f"{layer}.lora_up.weight": torch.ones(4, 2)}
+    with pytest.raises(InputError, match=r"dora_scale must be a norm for each output, \(4, 1\), got \(1, 3\)"):
+        to_diffusers(state | {f"{layer}.dora_scale": torch.ones(1, 3)})
+    other = layer.replace("to_q", "to_k")
+    more = {key.replace(layer, other): value for key, value in state.items()}
+    with pytest.raises(InputError, match=r"\(4, 1\), got none"):
+        to_diffusers(state | more | {f"{layer}.dora_scale": torch.ones(4, 1)})
+
+
 def test_names_and_scales_are_kohyas(tmp_path: Path) -> None:
     adapter("sd", tmp_path, 5.0)
     kohya = load_file(convert_lora(tmp_path, tmp_path / "k.safetensors"))
@@ -66,9 +105,6 @@ def test_blocks_that_kohya_numbers_are_sdxls() -> None:
 
 
 def test_what_cannot_be_converted_is_one_line(tmp_path: Path) -> None:
-    adapter("sd", tmp_path / "dora", use_dora=True)
-    with pytest.raises(InputError, match="a DoRA cannot be converted"):
-        convert_lora(tmp_path / "dora", tmp_path / "k.safetensors")
     with pytest.raises(InputError, match="no LoRA file"):
         convert_lora(tmp_path / "nowhere", tmp_path / "k.safetensors")
     down = {"text_encoder.a.lora_A.weight": torch.ones(2, 3)}

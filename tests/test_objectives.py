@@ -21,6 +21,7 @@ from steer.rewards.objectives import (
     noisy_difference,
     regression,
     scaled_bradley_terry,
+    slope_penalty,
     smooth_labels,
 )
 
@@ -267,3 +268,15 @@ def test_centring_minds_the_shift_and_not_the_difference() -> None:
     assert center_rewards_penalty(a, b).item() == pytest.approx((16 + 0) / 2)
     middle = (a + b) / 2
     assert center_rewards_penalty(a - middle, b - middle).item() == 0
+
+
+def test_the_slope_penalty_of_a_linear_reward_is_its_closed_form() -> None:
+    """r(x) = w·x has the slope ‖w‖ everywhere: (‖w‖ − k)², with the gradient 2 (‖w‖ − k) w/‖w‖; 0 below k."""
+    weight = torch.randn(3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    images = torch.rand(5, 3, 4, 4, dtype=torch.float64)
+    norm = weight.detach().norm()
+    penalty = slope_penalty(lambda x: (x * weight).sum((1, 2, 3)), images, 2.0)
+    torch.testing.assert_close(penalty, (norm - 2) ** 2)
+    penalty.backward()
+    torch.testing.assert_close(weight.grad, 2 * (norm - 2) * weight.detach() / norm)
+    assert slope_penalty(lambda x: (x * weight).sum((1, 2, 3)), images, 2 * norm.item()) == 0

@@ -301,7 +301,7 @@ def test_a_prepared_denoiser_is_called_instead(name: str) -> None:
         rows.append(1)
         return denoiser(pipe)(*args, **kwargs)
 
-    sampler = Sampler(pipe, call_of(name), prepared=prepared)
+    sampler = Sampler(pipe, call_of(name), prepared={get_denoiser(pipe)[0]: prepared})
     stored, images = sampler.rollout(TWO_PROMPTS)
     assert len(rows) == 4
     assert torch.equal(stored.latents, case(name)[1].latents) and torch.equal(images, case(name)[2])

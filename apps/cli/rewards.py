@@ -390,6 +390,8 @@ def write(out: Path, work: Path | None, distil: Path | None, backbone: str, devi
     default=0.0,
     help="Weight of the penalty that centers each prompt's rewards at 0; for ensembles 0.01 to 0.1.",
 )
+@click.option("--slope-penalty", default=0.0, help="Weight of a penalty of slopes above --slope; 10 is usual.")
+@click.option("--slope", default=1.0, help="Bound on ‖∇r‖ with respect to an image in [0, 1], nats per unit norm.")
 @click.option("--held-out", default=0.1, help="Share of the prompts for evaluation.")
 @SEED
 @click.option(
@@ -438,6 +440,7 @@ def train(
 
 
 OF_HEADS = {"head", "objective", "label_smoothing", "label_noise", "center_rewards_coefficient"}
+OF_HEADS |= {"slope_penalty", "slope"}
 OF_ALL = {"data", "out", "images", "max_rows", "work", "device", "groups", "latent"}
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +166,14 @@ class LabelStore:
             fitting, number = sum(map(request.fits, folder.groups.values())), len(folder.groups)
         (prompt,) = prompts_at(fitting, 1, request.prompts, ORDER)
         start, *noises = (derived_seed(number, name) for name in ("start", *map(str, range(request.images))))
-        sampling, denoiser = folder.provenance, getattr(pipe, denoisers_in(pipe)[0])
+        sampling = folder.provenance
 
-        def checked_denoiser(*args: Any, **kwargs: Any) -> Any:
+        def checked(denoiser: Any, *args: Any, **kwargs: Any) -> Any:
             check()
             return denoiser(*args, **kwargs)
 
-        sampler = Sampler(pipe, sampling.call, sampling.eta, DTYPES[sampling.latents_dtype], checked_denoiser)
+        denoisers = {name: partial(checked, getattr(pipe, name)) for name in denoisers_in(pipe)}
+        sampler = Sampler(pipe, sampling.call, sampling.eta, DTYPES[sampling.latents_dtype], denoisers)
         sampled_rows, images = sampler.rollout(
             Rows((prompt,) * request.images, (start,) * request.images, tuple(noises))
         )

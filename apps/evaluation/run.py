@@ -32,13 +32,11 @@ from steer.apps.plots import evenly_spaced
 from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.prompts import call_arguments
 from steer.apps.reward_specs import resolve_reward
-from steer.diffusion.schedules import Gaussian
 from steer.errors import InputError
-from steer.pipelines.training.evaluation import interval
+from steer.pipelines.training.evaluation import interval, policy_kl
 from steer.pipelines.training.method import rows_of
 from steer.reward import Reward
-from steer.training.guards import kl
-from steer.training.rollout import Rows, Sampler, Trajectories
+from steer.training.rollout import Rows, Sampler
 
 KLEstimate = dict[str, Any]
 
@@ -80,25 +78,7 @@ def trajectory_kl(
     adapted = Sampler(pipe, call, eta)
     with off():
         reference = Sampler(pipe, call, eta)  # text embeddings differ if an encoder was finetuned
-    results = []
-    for part in rows.split(chunk):
-        stored, _ = adapted.rollout(part)
-        steps = _kernels(adapted, stored)
-        with off():
-            before = _kernels(reference, stored)
-        results.append(torch.stack([kl(p, q) for p, q in zip(steps, before, strict=True)]).sum(0))
-    return torch.cat(results)
-
-
-def _kernels(sampler: Sampler, stored: Trajectories) -> list[Gaussian]:
-    """Collect p(· | x_t) of all stochastic steps on the CPU."""
-    results: list[Gaussian] = []
-
-    def keep(t: int, kernel: Any, x_s: Tensor) -> None:
-        results.append(Gaussian(kernel.mean.cpu(), kernel.std.cpu()))
-
-    sampler.replay(stored, keep)
-    return results
+    return torch.cat([policy_kl(adapted, part, off, reference) for part in rows.split(chunk)])
 
 
 __all__ = ["Contender", "evaluate"]

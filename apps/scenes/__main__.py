@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, help="model that `text` begins with, or `denoiser` where --out has no state"
     )
-    parser.add_argument("--seconds", type=float, default=300.0, help="processor time of each recipe of `pilot`")
+    seconds = "processor time of each recipe of `pilot`; seconds of updates of each run of `finetuning-curves`"
+    parser.add_argument("--seconds", "--seconds-each", type=float, default=300.0, help=seconds)
+    parser.add_argument("--seeds", type=int, default=3, help="of each run of `finetuning-curves`")
     parser.add_argument("--size", default="scenes", help="model of `denoiser`: scenes or scenes-large")
     parser.add_argument("--vae", type=Path, help="finished autoencoder for `denoiser`; by default the one in --out")
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
@@ -42,9 +44,9 @@ def main() -> None:
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of the studies")
     parser.add_argument("--reward", default="scene-soft", help="reward of the studies")
     parser.add_argument("--kl-weight", type=float, default=0.3, help="α of `drakes`, reward per nat")
-    parser.add_argument("--plan", type=Path, default=Path("docs/studies/finetuning.yaml"), help="runs of `finetuning`")
+    parser.add_argument("--plan", type=Path, help="runs of `finetuning` and `finetuning-curves`, in docs/studies")
     parser.add_argument(
-        "--only", nargs="*", default=[], help="runs of `finetuning`, or recipes of `pilot`, by the start of their names"
+        "--only", nargs="*", default=[], help="runs of --plan, or recipes of `pilot`, by the start of their names"
     )
     parser.add_argument("--json", type=Path, help="copy of the figures; by default --out/STAGE.json")
     options = parser.parse_args()
@@ -124,10 +126,24 @@ def _tiny_vae(options: argparse.Namespace) -> None:
 
 
 def _finetuning(options: argparse.Namespace) -> dict[str, Any]:
-    reports = finetuning_study(read_plan(options.plan), options.out, options.only)
+    plan = read_plan(options.plan or Path("docs/studies/finetuning.yaml"))
+    reports = finetuning_study(plan, options.out, options.only)
     for prompts, report in reports.items():
         print(f"{prompts}\n{summary(report)}")
     return reports
+
+
+def _finetuning_curves(options: argparse.Namespace) -> dict[str, Any]:
+    from steer.apps.scenes import finetuning_curves as curves
+
+    plan = read_plan(options.plan or Path("docs/studies/finetuning-methods.yaml"))
+    given = str(options.model), options.reward, options.seconds, options.seeds, options.only
+    figures = curves.finetuning_curves(plan, options.out, *given)
+    path = options.json or options.out / f"{options.stage}.json"
+    curves.draw_finetuning_curves(figures, path.with_suffix(".png"))
+    write_text(path.with_suffix(".md"), f"{curves.curves_table(figures)}\n")
+    print(curves.curves_table(figures))
+    return figures
 
 
 def _text(options: argparse.Namespace) -> None:
@@ -180,6 +196,10 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], s
     "drakes": (_drakes, "finetune scenes-text by the gradient of says:blue (--kl-weight), and evaluate on prefixes"),
     "prompts": (_prompt_lists, "write the prompt lists to --prompts"),
     "finetuning": (_finetuning, "train what is not finished of the runs of --plan in --out, and evaluate them"),
+    "finetuning-curves": (
+        _finetuning_curves,
+        "train the runs of --plan on --reward at equal seconds, unless finished, to --json, a table and a figure",
+    ),
     "curves": (_curves, "best-of-n by an ensemble and others, from the evaluation in --out, to --json and a picture"),
     "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, to --json"),
 }

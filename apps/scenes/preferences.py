@@ -3,7 +3,7 @@
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,19 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
         pq.write_table(pa.Table.from_pylist(list(rows)), new)
 
 
-def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int = IMAGES_PER_PROMPT) -> None:
-    """Sample `each` images of every prompt with their exact rewards, in files of 640; existing files are kept."""
+def sample_prompts(
+    folder: Path,
+    model: str,
+    prompts: Sequence[str],
+    each: int = IMAGES_PER_PROMPT,
+    reward: str = "scene",
+    call: Mapping[str, Any] = CALL,
+) -> None:
+    """Sample `each` images of every prompt with their rewards, in files of 640; existing files are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
-    best = BestOfNPipeline(pipe, "scene")
+    best = BestOfNPipeline(pipe, reward)
     part, prompts_per_call = PART // each, IMAGES_PER_CALL // each
     for first in tqdm(range(0, len(prompts), part), desc="samples", unit="file", disable=None):
         path = folder / f"{first:05d}.parquet"
@@ -73,7 +80,7 @@ def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int =
             for start in range(first, min(first + part, len(prompts)), prompts_per_call):
                 some = list(prompts[start : min(start + prompts_per_call, first + part)])
                 generator = torch.Generator().manual_seed(start)
-                out = best(some, num_particles=each, generator=generator, **CALL).in_slot_order()
+                out = best(some, num_particles=each, generator=generator, **call).in_slot_order()
                 texts = [prompt for prompt in some for _ in range(each)]
                 gold = out.rewards.flatten().tolist()
                 rows += [
@@ -124,9 +131,11 @@ def composition(image: np.ndarray) -> float:
 
 
 def choose(value_a: float, value_b: float, temperature: float, rng: np.random.Generator) -> str:
-    """Choose a, b or tie, by Bradley and Terry's model."""
+    """Choose a, b or tie, by Bradley and Terry's model; at temperature 0 the higher value."""
     if value_a == value_b:
         return "tie"
+    if temperature == 0:
+        return "a" if value_a > value_b else "b"
     return "a" if rng.random() < 1 / (1 + np.exp((value_b - value_a) / temperature)) else "b"
 
 
@@ -159,6 +168,20 @@ def write_pairs(samples_folder: Path, out: Path) -> dict[str, Any]:
         write_rows(pairs, out / f"{name}-pairs.parquet")
         counts[name] = len(pairs)
     return {"samples": len(samples), "pairs": counts}
+
+
+def write_labelled_pairs(folder: Path, model: str, reward: str, prompts: Sequence[str]) -> Path:
+    """Write pairs.parquet: two images of every prompt, of which the one with the higher reward is preferred."""
+    sample_prompts(folder, model, prompts, 2, reward, CHOICES_CALL)
+    samples = [row for path in sorted(folder.glob("[0-9]*.parquet")) for row in pq.read_table(path).to_pylist()]
+    values, rng = [row["gold"] for row in samples], np.random.default_rng(2026)
+    pairs = [
+        pair
+        for first in range(0, len(samples), 2)
+        for pair in pairs_of(samples[first : first + 2], values[first : first + 2], 0.0, rng)
+    ]
+    write_rows(pairs, folder / "pairs.parquet")
+    return folder / "pairs.parquet"
 
 
 CHOICES_CALL = {"num_inference_steps": 10, "guidance_scale": 1.0}  # as in the configuration d3po-scenes

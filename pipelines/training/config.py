@@ -61,6 +61,8 @@ class TrainingConfig(Settings):
     call                 further arguments of the pipeline's call
     lora_rank            of the adapter; 0 trains all weights of the denoiser
     lora_alpha           None: the rank
+    denoiser             name of the one to train, of the two of Wan 2.2 (transformer: high noise, transformer_2: low
+                         noise); None: both
     lora_target_modules  suffixes of the names of the layers that get an adapter
     init_adapter         trained LoRA of the same rank, alpha and targets to start from: a folder such as RUN/final or
                          its .safetensors file; the reference is then the model with this LoRA
@@ -88,6 +90,8 @@ class TrainingConfig(Settings):
     chi_square_weight    of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a trajectory
     eval_steps           updates between evaluations; one more comes before the first update and after the last
     num_generations_eval  images per held-out prompt
+    eval_kl              measure `eval/kl` in evaluations, of any method: KL of one batch of trajectories with noise, in
+                         nats a trajectory, by a rollout and two replays
     early_stopping_patience  evaluations in a row with a higher trained and a lower held-out reward that end the
                          training, see `steer.training.guards.EarlyStopping`; 0: never
     ask                  ask whether to continue where the rewards of an evaluation disagree about its gain since the
@@ -127,6 +131,7 @@ class TrainingConfig(Settings):
     call: Mapping[str, Any] = field(default_factory=dict)
     lora_rank: int = argument(16, "[0, inf]")
     lora_alpha: float | None = None
+    denoiser: str | None = None
     lora_target_modules: tuple[str, ...] = ATTENTION
     init_adapter: str | None = None
     use_dora: bool = False
@@ -149,6 +154,7 @@ class TrainingConfig(Settings):
     chi_square_weight: float = argument(0.0, "[0, inf)")
     eval_steps: int = argument(20, "[1, inf]")
     num_generations_eval: int = argument(1, "[1, inf]")
+    eval_kl: bool = False
     early_stopping_patience: int = argument(0, "[0, inf]")
     ask: bool = False
     ask_cost: float = argument(0.05, "[0, inf)")
@@ -176,6 +182,8 @@ class TrainingConfig(Settings):
             raise InputError("init_adapter starts from a LoRA, and lora_rank 0 trains all weights: leave one out")
         if (self.use_dora or self.use_rslora) and self.lora_rank == 0:
             raise InputError("use_dora and use_rslora are for a LoRA, and lora_rank 0 trains all weights")
+        if self.denoiser is not None and self.lora_rank == 0:
+            raise InputError("denoiser chooses where a LoRA goes, and lora_rank 0 trains all weights: leave one out")
         if self.lr_scheduler_type == "constant" and self.warmup_steps:
             raise InputError(
                 "lr_scheduler_type constant has no warmup, got warmup_steps "

@@ -67,10 +67,11 @@ class AccelerateContext:
             )
 
     @contextmanager
-    def no_sync(self, prepared: Any) -> Iterator[Any]:
+    def no_sync(self, *prepared: Any) -> Iterator[Any]:
         """Defer the exchange of gradients until the yielded function is called: one exchange per update."""
         with ExitStack() as kept:
-            kept.enter_context(self._accelerator.no_sync(prepared))
+            for one in prepared:
+                kept.enter_context(self._accelerator.no_sync(one))
             yield kept.close
 
 

@@ -18,7 +18,7 @@ from steer.rewards.judges import Tournament
 from steer.rewards.learned import LearnedReward
 from steer.training.distributed import DistributedContext
 from steer.training.forward import Policy
-from steer.training.rollout import Rows, Sampler, Trajectories
+from steer.training.rollout import Kernel, Rows, Sampler, Trajectories
 from steer.training.signals import within_prompt_correlation
 
 BOOTSTRAP_RESAMPLES = 10_000  # of the bootstrap
@@ -32,6 +32,7 @@ class EvalResult:
     diversity  mean distance between two samples of a prompt, 0 to 1, see `diversity`; 0 for K = 1
     images     (P·K, 3, H, W) in [0, 1], of videos (P·K, F, 3, H, W); or texts
     members    rewards (P, K) of the members of an ensemble that is trained on, by name
+    kl         to the reference, nats a trajectory, where it is measured
     """
 
     step: int
@@ -40,6 +41,7 @@ class EvalResult:
     diversity: float
     images: Any
     members: Mapping[str, Tensor] = field(default_factory=dict)
+    kl: float | None = None
 
     def means(self) -> tuple[float, float]:
         """Return the means of the trained reward and the first held-out one (the trained one where there is none)."""
@@ -61,7 +63,7 @@ class EvalResult:
         for name in held_out:
             correlation = within_prompt_correlation(self.rewards[trained], self.rewards[name])
             values |= {f"correlation/{name}": correlation} if math.isfinite(correlation) else {}
-        values["diversity"] = self.diversity
+        values |= {"diversity": self.diversity} | ({} if self.kl is None else {"kl": self.kl})
         return {"step": self.step} | {f"eval/{name}": value for name, value in values.items()}
 
 
@@ -117,10 +119,15 @@ class Evaluator:
                 collected.append((number, own, {name: total for name, (total, _) in scores.items()}, members))
         in_order = sorted(context.gather(collected), key=lambda one: one[0])
         _, drawn, chunk_scores, chunk_members = zip(*in_order, strict=True)
+        kl = None
+        if config.eval_kl:
+            exact = sampler_of(pipe, config, prepared, "float32", self.conditions)
+            divergence = policy_kl(exact, chunks[context.rank % len(chunks)], reference)
+            kl = torch.cat(list(context.gather([divergence]))).mean().item()
         scored = _by_name(chunk_scores, size)
         by_member = _by_name(chunk_members, size) if len(chunk_members[0]) > 1 else {}
         images = _concatenate(drawn)
-        return EvalResult(step, tuple(self.prompts), scored, diversity(images, size), images, by_member)
+        return EvalResult(step, tuple(self.prompts), scored, diversity(images, size), images, by_member, kl)
 
     def _images(self, sampler: Sampler, rows: Rows, config: TrainingConfig) -> Tensor:
         return sampler.ode_images(rows) if config.evaluates_by_ode else self.draw(sampler, rows)[1]
@@ -135,6 +142,25 @@ class Evaluator:
             return compare(tournament.judge, own, base, prompts), {}
 
         return mean_over_frames(torch.cat([images, self.base[number]]), win_rates)
+
+
+def policy_kl(sampler: Sampler, rows: Rows, reference: Policy, other: Sampler | None = None) -> Tensor:
+    """Return Σ_t KL(p(x_s | x_t) ‖ p_ref(x_s | x_t)) (N,) in nats, along trajectories of the present weights.
+
+    reference  block with the weights of the reference
+    other      sampler of the reference, where its text embeddings differ
+    """
+    stored, _ = sampler.rollout(rows)
+    kernels: list[Kernel] = []
+    total = torch.zeros(len(rows), dtype=torch.float64)
+
+    def add(t: int, kernel: Kernel, x_s: Tensor) -> None:
+        total.add_(kernels[t].kl(kernel).cpu())
+
+    sampler.replay(stored, lambda t, kernel, x_s: kernels.append(kernel))
+    with reference():
+        (other or sampler).replay(stored, add)
+    return total
 
 
 def _by_name(chunks: Sequence[Mapping[str, Tensor]], samples: int) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from steer.diffusion.token_hooks import is_token_scheduler
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import TrainingResult
 from steer.training.overoptimization import find_hacking
-from steer.training.trainable import LORA_FILES, get_denoiser
+from steer.training.trainable import LORA_FILES, SECOND_DENOISER, get_denoiser
 
 LORA, PEFT = LORA_FILES
 PACKAGES = ("torch", "diffusers", "peft")
@@ -190,7 +190,7 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
     before: list[str] = []
     after: list[str] = []
     if weights.name == LORA:
-        after = [f"pipe.load_lora_weights({place}, weight_name={LORA!r})"]
+        after = _lora_code(weights.parent, where, place)
     elif weights.name == PEFT:  # the pipeline loads no LoRAs; written without PeftModel's prefix of every name
         peft = "PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict"
         imports += f"\nfrom peft import {peft}"
@@ -217,6 +217,16 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
         f"output = pipe(prompt, {arguments})",
     ]
     return "\n".join(lines)
+
+
+def _lora_code(weights: Path, where: Path, place: str) -> list[str]:
+    """Lines that load the LoRA in a folder, and that of a second denoiser in the folder of its name."""
+    second, into = where / SECOND_DENOISER, ", load_into_transformer_2=True"
+    only = into if weights.name == SECOND_DENOISER else ""
+    lines = [f"pipe.load_lora_weights({place}, weight_name={LORA!r}{only})"]
+    if (weights / SECOND_DENOISER / LORA).is_file():
+        lines.append(f"pipe.load_lora_weights(run, subfolder={second.as_posix()!r}, weight_name={LORA!r}{into})")
+    return lines
 
 
 def _text_code(weights: Path, model: Any, config: TrainingConfig) -> str:

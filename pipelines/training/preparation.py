@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 
 from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
-from steer.training.trainable import FullFinetuning, LoRA, Trainable, get_denoiser
+from steer.training.trainable import FullFinetuning, LoRA, Trainable, get_denoisers
 
 
 def accelerator_of(config: TrainingConfig, folder: Path, cpu: bool) -> Accelerator:
@@ -32,7 +32,8 @@ def accelerator_of(config: TrainingConfig, folder: Path, cpu: bool) -> Accelerat
 def trainable_of(pipe: Any, config: TrainingConfig) -> Trainable:
     """Return a LoRA in the denoiser, or all of its weights, as trainable; everything else is frozen."""
     if config.gradient_checkpointing:
-        enable_gradient_checkpointing(get_denoiser(pipe)[1])
+        for denoiser in get_denoisers(pipe, config.denoiser).values():
+            enable_gradient_checkpointing(denoiser)
     if config.lora_rank == 0:
         return FullFinetuning(pipe)
     lora = LoRA(
@@ -43,6 +44,7 @@ def trainable_of(pipe: Any, config: TrainingConfig) -> Trainable:
         config.seed,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
+        denoiser=config.denoiser,
     )
     if config.init_adapter is not None:
         lora.load_initial_adapter(config.init_adapter)

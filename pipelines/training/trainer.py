@@ -366,7 +366,10 @@ class TrainingRun:
         config = self.config
         parameters = trainable.parameters.values()
         optimiser = create_optimiser(config.optim, parameters, config.learning_rate, config.weight_decay)
-        self.prepared, self.optimiser = self.accelerator.prepare(trainable.denoiser, optimiser)
+        if len(trainable.denoisers) > 1 and self.context.world_size > 1:
+            raise InputError("several processes train one denoiser, not two: use one process, or name one as denoiser")
+        *prepared, self.optimiser = self.accelerator.prepare(*trainable.denoisers.values(), optimiser)
+        self.prepared = dict(zip(trainable.denoisers, prepared, strict=True))
         ema = EMAModel(list(parameters), config.ema_decay) if config.ema_decay else None
         old = EMAModel(list(parameters), 0.0) if self.trainer.averages_policy else None
         lengths = config.warmup_steps, config.max_steps, config.lr_num_cycles, config.lr_power
@@ -401,7 +404,8 @@ class TrainingRun:
                 raise
             finally:
                 # The user's denoiser computes in its own precision again.
-                self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
+                for prepared in self.prepared.values():
+                    self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
 
     def _training_loop(self) -> None:
         state, last = self.state, self.config.max_steps
@@ -446,7 +450,7 @@ class TrainingRun:
             state.rollout = self._draw(request)
             scored = state.rollout.reward_seconds
         drawn = time.monotonic() - started
-        with self.context.no_sync(self.prepared) as exchange:
+        with self.context.no_sync(*self.prepared.values()) as exchange:
             loss, metrics = self.trainer.gradient(
                 self.sampler,
                 state.rollout.batch,

@@ -42,7 +42,8 @@ class RolloutWorker:
         self.pipe, self.config, self._draw = pipe.to(device), config, draw
         self.trainable = trainable_of(self.pipe, config)
         accelerator = accelerator_of(config, Path(config.output_dir), device == "cpu")
-        self.prepared, self.version = accelerator.prepare(self.trainable.denoiser), 0
+        denoisers = self.trainable.denoisers.items()
+        self.prepared, self.version = {name: accelerator.prepare(one) for name, one in denoisers}, 0
 
     def draw(self, version: int, weights: Sequence[Any], rows: Rows, window: StepWindow | None) -> Samples:
         """Draw the rows. weights: a reference to those of the version, in a list, so that only new ones are fetched."""

@@ -99,7 +99,8 @@ def forward_gradient(
                 objective, metrics[DISTANCE] = values + reference_weight * distance, distance.detach()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + share * value.sum().item()
-            backward(context.world_size * share * objective.sum())
+            if objective.requires_grad or not sampler.several:
+                backward(context.world_size * share * objective.sum())
 
         sampler.noised(chunk, backward_step, steps, grad=True)
     means = dict(zip(totals, sum_over_processes(context, list(totals.values())), strict=True))

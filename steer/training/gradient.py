@@ -183,7 +183,8 @@ def two_pass_gradient(
                     cost = per_sample * divergence(penalty, p, x_s, batch.references[number], column).sum()
                 totals[penalty] += cost.item()
                 scalar_loss = scalar_loss + weight * cost
-            backward(context.world_size * scalar_loss)
+            if scalar_loss.requires_grad or not sampler.several:
+                backward(context.world_size * scalar_loss)
 
         sampler.replay(chunk, backward_step, steps, grad=True)
     value, metrics = final_loss()
@@ -315,6 +316,8 @@ def reward_gradient(
         on_chunk()
         images = (limit or SlopeLimit(None)).apply(sampler.finish(chunk, last_steps))
         rewards, _ = mean_over_frames(images, partial(score_components, reward, prompts=chunk.rows.prompts), reward)
+        if sampler.several and not rewards.requires_grad:
+            raise InputError(f"no denoiser that is trained is called in the last {last_steps} steps: raise last_steps")
         value -= rewards.sum().item() / count
         backward(-rewards.sum().to(images.device) / count)
 
@@ -323,7 +326,7 @@ def reward_gradient(
             costs = {one: divergence(one, p, x_s, there, steps.index(t)).sum() / count for one in weights}
             for penalty, cost in costs.items():
                 totals[penalty] += cost.item()
-            if penalties:
+            if penalties and (next(iter(costs.values())).requires_grad or not sampler.several):
                 backward(torch.stack([weights[penalty] * cost for penalty, cost in costs.items()]).sum())
 
         if weights:

@@ -1,11 +1,12 @@
 """Layouts of LoRA files: diffusers' own, and kohya's, which ComfyUI and A1111 read. Names are diffusers' converters'.
 
 diffusers  unet.down_blocks.0.….to_q.lora_A.weight, with peft's options in the file's metadata
-kohya      lora_unet_down_blocks_0_…_to_q.lora_down.weight, and the scale as lora_unet_….alpha, over the rank
+kohya      lora_unet_down_blocks_0_…_to_q.lora_down.weight, and the scale as lora_unet_….alpha, over the rank; the norms
+           of a DoRA as lora_unet_….dora_scale (LyCORIS with wd_on_out)
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from steer.errors import InputError
 from steer.files import atomic_write
-from steer.training.trainable import LORA_FILES, read_lora
+from steer.training.trainable import DORA, LORA_FILES, MAGNITUDE, read_lora
 
 DOWN, ALPHA = ".lora_down.weight", ".alpha"
 SDXL_BLOCKS = SimpleNamespace(layers_per_block=2)  # of the UNet whose blocks kohya numbers
@@ -49,21 +50,22 @@ def convert_lora(source: str | Path, out: str | Path) -> Path:
 def to_kohya(state: Mapping[str, Tensor], stated: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rename the tensors of diffusers' layout as kohya does. Raises InputError where it has no names for them.
 
-    stated  options of peft: lora_alpha (by default the rank), use_rslora, use_dora
+    stated  options of peft: lora_alpha (by default the rank), use_rslora
     """
     ranks = {len(value) for name, value in state.items() if name.endswith(".lora_A.weight")}
     flux = any(".single_transformer_blocks." in name for name in state)
     denoiser = "transformer" if flux else "unet"
     if odd := [name for name in state if not name.startswith(f"{denoiser}.")]:
         raise InputError(f"{odd[0]!r} has no name in kohya's layout: give the LoRA of a UNet or a Flux transformer")
-    if stated.get("use_dora") or any("magnitude" in name for name in state):
-        raise InputError("a DoRA cannot be converted: diffusers reads none of kohya's layout")
+    norms = {name.removesuffix(MAGNITUDE): value for name, value in state.items() if name.endswith(MAGNITUDE)}
     if len(ranks) != 1:
         raise InputError(f"the ranks of the layers must be equal, got {sorted(ranks)}: convert a LoRA of one rank")
     (rank,) = ranks
     alpha = float(stated.get("lora_alpha", rank)) * (math.sqrt(rank) if stated.get("use_rslora") else 1.0)
-    converted = convert_state_dict_to_kohya(dict(state))  # which takes every alpha for the rank
+    factors = {name: value for name, value in state.items() if not name.endswith(MAGNITUDE)}
+    converted = convert_state_dict_to_kohya(factors)  # which takes every alpha for the rank
     renamed = {f"lora_{name}" if flux else name: value for name, value in converted.items()}
+    renamed |= {f"lora_{layer.replace('.', '_')}{DORA}": value[:, None] for layer, value in norms.items()}
     return {
         name: torch.tensor(alpha) if name.endswith(ALPHA) else value.contiguous() for name, value in renamed.items()
     }
@@ -83,18 +85,48 @@ def to_diffusers(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, f
     ((rank, alpha),) = scales
     flux = any(name.startswith("lora_transformer_") or "_double_blocks_" in name for name in state)
     # Diffusers multiplies the tensors of Flux by alpha/rank: here 1, and alpha is written beside them.
-    plain = {name: value for name, value in state.items() if not name.endswith(ALPHA)}
+    plain = {name: value for name, value in state.items() if not name.endswith((ALPHA, DORA))}
     plain |= {f"{name}{ALPHA}": torch.tensor(float(rank)) for name in ranks}
+    converted, denoiser = _renamed(plain, flux), "transformer" if flux else "unet"
+    if norms := {name.removesuffix(DORA): value for name, value in state.items() if name.endswith(DORA)}:
+        converted |= _magnitudes(norms, plain, list(ranks), flux)
+    return {name.removeprefix(f"{denoiser}."): value for name, value in converted.items()}, denoiser, alpha
+
+
+def _renamed(plain: Mapping[str, Tensor], flux: bool) -> dict[str, Tensor]:
+    """Rename factors with alphas as diffusers does. Raises InputError for names that it does not know."""
     try:
         if flux:
-            converted = FluxLoraLoaderMixin.lora_state_dict(plain)
-        else:
-            converted, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(plain, unet_config=SDXL_BLOCKS)
-            converted = convert_unet_state_dict_to_peft(converted)
+            converted: dict[str, Tensor] = FluxLoraLoaderMixin.lora_state_dict(dict(plain))
+            return converted
+        converted, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(plain), unet_config=SDXL_BLOCKS)
+        return dict(convert_unet_state_dict_to_peft(converted))
     except (ValueError, KeyError, AssertionError, IndexError) as error:
         raise InputError(f"diffusers does not know these names: {' '.join(str(error).split())[:160]}") from error
-    denoiser = "transformer" if flux else "unet"
-    return {name.removeprefix(f"{denoiser}."): value for name, value in converted.items()}, denoiser, alpha
+
+
+def _magnitudes(
+    norms: Mapping[str, Tensor], plain: Mapping[str, Tensor], layers: Sequence[str], flux: bool
+) -> dict[str, Tensor]:
+    """Return the norms of a DoRA (out,) by diffusers' names, which diffusers' converters of most models drop.
+
+    The name of a layer is that of its factors, found by factors that hold the number of the layer.
+    Raises InputError for norms of inputs (of LyCORIS without wd_on_out), for layers without any, and for fused layers.
+    """
+    numbered = {name: value.float() for name, value in plain.items()}
+    numbered |= {f"{name}{DOWN}": torch.full(plain[f"{name}{DOWN}"].shape, float(n)) for n, name in enumerate(layers)}
+    result = {}
+    for name, value in _renamed(numbered, flux).items():
+        if name.endswith(".lora_A.weight"):
+            layer = layers[int(value.flatten()[0])]
+            outputs = len(plain[f"{layer}.lora_up.weight"])
+            if layer not in norms or tuple(norms[layer].shape) != (outputs, 1):
+                given = tuple(norms[layer].shape) if layer in norms else "none"
+                raise InputError(f"{layer}{DORA} must be a norm for each output, ({outputs}, 1), got {given}")
+            result[f"{name.removesuffix('.lora_A.weight')}{MAGNITUDE}"] = norms[layer].flatten()
+    if len(result) != len(layers):
+        raise InputError("a DoRA of fused layers, which diffusers splits, has no norms of their parts")
+    return result
 
 
 def _write_diffusers(state: dict[str, Tensor], denoiser: str, alpha: float, out: Path) -> Path:
@@ -102,9 +134,9 @@ def _write_diffusers(state: dict[str, Tensor], denoiser: str, alpha: float, out:
 
     if out.suffix == ".safetensors":
         raise InputError(f"{out}: diffusers' layout is a folder with {LORA_FILES[0]}: give the name of a folder")
-    layers = sorted({name.rpartition(".lora_")[0] for name in state})
+    layers, dora = sorted({name.rpartition(".lora_")[0] for name in state}), any(MAGNITUDE in name for name in state)
     rank = len(next(value for name, value in state.items() if name.endswith(".lora_A.weight")))
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers).to_dict()
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, use_dora=dora).to_dict()
     tensors = {name: value.contiguous() for name, value in state.items()}
     written = {f"{denoiser}_lora_layers": tensors, f"{denoiser}_lora_adapter_metadata": config}
     out.mkdir(parents=True, exist_ok=True)

@@ -163,7 +163,7 @@ class Sampler:
     call       arguments of the pipeline's own call, equal for all rows; prompts and seeds come with the rows
     eta        η of every step, above 0 and at most 1
     storage    dtype of stored latents
-    prepared   the trained denoiser as prepared by accelerate, called in place of the pipeline's own
+    prepared   trained denoisers by name, as prepared by accelerate, called in place of the pipeline's own
     precision  of the denoiser: float32, whatever its weights and autocast are, since log-ratios in half precision are
                mostly rounding; or that of the model
     autocast   whether `prepared` enters an autocast to half precision
@@ -180,7 +180,7 @@ class Sampler:
         call: Mapping[str, Any],
         eta: float = 1.0,
         storage: torch.dtype = torch.float32,
-        prepared: Callable[..., Any] | None = None,
+        prepared: Mapping[str, Callable[..., Any]] | None = None,
         precision: Precision = "float32",
         autocast: bool = False,
         dynamics: Dynamics = "ddim",
@@ -195,12 +195,13 @@ class Sampler:
         check_dynamics(pipe.scheduler, dynamics)
         self.eta, self.storage, self._call, self.dynamics = eta, storage, dict(call), dynamics
         denoisers = [getattr(pipe, name) for name in denoisers_in(pipe)]
+        self.several = len(denoisers) > 1  # of which a step calls one, maybe one that is not trained
         self._precision_context = in_float32(denoisers, autocast) if precision == "float32" else nullcontext
         self._gate = _DenoiserGate(self._precision_context)
         self._conditions = conditions or {}
         self._form = 0  # of the call that makes several rows: see `RowsCall`
         quiet = differentiable_images(without_side_effects(pipe))
-        self._pipe = with_components(quiet, self._gate.around(pipe, prepared))
+        self._pipe = with_components(quiet, self._gate.around(pipe, prepared or {}))
 
     def rollout(self, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Tensor]:
         """Draw the rows as one batch; also returns their images (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
@@ -422,10 +423,10 @@ class _DenoiserGate:
         self.open, self.precision_context = True, precision_context
         self._shapes = OutputShapes()
 
-    def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, ModuleProxy]:
-        gated, trained = {}, denoisers_in(pipe)[:1]
+    def around(self, pipe: Any, prepared: Mapping[str, Callable[..., Any]]) -> dict[str, ModuleProxy]:
+        gated = {}
         for name, module in denoising_modules(pipe).items():
-            call = _in_dtype_of(module, prepared) if prepared is not None and name in trained else module
+            call = _in_dtype_of(module, prepared[name]) if name in prepared else module
             gated[name] = ModuleProxy(module, self._guarded(name, call))
         return gated
 

@@ -32,14 +32,14 @@ class TokenSampler(Sampler):
         self,
         pipe: Any,
         call: Mapping[str, Any],
-        prepared: Callable[..., Any] | None = None,
+        prepared: Mapping[str, Callable[..., Any]] | None = None,
         precision: Precision = "float32",
         autocast: bool = False,
     ) -> None:
         unknown = [name for name in call if name not in filter_call_kwargs(pipe, call)]
         if unknown:
             raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
-        self._pipe, self._denoiser = copy.copy(pipe), prepared or pipe.denoiser
+        self._pipe, self._denoiser = copy.copy(pipe), (prepared or {}).get("denoiser", pipe.denoiser)
         vars(self._pipe)["scheduler"] = copy.copy(pipe.scheduler)
         self._steps, self._length = call["num_inference_steps"], call.get("length")
         self._precision_context = in_float32([pipe.denoiser], autocast) if precision == "float32" else nullcontext

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from steer.diffusion.step_hooks import denoisers_in
+from steer.diffusion.step_hooks import DENOISERS, denoisers_in
 from steer.errors import InputError
 from steer.files import verify_checksums
 
@@ -51,25 +51,36 @@ def set_parameter(parameter: Tensor, value: Tensor) -> None:
 ADAPTER = "steer"  # the adapter's name
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TOKEN_DENOISER = "denoiser"  # of a MaskedDiffusionPipeline
+# Norms of the outputs of a DoRA's layers: (out,) in the layout of diffusers, (out, 1) in kohya's.
+MAGNITUDE, DORA = ".lora_magnitude_vector", ".dora_scale"
+SECOND_DENOISER = "transformer_2"  # whose LoRA diffusers loads from a file of its own
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # for diffusers, and for peft
 
 
-def get_denoiser(pipe: Any) -> tuple[str, Any]:
-    """Return the name and the denoiser to train. Raises InputError unless there is exactly one."""
-    denoisers = denoisers_in(pipe) or [name for name in (TOKEN_DENOISER,) if getattr(pipe, name, None) is not None]
-    if not denoisers:
+def get_denoisers(pipe: Any, only: str | None = None) -> dict[str, Any]:
+    """Return the denoisers to train by name: one, or the two of pipelines such as Wan 2.2, of high and of low noise.
+
+    only  name of the one to train, of two. Raises InputError for stages, whose latents differ.
+    """
+    names = denoisers_in(pipe) or [name for name in (TOKEN_DENOISER,) if getattr(pipe, name, None) is not None]
+    if not names:
         raise InputError(f"{type(pipe).__name__} has no unet and no transformer: it cannot be finetuned")
-    if len(denoisers) > 1:
-        raise InputError(
-            f"{type(pipe).__name__} has several denoisers, {' and '.join(denoisers)}: only one can be finetuned"
-        )
-    return denoisers[0], getattr(pipe, denoisers[0])
+    if len(names) > 1 and not set(names) <= set(DENOISERS):
+        raise InputError(f"{type(pipe).__name__} has denoisers of several stages, {' and '.join(names)}: use one")
+    if only is not None and only not in names:
+        raise InputError(f"denoiser: {type(pipe).__name__} has {' and '.join(names)}, got {only!r}")
+    return {name: getattr(pipe, name) for name in names if only in (None, name)}
+
+
+def get_denoiser(pipe: Any) -> tuple[str, Any]:
+    """Return the name and the denoiser to train, of two the first. Raises InputError where there is none."""
+    return next(iter(get_denoisers(pipe).items()))
 
 
 def fingerprint(pipe: Any) -> str:
     """Hash the denoiser's weights, by their names, shapes and first numbers."""
     digest = hashlib.sha256()
-    for name, parameter in get_denoiser(pipe)[1].named_parameters():
+    for name, parameter in (pair for one in get_denoisers(pipe).values() for pair in one.named_parameters()):
         some = parameter.detach().flatten()[:16].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -126,6 +137,7 @@ class LoRA:
     alpha    the rank by default
     targets  suffixes of the names of the adapted linear layers
     seed     of A; B starts at 0, so that training starts at the reference
+    denoiser  name of the one to adapt, of two; None: both, each with an adapter of its own
     use_dora, use_rslora  peft's options: m (W + s B A)/‖W + s B A‖ with trained norms m, which start at ‖W‖; s = α/√r
     """
 
@@ -139,6 +151,7 @@ class LoRA:
         *,
         use_dora: bool = False,
         use_rslora: bool = False,
+        denoiser: str | None = None,
     ) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -146,8 +159,10 @@ class LoRA:
             raise InputError(f"the rank of a LoRA must be at least 1, got {rank}")
         if alpha is not None and not alpha > 0:
             raise InputError(f"the alpha of a LoRA must be above 0, got {alpha}")
-        self.pipe, (self.name, self.denoiser) = pipe, get_denoiser(pipe)
-        if ADAPTER in getattr(self.denoiser, "peft_config", {}):
+        self.pipe, self.denoisers = pipe, get_denoisers(pipe, denoiser)
+        self.denoiser, *others = self.denoisers.values()
+        self._module = nn.ModuleDict(self.denoisers) if others else self.denoiser  # whose parameters have unique names
+        if any(ADAPTER in getattr(one, "peft_config", {}) for one in self.denoisers.values()):
             raise InputError(f"this pipeline already has a LoRA named {ADAPTER!r}: reload the pipeline")
         self.config = LoraConfig(
             r=rank, lora_alpha=alpha or rank, target_modules=list(targets), use_dora=use_dora, use_rslora=use_rslora
@@ -158,7 +173,8 @@ class LoRA:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                inject_adapter_in_model(self.config, self.denoiser, ADAPTER)
+                for one in self.denoisers.values():
+                    inject_adapter_in_model(self.config, one, ADAPTER)
             except ValueError as error:
                 raise InputError(
                     f"{type(self.denoiser).__name__}: no layer named {', '.join(targets)}: give lora_target_modules, "
@@ -170,7 +186,7 @@ class LoRA:
             layer.enable_adapters(True)  # the user may have disabled all adapters
             layer.set_adapter([*own, ADAPTER])
         _freeze(pipe)
-        self._names = [name for name, _ in self.denoiser.named_parameters() if f".{ADAPTER}." in name]
+        self._names = [name for name, _ in self._module.named_parameters() if f".{ADAPTER}." in name]
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()  # trained in fp32, also in a half-precision denoiser
             parameter.requires_grad_(True)
@@ -180,13 +196,13 @@ class LoRA:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """A and B of every adapted layer, with DoRA its norms too."""
-        parameters = named_parameters(self.denoiser)
+        parameters = named_parameters(self._module)
         return {name: parameters[name] for name in self._names}
 
     def _lora_layers(self) -> list[Any]:
         from peft.tuners.lora import LoraLayer
 
-        return [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
+        return [module for module in self._module.modules() if isinstance(module, LoraLayer)]
 
     def load_initial_adapter(self, path: str) -> None:
         """Start from a trained LoRA of the same rank, alpha, targets and options, which becomes the reference too.
@@ -194,13 +210,16 @@ class LoRA:
         path  a folder such as RUN/final, or a .safetensors file in the names of diffusers or peft
         Raises InputError where its tensors or its scale differ.
         """
+        if len(self.denoisers) > 1:
+            raise InputError("init_adapter is the LoRA of one denoiser: give the name of one as denoiser")
         state, stated = read_lora(path)
         for name in ("use_dora", "use_rslora"):
             if stated and bool(stated.get(name)) != getattr(self.config, name):
                 raise InputError(f"init_adapter {path}: give {name}: {str(bool(stated.get(name))).lower()}, as it has")
         own = {name.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): name for name in self._names}
         wanted = {short: tuple(self.parameters[name].shape) for short, name in own.items()}
-        given = {name.removeprefix(f"{self.name}."): value for name, value in state.items()}
+        (first,) = self.denoisers
+        given = {name.removeprefix(f"{_component(first)}."): value for name, value in state.items()}
         if odd := sorted(set(given) ^ set(wanted)):
             raise InputError(
                 f"init_adapter {path}: {odd[0]} is not in both it and this LoRA: give its lora_target_modules"
@@ -231,29 +250,54 @@ class LoRA:
                 layer.set_scale(ADAPTER, 1.0)
 
     def state(self) -> dict[str, Tensor]:
-        """Return A and B under peft's file names; with a sharded denoiser every process must call it."""
+        """Return A and B under peft's file names, of two denoisers after that of the denoiser.
+
+        With a sharded denoiser every process must call it.
+        """
         from peft import get_peft_model_state_dict
 
-        state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
-        return {name: whole(value).contiguous().cpu() for name, value in state.items()}
+        collected: dict[str, Tensor] = {}
+        for name, denoiser in self.denoisers.items():
+            prefix = f"{name}." if len(self.denoisers) > 1 else ""
+            state = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+            collected |= {prefix + key: whole(value).contiguous().cpu() for key, value in state.items()}
+        return collected
 
     def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
-        """Write the adapter for `pipe.load_lora_weights(folder)`; for peft where the pipeline supports no LoRA."""
+        """Write the adapter for `pipe.load_lora_weights(folder)`; for peft where the pipeline supports no LoRA.
+
+        That of transformer_2 is for `pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`.
+        Returns the first file.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         if not hasattr(self.pipe, "save_lora_weights"):
             self.config.save_pretrained(folder)
             save_file(dict(state), folder / LORA_FILES[1])
             return folder / LORA_FILES[1]
-        metadata = {f"{self.name}_lora_adapter_metadata": self.config.to_dict()}
-        self.pipe.save_lora_weights(folder, **{f"{self.name}_lora_layers": dict(state)}, **metadata)
-        return folder / LORA_FILES[0]
+        written = []
+        for name in self.denoisers:
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            layers = own if len(self.denoisers) > 1 else dict(state)
+            place = folder / name if name == SECOND_DENOISER else folder
+            metadata = {f"{_component(name)}_lora_adapter_metadata": self.config.to_dict()}
+            self.pipe.save_lora_weights(place, **{f"{_component(name)}_lora_layers": layers}, **metadata)
+            written.append(place / LORA_FILES[0])
+        return written[0]
+
+
+def _component(name: str) -> str:
+    """Return the name of a denoiser in LoRA files, in which both transformers have one name."""
+    return name.removesuffix("_2")
 
 
 class FullFinetuning:
     """All parameters of the denoiser; the initial weights are kept on the CPU for the reference."""
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe, (self.name, self.denoiser) = pipe, get_denoiser(pipe)
+        self.pipe, self.denoisers = pipe, get_denoisers(pipe)
+        if len(self.denoisers) > 1:
+            raise InputError(f"lora_rank 0 trains all weights of one denoiser, {' and '.join(self.denoisers)} are two")
+        ((self.name, self.denoiser),) = self.denoisers.items()
         self._kind = type(self.denoiser)
         _freeze(pipe)
         self.denoiser.requires_grad_(True)

@@ -1,0 +1,151 @@
+"""Finetuning runs at equal seconds: gains of the trained and the held-out reward, over seconds and √KL."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import color_sequences
+from matplotlib.figure import Figure
+from scipy import stats
+
+from steer.apps.finetuning import finetune
+from steer.apps.plots import DPI, FAINT, INK, Numbers, save_figure, set_title, style_axes
+from steer.apps.prompts import load_prompts
+from steer.apps.scenes.finetuning import Run, read_run
+from steer.apps.scenes.preferences import write_labelled_pairs
+from steer.pipelines.training.method import Record
+
+EVALUATIONS = 8  # of a run, evenly spaced in seconds, beside the first one
+PAIRS = 2000  # for runs with `preferences: pairs`
+HOLD_OUT = "scene"
+Figures = dict[str, Any]
+
+
+class TimeLimit:
+    """Callback that evaluates a run EVALUATIONS times and ends it, by the seconds of its updates."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **details: Any) -> None:
+        """Count the seconds of all updates, those before an interruption too."""
+        spent = [record["seconds"] for record in state.log_history]
+        before, now = (int(EVALUATIONS * sum(some) / self.seconds) for some in (spent[:-1], spent))
+        control.should_evaluate, control.should_training_stop = now > before, now >= EVALUATIONS
+
+
+def finetuning_curves(
+    runs: Mapping[str, Run],
+    folder: Path,
+    model: str,
+    reward: str,
+    seconds: float,
+    seeds: int,
+    only: Sequence[str] = (),
+    pairs: int = PAIRS,
+) -> Figures:
+    """Train each run with each seed for so many seconds of updates; finished ones are kept, others resumed.
+
+    Returns curves by the name of the run, on the held-out prompts: `trained`, `hold_out` and `kl` at EVALUATIONS + 1
+    times, each [mean, low, high] with the 95 % t interval of the mean over seeds; and `seconds_to_baseline`, at which
+    the mean of `trained` reaches the end of the first run's, or None. Rewards are gains since the base model.
+    """
+    place = folder / re.sub(r"\W+", "-", f"{Path(model).name} {reward}")
+    names = [name for name in runs if not only or name.startswith(tuple(only))]
+    grid = np.linspace(0, seconds, EVALUATIONS + 1)
+    figures: Figures = {"model": Path(model).name, "reward": reward, "hold_out": HOLD_OUT, "seeds": seeds}
+    figures |= {"seconds": grid.tolist(), "runs": {}}
+    for name in names:
+        curves = []
+        for seed in range(seeds):
+            run = dict(runs[name]) | {"model": model, "reward": reward, "seed": str(seed)}
+            run |= {"eval_rewards": json.dumps([HOLD_OUT])}
+            if run.get("preferences") == "pairs":
+                prompts = list(islice(cycle(load_prompts("scenes-training")), pairs))
+                run["preferences"] = str(write_labelled_pairs(place / "pairs", model, reward, prompts))
+            curves.append(train_curve(run, place / f"{name}-{seed}", grid, reward))
+        figures["runs"][name] = {key: _interval([one[key] for one in curves]) for key in curves[0]}
+    baseline = np.array(figures["runs"][names[0]]["trained"])[-1, 0]
+    for one in figures["runs"].values():
+        one["seconds_to_baseline"] = first_reaching(grid, np.array(one["trained"])[:, 0], baseline)
+    return figures
+
+
+def train_curve(run: Run, out: Path, grid: Numbers, reward: str) -> dict[str, Numbers]:
+    """Train a run, or resume it, and return its curves at the seconds of the grid, after the end those of the end."""
+    config = read_run(run, out)
+    if not (out / "final").exists() or sum(one["seconds"] for one in _read(out / "metrics.jsonl")) < grid[-1]:
+        finetune(config, resume=(out / "checkpoints").exists(), callbacks=[TimeLimit(grid[-1])])
+    records, evaluations = _read(out / "metrics.jsonl"), _read(out / "evaluations.jsonl")
+    spent = np.cumsum([0.0, *(one["seconds"] for one in records)])
+    times = [spent[one["step"]] for one in evaluations]
+    images = config.training.train_batch_size * config.training.num_generations
+    values = {
+        "trained": [one[f"eval/{reward}"][0] - evaluations[0][f"eval/{reward}"][0] for one in evaluations],
+        "hold_out": [one[f"eval/{HOLD_OUT}"][0] - evaluations[0][f"eval/{HOLD_OUT}"][0] for one in evaluations],
+        "kl": [one["eval/kl"] for one in evaluations],
+        "images": [one["step"] * images for one in evaluations],
+    }
+    return {name: np.interp(grid, times, series) for name, series in values.items()}
+
+
+def _read(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _interval(series: Sequence[Numbers]) -> list[list[float]]:
+    """Return [mean, low, high] of each place of the curves of several seeds; of one seed three times its value."""
+    values = np.array(series)
+    mean, half = values.mean(0), np.zeros(values.shape[1])
+    if len(values) > 1:
+        half = stats.t.ppf(0.975, len(values) - 1) * values.std(0, ddof=1) / len(values) ** 0.5
+    return np.stack([mean, mean - half, mean + half], 1).tolist()
+
+
+def first_reaching(grid: Numbers, values: Numbers, level: float) -> float | None:
+    """Return the time at which a curve of straight lines first reaches a level; None where it never does."""
+    if not (above := np.flatnonzero(values >= level)).size:
+        return None
+    place = int(above[0])
+    if place == 0:
+        return float(grid[0])
+    share = (level - values[place - 1]) / (values[place] - values[place - 1])
+    return float(grid[place - 1] + share * (grid[place] - grid[place - 1]))
+
+
+def curves_table(figures: Figures) -> str:
+    """Write the ends of all runs as a table of Markdown."""
+    names = f"{figures['reward']} | {figures['hold_out']} | √KL | images | seconds to the first run's gain"
+    lines = [f"| run | {names} |", "|" + "---|" * 6]
+    for name, one in figures["runs"].items():
+        ends = one["trained"][-1], one["hold_out"][-1]
+        gains = [f"{mean:+.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in ends]
+        root, images = max(one["kl"][-1][0], 0) ** 0.5, one["images"][-1][0]
+        seconds = one["seconds_to_baseline"]
+        cells = [name, *gains, f"{root:.2f}", f"{images:.0f}", "–" if seconds is None else f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_finetuning_curves(figures: Figures, path: Path) -> None:
+    """Draw the gain of the trained reward over seconds, and that of the hold-out over √KL."""
+    figure = Figure(figsize=(10.5, 4.3), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, one), colour in zip(figures["runs"].items(), cycle(color_sequences["petroff10"]), strict=False):
+        root = np.sqrt(np.array(one["kl"])[:, 0].clip(0))
+        for axes, x, key in ((left, figures["seconds"], "trained"), (right, root, "hold_out")):
+            mean, low, high = np.array(one[key]).T
+            axes.plot(x, mean, color=colour, lw=1.7, marker="o", ms=3.5, label=name)
+            axes.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
+    titles = {left: f"{figures['reward']}, trained", right: f"{figures['hold_out']}, held out"}
+    for axes, label in ((left, "seconds of updates"), (right, "√KL from the base model, √nats")):
+        axes.axhline(0, color=FAINT, lw=0.9)
+        axes.set_xlabel(label, color=INK)
+        set_title(axes, f"gain of {titles[axes]}, on unseen prompts")
+        style_axes(axes)
+    left.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,74 @@
+"""Finetuning at equal seconds: the plans, the end by seconds, curves of a small run, the KL of evaluations."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from steer.apps.scenes.finetuning import read_plan, read_run
+from steer.apps.scenes.finetuning_curves import (
+    TimeLimit,
+    _interval,
+    curves_table,
+    draw_finetuning_curves,
+    finetuning_curves,
+    first_reaching,
+)
+
+STUDIES = Path(__file__).resolve().parent.parent / "docs/studies"
+METHODS, GUARDS = (read_plan(STUDIES / f"finetuning-{name}.yaml") for name in ("methods", "guards"))
+TINY = {"eval_prompts_count": "2", "train_batch_size": "1", "num_generations": "2", "num_inference_steps": "4"}
+
+
+def test_every_run_of_the_plans_is_a_configuration_that_differs_in_its_method_or_guard_alone(tmp_path: Path) -> None:
+    methods = {name: read_run(run, tmp_path) for name, run in METHODS.items()}
+    assert list(methods) == ["grpo", "grpo-window", "ddpo", "d3po", "prdp", "nft", "awm", "dpo"]
+    assert all(one.job.method == name.split("-")[0] and one.training.eval_kl for name, one in methods.items())
+    online = [one.training for name, one in methods.items() if name != "dpo"]
+    assert {(one.train_batch_size, one.num_generations, one.num_inference_steps) for one in online} == {(8, 8, 10)}
+    guards = {name: read_run(run, tmp_path) for name, run in GUARDS.items()}
+    plain = guards["unguarded"].plain()
+    changed = {n: {k for k, v in one.plain().items() if v != plain.get(k)} for n, one in guards.items()}
+    assert changed["kl"] == {"kl_weight", "kl_target_nats"} and changed["multiplier"] == {"constraints"}
+    assert changed["filter"] == {"sample_filter", "filter_keep"}
+    assert changed["early-stopping"] == {"early_stopping_patience"}
+    assert guards["backprop-slope"].plain() == guards["backprop"].plain() | {"max_slope": 3.0}
+
+
+def test_a_run_ends_and_is_evaluated_by_the_seconds_of_its_updates() -> None:
+    asked, limit = [], TimeLimit(16)  # an evaluation every 2 s
+    for number in range(1, 13):
+        control = SimpleNamespace(should_evaluate=False, should_training_stop=False)
+        limit.on_step_end(None, SimpleNamespace(log_history=[{"seconds": 1.5}] * number), control)
+        asked.append((control.should_evaluate, control.should_training_stop))
+    assert [evaluated for evaluated, _ in asked] == [int(1.5 * n / 2) > int(1.5 * (n - 1) / 2) for n in range(1, 13)]
+    assert [stop for _, stop in asked] == [1.5 * n >= 16 for n in range(1, 13)]
+
+
+def test_intervals_and_first_times_by_hand() -> None:
+    mean, low, high = _interval([np.array([0.0, 1.0]), np.array([0.0, 3.0])])[1]
+    assert (mean, high - mean) == (2.0, pytest.approx(12.7062, abs=1e-3)) and low + high == pytest.approx(4)
+    assert _interval([np.array([0.5])]) == [[0.5, 0.5, 0.5]]
+    grid, values = np.array([0.0, 10.0, 20.0]), np.array([0.0, 0.5, 0.4])
+    assert first_reaching(grid, values, 0.2) == pytest.approx(4.0) and first_reaching(grid, values, 0.6) is None
+    assert first_reaching(grid, values, 0.0) == 0.0
+
+
+def test_a_tiny_study_trains_once_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = {name: {**METHODS[name], **TINY} for name in ("grpo", "nft")}
+    runs |= {"dpo": {**METHODS["dpo"], **TINY, "train_batch_size": "2"}}
+    figures = finetuning_curves(runs, tmp_path, "scenes", "aesthetic:scenes", 0.5, 1, pairs=4)
+    assert list(figures["runs"]) == ["grpo", "nft", "dpo"] and figures["seconds"][-1] == 0.5
+    for one in figures["runs"].values():
+        assert {len(series) for name, series in one.items() if name != "seconds_to_baseline"} == {9}
+        assert one["kl"][0][0] == 0 < one["kl"][-1][0] and one["trained"][0][0] == 0
+    folder = tmp_path / "scenes-aesthetic-scenes"
+    spent = [json.loads(line)["seconds"] for line in (folder / "grpo-0/metrics.jsonl").read_text().splitlines()]
+    assert sum(spent[:-1]) < 0.5 <= sum(spent)
+    monkeypatch.setattr("steer.apps.scenes.finetuning_curves.finetune", None)  # finished runs are not trained again
+    assert finetuning_curves(runs, tmp_path, "scenes", "aesthetic:scenes", 0.5, 1, pairs=4) == figures
+    assert [line.split(" | ")[0] for line in curves_table(figures).splitlines()[2:]] == ["| grpo", "| nft", "| dpo"]
+    draw_finetuning_curves(figures, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
