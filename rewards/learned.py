@@ -321,6 +321,7 @@ def configuration_files(folder: Path) -> list[Path]:
 FEATURE_BATCH = 64  # images whose features are computed at a time, outside training
 Features = Sequence[Tensor]  # of image a, of image b (not of ratings), of the prompt: (N, D) each
 T = TypeVar("T")
+OnStep = Callable[[int, int], object]  # a step of the training, from 1, and their number
 
 
 @dataclass(frozen=True)
@@ -366,12 +367,19 @@ class RewardTrainingConfig:
 
 
 def train_reward(
-    pairs: Pairs, config: RewardTrainingConfig, out: Path, work: Path, device: str = "cpu"
+    pairs: Pairs,
+    config: RewardTrainingConfig,
+    out: Path,
+    work: Path,
+    device: str = "cpu",
+    on_step: OnStep = lambda step, total: None,
 ) -> dict[str, Any]:
     """Train on pairs, write the reward to `out`, and return its report; an interrupted run in `work` resumes.
 
     The report holds the held-out accuracy and calibration of every member and of their mean; without held-out
     pairs, those on the training pairs.
+
+    on_step  called at each step of all members, from 1, of so many; an exception of it ends the training
     """
     config.check()
     choose("head", config.head, HEADS)
@@ -394,7 +402,7 @@ def train_reward(
         member, own = new_member(config, number, backbone)
         encode = partial(_encode, own, training) if config.train_backbone else partial(rows_of, frozen)
         loss = partial(pair_loss, member["head"], encode, labels, objective, config)
-        train_member(member, loss, len(training), config, work, number)
+        train_member(member, loss, len(training), config, work, number, on_step)
         with torch.no_grad():
             a, b, text = frozen_held or [feature.to(device) for feature in pair_features(own, held)]
             if isinstance(member["head"], GeneralPreference):
@@ -523,6 +531,7 @@ def train_member(
     config: RewardTrainingConfig,
     work: Path,
     number: int,
+    on_step: OnStep = lambda step, total: None,
 ) -> None:
     """Minimise a loss of rows over a bootstrap sample of `count` rows (all of them where there is one member)."""
     seed, sample = config.seed + number, torch.arange(count)
@@ -530,6 +539,7 @@ def train_member(
         sample = torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
 
     def loss_at(step: int) -> Tensor:
+        on_step(number * config.steps + step + 1, config.members * config.steps)
         member.train()
         return loss(sample[batch_at(step, config.batch_size, count, seed)])
 
