@@ -51,7 +51,7 @@ if TYPE_CHECKING:
         GRPOConfig,
         GRPOTrainer,
     )
-    from steer.pipelines.training.drakes import DRAKESTrainer
+    from steer.pipelines.training.drakes import DRAKESConfig, DRAKESTrainer
     from steer.pipelines.training.forward import (
         AWMConfig,
         AWMTrainer,
@@ -115,7 +115,7 @@ _MODULES = {
         "GRPOConfig",
         "GRPOTrainer",
     ),
-    "steer.pipelines.training.drakes": ("DRAKESTrainer",),
+    "steer.pipelines.training.drakes": ("DRAKESConfig", "DRAKESTrainer"),
     "steer.pipelines.training.forward": (
         "AWMConfig",
         "AWMTrainer",
@@ -157,6 +157,7 @@ __all__ = [
     "DNOTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "DRAKESConfig",
     "DRAKESTrainer",
     "DraftsPipeline",
     "DraftsSettings",
