@@ -25,7 +25,7 @@ from steer.apps.demo.label_learning import LabelLearning, LearningStep, NewRewar
 from steer.apps.demo.label_tab import group_view
 from steer.apps.demo.labels import LabelRequest
 from steer.apps.demo.studio import Studio
-from steer.apps.demo.training import Trained, TrainingRequest, Update, training
+from steer.apps.demo.training import DEMO_CHANGES, Trained, TrainingRequest, Update, training
 from steer.apps.finetuning import read_config
 from steer.errors import InputError
 from steer.pipelines.training.image_pairs import read_image_pairs
@@ -39,6 +39,8 @@ LEVELS = range(10, 250, 20)  # of grey
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(label_learning, "CONFIG", replace(label_learning.CONFIG, steps=STEPS))
+    for key, value in {"num_inference_steps": "3", "eval_prompts_count": "2"}.items():
+        monkeypatch.setitem(DEMO_CHANGES, key, value)
 
 
 @pytest.fixture
@@ -81,7 +83,8 @@ def test_a_reward_learns_the_preference_and_has_a_name_at_once(own: Studio) -> N
     spec = shown[learning.spec]
     assert spec in shown[learning.status] and "accuracy" in shown[learning.status]
     assert shown[learning.results]["visible"] and shown[learning.start]["interactive"]
-    reward = own.reward(f" {spec} + brightness:0 ")  # by name, in a sum
+    own.check_reward(f"{spec} + brightness:0.5")  # by name, in sums too
+    reward = own.reward(spec)
     images = torch.tensor([0.1, 0.5, 0.9])[:, None, None, None].expand(-1, 3, 64, 64)
     scores = reward(images, ["a star"] * 3)
     assert scores[0] < scores[1] < scores[2]
@@ -119,7 +122,7 @@ def test_the_model_is_finetuned_on_own_images_as_they_were_at_the_start(own: Stu
         if isinstance(event, Update):
             ticket.stop()
     whole, copied = read_image_pairs(own.labels / TABLE), read_image_pairs(folder / "choices" / TABLE)
-    assert [one.resolve() for one in whole.a] == copied.a and len(copied) == 6  # type: ignore[union-attr]
+    assert [one.resolve() for one in whole.a] == list(copied.a) and len(copied) == 6  # type: ignore[union-attr]
     prefer_light(own, 2)  # by somebody else, meanwhile
     (trained,) = [
         event
@@ -135,15 +138,15 @@ def test_the_finetune_tab_opens_with_the_method_of_the_labels(own: Studio) -> No
         tab, learning = FinetuneTab(own), LabelLearning(own)
         with gr.Tabs() as tabs:
             tab.started_by(learning.finetune, tabs)
-    change = tab.choose_labels(None, tab.defaults.value)
+    change = tab.choose_labels(tab.fields["learning_rate"].value, tab.defaults.value)
     assert change[tab.fields["method"]] == "pairs" and not change[tab.fields["kl_weight"]]["visible"]
     assert change[tab.fields["learning_rate"]]["value"] == read_config("dpo-scenes").training.learning_rate
     values = {name: field.value for name, field in tab.fields.items()} | {"method": "pairs", "model": "scenes"}
     asked = training_request(values | {"kl_weight": 0.5}, own)
     assert asked.kl_weight == 0 and asked.choices == own.labels
     with gr.Blocks():
-        other = FinetuneTab(Studio(("scenes",)))
-    assert other.choose_labels(None, other.defaults.value)[other.fields["method"]] == "choices"
+        other = FinetuneTab(replace(own, label_images=None, home=own.home))
+    assert other.choose_labels(1e-3, other.defaults.value)[other.fields["method"]] == "choices"
 
 
 def test_the_view_has_a_button_and_a_key_to_zoom() -> None:
