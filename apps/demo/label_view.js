@@ -33,7 +33,7 @@ function onKey(event) {
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
   if (!view() || !element.checkVisibility() || (event.target instanceof Element && event.target.closest(TYPING))) return;
   const key = event.key.toLowerCase();
-  if (key === 'z' || (key === 'escape' && zoomed)) {
+  if (element.querySelector('[data-zoom]') && (key === 'z' || (key === 'escape' && zoomed))) {
     event.preventDefault();
     zoom(key === 'z' && !zoomed);
     return;
