@@ -10,6 +10,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -25,7 +26,7 @@ from steer.diffusion.subs_scheduler import SubsScheduler
 from steer.pipelines.fk_steering import FKSteeringPipeline
 from steer.pipelines.selection import BestOfNPipeline
 from steer.pipelines.text.masked_diffusion import MASK_TOKEN, MaskedDiffusionPipeline
-from steer.pipelines.training.drakes import DRAKESTrainer
+from steer.pipelines.training.drakes import DRAKESConfig, DRAKESTrainer
 
 BASES, LENGTH = "ACGT", 32
 START = torch.tensor([0.3, 0.2, 0.2, 0.3], dtype=torch.float64)
@@ -159,8 +160,10 @@ def compare(pipe: MaskedDiffusionPipeline, updates: int, count: int = 50, lam: f
         rows[name] = describe(draw()) | {"seconds": round(time.process_time() - started, 1)}
 
     def drakes() -> list[str]:
-        trainer = DRAKESTrainer(pipe, Motif(), kl_weight=1 / lam, num_inference_steps=16, learning_rate=5e-4)
-        trainer.train([""], updates, generator)
+        settings: dict[str, Any] = {"num_inference_steps": 16, "learning_rate": 5e-4, "max_steps": updates}
+        with TemporaryDirectory() as folder:
+            config = DRAKESConfig(output_dir=folder, kl_weight=1 / lam, **settings)
+            DRAKESTrainer(pipe, Motif(), config, train_prompts=[""]).train()
         return draw_texts(pipe, 4 * count, generator)
 
     call["generator"] = generator

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from steer.apps.asking import TerminalAnswers
 from steer.apps.errors import check_writable, named, wrap_errors
+from steer.apps.expansion import is_text_model
 from steer.apps.models import check_device, load_pipeline
 from steer.apps.processes import is_main_process, launch_context
 from steer.apps.prompts import PromptRow, evenly_chosen, load_rows, metadata_of
@@ -27,6 +28,7 @@ from steer.pipelines.particle_batch import as_type
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.d3po_prdp import BRAInTrainer, D3POTrainer, PRDPTrainer
 from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
+from steer.pipelines.training.drakes import DRAKESTrainer
 from steer.pipelines.training.forward import AWMTrainer, DPOTrainer, NFTTrainer, RAMTrainer
 from steer.pipelines.training.judged import DNOTrainer, SPOTrainer
 from steer.pipelines.training.method import TrainingResult
@@ -43,6 +45,7 @@ METHODS: dict[str, type[Trainer[Any]]] = {
     "grpo": GRPOTrainer,
     "filtered": FilteredTrainer,
     "reward-backprop": RewardBackpropTrainer,
+    "drakes": DRAKESTrainer,
     "nft": NFTTrainer,
     "awm": AWMTrainer,
     "ram": RAMTrainer,
@@ -449,13 +452,14 @@ PHASES = {"rollout_share": "rollouts", "reward_share": "rewards", "update_share"
 
 
 def _throughput(config: FinetuneConfig, result: TrainingResult) -> str:
-    """Describe images per second and the shares of the phases, where the records have them."""
+    """Describe images or texts per second and the shares of the phases, where the records have them."""
     records = [record for record in result.records if PHASES.keys() <= record.keys()]
     if not (seconds := sum(record["seconds"] for record in records)):
         return ""
     images = len(records) * config.training.train_batch_size * config.training.num_generations
     shares = {title: sum(one["seconds"] * one[name] for one in records) / seconds for name, title in PHASES.items()}
-    return f" ({images / seconds:.3g} images/s: {', '.join(f'{title} {share:.0%}' for title, share in shares.items())})"
+    unit = "texts" if is_text_model(config.job.model) else "images"
+    return f" ({images / seconds:.3g} {unit}/s: {', '.join(f'{title} {share:.0%}' for title, share in shares.items())})"
 
 
 def summary(config: FinetuneConfig, result: TrainingResult) -> str:

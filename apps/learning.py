@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from steer.apps.plots import DPI, FAINT, INK, style_axes
 from steer.rewards.clip import clip_folder
 from steer.rewards.counts import pairs_of_counts, read_counts
-from steer.rewards.learned import RewardTrainingConfig, train_clip, train_reward
+from steer.rewards.learned import OnStep, RewardTrainingConfig, train_clip, train_reward
 from steer.rewards.named_features import FeatureConfig, train_on_features
 from steer.rewards.preference_pairs import check_output, read_captions, read_pairs, read_ratings, write_pairs
 from steer.rewards.ratings import train_on_ratings
@@ -31,12 +31,14 @@ def run_reward_training(
     images: Path | None = None,
     max_rows: int | None = None,
     users: Users | None = None,
+    on_step: OnStep = lambda step, total: None,
 ) -> dict[str, Any]:
     """Train, write the folder `out` and, of heads on a CLIP, the plot `work`/training.png, and return the report.
 
     images    the folder that image paths are relative to; by default that of `data`
     max_rows  the first rows of `data` alone
     users     train a reward of users on pairs with a column user
+    on_step   called at each step, of heads on a CLIP by pairs (`steer.rewards.learned.train_reward`)
     """
     if isinstance(config, FeatureConfig):
         return train_on_features(read_pairs(data, images, max_rows), config, out, work, device)
@@ -47,7 +49,7 @@ def run_reward_training(
     elif config.objective == RATING:
         report = train_on_ratings(read_ratings(data, images, max_rows), config, out, work, device)
     else:
-        report = train_reward(read_pairs(data, images, max_rows), config, out, work, device)
+        report = train_reward(read_pairs(data, images, max_rows), config, out, work, device, on_step)
     draw_training(work, report.get("ensemble", {}).get("bins", []), work / "training.png")
     (work / "report.json").write_text(json.dumps(report | {"config": asdict(config)}, indent=1) + "\n")
     return report

@@ -43,6 +43,12 @@ def preference(folder: str, **options: Any) -> Reward:
     return reward
 
 
+def name_reward(name: str, folder: Path) -> str:
+    """Name a folder of a learned reward in this process, and return the text that loads it: preference:NAME."""
+    REWARDS["preference"][name] = folder
+    return f"preference:{name}"
+
+
 def kind_of(folder: str) -> str:
     """Return the kind of a learned reward by its reward.json; "heads" where it names none or cannot be read."""
     try:

@@ -322,6 +322,7 @@ def configuration_files(folder: Path) -> list[Path]:
 FEATURE_BATCH = 64  # images whose features are computed at a time, outside training
 Features = Sequence[Tensor]  # of image a, of image b (not of ratings), of the prompt: (N, D) each
 T = TypeVar("T")
+OnStep = Callable[[int, int], object]  # a step of the training, from 1, and their number
 
 
 @dataclass(frozen=True)
@@ -375,12 +376,19 @@ class RewardTrainingConfig:
 
 
 def train_reward(
-    pairs: Pairs, config: RewardTrainingConfig, out: Path, work: Path, device: str = "cpu"
+    pairs: Pairs,
+    config: RewardTrainingConfig,
+    out: Path,
+    work: Path,
+    device: str = "cpu",
+    on_step: OnStep = lambda step, total: None,
 ) -> dict[str, Any]:
     """Train on pairs, write the reward to `out`, and return its report; an interrupted run in `work` resumes.
 
     The report holds the held-out accuracy and calibration of every member and of their mean; without held-out
     pairs, those on the training pairs.
+
+    on_step  called at each step of all members, from 1, of so many; an exception of it ends the training
     """
     config.check()
     objective = choose("objective", config.objective, objectives.OBJECTIVES)
@@ -396,7 +404,7 @@ def train_reward(
     backbone, outputs, members = load_backbone(config.backbone).to(device), [], []
     frozen, frozen_held = (None if config.train_backbone else features_of(backbone, part) for part in (training, held))
     loss = pair_loss(objective, training.labels.to(device), config)
-    for member, own in train_members(training, frozen, backbone, loss, config, work):
+    for member, own in train_members(training, frozen, backbone, loss, config, work, on_step=on_step):
         with torch.no_grad():
             outputs.append([raw.cpu() for raw in raw_pair(member["head"], *(frozen_held or features_of(own, held)))])
         members.append(member)
@@ -547,6 +555,7 @@ def train_members(
     config: RewardTrainingConfig,
     work: Path,
     first: int = 0,
+    on_step: OnStep = lambda step, total: None,
 ) -> Iterator[tuple[nn.ModuleDict, Backbone]]:
     """Train the members of an ensemble, and yield each with its backbone; an interrupted run in `work` resumes.
 
@@ -558,14 +567,15 @@ def train_members(
     for number in range(first, first + config.members):
         member, own = _new_member(config, number, backbone)
         encode = partial(_encode, own, data) if frozen is None else partial(rows_of, frozen)
-        seed, sample = config.seed + number, torch.arange(len(data))
+        sample = torch.arange(len(data))
         if config.members > 1:
-            sample = torch.randint(len(data), (len(data),), generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(config.seed + number)
+            sample = torch.randint(len(data), (len(data),), generator=generator)
         run = TrainingRun(
             work / f"member-{number}", config.steps, config.learning_rate, warmup=min(100, config.steps // 10)
         )
         whole = partial(_penalised_loss, loss, own, data, config) if config.slope_penalty else loss
-        run.train([member], partial(_loss_at, member, encode, whole, sample, config.batch_size, seed))
+        run.train([member], partial(_loss_at, member, encode, whole, sample, config, number, on_step))
         member.eval()
         if isinstance(member["head"], GeneralPreference):
             with torch.no_grad():
@@ -574,10 +584,18 @@ def train_members(
 
 
 def _loss_at(
-    member: Any, encode: Callable[[Tensor], Features], loss: HeadLoss, sample: Tensor, size: int, seed: int, step: int
+    member: Any,
+    encode: Callable[[Tensor], Features],
+    loss: HeadLoss,
+    sample: Tensor,
+    config: RewardTrainingConfig,
+    number: int,
+    on_step: OnStep,
+    step: int,
 ) -> Tensor:
+    on_step(number * config.steps + step + 1, config.members * config.steps)
     member.train()
-    rows = sample[batch_at(step, size, len(sample), seed)]
+    rows = sample[batch_at(step, config.batch_size, len(sample), config.seed + number)]
     return loss(member["head"], encode(rows), rows)
 
 

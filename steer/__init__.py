@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from steer.pipelines.training.ddpo_grpo import FilteredTrainer as FilteredTrainer
     from steer.pipelines.training.ddpo_grpo import GRPOConfig as GRPOConfig
     from steer.pipelines.training.ddpo_grpo import GRPOTrainer as GRPOTrainer
+    from steer.pipelines.training.drakes import DRAKESConfig as DRAKESConfig
     from steer.pipelines.training.drakes import DRAKESTrainer as DRAKESTrainer
     from steer.pipelines.training.forward import AWMConfig as AWMConfig
     from steer.pipelines.training.forward import AWMTrainer as AWMTrainer

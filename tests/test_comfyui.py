@@ -1,18 +1,22 @@
-"""`steer.apps.comfyui` through an imitation of the interface of ComfyUI: schemas, validation, scores and picks."""
+"""`steer.apps.comfyui` through an imitation of the interface of ComfyUI: schemas, validation, scores, picks, LoRAs."""
 
 import asyncio
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_lora_layouts import adapter
+from test_trainable import fresh_pipe
 
 from steer.apps.comfyui import comfy_entrypoint
 from steer.apps.comfyui.batches import BatchScores, pick, score_batch
 from steer.errors import InputError
+from steer.training.lora_layouts import convert_lora
 
 
 class Slot:
@@ -37,11 +41,26 @@ class NodeOutput:
         self.args = values
 
 
+def lora_names(unet: Any, known: dict[str, str]) -> dict[str, str]:
+    """The weights of a UNet by the names that LoRA files give them, as ComfyUI's function of that name."""
+    own = {f"lora_unet_{name.replace('.', '_')}": f"{name}.weight" for name, _ in unet.named_modules()}
+    return known | own
+
+
+def patched(model: Any, clip: None, tensors: dict[str, torch.Tensor], strength: float, _: float) -> tuple[Any, None]:
+    """W + strength · α/r · B A, as ComfyUI's loader: α is the tensor in the file, r the rows of A."""
+    state, places = dict(model.model.state_dict()), lora_names(model.model, {})
+    for layer in {name.partition(".")[0] for name in tensors}:
+        down, up = (tensors[f"{layer}.lora_{side}.weight"] for side in ("down", "up"))
+        state[places[layer]] = state[places[layer]] + strength * tensors[f"{layer}.alpha"] / len(down) * up @ down
+    return SimpleNamespace(model=model.model, weights=state), clip
+
+
 @pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """The nodes by id, loaded as ComfyUI loads them: the entry point is awaited, and so is the list."""
     latest: Any = ModuleType("comfy_api.latest")
-    kinds = {name: Kind(name.upper()) for name in ("Image", "String", "Float", "Int")}
+    kinds = {name: Kind(name.upper()) for name in ("Image", "String", "Float", "Int", "Model", "Combo")}
     latest.io = SimpleNamespace(
         ComfyNode=type("ComfyNode", (), {}),
         Schema=lambda **given: SimpleNamespace(**given),
@@ -49,6 +68,15 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         **kinds,
     )
     latest.ComfyExtension = type("ComfyExtension", (), {})
+    files: Any = ModuleType("folder_paths")
+    files.get_filename_list = lambda kind: sorted(str(one.relative_to(tmp_path)) for one in tmp_path.rglob("*.saf*"))
+    files.get_full_path_or_raise = lambda kind, name: str(tmp_path / name)
+    comfy: Any = ModuleType("comfy")
+    comfy.lora, comfy.sd = ModuleType("comfy.lora"), ModuleType("comfy.sd")
+    comfy.lora.model_lora_keys_unet, comfy.sd.load_lora_for_models = lora_names, patched
+    modules = {"comfy": comfy, "comfy.lora": comfy.lora, "comfy.sd": comfy.sd, "folder_paths": files}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "comfy_api", ModuleType("comfy_api"))
     monkeypatch.setitem(sys.modules, "comfy_api.latest", latest)
     sys.modules.pop("steer.apps.comfyui.nodes", None)
@@ -121,3 +149,33 @@ def test_wrong_images_are_named() -> None:
     for shape in ((2, 3, 8), (2, 3, 8, 8), (0, 8, 8, 3)):
         with pytest.raises(InputError, match=r"images must be \(N, H, W, 3\), got"):
             score_batch(torch.zeros(shape), "", "brightness")
+
+
+@pytest.mark.parametrize("kohya", [False, True])
+def test_an_adapter_changes_the_weights_as_diffusers_does(nodes: dict[str, Any], tmp_path: Path, kohya: bool) -> None:
+    """At half strength, against diffusers' own fusion of the same file."""
+    adapter("sd", tmp_path / "final", 5.0)
+    plain, fused = fresh_pipe("sd"), fresh_pipe("sd")
+    fused.load_lora_weights(str(tmp_path / "final"))
+    fused.fuse_lora(lora_scale=0.5)
+    fused.unload_lora_weights()
+    if kohya:
+        convert_lora(tmp_path / "final", tmp_path / "kohya.safetensors")
+    node = nodes["SteerLoadAdapter"]
+    name = "kohya.safetensors" if kohya else "final/pytorch_lora_weights.safetensors"
+    schema = node.define_schema()
+    assert [one.id for one in schema.inputs] == ["model", "adapter", "strength"] and len(schema.outputs) == 1
+    assert name in schema.inputs[1].options["options"]
+    (adapted,) = node.execute(SimpleNamespace(model=plain.unet), name, strength=0.5).args
+    assert adapted.weights.keys() == fused.unet.state_dict().keys()
+    for key, value in fused.unet.state_dict().items():
+        torch.testing.assert_close(adapted.weights[key], value, atol=1e-6, rtol=1e-5)
+    changed = [key for key, value in plain.unet.state_dict().items() if not torch.equal(adapted.weights[key], value)]
+    assert len(changed) > 10
+
+
+def test_an_adapter_of_another_model_is_refused(nodes: dict[str, Any], tmp_path: Path) -> None:
+    adapter("sd", tmp_path / "final")
+    other = SimpleNamespace(model=torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(InputError, match=r"of its \d+ layers have no place in this model, such as lora_unet_"):
+        nodes["SteerLoadAdapter"].execute(other, "final/pytorch_lora_weights.safetensors")

@@ -41,7 +41,11 @@ CONFIG: dict[str, Any] = {
 }
 
 
-SAMPLING_METHODS = [method for method in METHODS if method != "dpo"]  # which learns from given pairs: below
+SAMPLING_METHODS = [
+    method
+    for method in METHODS
+    if method not in ("dpo", "drakes")  # which learn from given pairs: below; of texts
+]
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,9 @@ from steer.errors import InputError
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of your images with prompts, to choose between in place of sampled ones.",
 )
+@click.option(
+    "--max-upload", type=click.IntRange(1), default=512, show_default=True, help="MB of a file, such as a LoRA."
+)
 @DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the models.")
 def demo(
@@ -36,6 +39,7 @@ def demo(
     rewards: tuple[str, ...],
     labels: Path | None,
     label_images: Path | None,
+    max_upload: int,
     device: str | None,
     dtype: str | None,
 ) -> None:
@@ -59,7 +63,10 @@ def demo(
 
     check_address(host, share, user)
     history = default_path() if user is None else None  # without a login only this user gets in
-    studio = Studio((*models, *embedded_models()), rewards, labels, device, dtype, label_images, history_file=history)
+    given = (*models, *embedded_models()), rewards, labels, device, dtype, label_images
+    studio = Studio(*given, history_file=history, max_upload=max_upload)
+    if studio.history_notice:
+        click.echo(f"steer demo: {studio.history_notice}", err=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # how services are stopped: run `finally`, too
     try:
         click.echo(f"steer demo: building the page for {', '.join(studio.models)} …")

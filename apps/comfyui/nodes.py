@@ -1,11 +1,15 @@
-"""The nodes: score an IMAGE batch, and rank it to pick the best. Imported by ComfyUI, which brings `comfy_api`."""
+"""The nodes: score an IMAGE batch, rank it to pick the best, load an adapter. Imported by ComfyUI."""
 
 from typing import Any
 
+import comfy.lora
+import comfy.sd
+import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from steer.apps.comfyui.batches import check_reward_text, pick, score_batch
 from steer.errors import InputError
+from steer.training.lora_layouts import DOWN, read_as_kohya
 
 CATEGORY = "steer"
 REWARD_HELP = "NAME[:ARGUMENT], or a sum such as hpsv2.1:5 + imagereward:1; `steer rewards` lists names"
@@ -91,9 +95,44 @@ class RankImages(RewardNode):
         return io.NodeOutput(best, [scores.totals[number].item() for number in numbers], numbers, scores.table())
 
 
+class LoadAdapter(io.ComfyNode):  # type: ignore[misc]
+    """Apply a LoRA to a model, in the layout of diffusers, as `steer finetune` writes it, or of kohya."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        """Return the inputs and outputs of the node."""
+        files = folder_paths.get_filename_list("loras")
+        return io.Schema(
+            node_id="SteerLoadAdapter",
+            display_name="Load a LoRA of diffusers (steer)",
+            category=CATEGORY,
+            description="Apply a LoRA that steer or diffusers wrote, converted to the names that ComfyUI reads.",
+            inputs=[
+                io.Model.Input("model"),
+                io.Combo.Input("adapter", options=files, tooltip="In models/loras: a copy of RUN/final."),
+                io.Float.Input("strength", default=1.0, min=-100.0, max=100.0, step=0.01),
+            ],
+            outputs=[io.Model.Output("adapted")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, adapter: str, strength: float = 1.0) -> Any:
+        """Apply the adapter. Raises InputError where the model has no place for one of its layers."""
+        tensors = read_as_kohya(folder_paths.get_full_path_or_raise("loras", adapter))
+        places = comfy.lora.model_lora_keys_unet(model.model, {})
+        layers = [name.removesuffix(DOWN) for name in tensors if name.endswith(DOWN)]
+        if missing := [layer for layer in layers if layer not in places]:
+            raise InputError(
+                f"{adapter}: {len(missing)} of its {len(layers)} layers have no place in this model, such as "
+                f"{missing[0]}: load the model that it was trained on"
+            )
+        adapted, _ = comfy.sd.load_lora_for_models(model, None, tensors, strength, 0.0)
+        return io.NodeOutput(adapted)
+
+
 class SteerExtension(ComfyExtension):  # type: ignore[misc]
     """The extension that lists the nodes."""
 
     async def get_node_list(self) -> list[type[Any]]:
         """Return all nodes."""
-        return [ScoreImages, RankImages]
+        return [ScoreImages, RankImages, LoadAdapter]

@@ -15,7 +15,7 @@ from steer.apps.demo.presets import Presets
 from steer.apps.demo.rewards_tab import RewardsTab
 from steer.apps.demo.steer_tab import METHODS, SteerTab, prompts_of, settings_of
 from steer.apps.demo.steering import PromptResult, steering
-from steer.apps.demo.studio import PRIVATE, Studio, public
+from steer.apps.demo.studio import PRIVATE, Studio, line, public
 from steer.apps.demo.text_tab import TextTab
 from steer.errors import InputError
 
@@ -99,7 +99,6 @@ class PublicApi:
 
 STYLE = Path(__file__).parent / "style.css"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_UPLOAD_SIZE = "10mb"
 MAX_QUEUED_EVENTS = 64  # events of all visitors that wait
 CACHE_LIMITS = (600, 6 * 3600)  # seconds: how often files that nobody needs are looked for, and how old they then are
 INTRODUCTION = "Images and texts that score higher by a reward you choose, and a look at how they got there."
@@ -117,18 +116,22 @@ def build(studio: Studio) -> gr.Blocks:
                 with gr.Tab("Text", id="text"):
                     TextTab(studio)
             with gr.Tab("Label", id="label"):
-                LabelTab(studio)
+                labels = LabelTab(studio)
             with gr.Tab("Finetune", id="finetune"):
                 finetune = FinetuneTab(studio)
             with gr.Tab("Rewards", id="rewards"):
                 rewards = RewardsTab(studio)
             with gr.Tab("History", id="history") as history:
+                if studio.history_notice:
+                    gr.HTML(line(studio.history_notice))
                 past = HistoryTab(studio, steer, rewards, tabs)
         history.select(past.refresh, past.chosen, past.live, **PRIVATE)
         app.load(past.enter, past.token, None, js=TOKEN, **PRIVATE)
         app.load(presets.show, presets.saved, presets.name, **PRIVATE)
         app.load(past.open_link, steer.weights, past.form, **PRIVATE)
         finetune.loaded(steer.weights, tabs)
+        finetune.started_by(labels.learning.finetune, tabs)
+        labels.learning.loaded(steer.fields["reward"], tabs)
         PublicApi(studio)
         app.unload(studio.forget)
     app.queue(max_size=MAX_QUEUED_EVENTS, default_concurrency_limit=8)
@@ -157,7 +160,7 @@ def serve(studio: Studio, **address: Any) -> gr.Blocks:
     app = build(studio)
     app.launch(
         **address,
-        max_file_size=MAX_UPLOAD_SIZE,
+        max_file_size=f"{studio.max_upload}mb",
         ssr_mode=False,
         theme=theme(),
         css_paths=[STYLE],

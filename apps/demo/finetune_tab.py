@@ -19,6 +19,7 @@ from steer.apps.demo.steering import Loading, data_uri
 from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, Waiting, Weights, line, plural, whole
 from steer.apps.demo.training import (
     CONFIGURATIONS,
+    FROM_LABELS,
     MAX_RANK,
     MAX_UPDATES,
     MODELS,
@@ -37,7 +38,9 @@ from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.model_card import held_out_names
 from steer.pipelines.training.state import LOG_FILES
 
-METHODS = {"D3PO, from a reward": "d3po", "PRDP, from a reward": "prdp", "D3PO, from labelled choices": "choices"}
+METHODS = {"D3PO, from a reward": "d3po", "PRDP, from a reward": "prdp"}
+OF_CHOICES = {"D3PO, from labelled choices": "choices"}
+OF_PAIRS = {"Diffusion-DPO, from labelled images": "pairs"}
 TRAINED_ON, JUDGED_BY, UPDATES = "aesthetic:scenes", "scene", 30
 HELP = (
     "**D3PO** draws images in pairs and makes the better one of each likelier. **PRDP** learns by how much one is "
@@ -52,7 +55,8 @@ def finetune_fields(studio: Studio) -> dict[str, Any]:
     """The components, by the names that `training_request` reads."""
     models, config = [model for model in MODELS if model in studio.models], usual_config("d3po")
     rewards = [*dict.fromkeys([*studio.rewards, JUDGED_BY, *REWARDS])]
-    fields: dict[str, Any] = {"method": gr.Radio([*METHODS.items()], value="d3po", label="Method")}
+    methods = METHODS | (OF_CHOICES if studio.label_images is None else OF_PAIRS)
+    fields: dict[str, Any] = {"method": gr.Radio([*methods.items()], value="d3po", label="Method")}
     for name, label, value, info in (
         ("reward", "Reward", TRAINED_ON, "What is to rise."),
         ("held_out", "Held-out reward", JUDGED_BY, HELD_OUT_INFO),
@@ -78,8 +82,10 @@ def usual_config(method: str) -> TrainingConfig:
 def training_request(field_values: Mapping[str, Any], studio: Studio) -> TrainingRequest:
     """Read a request from the fields. Raises InputError, also for rewards that visitors may not use."""
     own: dict[str, Any] = {}
-    if field_values["method"] == "choices":
+    if field_values["method"] in FROM_LABELS:
         own = {"choices": label_folder(studio), "model": studio.models[0]}
+    if field_values["method"] == "pairs":
+        own["kl_weight"] = 0  # no log-probabilities
     asked = TrainingRequest(**{**field_values, **own})
     for spec in [asked.held_out] if own else [asked.reward, asked.held_out]:
         studio.reward(spec)
@@ -312,15 +318,31 @@ class FinetuneTab(JobTab):
 
     def _connect(self) -> None:
         fields, seen = self.fields, [self.status, self.samples, self.charts, self.start, self.stop]
-        live = [*seen, self.again, self.finish, self.results, self.archive, self.run]
+        live = self.live = [*seen, self.again, self.finish, self.results, self.archive, self.run]
         self._connect_job(
             self.start.click(self.begin, {*fields.values()}, live, **RUNS),
             self.more.click(self.resume, [self.run, fields["updates"]], live, **RUNS),
             self.finish.click(self.finish_here, self.run, live, **RUNS),
         )
-        follows = [*(fields[name] for name in ("reward", "learning_rate", "model")), self.defaults]
+        self.follows = [*(fields[name] for name in ("reward", "learning_rate", "kl_weight", "model")), self.defaults]
         known = [fields["method"], fields["learning_rate"], self.defaults]
-        fields["method"].input(self.fit, known, follows, **PRIVATE)
+        fields["method"].input(self.fit, known, self.follows, **PRIVATE)
+
+    def started_by(self, button: gr.Button, tabs: gr.Tabs) -> None:
+        """Connect a button of another tab that opens this one and trains on the labels."""
+        known = [self.fields["learning_rate"], self.defaults]
+        chosen = button.click(
+            lambda rate, defaults: self.choose_labels(rate, defaults) | {tabs: gr.update(selected="finetune")},
+            *(known, [tabs, self.fields["method"], *self.follows]),
+            **PRIVATE,
+        )
+        begun = chosen.then(self.begin, {*self.fields.values()}, self.live, **RUNS)
+        begun.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
+
+    def choose_labels(self, rate: float | None, defaults: Defaults) -> Change:
+        """Choose the method that learns from labels."""
+        method = "choices" if self.studio.label_images is None else "pairs"
+        return self.fit(method, rate, defaults) | {self.fields["method"]: method}
 
     def begin(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
 
@@ -402,10 +424,11 @@ class FinetuneTab(JobTab):
 
     def fit(self, method: str, rate: float | None, defaults: Defaults) -> Change:
         """Set the fields that depend on the method, but not a learning rate that the visitor has set."""
-        choices, model = method == "choices", self.fields["model"]
+        choices, model = method in FROM_LABELS, self.fields["model"]
         new, follows = defaults.changed({"rate": rate}, {"rate": usual_config(method).learning_rate})
         return {
             self.fields["reward"]: gr.update(visible=not choices),
+            self.fields["kl_weight"]: gr.update(visible=method != "pairs"),
             self.fields["learning_rate"]: gr.update(value=follows.get("rate", rate)),
             self.defaults: new,
             model: gr.update(visible=not choices and len(model.choices) > 1),

@@ -74,6 +74,14 @@ def pairs_of(folder: Path) -> list[ImagePair]:
     ]
 
 
+def copy_table(source: Path, to: Path) -> None:
+    """Copy the table of a folder, with the whole paths of its images."""
+    rows = [json.loads(line) for line in (source / TABLE).read_text(encoding="utf-8").split("\n") if line]
+    for row in rows:
+        row |= {side: str((source / row[side]).resolve()) for side in ("image_a", "image_b")}
+    write_text(to / TABLE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 class ImageLabelStore:
     """Pairs of images and the answers of all annotators, in pairs.jsonl: the rows of `steer rewards train`.
 

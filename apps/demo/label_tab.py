@@ -16,6 +16,7 @@ import gradio as gr
 from gradio.context import Context
 
 from steer.apps.demo.image_labels import ImageLabelStore, ImagePair
+from steer.apps.demo.label_learning import LabelLearning
 from steer.apps.demo.labels import (
     ARCHIVE_FOLDER,
     IMAGES,
@@ -198,12 +199,13 @@ def group_view(turn: int, group: str, prompt: str, pictures: Sequence[bytes]) ->
     none, better = ("Both bad", "better") if count == 2 else ("All bad", "best")
     words = ((TIE, "Tie", "T"), (BAD, none, "B"), (SKIP, "Skip", "S"), (UNDO, "Undo", "U"))
     rest = "".join(_button(*one) for one in words)
+    zoom = '<button type="button" data-zoom aria-keyshortcuts="Z">Zoom <kbd aria-hidden="true">Z</kbd></button>'
     return (
         f'<section class="steer-label" data-turn="{turn}" data-group="{escape(group, quote=True)}" tabindex="-1" '
         f'aria-label="{count} images to choose between">'
         f'<p class="steer-asked">Which is the {better} image of <q>{escape(prompt)}</q>?</p>'
         f'<div class="steer-group steer-group-{count}">{figures}</div>'
-        f'<div class="steer-answers">{rest}</div></section>'
+        f'<div class="steer-answers">{rest}{zoom}</div></section>'
     )
 
 
@@ -331,6 +333,7 @@ class LabelTab(JobTab):
                     elem_id="label-view",
                 )
                 self.progress = gr.HTML(elem_id="label-progress")
+                self.learning = LabelLearning(studio)
                 self._place()
         self._connect()
 
@@ -358,7 +361,7 @@ class LabelTab(JobTab):
     def _place(self) -> None:
         with gr.Accordion("Where the choices are", open=False):
             gr.HTML(f'<p class="steer-note">{escape(storage_notice(self.studio))}</p>', elem_id="label-place")
-            gr.Code(command_of(self.studio), label="Learn from them", lines=1, interactive=False, wrap_lines=True)
+            gr.Code(command_of(self.studio), label="The same as a command", lines=1, interactive=False, wrap_lines=True)
             if self.studio.labels is None:
                 self.zip = gr.Button("Make a zip of all choices", elem_id="label-zip")
                 self.file = gr.File(label="Choices", interactive=False, visible=False, elem_id="label-file")

@@ -5,6 +5,7 @@ const ARROWS = { ArrowLeft: '0', ArrowRight: '1' };
 const TYPING = 'input, textarea, select, [contenteditable="true"], [role="tab"], [role="slider"], [role="listbox"]';
 let answered = null;
 let group = '';
+let zoomed = false; // stays for the next images
 
 const view = () => element.querySelector('.steer-label');
 const buttonOf = (answer) => element.querySelector(`button[data-answer="${answer}"]`);
@@ -20,12 +21,25 @@ function answer(word) {
   return true;
 }
 
+function zoom(to) {
+  zoomed = to;
+  const button = element.querySelector('[data-zoom]');
+  view()?.classList.toggle('steer-zoomed', zoomed && button !== null);
+  button?.setAttribute('aria-pressed', String(zoomed));
+}
+
 function onKey(event) {
   if (!element.isConnected) return document.removeEventListener('keydown', onKey);
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
   if (!view() || !element.checkVisibility() || (event.target instanceof Element && event.target.closest(TYPING))) return;
+  const key = event.key.toLowerCase();
+  if (element.querySelector('[data-zoom]') && (key === 'z' || (key === 'escape' && zoomed))) {
+    event.preventDefault();
+    zoom(key === 'z' && !zoomed);
+    return;
+  }
   const arrows = element.querySelector('.steer-group-2') ? ARROWS : {};
-  const word = arrows[event.key] ?? KEYS[event.key.toLowerCase()];
+  const word = arrows[event.key] ?? KEYS[key];
   if (word !== undefined && buttonOf(word)) {
     event.preventDefault(); // arrows would scroll
     answer(word);
@@ -41,11 +55,13 @@ function renew() {
     requestAnimationFrame(() => view()?.scrollIntoView({ block: 'nearest' }));
   }
   group = seen;
+  zoom(zoomed);
 }
 
 element.addEventListener('click', (event) => {
   const target = event.target instanceof Element ? event.target.closest('[data-answer], [data-image]') : null;
   if (target) answer(target.dataset.answer ?? target.dataset.image);
+  if (event.target instanceof Element && event.target.closest('[data-zoom]')) zoom(!zoomed);
 });
 document.addEventListener('keydown', onKey);
 watch('value', renew);

@@ -161,7 +161,9 @@ class Studio:
     text_models  of the Text tab
     label_images  folder of images with prompts that annotators choose between; None: images are sampled
     home     a temporary folder: nothing but labels and history is written outside it, nothing else is served
-    history_file  history of one user, which outlives the app; None: one in `home`, apart for each visitor
+    max_upload  largest file that visitors may upload, in MB: LoRA files are large
+    history_file  history of one user, which outlives the app; None: one in `home`, apart for each visitor. Where it
+        cannot be written, one in `home` takes its place, and history_notice says so
     """
 
     models: tuple[str, ...]
@@ -174,13 +176,21 @@ class Studio:
     home: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="steer-demo-")))
     text_models: tuple[str, ...] = field(default_factory=lambda: embedded_text_models())
     history_file: Path | None = None
+    max_upload: int = 512
     history: History = field(init=False)
+    history_notice: str = ""
     _pipe: tuple[str, Any] | None = None
     _running: dict[str, Ticket] = field(default_factory=dict)
     _runs: Iterator[int] = field(default_factory=lambda: count(1))
 
     def __post_init__(self) -> None:
-        self.history = History(self.history_file or self.home / FILE, shared=self.history_file is None)
+        try:
+            self.history = History(self.history_file or self.home / FILE, shared=self.history_file is None)
+        except InputError as error:
+            if self.history_file is None:
+                raise
+            self.history = History(self.home / FILE, shared=False)
+            self.history_notice = f"{error}: runs are kept until the app ends"
 
     def begin(self, request: gr.Request, work: Callable[[Ticket], None]) -> Ticket:
         """Start a visitor's job in place of their last one. Raises Busy."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from steer.apps.demo.image_labels import TABLE, copy_table
 from steer.apps.demo.labels import label_files
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import ARCHIVE_NAME, LARGEST_SEED, Studio, Ticket, Weights, number, whole, write_zip
@@ -24,7 +25,8 @@ from steer.pipelines.training.state import LOG_FILES
 from steer.pipelines.training.trainer import PAUSED
 from steer.training.trainable import get_denoiser
 
-CONFIGURATIONS = {"d3po": "d3po-scenes", "prdp": "prdp-scenes", "choices": "d3po-scenes"}
+CONFIGURATIONS = {"d3po": "d3po-scenes", "prdp": "prdp-scenes", "choices": "d3po-scenes", "pairs": "dpo-scenes"}
+FROM_LABELS = {"choices": PREFERENCES, "pairs": TABLE}  # methods that learn from the Label tab, and its file
 MODELS = ("scenes", "scenes-large")  # embedded, and of several steps: one step leaves nothing to learn from
 # Changes of these configurations for runs of visitors: on a CPU an update takes seconds.
 DEMO_CHANGES = {
@@ -47,9 +49,9 @@ CHECKPOINT_HINT, MEMORY_HINT = "a checkpoint is kept: Resume continues", "a LoRA
 class TrainingRequest:
     """A visitor's request.
 
-    method    d3po or prdp, from a reward; choices: d3po from a preference folder
+    method    d3po or prdp, from a reward; from labels choices, d3po from a preference folder, or pairs, dpo of images
     reward    that is trained on; held_out: another one, for evaluation only
-    choices   the preference folder; None with a reward
+    choices   the folder of labels; None with a reward
     """
 
     method: str
@@ -64,7 +66,7 @@ class TrainingRequest:
     choices: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in CONFIGURATIONS or (self.choices is None) == (self.method == "choices"):
+        if self.method not in CONFIGURATIONS or (self.choices is None) == (self.method in FROM_LABELS):
             raise InputError(f"method {self.method!r:.40}: choose {', '.join(CONFIGURATIONS)}")
         if self.model not in MODELS:
             raise InputError(f"model {self.model!r:.80} cannot be finetuned here: choose {' or '.join(MODELS)}")
@@ -125,8 +127,11 @@ def configured(request: TrainingRequest, folder: Path, studio: Studio) -> Finetu
         return read_config(CONFIGURATIONS[request.method], changes | {"reward": request.reward})
     own = folder / CHOICES_COPY  # there once the run has begun
     source = own if own.exists() else request.choices
-    if not (source / PREFERENCES).exists():
+    if not (source / FROM_LABELS[request.method]).exists():
         raise InputError("nothing has been labelled yet: choose between some images in the Label tab first")
+    if request.method == "pairs":
+        table = {"preferences": str(own / TABLE)}  # a copy, which is written when the run begins
+        return read_config(CONFIGURATIONS[request.method], changes | PREFERENCE_CHANGES | table)
     stored_settings = {key: json.dumps(value) for key, value in sampling_config_of(source).items()}
     changes |= stored_settings | PREFERENCE_CHANGES | {"reward": "null", "prompts": "null", "preferences": str(source)}
     config = read_config(CONFIGURATIONS[request.method], changes)
@@ -146,7 +151,8 @@ def training(request: TrainingRequest, folder: Path, studio: Studio, resume: boo
             if other.parent != folder:
                 shutil.rmtree(other, ignore_errors=True)
         if request.choices is not None and not resume:
-            _copy_choices(request.choices, folder / CHOICES_COPY)
+            copy = copy_table if request.method == "pairs" else _copy_choices
+            copy(request.choices, folder / CHOICES_COPY)
         train(config, resume, ticket)
 
     return work

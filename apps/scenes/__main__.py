@@ -43,7 +43,6 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="prompts of --list, shuffled; by default all")
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of the studies")
     parser.add_argument("--reward", default="scene-soft", help="reward of the studies")
-    parser.add_argument("--kl-weight", type=float, default=0.3, help="α of `drakes`, reward per nat")
     parser.add_argument("--plan", type=Path, help="runs of `finetuning` and `finetuning-curves`, in docs/studies")
     parser.add_argument(
         "--only", nargs="*", default=[], help="runs of --plan, or recipes of `pilot`, by the start of their names"
@@ -153,12 +152,6 @@ def _text(options: argparse.Namespace) -> None:
     print(f"{parse_rate(pipe):.2%} of samples at 20 steps parse")
 
 
-def _drakes(options: argparse.Namespace) -> dict[str, Any]:
-    from steer.apps.scenes.drakes import drakes_study
-
-    return drakes_study("scenes-text", options.steps or 300, options.kl_weight)
-
-
 def _prompt_lists(options: argparse.Namespace) -> None:
     from steer.apps.scenes.text import write_prefix_lists
 
@@ -193,7 +186,6 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], s
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
     "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
     "text": (_text, "train scenes-text on the words of the prompts; its folder is the asset"),
-    "drakes": (_drakes, "finetune scenes-text by the gradient of says:blue (--kl-weight), and evaluate on prefixes"),
     "prompts": (_prompt_lists, "write the prompt lists to --prompts"),
     "finetuning": (_finetuning, "train what is not finished of the runs of --plan in --out, and evaluate them"),
     "finetuning-curves": (

@@ -1,101 +1,122 @@
 """DRAKES (arXiv 2410.13643): a masked diffusion model finetuned by the gradient of a reward of texts."""
 
 import copy
-import math
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Unpack
 
 import torch
-from torch import Generator, Tensor
 
+from steer.arguments import argument
 from steer.errors import InputError
 from steer.pipelines.text.masked_diffusion import MaskedDiffusionPipeline
-from steer.rewards.parser import load_reward
+from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.trainer import Trainer
 from steer.rewards.text import SequenceScore
-from steer.training.drakes import relaxed_run
+from steer.training.distributed import sum_over_processes
+from steer.training.gradient import Batch, GradientOptions, counted
+from steer.training.guards import kl
+from steer.training.losses import Metrics
+from steer.training.rollout import Sampler
+from steer.training.token_rollout import TokenSampler
 
-__all__ = ["DRAKESTrainer"]
+# They are for samples that several updates learn from, for log-probabilities, or for a reference other than the model.
+UNUSED = (
+    "steps_per_generation",
+    "num_iterations",
+    "timestep_fraction",
+    "skip_low_noise_steps",
+    "reward_workers",
+    "init_adapter",
+)
 
 
-class DRAKESTrainer:
-    """Maximise E[r] − α KL(p_θ ‖ p_pre) of a masked diffusion model; its denoiser is trained in place.
+@dataclass(frozen=True)
+class DRAKESConfig(TrainingConfig):
+    """TrainingConfig with the options of DRAKES.
 
-    trainer = DRAKESTrainer(pipe, "says:blue", kl_weight=0.05)
-    trainer.train(["a red", "a"], updates=200)
-
-    reward               of texts, with gradients on relaxed tokens, such as says:WORD
-    kl_weight            α, in units of the reward per nat; the optimum is p_pre exp(r/α)
-    num_inference_steps  T of a rollout
-    last_steps           steps that gradients flow through, from the end; by default all
-    temperature          τ of the Gumbel-softmax of a token; the smaller, the nearer to a draw and the noisier
-    learning_rate        of Adam
-    train_batch_size     texts of an update
-    max_grad_norm        norm to which gradients are clipped
-    Raises InputError for a reward without gradients on tokens, and for values out of range.
+    kl_weight    α, in units of the reward per nat; the optimum is p_pre exp(r/α)
+    last_steps   steps that gradients flow through, from the end; None: all
+    temperature  τ of the Gumbel-softmax of a token; the smaller, the nearer to a draw and the noisier
     """
 
-    def __init__(
-        self,
-        pipe: MaskedDiffusionPipeline,
-        reward: Any,
-        kl_weight: float = 0.05,
-        num_inference_steps: int = 20,
-        last_steps: int | None = None,
-        temperature: float = 0.3,
-        learning_rate: float = 1e-4,
-        train_batch_size: int = 32,
-        max_grad_norm: float = 1.0,
-    ) -> None:
-        last_steps = num_inference_steps if last_steps is None else last_steps
-        if not 1 <= last_steps <= num_inference_steps:
+    title: ClassVar[str] = "DRAKES"
+    paper: ClassVar[tuple[str, str]] = (
+        "Fine-Tuning Discrete Diffusion Models via Reward Optimization with Applications to DNA and Protein Design",
+        "2410.13643",
+    )
+
+    train_batch_size: int = argument(32, "[1, inf]")
+    num_generations: int = argument(1, "[1, inf]")
+    micro_batch: int = argument(32, "[1, inf]")
+    lora_rank: int = argument(0, "[0, inf]")
+    kl_weight: float = 0.05
+    last_steps: int | None = None
+    temperature: float = argument(0.3, "(0, inf)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.last_steps is not None and not 1 <= self.last_steps <= self.num_inference_steps:
             raise InputError(
-                f"last_steps must be from 1 to {num_inference_steps}, the steps of a run, got {last_steps}"
+                f"last_steps must be from 1 to {self.num_inference_steps}, the steps of a run, got {self.last_steps}"
             )
-        positive = {"temperature": temperature, "learning_rate": learning_rate, "train_batch_size": train_batch_size}
-        if wrong := [name for name, value in positive.items() if not 0 < value < math.inf]:
-            raise InputError(f"{wrong[0]} must be above 0 and finite, got {positive[wrong[0]]}")
-        if not 0 <= kl_weight < math.inf:
-            raise InputError(f"kl_weight must be at least 0 and finite, got {kl_weight}")
-        self.pipe, self.kl_weight, self.temperature = pipe, kl_weight, temperature
-        self.steps, self.last_steps = num_inference_steps, last_steps
-        self.batch, self.max_grad_norm = train_batch_size, max_grad_norm
-        self.reward = SequenceScore(load_reward(reward), pipe.decode, pipe.tokenizer)
-        one_hot = torch.nn.functional.one_hot(pipe.encode(""), pipe.mask_id + 1).float()
-        self.reward.relaxed(one_hot, [""])  # refuses a reward without gradients before anything is trained
-        self.reference = copy.deepcopy(pipe.denoiser).requires_grad_(False).eval()
-        self.optimizer = torch.optim.Adam(pipe.denoiser.parameters(), lr=learning_rate)
-
-    def train(self, prompts: Sequence[str], updates: int, generator: Generator | None = None) -> list[dict[str, float]]:
-        """Make `updates` updates on batches of the prompts, in turn: mean reward and KL (nats) of each."""
-        history = []
-        for update in range(updates):
-            texts = [prompts[(update * self.batch + row) % len(prompts)] for row in range(self.batch)]
-            history.append(self._update(texts, generator))
-        return history
-
-    def _update(self, texts: list[str], generator: Generator | None) -> dict[str, float]:
-        run = relaxed_run(
-            lambda p: _logits(self.pipe.denoiser, p),
-            lambda p: _logits(self.reference, p),
-            self.pipe.encode(texts),
-            self.pipe.mask_id,
-            self.steps,
-            self.last_steps,
-            self.temperature,
-            generator,
-        )
-        rewards = self.reward.relaxed(run.tokens, texts)
-        loss = (self.kl_weight * run.kl - rewards.to(run.kl)).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        parameters = [p for p in self.pipe.denoiser.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        if not norm.isfinite():
-            raise InputError(f"the gradient of {self.reward.name!r} is not finite: lower learning_rate or last_steps")
-        self.optimizer.step()
-        return {"reward": rewards.mean().item(), "kl": run.kl.mean().item(), "grad_norm": norm.item()}
+        plain = TrainingConfig()
+        if given := [name for name in UNUSED if getattr(self, name) != getattr(plain, name)]:
+            raise InputError(
+                f"{given[0]} does not apply to DRAKES, which differentiates texts of the present weights: leave it out"
+            )
 
 
-def _logits(denoiser: Any, p: Tensor) -> Tensor:
-    logits: Tensor = denoiser(p).sample
-    return logits
+class DRAKESTrainer(Trainer[DRAKESConfig]):
+    """Maximise E[r] − α KL(p_θ ‖ p_pre) of a masked diffusion model along the gradient of relaxed tokens.
+
+    DRAKESTrainer(pipe, "says:blue", config=DRAKESConfig(kl_weight=0.3), train_prompts=["a red", "a"]).train()
+
+    reward  of texts, with gradients on relaxed tokens, such as says:WORD
+    Raises InputError for another reward, and for a pipeline that is no masked diffusion model.
+    """
+
+    config_class = DRAKESConfig
+    log_probs: ClassVar[bool] = False
+    trains_tokens: ClassVar[bool] = True
+    reference: Any  # the denoiser as it was given
+
+    def check(self) -> None:
+        """Raises InputError for a reward without gradients on tokens, or for a pipeline of images."""
+        if self.pipe is None:  # arguments are checked before a model is loaded
+            return
+        if not isinstance(self.pipe, MaskedDiffusionPipeline):
+            raise InputError(
+                f"{self.config.title} is for texts, and {type(self.pipe).__name__} is no MaskedDiffusionPipeline: use "
+                "reward-backprop"
+            )
+        self.reference = copy.deepcopy(self.pipe.denoiser).requires_grad_(False).eval()
+        one_hot = torch.nn.functional.one_hot(self.pipe.encode(""), self.pipe.mask_id + 1).float()
+        self._relaxed_reward().relaxed(one_hot, [""])
+
+    def evaluates_reference(self, update: int) -> bool:
+        """No: the KL is that of relaxed steps."""
+        return False
+
+    def _relaxed_reward(self) -> SequenceScore:
+        return SequenceScore(self.reward, self.pipe.decode, self.pipe.tokenizer)
+
+    def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
+        """Add ∇θ [α KL − mean reward] of relaxed texts of the batch's prompts; return it, and the KL in nats.
+
+        α is kl_weight, or where that is adapted its present value. See `steer.training.drakes`.
+        """
+        assert isinstance(sampler, TokenSampler)
+        config, context, reward = self.config, options["context"], self._relaxed_reward()
+        weight, steps = options["penalties"].get(kl, 0.0), config.last_steps or config.num_inference_steps
+        backward = counted(options["backward"], len(batch.chunks), options["before_last"])
+        count = sum(len(chunk.rows) for chunk in batch.chunks)  # of each process
+        totals = [0.0, 0.0]
+        for chunk in batch.chunks:
+            options["on_chunk"]()
+            run = sampler.relaxed(chunk.rows, self.reference, steps, config.temperature)
+            rewards = reward.relaxed(run.tokens, chunk.rows.prompts).to(run.kl)
+            loss = (weight * run.kl - rewards).sum() / count
+            backward(loss)
+            totals = [totals[0] + loss.item(), totals[1] + run.kl.sum().item() / count]
+        value, nats = (one / context.world_size for one in sum_over_processes(context, totals))
+        return value, {"kl": nats}

@@ -156,20 +156,18 @@ def sampler_of(
     return Sampler(pipe, config.call_kwargs, *options, conditions)
 
 
-def check_tokens(pipe: Any, config: TrainingConfig, log_probs: bool) -> None:
+def check_tokens(pipe: Any, config: TrainingConfig, trains_tokens: bool) -> None:
     """Raise InputError for a model of tokens that a method cannot train, or for arguments that it does not have.
 
-    log_probs  whether the method learns from log-probabilities
+    trains_tokens  whether the method can: it learns from log-probabilities, or from relaxed tokens
     """
     if pipe is None or not is_token_scheduler(pipe.scheduler):  # arguments are checked before a model is loaded
         return
     name = type(pipe).__name__
     if not has_categorical_kernel(pipe.scheduler):
         raise InputError(f"{name} unmasks by confidence, which has no density: use a MaskedDiffusionPipeline")
-    if not log_probs:
-        raise InputError(
-            f"{config.title} is for images: train {name} by grpo, ddpo, prdp, d3po or filtered, or by DRAKESTrainer"
-        )
+    if not trains_tokens:
+        raise InputError(f"{config.title} is for images: train {name} by grpo, ddpo, prdp, d3po, filtered or drakes")
     plain = TrainingConfig()
     options = ("eta", "dynamics", "guidance_scale", "chi_square_weight", "window")
     given = [one for one in options if getattr(config, one, None) != getattr(plain, one, None)]

@@ -94,6 +94,7 @@ class Trainer(TrainingMethod[ConfigT]):
 
     config_class: ClassVar[type[TrainingConfig]]
     takes_preferences: ClassVar[bool] = False
+    trains_tokens: ClassVar[bool] = False  # by another way than log-probabilities
     read_reward = staticmethod(load_reward)
 
     def __init__(
@@ -141,7 +142,7 @@ class Trainer(TrainingMethod[ConfigT]):
         names = [one.name for one in self._rewards()]
         if twice := [name for place, name in enumerate(names) if name in names[:place]]:
             raise InputError(f"eval_rewards: {twice[0]!r} is given twice or is the trained reward: take another one")
-        check_tokens(pipe, self.config, self.log_probs and isinstance(self.config, LossConfig))
+        check_tokens(pipe, self.config, self.trains_tokens or (self.log_probs and isinstance(self.config, LossConfig)))
         self.check()
 
     def _own_config(self, config: TrainingConfig | None) -> Any:

@@ -47,6 +47,12 @@ def convert_lora(source: str | Path, out: str | Path) -> Path:
     return out
 
 
+def read_as_kohya(source: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a LoRA of either layout under kohya's names. Raises InputError as `convert_lora` does."""
+    state, stated = read_lora(str(source), "LoRA")
+    return state if any(name.endswith(DOWN) for name in state) else to_kohya(state, stated)
+
+
 def to_kohya(state: Mapping[str, Tensor], stated: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rename the tensors of diffusers' layout as kohya does. Raises InputError where it has no names for them.
 

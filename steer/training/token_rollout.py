@@ -18,6 +18,7 @@ from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
 from steer.reward import Texts
+from steer.training.drakes import RelaxedRun, relaxed_run
 from steer.training.rollout import ReplayCallback, Rows, Sampler, StepWindow, Trajectories
 
 
@@ -76,6 +77,17 @@ class TokenSampler(Sampler):
                 with torch.set_grad_enabled(grad):
                     at(k, self._kernel(z_t, t), z_s)
             z_t = z_s
+
+    def relaxed(self, rows: Rows, reference: Callable[..., Any], last_steps: int, temperature: float) -> RelaxedRun:
+        """Run the rows by relaxed steps, with a graph through the last ones (`steer.training.drakes`).
+
+        reference  denoiser that the KL is to; the noise follows from the first row's seed
+        """
+        generator = Generator().manual_seed(derived_seed(rows.noises[0], "relaxed"))
+        start, mask_id = self._start(rows), self._pipe.mask_id
+        policy, prior = (lambda p, one=one: one(p).sample for one in (self._denoiser, reference))
+        with self._precision_context():
+            return relaxed_run(policy, prior, start, mask_id, self._steps, last_steps, temperature, generator)
 
     def _start(self, rows: Rows) -> Tensor:
         """Return z_1 (N, L), the prompts and masks, and set the solver steps."""
