@@ -217,18 +217,9 @@ def choose_method(values: Mapping[str, Any], purpose: str | None = None, texts: 
     chosen = choose("purpose", purpose or ("samples" if texts or only_fk & given.keys() else "picture"), PURPOSES)
     if texts and chosen != "fk":
         raise InputError("purpose: a text has no search by look-ahead, use samples, or --method beam")
-    if chosen == "fk" or given.keys() & {"branches", "rungs", "budget"}:
-        return {"method": chosen, **given}
-    particles = given.get("particles", SamplingConfig.field("particles").default)
-    return {"method": chosen, **given, **picture_options(particles)}
-
-
-def picture_options(particles: int) -> dict[str, Any]:
-    """Return the options of race for the best picture of K particles: a beam search that keeps K images.
-
-    Two parents with K/2 children each; of an odd number, and of fewer than 4, one parent.
-    """
-    return {"branches": particles // 2 if particles >= 4 and particles % 2 == 0 else max(particles, 1)}
+    if chosen == "race" and "budget" not in given:
+        given = {"particles": RacingSettings.field("num_particles").default, **given}
+    return {"method": chosen, **given}
 
 
 def option_names(method: str) -> list[str]:

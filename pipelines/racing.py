@@ -20,6 +20,8 @@ from steer.pipelines.settings import Prompts, RacingSettings
 from steer.reward import Reward
 from steer.smc.particles import Particles
 
+DRAFT_LOOKAHEAD = 4  # coarse steps from which on a look-ahead from the first step is a draft of the image
+DRAFTS_PER_SURVIVOR = 6
 DEFAULT_RUNGS = ((0.25, 4), (0.5, 8))  # shares of the run, and by how much K₀ is divided there
 BRANCHING_RUNGS = (0.25, 0.4, 0.6)  # shares at which all slots continue as children: beam search
 
@@ -45,7 +47,7 @@ class RacingPipeline(SteeringPipeline):
         race, call = self._race(prompt, s, call)
         live = ActiveRows()
         pipe = self.pipe if race.rungs == {} else live.view(self.pipe)
-        lookahead = s.lookahead if s.value is None else 1
+        lookahead = 1 if s.value is not None else s.lookahead
         with few_step_adapter(self.pipe, lookahead) as adapter:
             particle_batch = ParticleBatch(
                 *(pipe, self.reward, prompt, race.starts, call, s.reward_prompt, s.chunk_size, s.preview, live),
@@ -65,9 +67,7 @@ class RacingPipeline(SteeringPipeline):
         if call.get("latents") is not None:
             raise InputError("budget and latents exclude each other: the starts follow from the budget, leave one out")
         first, groups = first_solver_step(self.pipe, self.reward, prompt, call, s.reward_prompt)
-        evaluations = 2 if isinstance(s.lookahead, str) else s.lookahead  # an adapter needs one more than x̂0
-        evaluations = evaluations if s.value is None else 1
-        race, generator = plan_race(s.budget, first.total, s.branches, evaluations), call.get("generator")
+        race, generator = plan_race(s.budget, first.total, s.branches, s.evaluations), call.get("generator")
         if generator is None or isinstance(generator, Generator):
             return race, call
         return race, call | {"generator": spread_generators(generator, groups, race.starts)}
@@ -81,16 +81,20 @@ class Race:
     rungs: Mapping[int, int] | None = None
 
 
-def default_rungs(starts: int, steps: int, branches: int = 1) -> dict[int, int]:
-    """Return the rungs of K₀ starts in a run of T steps: ⌈K₀/4⌉ continue from step T/4, ⌈K₀/8⌉ from T/2.
+def default_rungs(starts: int, steps: int, branches: int = 1, lookahead: int = 1) -> dict[int, int]:
+    """Return the rungs of K₀ starts in a run of T steps, by the evaluations of a look-ahead.
 
-    With branches, which beat pruning at equal cost: all of K₀, rounded down to a multiple of `branches`, continue from
-    25, 40 and 60 % of the run. A rung that would leave as many starts, or that the run is too short for, is left out.
+    From a look-ahead of four steps on, which is a draft of the image already at the first step: ⌈K₀/6⌉ continue from
+    there. With less: ⌈K₀/4⌉ from step T/4, ⌈K₀/8⌉ from T/2. With branches: all of K₀, rounded down to a multiple of
+    them, from 25, 40 and 60 % of the run. A rung that would leave as many starts, or that the run is too short for, is
+    left out.
     """
     if branches > 1:
         whole = starts // branches * branches
         places = [min(round(share * steps), steps - 2) for share in BRANCHING_RUNGS]
         return {step: whole for step in places if step >= 0 and whole}
+    if lookahead >= DRAFT_LOOKAHEAD:
+        return {0: math.ceil(starts / DRAFTS_PER_SURVIVOR)} if starts > 1 and steps > 1 else {}
     rungs: dict[int, int] = {}
     alive = starts
     for share, divisor in DEFAULT_RUNGS:
@@ -122,7 +126,7 @@ def plan_race(budget: int, steps: int, branches: int = 1, lookahead: int = 1) ->
     """
 
     def cost(starts: int) -> int:
-        return race_cost(starts, default_rungs(starts, steps, branches), steps, lookahead)
+        return race_cost(starts, default_rungs(starts, steps, branches, lookahead), steps, lookahead)
 
     if budget < cost(2):
         raise InputError(
@@ -132,7 +136,7 @@ def plan_race(budget: int, steps: int, branches: int = 1, lookahead: int = 1) ->
     starts = 2
     while cost(starts + 1) <= budget:
         starts += 1
-    return Race(starts, default_rungs(starts, steps, branches))
+    return Race(starts, default_rungs(starts, steps, branches, lookahead))
 
 
 def first_solver_step(
@@ -180,14 +184,14 @@ class RacingRun(SelectionRun):
         """`rungs`: of the race, None for the default ones; see `Run` for the noise of the steps."""
         own = ResamplingSchedule(()), settings.on_step, settings.preview_steps
         super().__init__(Selection(1), particle_batch, eta, resampling_eta, *own)
-        self.rungs, self.branches = rungs, settings.branches
+        self.rungs, self.branches, self.evaluations = rungs, settings.branches, settings.evaluations
 
     def _evaluates_at(self, solver_step: SolverStep) -> bool:
         """Return whether a step is a rung. The default rungs are set at the first step."""
         if solver_step.k == 0:
             total = solver_step.total
             if self.rungs is None:
-                self.rungs = default_rungs(self.particle_batch.size, total, self.branches)
+                self.rungs = default_rungs(self.particle_batch.size, total, self.branches, self.evaluations)
             last = total - (1 if self.branches == 1 else 2)  # children diverge by the noise of a later step
             if wrong := sorted(step for step in self.rungs if not 0 <= step <= last):
                 raise InputError(f"rungs: {wrong[0]} is not from 0 to {last}, in a run of {total} steps")

@@ -182,9 +182,11 @@ class RacingSettings(IntermediateSettings):
     """Settings of racing: many starts, of which the best by intermediate reward continue from every rung.
 
     num_particles  K₀, starts of each prompt; a budget takes its place. The images are those of the last rung
+    lookahead      as in IntermediateSettings; six steps from the first step on are a draft of the image
     budget         denoiser evaluations for each prompt, from which K₀ and the rungs follow (`plan_race`)
     rungs          particles of each prompt that continue from a solver step on, such as 5:4,10:2 or {5: 4, 10: 2}. By
-                   default a quarter of K₀ at 25 % of the run, and an eighth at 50 %; with branches all at 25, 40, 60 %
+                   default a sixth of K₀ from the first step on; with a look-ahead of fewer than 4 steps a quarter at
+                   25 % of the run, and an eighth at 50 %; with branches all at 25, 40, 60 %
     branches       children of each survivor of a rung: of the n that continue, n/branches are the best, with so many
                    children each. 1: survivors alone
     eta            noise η of every solver step, from 0 to 1; by default the solver's own. None and 0 leave the children
@@ -194,7 +196,15 @@ class RacingSettings(IntermediateSettings):
     budget: int | None = option(None, "[1, inf]")
     rungs: Mapping[int, int] | None = option(None)
     branches: int = option(1, "[1, inf]")
-    lookahead: int | str = option(3, "[1, inf]")
+    num_particles: int = argument(12, "[1, inf]")
+    lookahead: int | str = option(6, "[1, inf]")
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of an intermediate reward, that of the solver step itself among them."""
+        if self.value is not None:
+            return 1
+        return 2 if isinstance(self.lookahead, str) else self.lookahead  # an adapter needs one more than x̂0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ from gaussian import GaussianPipeline
 from soft_rewards import Soft, seeded
 
 from steer import FKSettings, FKSteeringPipeline
-from steer.apps.settings import SamplingConfig, choose_method, picture_options
+from steer.apps.settings import SamplingConfig, choose_method
 from steer.errors import InputError
 
 
@@ -32,10 +32,9 @@ def test_a_purpose_chooses_the_method(given: dict[str, Any], purpose: str | None
     assert SamplingConfig.of(**choose_method(given, purpose)).method == method
 
 
-def test_the_search_has_two_parents_and_keeps_all_slots() -> None:
-    assert [picture_options(n)["branches"] for n in (1, 2, 3, 4, 5, 6, 8)] == [1, 2, 3, 2, 5, 3, 4]
-    assert choose_method({"particles": 8})["branches"] == 4
-    assert "branches" not in choose_method({"budget": 160}) and choose_method({"rungs": "5:2"})["rungs"] == "5:2"
+def test_the_search_has_twelve_starts_unless_others_are_given() -> None:
+    assert choose_method({})["particles"] == 12 and choose_method({"particles": 8})["particles"] == 8
+    assert "particles" not in choose_method({"budget": 160}) and "particles" not in choose_method({}, "samples")
 
 
 @pytest.mark.parametrize(
@@ -59,8 +58,8 @@ def test_the_command_searches_by_default_and_samples_on_request(steer: Steer, tm
     assert code == 0 and "1 prompts, scene-soft: best" in out and " s by race → " in out
     report = json.loads((tmp_path / "picture/report.json").read_text())
     entry = report["prompts"][0]
-    assert report["settings"]["branches"] == 2 and len(entry["images"]) == 4
-    assert entry["steps"] == [1, 2, 3] and report["cost"]["nfe"] == 4 * (5 + 2 + 2 + 1)
+    assert report["settings"]["particles"] == 12 and len(entry["images"]) == 2
+    assert entry["steps"] == [0] and report["cost"]["nfe"] == 12 * 5 + 2 * 4  # a look-ahead of all five steps
     code, out, _ = steer(*words, "--purpose", "samples", "--out", tmp_path / "samples")
     entry = json.loads((tmp_path / "samples/report.json").read_text())["prompts"][0]
     assert code == 0 and f"by fk, λ {entry['lam']:.3g} to {entry['lam']:.3g} → " in out and any(entry["log_weights"])

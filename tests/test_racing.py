@@ -61,6 +61,10 @@ def test_a_budget_becomes_the_largest_race_within_it() -> None:
     assert (branched.starts, branched.rungs) == (8, {5: 8, 8: 8, 12: 8})  # beam search: 160 evaluations, no look-ahead
     assert default_rungs(11, 20, 4) == {5: 8, 8: 8, 12: 8} and default_rungs(3, 20, 4) == default_rungs(4, 1, 2) == {}
     assert default_rungs(8, 3, 4) == {1: 8}  # the last step has no noise after it
+    # A look-ahead of six steps is a draft at the first step: 17·6 + 3·19 = 159, and 18 starts would cost 165.
+    drafted = plan_race(160, 20, lookahead=6)
+    assert (drafted.starts, drafted.rungs) == (17, {0: 3}) and race_cost(18, {0: 3}, 20, 6) == 165
+    assert default_rungs(1, 20, lookahead=6) == default_rungs(8, 1, lookahead=6) == {}
     with pytest.raises(InputError, match="budget: 20 evaluations are too few for a race over 20 steps: give at least"):
         plan_race(20, 20)
     for budget in range(40, 400, 7):

@@ -7,9 +7,9 @@ from steer.apps.demo.progress import duration
 from steer.apps.demo.steering import EARLY_PREVIEWS
 from steer.apps.sampling import samples_base
 from steer.apps.settings import SamplingConfig
+from steer.pipelines.racing import default_rungs, race_cost
 
 LOOKAHEAD = 2  # evaluations of a look-ahead of three steps beyond the step itself
-RUNGS = (0.25, 0.4, 0.6)  # of race with branches, shares of the run
 RESTART = 0.4  # of renoise, share of the run
 
 
@@ -28,13 +28,19 @@ def _per_particle(own: Callable[[int], int]) -> Callable[[SamplingConfig], int]:
     return lambda settings: settings.particles * own(settings.steps or 1)
 
 
+def _of_race(settings: SamplingConfig) -> int:
+    starts, steps, options = settings.particles, settings.steps or 1, settings.options
+    rungs = options.rungs or default_rungs(starts, steps, options.branches, options.evaluations)
+    return race_cost(starts, rungs, steps, options.evaluations) + max([*rungs.values(), 1]) * _early(steps)
+
+
 def _of_drafts(options: Any) -> int:
     return int(options.drafts * options.draft_steps)
 
 
 EVALUATIONS: dict[str, Callable[[SamplingConfig], int]] = {
     "fk": _per_particle(lambda steps: steps + _early(steps)),
-    "race": _per_particle(lambda steps: steps + _early(steps, *RUNGS)),
+    "race": _of_race,
     "drafts": lambda one: _of_drafts(one.options) + one.particles * (one.steps or 1),
     "renoise": lambda one: (
         _of_drafts(one.options)

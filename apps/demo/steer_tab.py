@@ -32,10 +32,11 @@ from steer.apps.demo.studio import (
 from steer.apps.plots import short
 from steer.apps.recipes import Recipe, read_metadata
 from steer.apps.sampling import SavedImage
-from steer.apps.settings import ALL_OPTIONS, SamplingConfig, option_names, picture_options
+from steer.apps.settings import ALL_OPTIONS, SamplingConfig, option_names
 from steer.assets import MODELS
 from steer.errors import InputError
 from steer.pipelines.base import Cost
+from steer.pipelines.settings import RacingSettings
 from steer.rewards.scene import COLOURS, PLURALS
 
 METHODS = {
@@ -108,8 +109,8 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
     }
     for names in (("particles", "lam"), ("steps", "guidance")):
         with gr.Row():
-            hidden = {name: {"visible": False} for name in ("lam",)}  # of fk, which is not the first method
-            fields |= {name: setting_field(name, **hidden.get(name, {})) for name in names}
+            own = {"lam": {"visible": False}, "particles": {"value": RacingSettings.field("num_particles").default}}
+            fields |= {name: setting_field(name, **own.get(name, {})) for name in names}
     fields["auto"] = gr.Checkbox(
         True, label="Choose the strength by the first rewards", visible=False, elem_id="steer-auto"
     )
@@ -149,8 +150,7 @@ def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> Sam
 
 def _particle_options(method: str, particles: int) -> dict[str, Any]:
     """The options of a method that follow from the number of particles."""
-    beams = {"beams": 2 - particles % 2}
-    return picture_options(particles) if method == "race" else beams if method == "beam" else {}
+    return {"beams": 2 - particles % 2} if method == "beam" else {}
 
 
 def _adapter_path(model: str, weights: Weights | None) -> str:

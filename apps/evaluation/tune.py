@@ -25,6 +25,7 @@ RESULTS, TABLE, PRESET = "tune.json", "tune.md", "preset.yaml"
 SEARCH_STEPS = ((0.25, 0.4, 0.6), (0.1, 0.25, 0.4), (0.25, 0.5))  # shares of the run
 SAMPLING_STEPS = ((0.4, 0.55, 0.7, 0.85), (0.25, 0.4, 0.6), (0.4, 0.6))
 LOOKAHEADS = (1, 2, 3)
+RACE_LOOKAHEADS = (1, 3, 4, 6)
 DRAFT_STEPS = 5
 CONTROL = "best-of-n"
 
@@ -45,7 +46,7 @@ def picture_candidates(budget: int, steps: int) -> Iterator[Candidate]:
     yield Candidate(CONTROL, CONTROL, count)
     if steps > DRAFT_STEPS and (drafts := (budget - steps) // DRAFT_STEPS) > 1:
         yield Candidate(f"drafts {drafts}", "drafts", 1, {"drafts": drafts, "draft_steps": DRAFT_STEPS})
-    for m in LOOKAHEADS:
+    for m in RACE_LOOKAHEADS:
         try:
             race = plan_race(budget, steps, lookahead=m)
         except InputError:  # too small for a race of two

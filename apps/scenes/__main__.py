@@ -120,6 +120,10 @@ def _turbo(options: argparse.Namespace) -> None:
     distil.distil(options.out / "turbo", options.model, options.steps or 10_000)
 
 
+def _lcm(options: argparse.Namespace) -> None:
+    distil.distil_lora(options.out / "lcm", options.model, options.steps or 3000)
+
+
 def _tiny_vae(options: argparse.Namespace) -> None:
     distil.train_tiny_decoder(options.out / "tiny-vae", options.model, options.steps or 7000)
 
@@ -184,6 +188,7 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], s
     "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
     "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
+    "lcm": (_lcm, "distil --model to a LoRA adapter of one to four steps; its folder is the asset"),
     "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
     "text": (_text, "train scenes-text on the words of the prompts; its folder is the asset"),
     "prompts": (_prompt_lists, "write the prompt lists to --prompts"),

@@ -1,4 +1,4 @@
-"""Distillation of scenes to few steps (DMD2, arXiv 2405.14867), and of its decoder to a tiny one for previews."""
+"""Distillation of scenes to few steps (DMD2, arXiv 2405.14867; a LoRA adapter), and of its decoder to a tiny one."""
 
 import copy
 import json
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from steer.apps.scenes.preferences import trained_prompts
 from steer.apps.scenes.training import CALL, CHANNELS, encode, image_loss, to_model, token_ids, training_scenes
@@ -135,6 +137,70 @@ def assemble_turbo(pipe: StableDiffusionPipeline, student: UNet2DConditionModel)
     turbo = StableDiffusionPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
     turbo.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     return turbo
+
+
+PATHS = 5000  # sampling runs of the teacher
+PATH_CALL = {**CALL, "num_inference_steps": 20}
+RANK = 32
+LORA_BATCH = 64
+LORA_MODULES = (
+    r".*(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2"
+    r"|conv1|conv2|conv_shortcut|conv|conv_in|conv_out|time_emb_proj|linear_1|linear_2)"
+)
+
+
+@torch.no_grad()
+def teacher_paths(folder: Path, pipe: StableDiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+    """Sampling runs of the teacher, stored in the folder: x (P, T, …), its timesteps (T,), and the end x0 (P, …)."""
+    path = folder / "paths.safetensors"
+    if not path.exists():
+        view = copy.copy(pipe)
+        view.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        runs: list[Tensor] = []
+        for start in tqdm(range(0, len(prompts), IMAGES_PER_CALL), "paths", disable=None):
+            some, x_t = prompts[start : start + IMAGES_PER_CALL], list[Tensor]()
+            with hook_steps(view, lambda step, x_t=x_t: x_t.append(step.x.half()), rows=len(some)) as hooked:
+                generator = Generator().manual_seed(start)
+                x0 = hooked(some, generator=generator, output_type="latent", **PATH_CALL).images
+            runs.append(torch.stack([*x_t, x0.half()], 1))
+        x = torch.cat(runs)
+        paths = {"x": x[:, :-1], "x0": x[:, -1], "timesteps": view.scheduler.timesteps}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as new:
+            save_file({name: data.contiguous() for name, data in paths.items()}, new)
+    return load_file(path)
+
+
+def distil_lora(folder: Path, model: str | Path, steps: int, learning_rate: float = 1e-3) -> None:
+    """Distil `model` to a LoRA adapter of few steps, folder/lora, that keeps the teacher's trajectory.
+
+    L = huber(x̂0_lora(x_t, t, prompt) − x0)    over x_t of the teacher's runs (guidance 4) that end at x0
+
+    A consistency function (arXiv 2303.01469, eq. 1) learned from the solver's own ends instead of its own next step:
+    they cost one run of each prompt and nothing afterwards. x̂0 is without guidance: it is built in.
+    """
+    torch.manual_seed(0)
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = trained_prompts(PATHS)
+    paths, texts = teacher_paths(folder, pipe, prompts), text_features(pipe, prompts)
+    unet = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_MODULES))
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    average = EMAModel(trained, decay=0.999, use_ema_warmup=True, power=0.75)
+
+    def loss_at(step: int) -> Tensor:
+        rng = Generator().manual_seed(step)
+        rows = torch.randint(len(prompts), (LORA_BATCH,), generator=rng)
+        places = torch.randint(len(paths["timesteps"]), (LORA_BATCH,), generator=rng)
+        x_t = paths["x"][rows, places].float().contiguous(memory_format=torch.channels_last)
+        x0 = denoised(unet, pipe.scheduler, x_t, paths["timesteps"][places], texts[rows])
+        return F.smooth_l1_loss(x0, paths["x0"][rows].float(), beta=0.1)
+
+    TrainingRun(folder, steps, learning_rate, decay=0.5).train([unet], loss_at, after=average)
+    average.copy_to(trained)
+    layers = {name: value.half() for name, value in get_peft_model_state_dict(unet).items()}
+    StableDiffusionPipeline.save_lora_weights(folder / "lora", unet_lora_layers=layers)
 
 
 WIDTH = 16
