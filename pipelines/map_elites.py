@@ -99,8 +99,8 @@ class Archive:
     def of(cls, search: Search) -> "Archive":
         """Return the archive in the state of a search."""
         state = search.optimizer_state
-        on_cpu = (state[name].cpu() for name in ("elite_rewards", "pictures", "children"))
-        return cls(state["elites"], *on_cpu, state["low"], state["high"])
+        rewards, pictures, children = (state[name].cpu() for name in ("elite_rewards", "pictures", "children"))
+        return cls(state["elites"], rewards, pictures, children, state["low"], state["high"])
 
     def stored_in(self, search: Search) -> Search:
         """Return a search with the archive in its state, which its checkpoint holds."""

@@ -56,7 +56,7 @@ def image_questions(gold: Tensor, prompts: Sequence[str], least: int = WRONG_IMA
     An image is right where its gold reward is the highest of its prompt, wrong below. Prompts with fewer than `least`
     wrong images have no questions.
     """
-    questions = []
+    questions: list[tuple[int, list[int]]] = []
     for rows in rows_by_prompt(prompts).values():
         best = max(gold[row].item() for row in rows)
         wrong = [row for row in rows if gold[row] < best]

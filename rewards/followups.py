@@ -72,7 +72,7 @@ def read_followups(path: Path) -> Followups:
     Raises RewardError.
     """
     data = read_yaml("followups", path)
-    lists = [data.get(name) for name in ("positive", "negative")] if isinstance(data, dict) else []
+    lists: list[Any] = [data.get(name) for name in ("positive", "negative")] if isinstance(data, dict) else []
     valid = len(lists) == 2 and set(data) <= {"positive", "negative", "question"}
     valid = valid and all(isinstance(one, list) and one and all(map(_is_text, one)) for one in lists)
     if not valid or not _is_text(data.get("question", QUESTION)):

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
 
 import torch
 from torch import Tensor
 
 from steer.errors import InputError
 from steer.rewards.inputs import rows_by_prompt
+from steer.training.overoptimization import expected_best
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,9 @@ def herding(names: Sequence[str], scores: Tensor, groups: Sequence[str]) -> Herd
         member = int((spread[..., 0] == 0).any(1).nonzero()[0])
         raise InputError(f"reward {names[member]!r} gives all images of a prompt the same score: leave it out")
     z = (r - r.mean(-1, keepdim=True)) / spread
-    order = z.argsort(-1)  # ascending
     ns = [2**k for k in range(1, count.bit_length()) if 2**k <= count]
-    picks = torch.stack([torch.stack([z[j].gather(-1, one) for j in range(len(z))]) for one in order])  # (i, j, P, K)
-    gains = torch.stack([(picks * _probabilities(n, count)).sum(-1).mean(-1) for n in ns])
-    return Herding(tuple(names), (z[:, None] * z[None]).mean((-1, -2)), tuple(ns), gains)
-
-
-def _probabilities(n: int, count: int) -> Tensor:
-    """Return P(the k-th lowest of `count` is the best of n drawn without repetition) = C(k, n − 1) / C(count, n)."""
-    return torch.tensor([comb(k, n - 1) / comb(count, n) for k in range(count)], dtype=torch.float64)
+    gains = [[[expected_best(one, other, n).mean() for other in z] for one in z] for n in ns]
+    return Herding(tuple(names), (z[:, None] * z[None]).mean((-1, -2)), tuple(ns), torch.tensor(gains))
 
 
 def render_herding(one: Herding) -> str:

@@ -241,7 +241,7 @@ def test_d3po_by_a_hierarchy_does_not_buy_back_its_first_factor(tmp_path: Path) 
     first, second = load_reward(red), load_reward(cold)
     gains = []
     for name, reward in (
-        ("hierarchy", Tournament(HierarchyJudge([Factor(first, 0.002), Factor(second)]))),
+        ("hierarchy", Tournament(HierarchyJudge([Factor(first, 0.0003), Factor(second)]))),
         ("sum", load_reward({first: 1.0, second: 10.0})),
     ):
         drawn: dict[int, Tensor] = {}
