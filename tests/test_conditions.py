@@ -113,9 +113,9 @@ def test_a_table_gives_the_image_of_each_prompt_to_the_command(tmp_path: Path) -
     assert first["image"].getpixel((0, 0)) == (255, 0, 0) and second["image"].getpixel((0, 0)) == (0, 0, 255)
     assert first["strength"] == 0.5
     assert finetune(config).records[0]["grad_norm"] > 0
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "image": "none.png"}\n{"prompt": "b"}\n')
-    with pytest.raises(InputError, match="condition_columns: prompt 'b' has no 'image': every prompt needs one"):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "image": "red.png"}\n{"prompt": "b"}\n')
+    with pytest.raises(InputError, match="condition-columns: prompt 'b' has no 'image': every prompt needs one"):
         load_data(read_config(str(tmp_path / "run.yaml"), {"condition_columns": "[image]", "output_dir": "x"}), False)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "image": "none.png"}\n')
-    with pytest.raises(InputError, match=r"condition_columns: .*none.png"):
+    with pytest.raises(InputError, match=r"condition-columns: .*none.png"):
         load_data(read_config(str(tmp_path / "run.yaml"), {"condition_columns": "[image]", "output_dir": "x"}), False)
