@@ -211,6 +211,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward": "teleport"}, "teleport"),
     ({"reward": "/etc/passwd"}, "rewards have names"),
     ({"width": 5000}, "at most 1024"),
+    ({"width": 72}, "give both"),
+    ({"width": 7, "height": 64}, "7"),
     ({"scheduler": "teleport"}, "teleport"),
     ({"scheduler": "flow-euler"}, "flow-euler"),
     ({"negative_prompt": "a" * 501}, "shorten it"),
