@@ -162,7 +162,7 @@ class HistoryTab:
         first = first if first in runs else next(iter(runs), None)
         second = second if second in runs else None
         text = f"{plural(len(runs), 'run')} in your history." if runs else EMPTY_TEXT
-        pictures = [(Image.open(BytesIO(run.thumbnail)), name_of(run)) for run in runs.values()]
+        pictures = [(Image.open(BytesIO(run.thumbnail)), short(max(run.rewards))) for run in runs.values()]
         return {
             self.status: line(text),
             self.gallery: gr.update(value=pictures, selected_index=None),
