@@ -211,14 +211,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward": "teleport"}, "teleport"),
     ({"reward": "/etc/passwd"}, "rewards have names"),
     ({"width": 5000}, "at most 1024"),
-    ({"width": 7}, "7"),
+    ({"width": 72}, "give both"),
+    ({"width": 7, "height": 64}, "7"),
     ({"scheduler": "teleport"}, "teleport"),
     ({"scheduler": "flow-euler"}, "flow-euler"),
     ({"negative_prompt": "a" * 501}, "shorten it"),
     ({"loras": [f"{n}.safetensors" for n in range(5)]}, "5 LoRA files"),
     ({"loras": ["a.safetensors"], "lora_weights": "1, 2"}, "2 for 1 files"),
     ({"adapter": True}, "no finetuned weights"),
-    ({"model": "/etc"}, "/etc"),
+    ({"model": "/srv/etc"}, "model &#x27;etc&#x27; is not one of this app"),
 ]
 
 

@@ -128,7 +128,15 @@ def test_a_saved_preset_brings_the_settings_back_but_prompt_and_seed(
     tabs: tuple[SteerTab, GridPanel, Presets],
 ) -> None:
     steer, _, presets = tabs
-    wanted = {"method": "fk", "lam": 40.0, "auto": False, "steps": 7, "negative_prompt": "blue", "width": 48}
+    wanted = {
+        "method": "fk",
+        "lam": 40.0,
+        "auto": False,
+        "steps": 7,
+        "negative_prompt": "blue",
+        "width": 48,
+        "height": 64,
+    }
     change = presets.save(asked(steer, presets, "mine", **wanted, seed=5))
     saved = json.loads(json.dumps(change[presets.saved]))  # as a browser keeps it
     assert change[presets.name]["choices"] == [*BUILT_IN, "mine"]

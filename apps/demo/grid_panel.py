@@ -79,11 +79,18 @@ class GridPanel(JobTab):
                 values = gr.Textbox(AXES.get(first or "", ""), label=f"Values of the {title.lower()}", info=hint)
             name.input(lambda axis: AXES.get(axis or "", ""), name, values, queue=False, **PRIVATE)
             self.axes += [name, values]
-        self._job_buttons("Sample the grid", "grid")
+        self._job_buttons("Sample grid", "grid")
         self.status = gr.HTML(line(f"Up to {MAX_CELLS} images of one prompt."), elem_id="grid-status")
-        self.image = gr.Image(label="Grid", type="filepath", format="png", interactive=False, visible=False,
-                              buttons=["download", "fullscreen"], elem_id="grid-image")  # fmt: skip
-        self.command = gr.Code(label="Command", language="shell", interactive=False, wrap_lines=True, visible=False)
+        look: dict[str, Any] = {"interactive": False, "visible": False}
+        self.image = gr.Image(
+            show_label=False,
+            type="filepath",
+            format="png",
+            buttons=["download", "fullscreen"],
+            elem_id="grid-image",
+            **look,
+        )
+        self.command = gr.Textbox(label="Command", lines=2, buttons=["copy"], elem_id="grid-command", **look)
         live = [self.status, self.start, self.stop, self.image, self.command]
         self._connect_job(self.start.click(self.run, [chosen, *self.axes], live, **RUNS))
 

@@ -120,8 +120,8 @@ class HistoryTab:
             label="Runs, newest first", elem_id="history-runs", interactive=False, allow_preview=False, **look
         )
         with gr.Row():
-            self.first = gr.Dropdown([], label="Run", elem_id="history-first")
-            self.second = gr.Dropdown([], label="Compare with", elem_id="history-second")
+            self.first = gr.Dropdown([], label="Run", min_width=280, elem_id="history-first")
+            self.second = gr.Dropdown([], label="Compare with", min_width=280, elem_id="history-second")
         with gr.Row():
             self.restore_button = gr.Button("Restore into Steer", variant="primary", elem_id="history-restore")
             self.link_button = gr.Button("Link to the settings", elem_id="history-share")
@@ -130,12 +130,12 @@ class HistoryTab:
         self.link = gr.Textbox(label="Link", visible=False, interactive=False, buttons=["copy"], elem_id="history-link")
         self.files = gr.File(label="Images", visible=False, file_count="multiple", interactive=False)
         self.view = gr.HTML(runs_view(()), css_template=STYLE, elem_id="history-view")
+        with gr.Accordion("Grid of two settings", open=False, elem_id="history-grid"):
+            self.grid = GridPanel(self.studio, self.first)
         with gr.Row():
             self.delete_button = gr.Button("Delete this run", variant="stop", elem_id="history-delete")
             self.clear_button = gr.Button("Delete all runs", variant="stop", elem_id="history-clear")
         self.sure = gr.Checkbox(False, visible=False)
-        with gr.Accordion("Grid of two settings", open=False, elem_id="history-grid"):
-            self.grid = GridPanel(self.studio, self.first)
 
     def _connect(self) -> None:
         for field in self.chosen:
@@ -162,7 +162,7 @@ class HistoryTab:
         first = first if first in runs else next(iter(runs), None)
         second = second if second in runs else None
         text = f"{plural(len(runs), 'run')} in your history." if runs else EMPTY_TEXT
-        pictures = [(Image.open(BytesIO(run.thumbnail)), name_of(run)) for run in runs.values()]
+        pictures = [(Image.open(BytesIO(run.thumbnail)), short(max(run.rewards))) for run in runs.values()]
         return {
             self.status: line(text),
             self.gallery: gr.update(value=pictures, selected_index=None),

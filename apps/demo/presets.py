@@ -46,7 +46,7 @@ class Presets:
                 value=None,
                 label="Preset",
                 allow_custom_value=True,
-                info="Choose one, or type a name and save the settings",
+                info="To save one, type a name first",
                 min_width=150,
                 elem_id="steer-preset",
             )

@@ -317,8 +317,8 @@ class RewardsTab(JobTab):
                 self.by = gr.Dropdown([], label="Best first by", visible=False, elem_id="rewards-by")
                 self.view = gr.HTML(EMPTY_VIEW, js_on_load=RUN_SCRIPT, elem_id="rewards-view")
                 with gr.Row(visible=False) as self.axes:
-                    self.across = gr.Dropdown([], label="Across", min_width=140, elem_id="rewards-across")
-                    self.up = gr.Dropdown([], label="Up", min_width=140, elem_id="rewards-up")
+                    self.across = gr.Dropdown([], label="Across", min_width=200, elem_id="rewards-across")
+                    self.up = gr.Dropdown([], label="Up", min_width=200, elem_id="rewards-up")
                 self.scatter = gr.HTML(js_on_load=RUN_SCRIPT, elem_id="rewards-scatter")
         with gr.Accordion("What the rewards measure", open=False):
             gr.HTML(names_view(), elem_id="rewards-names")

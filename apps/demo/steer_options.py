@@ -105,6 +105,8 @@ def image_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"{name} can be at most {MAX_SIZE} pixels in this app, got {size}")
         elif name in given:
             given[name] = size
+    if ("height" in given) != ("width" in given):  # several pipelines of diffusers ignore one alone
+        raise InputError("width and height: give both, or 0 for each")
     if len(given.get("negative_prompt", "")) > MAX_PROMPT_CHARACTERS:
         raise InputError(f"the negative prompt has more than {MAX_PROMPT_CHARACTERS} characters: shorten it")
     if "scheduler" in given:
