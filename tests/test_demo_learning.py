@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 pytest.importorskip("gradio")
 
@@ -29,11 +29,12 @@ from steer.apps.demo.training import DEMO_CHANGES, Trained, TrainingRequest, Upd
 from steer.apps.finetuning import read_config
 from steer.errors import InputError
 from steer.pipelines.training.image_pairs import read_image_pairs
+from steer.rewards.inputs import as_batch
 from steer.rewards.learned import LearnedReward
 
 ADA = LabelRequest("Ada", ("own images",))
 STEPS = 60
-LEVELS = range(10, 250, 20)  # of grey
+LEVELS = range(10, 250, 20)  # of red
 
 
 @pytest.fixture(autouse=True)
@@ -43,21 +44,28 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(DEMO_CHANGES, key, value)
 
 
+def circle(red: int) -> Image.Image:
+    """A circle on grey as `scenes` draws them, from blue to red."""
+    image = Image.new("RGB", (64, 64), (235,) * 3)
+    ImageDraw.Draw(image).ellipse((20, 18, 46, 44), (red, 0, 255 - red))
+    return image
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Studio]:
-    """An app over a folder of grey images of two prompts."""
+    """An app over a folder of images of two prompts."""
     folder = tmp_path / "images"
     folder.mkdir()
     for level in LEVELS:
-        Image.new("RGB", (64, 64), (level,) * 3).save(folder / f"{level}.png")
+        circle(level).save(folder / f"{level}.png")
         (folder / f"{level}.txt").write_text("a star" if level % 40 == 10 else "a cross")
     made = Studio(("scenes",), labels=tmp_path / "labels", label_images=folder)
     yield made
     made.close()
 
 
-def prefer_light(studio: Studio, most: int = 99) -> None:
-    """Answer every pair by its lighter image."""
+def prefer_red(studio: Studio, most: int = 99) -> None:
+    """Answer every pair by its redder image."""
     assert studio.label_images is not None and studio.labels is not None
     store = ImageLabelStore(studio.label_images, studio.labels)
     while most and (pair := store.offer(ADA)) is not None:
@@ -71,7 +79,7 @@ def visitor(name: str) -> Any:
 
 
 def test_a_reward_learns_the_preference_and_has_a_name_at_once(own: Studio) -> None:
-    prefer_light(own)
+    prefer_red(own)
     with gr.Blocks():
         learning = LabelLearning(own)
     shown: dict[Any, Any] = {}
@@ -85,7 +93,7 @@ def test_a_reward_learns_the_preference_and_has_a_name_at_once(own: Studio) -> N
     assert shown[learning.results]["visible"] and shown[learning.start]["interactive"]
     own.check_reward(f"{spec} + brightness:0.5")  # by name, in sums too
     reward = own.reward(spec)
-    images = torch.tensor([0.1, 0.5, 0.9])[:, None, None, None].expand(-1, 3, 64, 64)
+    images, _ = as_batch([circle(red) for red in (20, 120, 220)], "a star")
     scores = reward(images, ["a star"] * 3)
     assert scores[0] < scores[1] < scores[2]
     folder = own.home / "unpacked"
@@ -96,7 +104,7 @@ def test_a_reward_learns_the_preference_and_has_a_name_at_once(own: Studio) -> N
 
 
 def test_a_stop_leaves_no_reward(own: Studio) -> None:
-    prefer_light(own, 6)
+    prefer_red(own, 6)
     ticket, events = own.worker.submit(reward_training(own)), []
     for event in ticket.events():
         events.append(event)
@@ -112,7 +120,7 @@ def test_without_labels_there_is_no_reward(own: Studio) -> None:
 
 
 def test_the_model_is_finetuned_on_own_images_as_they_were_at_the_start(own: Studio, tmp_path: Path) -> None:
-    prefer_light(own, 6)
+    prefer_red(own, 6)
     assert own.labels is not None
     asked = TrainingRequest("pairs", "scenes", "", "brightness", 2, 1e-3, 4, 0.0, 0, own.labels)
     folder, seen = tmp_path / "runs" / "run-1", []
@@ -123,7 +131,7 @@ def test_the_model_is_finetuned_on_own_images_as_they_were_at_the_start(own: Stu
             ticket.stop()
     whole, copied = read_image_pairs(own.labels / TABLE), read_image_pairs(folder / "choices" / TABLE)
     assert [one.resolve() for one in whole.a] == list(copied.a) and len(copied) == 6  # type: ignore[union-attr]
-    prefer_light(own, 2)  # by somebody else, meanwhile
+    prefer_red(own, 2)  # by somebody else, meanwhile
     (trained,) = [
         event
         for event in own.worker.submit(training(asked, folder, own, resume=True)).events()

@@ -6,6 +6,7 @@ from typing import Any
 from steer.arguments import IMAGES_PER_PROMPT
 from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.step_hooks import plain_values
+from steer.diffusion.token_hooks import is_token_scheduler
 from steer.errors import InputError
 from steer.pipelines.particle_batch import rows_of_metadata
 from steer.training.rollout import takes_prompts
@@ -22,7 +23,7 @@ def prompts_of(pipe: Any, prompts: Sequence[str] | int, name: str) -> tuple[str,
         return ("",) * prompts
     if isinstance(prompts, str):
         raise InputError(f"{name} must be a list of texts, got one text: {prompts[:40]!r}")
-    if conditional and not all(prompts):
+    if conditional and not all(prompts) and not is_token_scheduler(pipe.scheduler):  # texts may begin with nothing
         raise InputError(f"{name}: none may be empty")
     return tuple(prompts)
 
