@@ -109,7 +109,10 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
     }
     for names in (("particles", "lam"), ("steps", "guidance")):
         with gr.Row():
-            own = {"lam": {"visible": False}, "particles": {"value": RacingSettings.field("num_particles").default}}
+            own: dict[str, dict[str, Any]] = {
+                "lam": {"visible": False},
+                "particles": {"value": RacingSettings.field("num_particles").default},
+            }
             fields |= {name: setting_field(name, **own.get(name, {})) for name in names}
     fields["auto"] = gr.Checkbox(
         True, label="Choose the strength by the first rewards", visible=False, elem_id="steer-auto"

@@ -159,7 +159,11 @@ def teacher_paths(folder: Path, pipe: StableDiffusionPipeline, prompts: list[str
         runs: list[Tensor] = []
         for start in tqdm(range(0, len(prompts), IMAGES_PER_CALL), "paths", disable=None):
             some, x_t = prompts[start : start + IMAGES_PER_CALL], list[Tensor]()
-            with hook_steps(view, lambda step, x_t=x_t: x_t.append(step.x.half()), rows=len(some)) as hooked:
+
+            def keep(step: SolverStep, x_t: list[Tensor] = x_t) -> None:
+                x_t.append(step.x.half())
+
+            with hook_steps(view, keep, rows=len(some)) as hooked:
                 generator = Generator().manual_seed(start)
                 x0 = hooked(some, generator=generator, output_type="latent", **PATH_CALL).images
             runs.append(torch.stack([*x_t, x0.half()], 1))
