@@ -404,7 +404,7 @@ PALE = r"""() => {
         if (['SCRIPT', 'STYLE', 'OPTION'].includes(element.tagName)) continue;
         if (['range', 'checkbox', 'radio', 'file'].includes(element.type)) continue;
         if (!element.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
-        if (element.closest(':disabled, [aria-disabled=true], .icon')) continue;
+        if (element.closest(':disabled, [aria-disabled=true]')) continue;
         const chain = ancestors(element), style = getComputedStyle(element);
         if (chain.some(one => getComputedStyle(one).backgroundImage !== 'none')) continue;
         const below = chain.map(one => rgba(getComputedStyle(one).backgroundColor))

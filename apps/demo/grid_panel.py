@@ -90,7 +90,7 @@ class GridPanel(JobTab):
             elem_id="grid-image",
             **look,
         )
-        self.command = gr.Textbox(label="Command", lines=2, buttons=["copy"], elem_id="grid-command", **look)
+        self.command = gr.Textbox(label="Command", lines=4, buttons=["copy"], elem_id="grid-command", **look)
         live = [self.status, self.start, self.stop, self.image, self.command]
         self._connect_job(self.start.click(self.run, [chosen, *self.axes], live, **RUNS))
 
