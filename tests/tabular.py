@@ -58,7 +58,6 @@ class Table(nn.Module):
         weights = torch.einsum("nlv,zlv->nzl", ids, states).prod(2)  # multilinear between one-hot states
         return MaskedDenoiserOutput(torch.einsum("nz,zlv->nlv", weights, self.logits))
 
-
     def save_pretrained(self, folder: Path) -> None:
         """Write the table, as models of diffusers do."""
         folder.mkdir(parents=True, exist_ok=True)
