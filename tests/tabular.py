@@ -2,10 +2,12 @@
 
 import itertools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from steer.diffusion.masked_denoiser import MaskedDenoiserOutput
@@ -55,6 +57,11 @@ class Table(nn.Module):
         states = nn.functional.one_hot(STATES, V + 1).to(ids)
         weights = torch.einsum("nlv,zlv->nzl", ids, states).prod(2)  # multilinear between one-hot states
         return MaskedDenoiserOutput(torch.einsum("nz,zlv->nlv", weights, self.logits))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the table, as models of diffusers do."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), folder / "diffusion_pytorch_model.safetensors")
 
 
 class Letters:

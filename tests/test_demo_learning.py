@@ -166,10 +166,9 @@ def test_uploads_are_as_large_as_the_owner_says() -> None:
     before = os.environ.get("GRADIO_TEMP_DIR")
     app = serve(studio, server_name="127.0.0.1", prevent_thread_lock=True)
     try:
-        codes = [
-            httpx.post(f"{app.local_url}gradio_api/upload", files={"files": ("a.safetensors", bytes(size))}).status_code
-            for size in (1_500_000, 3_000_000)
-        ]
+        address, sizes = f"{app.local_url}gradio_api/upload", (1_500_000, 3_000_000)
+        files = [{"files": ("a.safetensors", bytes(size))} for size in sizes]
+        codes = [httpx.post(address, files=one, timeout=120).status_code for one in files]
     finally:
         app.close()
         os.environ.pop("GRADIO_TEMP_DIR") if before is None else os.environ.update(GRADIO_TEMP_DIR=before)
