@@ -58,7 +58,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
     try:
         with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
             yield file
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # texts are decoded as they are read
         raise InputError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
 
 
