@@ -1,10 +1,13 @@
 """Python processes that tests start, forked from one that has imported everything: that costs milliseconds, and a
 start of Python with torch and diffusers seconds.
 
-Two things differ from `python WORDS…`: imports have happened before the process has its environment, and atexit does
-not run. Where those are what a test is about, and once for every kind of start, tests take subprocess.
+That process is itself forked from pytest's, before the first test: it has imported all of it already. Two things
+differ from `python WORDS…`: imports have happened before the process has its environment, and atexit does not run.
+Where those are what a test is about, and once for every kind of start, tests take subprocess.
 """
 
+import faulthandler
+import logging
 import multiprocessing
 import os
 import random
@@ -17,13 +20,15 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import forkserver
+from contextlib import nullcontext
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
+from unittest import mock
 
 import accelerate  # noqa: F401 - as all below, for those that are forked
-import conftest  # noqa: F401
+import families  # noqa: F401
 import numpy
 import peft  # noqa: F401
 import torch
@@ -42,7 +47,7 @@ class Forked:
     """As much of subprocess.Popen as tests use: text streams, signals, an exit code below zero after a signal."""
 
     def __init__(self, words: Sequence[object], cwd: Path, env: Mapping[str, str]) -> None:
-        _parent()
+        start_parent()
         (out, told), (err, erring) = CONTEXT.Pipe(duplex=False), CONTEXT.Pipe(duplex=False)
         self.args = [str(word) for word in words]
         self._process = CONTEXT.Process(target=_become, args=(self.args, str(cwd), dict(env), told, erring))
@@ -111,15 +116,37 @@ def run_two(words: Sequence[object], cwd: Path, env: Mapping[str, str]) -> "subp
     return subprocess.CompletedProcess([*words], next(filter(None, codes), 0), "".join(outs), "".join(errs))
 
 
-def _parent() -> None:
-    """Starts the process that all are forked from, with one thread and the tests on its path."""
+def start_parent() -> None:
+    """Start the process that all are forked from, with one thread and the tests on its path, if it is not there."""
+    resource_tracker.ensure_running()
+    # OpenMP's threads do not survive a fork: with more than one, a new Python imports everything.
+    start = mock.patch("multiprocessing.util.spawnv_passfds", _fork) if torch.get_num_threads() == 1 else nullcontext()
     before = dict(os.environ)
     os.environ |= beside(ROOT / "tests")
     try:
-        forkserver.ensure_running()
+        with start:
+            forkserver.ensure_running()
     finally:
         os.environ.clear()
         os.environ |= before
+
+
+def _fork(python: object, words: Sequence[str], kept: Sequence[int]) -> int:
+    """Do in a fork of this process the work of `python -c CODE`, without pytest's hold on errors and logging."""
+    if child := os.fork():
+        return child
+    lowest = 3
+    for number in sorted(kept):
+        os.closerange(lowest, number)
+        lowest = number + 1
+    os.closerange(lowest, os.sysconf("SC_OPEN_MAX"))
+    faulthandler.disable()
+    sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+    logging.root.handlers.clear()
+    try:
+        exec(words[-1], {})
+    finally:
+        os._exit(0)
 
 
 def _stream(end: Connection) -> IO[str]:

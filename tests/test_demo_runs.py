@@ -14,6 +14,7 @@ pytest.importorskip("gradio")
 
 import gradio as gr
 
+from steer.apps.demo import run_view as run_view_module
 from steer.apps.demo import steering as steering_module
 from steer.apps.demo.app import PublicApi
 from steer.apps.demo.rewards_tab import RewardsTab
@@ -25,6 +26,12 @@ from steer.errors import InputError
 VISITOR: Any = SimpleNamespace(session_hash="ada")
 SMALL: dict[str, Any] = {"prompts": "a red star", "reward": "brightness", "particles": 3, "steps": 4, "guidance": 2}
 RENO: dict[str, Any] = {"model": "scenes-turbo", "reward": "scene-soft", "steps": 1, "guidance": 0, "iterations": 3}
+
+
+@pytest.fixture(autouse=True)
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the curves takes four times as long as these runs; test_demo_view.py and test_demo_steering.py do it."""
+    monkeypatch.setattr(run_view_module, "_curves", lambda columns, paths: "")
 
 
 @pytest.fixture(scope="module")

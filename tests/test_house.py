@@ -96,7 +96,12 @@ def snippets() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("code", [code for _, code in snippets()], ids=[name for name, _ in snippets()])
+@pytest.mark.parametrize(
+    "code",
+    [  # a compilation takes seconds; test_batching.py has those of smaller models
+        pytest.param(code, id=name, marks=[pytest.mark.hard] * ("compiled(" in code)) for name, code in snippets()
+    ],
+)
 def test_snippets_of_the_documentation_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
