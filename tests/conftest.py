@@ -31,7 +31,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     if "preloaded" in sys.modules and not session.config.option.collectonly:
-        sys.modules["preloaded"].start_parent()
+        sys.modules["preloaded"].fork_parent()
 
 
 def __getattr__(name: str) -> Any:

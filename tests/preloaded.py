@@ -1,7 +1,7 @@
 """Python processes that tests start, forked from one that has imported everything: that costs milliseconds, and a
 start of Python with torch and diffusers seconds.
 
-That process is itself forked from pytest's, before the first test: it has imported all of it already. Two things
+Where torch has one thread, that process is itself forked from pytest's, before the first test. Two things
 differ from `python WORDS…`: imports have happened before the process has its environment, and atexit does not run.
 Where those are what a test is about, and once for every kind of start, tests take subprocess.
 """
@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,7 +46,7 @@ class Forked:
     """As much of subprocess.Popen as tests use: text streams, signals, an exit code below zero after a signal."""
 
     def __init__(self, words: Sequence[object], cwd: Path, env: Mapping[str, str]) -> None:
-        start_parent()
+        _parent()
         (out, told), (err, erring) = CONTEXT.Pipe(duplex=False), CONTEXT.Pipe(duplex=False)
         self.args = [str(word) for word in words]
         self._process = CONTEXT.Process(target=_become, args=(self.args, str(cwd), dict(env), told, erring))
@@ -116,16 +115,20 @@ def run_two(words: Sequence[object], cwd: Path, env: Mapping[str, str]) -> "subp
     return subprocess.CompletedProcess([*words], next(filter(None, codes), 0), "".join(outs), "".join(errs))
 
 
-def start_parent() -> None:
+def fork_parent() -> None:
+    """Fork the parent of all from this process. OpenMP's threads do not survive that: with some, it starts later."""
+    if torch.get_num_threads() == 1:
+        resource_tracker.ensure_running()
+        with mock.patch("multiprocessing.util.spawnv_passfds", _fork):
+            _parent()
+
+
+def _parent() -> None:
     """Start the process that all are forked from, with one thread and the tests on its path, if it is not there."""
-    resource_tracker.ensure_running()
-    # OpenMP's threads do not survive a fork: with more than one, a new Python imports everything.
-    start = mock.patch("multiprocessing.util.spawnv_passfds", _fork) if torch.get_num_threads() == 1 else nullcontext()
     before = dict(os.environ)
     os.environ |= beside(ROOT / "tests")
     try:
-        with start:
-            forkserver.ensure_running()
+        forkserver.ensure_running()
     finally:
         os.environ.clear()
         os.environ |= before
