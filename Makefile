@@ -10,7 +10,7 @@ sample: $(INSTALLED)  ## the main job: base, best-of-8 and steered images for th
 	@echo "look at out/sample/grid.png and out/sample/ancestry.png"
 
 test: $(INSTALLED)  ## everything that needs no browser: lint beside types, then unit
-	$(MAKE) --jobs 2 --output-sync lint types
+	$(MAKE) --jobs 2 lint types
 	$(MAKE) unit
 
 lint: $(INSTALLED)
