@@ -273,8 +273,9 @@ def test_the_endpoint_draws_a_seed_too(studio: Studio) -> None:
 
 def test_files_of_different_runs_have_different_names(tab: SteerTab) -> None:
     names: list[str] = []
-    for change in ({}, {"seed": 8}, {"method": "base"}, {"steps": 5}, {"prompts": "a star\na star"}, {"prompts": "星"}):
-        shown = run(tab, **change)
+    prompts = {"prompts": "a star\na star"}, {"prompts": "星"}
+    for change in ({"method": "race"}, {"seed": 8}, {}, {"steps": 5}, *prompts):
+        shown = run(tab, **{"method": "base"} | change)
         for one in shown[tab.finished]:
             names += [picture.path.name for picture in (*one.images, *one.base)]
     assert len(set(names)) == len(names)
