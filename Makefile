@@ -9,7 +9,9 @@ sample: $(INSTALLED)  ## the main job: base, best-of-8 and steered images for th
 		--steps 20 --guidance 4 --particles 4 --best-of 8 --checklist scene --out out/sample
 	@echo "look at out/sample/grid.png and out/sample/ancestry.png"
 
-test: lint types unit  ## everything that needs no browser
+test: $(INSTALLED)  ## everything that needs no browser: lint beside types, then unit
+	$(MAKE) --jobs 2 lint types
+	$(MAKE) unit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -19,11 +19,12 @@ def covering(rows: Sequence[tuple[object, ...]], strength: int = 2) -> list[int]
 
 def harden(items: Iterable[pytest.Item]) -> None:
     """Marks as hard what all pairs do not need."""
-    combined: dict[str, list[tuple[tuple[int, ...], pytest.Item]]] = {}
+    combined: dict[str, list[tuple[tuple[object, ...], pytest.Item]]] = {}
     for item in items:
-        names = [_first(mark.args[0]) for mark in item.iter_markers("parametrize")]
-        if isinstance(item, pytest.Function) and len(names) >= 3 and not item.get_closest_marker("hard"):
-            row = tuple(item.callspec.indices[name] for name in names)
+        columns = [_names(mark.args[0]) for mark in item.iter_markers("parametrize")]
+        if isinstance(item, pytest.Function) and len(columns) >= 3 and not item.get_closest_marker("hard"):
+            # A value is one object in all rows. `callspec.indices` would not do: pytest numbers the rows there.
+            row = tuple(tuple(id(item.callspec.params[name]) for name in names) for names in columns)
             combined.setdefault(item.nodeid.split("[")[0], []).append((row, item))
     for tests in combined.values():
         kept = set(covering([row for row, _ in tests]))
@@ -37,5 +38,5 @@ def hard_but(names: Iterable[str], *kept: str) -> list[object]:
     return [name if name in kept else pytest.param(name, marks=pytest.mark.hard) for name in names]
 
 
-def _first(names: str | Sequence[str]) -> str:
-    return (names.split(",") if isinstance(names, str) else names)[0].strip()
+def _names(given: str | Sequence[str]) -> list[str]:
+    return [name.strip() for name in (given.split(",") if isinstance(given, str) else given)]

@@ -1,10 +1,13 @@
 """Python processes that tests start, forked from one that has imported everything: that costs milliseconds, and a
 start of Python with torch and diffusers seconds.
 
-Two things differ from `python WORDS…`: imports have happened before the process has its environment, and atexit does
-not run. Where those are what a test is about, and once for every kind of start, tests take subprocess.
+Where torch has one thread, that process is itself forked from pytest's, before the first test. Two things
+differ from `python WORDS…`: imports have happened before the process has its environment, and atexit does not run.
+Where those are what a test is about, and once for every kind of start, tests take subprocess.
 """
 
+import faulthandler
+import logging
 import multiprocessing
 import os
 import random
@@ -17,13 +20,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
+from unittest import mock
 
 import accelerate  # noqa: F401 - as all below, for those that are forked
-import conftest  # noqa: F401
+import families  # noqa: F401
 import numpy
 import peft  # noqa: F401
 import torch
@@ -111,8 +115,16 @@ def run_two(words: Sequence[object], cwd: Path, env: Mapping[str, str]) -> "subp
     return subprocess.CompletedProcess([*words], next(filter(None, codes), 0), "".join(outs), "".join(errs))
 
 
+def fork_parent() -> None:
+    """Fork the parent of all from this process. OpenMP's threads do not survive that: with some, it starts later."""
+    if torch.get_num_threads() == 1:
+        resource_tracker.ensure_running()
+        with mock.patch("multiprocessing.util.spawnv_passfds", _fork):
+            _parent()
+
+
 def _parent() -> None:
-    """Starts the process that all are forked from, with one thread and the tests on its path."""
+    """Start the process that all are forked from, with one thread and the tests on its path, if it is not there."""
     before = dict(os.environ)
     os.environ |= beside(ROOT / "tests")
     try:
@@ -120,6 +132,24 @@ def _parent() -> None:
     finally:
         os.environ.clear()
         os.environ |= before
+
+
+def _fork(python: object, words: Sequence[str], kept: Sequence[int]) -> int:
+    """Do in a fork of this process the work of `python -c CODE`, without pytest's hold on errors and logging."""
+    if child := os.fork():
+        return child
+    lowest = 3
+    for number in sorted(kept):
+        os.closerange(lowest, number)
+        lowest = number + 1
+    os.closerange(lowest, os.sysconf("SC_OPEN_MAX"))
+    faulthandler.disable()
+    sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+    logging.root.handlers.clear()
+    try:
+        exec(words[-1], {})
+    finally:
+        os._exit(0)
 
 
 def _stream(end: Connection) -> IO[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import preloaded
 import pytest
 from conftest import Steer
 from PIL import Image
@@ -51,8 +53,8 @@ def test_sample_writes_images_grid_tree_and_report(steer: Steer, tmp_path: Path)
 def test_the_same_seed_gives_the_same_bytes_in_another_process(steer: Steer, tmp_path: Path) -> None:
     words = ["sample", "two blue stars", *FAST, "--lam", "60", "--ess-threshold", "1"]
     assert steer(*words, "--out", tmp_path / "here")[0] == 0
-    other = [sys.executable, "-m", "steer.apps.cli.main", *words, "--out", str(tmp_path / "there")]
-    subprocess.run(other, check=True, capture_output=True)
+    other = preloaded.run(["-m", "steer.apps.cli.main", *words, "--out", tmp_path / "there"], tmp_path, os.environ)
+    assert other.returncode == 0, other.stderr
     assert digest(tmp_path / "here") == digest(tmp_path / "there") != {}
 
 

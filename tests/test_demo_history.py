@@ -3,10 +3,7 @@
 import json
 import os
 import secrets
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +13,7 @@ from urllib.parse import parse_qs
 
 import pytest
 from PIL import Image
+from preloaded import Forked
 
 pytest.importorskip("gradio")
 
@@ -96,11 +94,10 @@ while True:
 
 def test_a_killed_process_leaves_whole_runs(tmp_path: Path) -> None:
     pngs = [one.path.read_bytes() for one in saved(tmp_path)]
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    process = Forked(["-c", WRITER, tmp_path], tmp_path, os.environ)
     written = [int(process.stdout.readline()) for _ in range(3)]
     time.sleep(0.05)  # into a write, most likely
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     written += map(int, process.stdout.read().split())
     process.wait()
     history = local(tmp_path)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import hard_but
 from PIL import Image
 
 pytest.importorskip("gradio")
 
 import gradio as gr
 
+from steer.apps.demo import run_view as run_view_module
 from steer.apps.demo import steering as steering_module
 from steer.apps.demo.app import PublicApi
 from steer.apps.demo.rewards_tab import RewardsTab
@@ -25,6 +27,12 @@ from steer.errors import InputError
 VISITOR: Any = SimpleNamespace(session_hash="ada")
 SMALL: dict[str, Any] = {"prompts": "a red star", "reward": "brightness", "particles": 3, "steps": 4, "guidance": 2}
 RENO: dict[str, Any] = {"model": "scenes-turbo", "reward": "scene-soft", "steps": 1, "guidance": 0, "iterations": 3}
+
+
+@pytest.fixture(autouse=True)
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the curves takes four times as long as these runs; test_demo_view.py and test_demo_steering.py do it."""
+    monkeypatch.setattr(run_view_module, "_curves", lambda columns, paths: "")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +75,7 @@ def asked(method: str) -> dict[str, Any]:
 # ---- state of the run before
 
 
-@pytest.mark.parametrize("method", METHODS.values())
+@pytest.mark.parametrize("method", hard_but(METHODS.values(), "fk", "race", "reno", "best-of-n", "base"))
 def test_the_second_run_is_as_good_as_the_first(tab: SteerTab, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = result_of(tab, run(tab, **asked(method), seed=1))
     pixels = [Image.open(one.path).tobytes() for one in first.images]
@@ -265,8 +273,9 @@ def test_the_endpoint_draws_a_seed_too(studio: Studio) -> None:
 
 def test_files_of_different_runs_have_different_names(tab: SteerTab) -> None:
     names: list[str] = []
-    for change in ({}, {"seed": 8}, {"method": "base"}, {"steps": 5}, {"prompts": "a star\na star"}, {"prompts": "星"}):
-        shown = run(tab, **change)
+    prompts = {"prompts": "a star\na star"}, {"prompts": "星"}
+    for change in ({"method": "race"}, {"seed": 8}, {}, {"steps": 5}, *prompts):
+        shown = run(tab, **{"method": "base"} | change)
         for one in shown[tab.finished]:
             names += [picture.path.name for picture in (*one.images, *one.base)]
     assert len(set(names)) == len(names)

@@ -29,6 +29,7 @@ from steer import (
 )
 from steer.apps.evaluation.run import Contender, evaluate
 from steer.pipelines.initial_noise import screen_initial_noise
+from steer.pipelines.reno import ZeroOrder
 from steer.reward import score
 from steer.rewards import REWARDS
 from steer.rewards.parser import load_reward
@@ -94,6 +95,7 @@ FK: dict[str, dict[str, Any]] = {
 OTHERS = [*FK]
 for number in reversed(covering([tuple(one.values()) for one in FK.values()], strength=1)):
     del OTHERS[number]
+OTHERS += ["guided", "guided, every step", "guided, tiny preview", "asynchronous_rewards"]  # below with another option
 FK |= {
     "every step": {"resample_steps": range(4), "ess_threshold": 1.0},
     "guided": {"reward_guidance": 1.0},
@@ -146,21 +148,22 @@ def test_best_of_n_and_its_previews() -> None:
 RENO: dict[str, dict[str, Any]] = {
     "sgd": {},
     "adam": {"optimiser": "adam"},
-    "zero-order": {"gradient": "zero-order"},
+    "zero-order": {"gradient": ZeroOrder(directions=2)},
     "restarts": {"patience": 1, "restarts": 1, "lr": 100.0},
     "small chunks": {"chunk_size": 1},
+    "adam, small chunks": {"optimiser": "adam", "chunk_size": 1},
 }
 
 
-@pytest.mark.parametrize("name", RENO)
+@pytest.mark.parametrize("name", hard_but(RENO, "zero-order", "restarts", "adam, small chunks"))
 @pytest.mark.parametrize("family", hard_but(["sd", "flux"], "sd"))
 def test_noise_optimisation(name: str, family: str) -> None:
     one_step = {"num_inference_steps": 1, "guidance_scale": 0.0}
-    same(ReNOPipeline, family, **one_step, num_particles=2, iterations=3, **RENO[name])
+    same(ReNOPipeline, family, **one_step, num_particles=2, iterations=2, **RENO[name])
 
 
 def test_noise_search() -> None:
-    same(NoiseSearchPipeline, num_particles=2, iterations=3, neighbours=2)
+    same(NoiseSearchPipeline, num_particles=2, iterations=2, neighbours=2)
 
 
 def test_an_optimisation_resumes_there(tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_screened_starts() -> None:
     assert found[1].noise.device == DEVICE and torch.equal(found[0].chosen, found[1].chosen)
 
 
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", hard_but(PIPELINES, "sd", "sd3", "wan"))
 def test_rollouts_replay_to_the_same_densities(family: str) -> None:
     stored, images = Sampler(there(family), call_of(family), eta=1.0).rollout(TWO_PROMPTS)
     plain, expected = Sampler(cached_pipe(family), call_of(family), eta=1.0).rollout(TWO_PROMPTS)
@@ -191,7 +194,7 @@ def test_rollouts_replay_to_the_same_densities(family: str) -> None:
 @pytest.mark.parametrize("method", hard_but(METHODS, "grpo"))
 def test_updates_and_evaluations(method: str, tmp_path: Path) -> None:
     """Held-out rewards see images of the accelerator; metrics are those of the CPU."""
-    settings, found = config_of(method, max_steps=2, warmup_steps=0, eval_steps=2), []
+    settings, found = config_of(method, max_steps=1, warmup_steps=0, eval_steps=1, micro_batch=4), []
     for device in (DEVICE, CPU):
         pipe, seen = fresh_pipe("sd"), Placed()
         pipe.to(device)

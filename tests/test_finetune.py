@@ -104,7 +104,7 @@ def test_stopped_at_any_denoiser_call_and_resumed_it_ends_the_same(method: str, 
     chosen, pauses = random.Random(method), 0
     for _ in range(30):
         pipe = loaded(model)
-        interrupt_after(pipe, chosen.randint(10, 30))
+        interrupt_after(pipe, chosen.randint(10, 70))
         result = train(method, pipe, tmp_path / "stopped")
         if result.stopped is None:
             break
@@ -127,7 +127,7 @@ def interrupt_after(pipe: Any, calls: int) -> None:
     pipe.unet.register_forward_pre_hook(hook)
 
 
-@pytest.mark.parametrize("method", hard_but(METHODS, "grpo", "reward-backprop"))
+@pytest.mark.parametrize("method", hard_but(METHODS, "reward-backprop"))
 def test_the_reward_rises(method: str, model: Path, tmp_path: Path) -> None:
     """All weights of the tiny denoiser learn brightness in a few updates, on prompts that they were not trained on."""
     config = config_of(

@@ -32,6 +32,7 @@ SHORT: dict[str, Any] = {
     "ema_decay": 0.0,
     "kl_weight": 0.0,
     "kl_target_nats": None,
+    "micro_batch": 4,  # all rows at once: test_finetune.py has several batches in an update
 }
 
 
@@ -86,7 +87,7 @@ def test_a_reward_that_rises_while_the_held_out_one_falls_ends_the_run_with_the_
 ) -> None:
     """Evaluations after 0, 1, 2, 3 updates; the second is the best, the two after it are fooled."""
     reward, honest = Rising([float(n) for n in range(100)]), Fooled([0.5, 0.9, 0.8, 0.7, 0.6])
-    config = config_of("grpo", **SHORT | {"max_steps": 9, "early_stopping_patience": 2, "micro_batch": 4})
+    config = config_of("grpo", **SHORT | {"max_steps": 9, "early_stopping_patience": 2})
     result = train("grpo", pipe, tmp_path, config, reward=reward, eval_rewards=[honest])
     assert result.best_step == result.weights_step == 1 and result.step == 3
     assert result.stopped and "held-out one fell, 2 evaluations in a row" in result.stopped
@@ -296,7 +297,7 @@ def test_a_trained_pipeline_is_called_like_any_other(pipe: Any, tmp_path: Path) 
 
 def test_a_run_that_was_fooled_stays_stopped_when_it_is_resumed(pipe: Any, tmp_path: Path) -> None:
     reward, honest = Rising([float(n) for n in range(100)]), Fooled([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
-    config = config_of("grpo", **SHORT | {"max_steps": 9, "early_stopping_patience": 2, "micro_batch": 4})
+    config = config_of("grpo", **SHORT | {"max_steps": 9, "early_stopping_patience": 2})
     first, again = (
         train("grpo", one, tmp_path, config, reward=reward, eval_rewards=[honest]) for one in (pipe, fresh())
     )

@@ -224,8 +224,13 @@ def test_steps_that_are_not_learnt_from_cost_nothing_of_a_controlnet() -> None:
     assert len(calls) == 2  # the reference, and one pass: the loss goes step by step
 
 
-@pytest.mark.parametrize("kind", ["prdp", "grpo"])
-@pytest.mark.parametrize("name", ["sd", "flux"])
+OTHER_CHUNKS = [("sd", "grpo"), ("flux", "prdp")]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sd", "prdp"), ("flux", "grpo"), *(pytest.param(*one, marks=pytest.mark.hard) for one in OTHER_CHUNKS)],
+)
 def test_chunks_of_any_size_add_up(name: str, kind: str) -> None:
     """Up to the rounding of ℓ in batches of other shapes, which the machine's number of threads decides with them."""
     one, loss = case(name), LOSSES[kind]

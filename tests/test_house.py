@@ -1,6 +1,7 @@
 """The structure of the project: layers, packages, promises of the front page."""
 
 import itertools
+import os
 import re
 import runpy
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import preloaded
 import pytest
 from pairwise import covering
 
@@ -96,7 +98,12 @@ def snippets() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("code", [code for _, code in snippets()], ids=[name for name, _ in snippets()])
+@pytest.mark.parametrize(
+    "code",
+    [  # a compilation takes seconds; test_batching.py has those of smaller models
+        pytest.param(code, id=name, marks=[pytest.mark.hard] * ("compiled(" in code)) for name, code in snippets()
+    ],
+)
 def test_snippets_of_the_documentation_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
@@ -120,6 +127,33 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+PRODUCT = """
+import pytest
+
+@pytest.mark.parametrize("a", [{}, {"b": 1}, None, 0.5])
+@pytest.mark.parametrize(("b", "c"), [(1, 2), (1, 3), (2, 2)])
+@pytest.mark.parametrize("d", "xyz")
+def test_product(a, b, c, d): ...
+"""
+COLLECTED = """
+import pairwise, pytest, sys
+
+class Hardened:
+    def pytest_collection_modifyitems(self, items):
+        pairwise.harden(items)
+        print("kept", sum(not item.get_closest_marker("hard") for item in items), "of", len(items))
+
+pytest.main([sys.argv[1], "--collect-only", "-q", "-p", "no:cacheprovider"], plugins=[Hardened()])
+"""
+
+
+def test_a_product_of_parameters_is_thinned_out(tmp_path: Path) -> None:
+    (tmp_path / "test_product.py").write_text(PRODUCT)
+    ran = preloaded.run(["-c", COLLECTED, tmp_path / "test_product.py"], tmp_path, os.environ)
+    kept = len(covering(list(itertools.product(range(4), range(3), range(3)))))
+    assert f"kept {kept} of 36" in ran.stdout, ran.stdout + ran.stderr
 
 
 def test_all_pairs_are_kept_by_a_few_rows() -> None:

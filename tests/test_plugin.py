@@ -28,11 +28,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
-        if arguments[0] == "-c":
-            return preloaded.run(arguments, Path.cwd(), environment)
-        return subprocess.run(
-            [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False
-        )
+        return preloaded.run(arguments, Path.cwd(), environment)
 
     return run
 

@@ -1,11 +1,11 @@
 """Built-in rewards keep the contract; colour, brightness and JPEG by hand; rewards by name, path and entry point."""
 
 import io
-import subprocess
-import sys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 from PIL import Image
@@ -135,11 +135,15 @@ def test_a_plugin_is_found_by_its_entry_point(tmp_path, monkeypatch: pytest.Monk
     assert torch.equal(score(load_reward("darkness"), IMAGES, PROMPTS), -IMAGES.mean((1, 2, 3)))
 
 
-def test_looking_for_rewards_imports_none_of_them() -> None:
+def test_looking_for_rewards_imports_none_of_them(tmp_path: Path) -> None:
     code = (
-        "import sys, steer.rewards.names\n"
+        "import sys\n"
+        "for name in [name for name in sys.modules if name.startswith('steer.rewards')]:\n"
+        "    del sys.modules[name]\n"
+        "import steer.rewards.names\n"
         "steer.rewards.names.reward_names()\n"
         "loaded = {name for name in sys.modules if name.startswith('steer.rewards.')}\n"
         "assert loaded <= {'steer.rewards.names', 'steer.rewards.inputs'}"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ran = preloaded.run(["-c", code], tmp_path, os.environ)
+    assert ran.returncode == 0, ran.stderr

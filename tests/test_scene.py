@@ -80,9 +80,9 @@ def test_what_the_language_lacks_is_refused_with_an_example(prompt: str) -> None
         parse(prompt)
 
 
-@pytest.fixture(scope="module")
-def fresh() -> tuple[torch.Tensor, list[str]]:
-    images, prompts = training_scenes(2000, first=FRESH)
+@pytest.fixture(scope="module", params=[600, pytest.param(2000, marks=pytest.mark.hard)])
+def fresh(request: pytest.FixtureRequest) -> tuple[torch.Tensor, list[str]]:
+    images, prompts = training_scenes(request.param, first=FRESH)
     return images.float() / 255, prompts
 
 
@@ -95,7 +95,7 @@ def test_the_exact_reward_accepts_fresh_scenes_and_refuses_wrong_captions(
     others = prompts[1:] + prompts[:1]
     wrong = [k for k, scene in enumerate(scenes) if parse(others[k]).canonical not in true_requests(scene.things)]
     accepted = SceneReward()(images[wrong], [others[k] for k in wrong]) == 1
-    assert len(wrong) > 1500 and accepted.float().mean() <= 0.01
+    assert len(wrong) > 0.75 * len(prompts) and accepted.float().mean() <= 0.01
 
 
 @pytest.mark.parametrize(

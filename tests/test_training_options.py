@@ -218,7 +218,7 @@ def test_asynchronous_rewards_give_the_same_run(tmp_path: Path, monkeypatch: pyt
 
         monkeypatch.setattr(Sampler, "rollout", counted)
         pipe = fresh()
-        config = config_of("grpo", **QUICK | {"asynchronous_rewards": asynchronous})
+        config = config_of("grpo", **QUICK | {"asynchronous_rewards": asynchronous, "micro_batch": 2})
         result = train("grpo", pipe, tmp_path / name, config, reward=reward, **PLAIN)
         records.append([{k: v for k, v in one.items() if k not in TIMES} for one in result.records])
         weights.append({name: value.clone() for name, value in pipe.unet.state_dict().items()})

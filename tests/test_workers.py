@@ -30,7 +30,7 @@ from steer.pipelines.training.workers import (
 )
 from steer.reward import score_components, takes_videos, with_metadata, with_timeout
 
-SMALL = SHORT | {"warmup_steps": 0, "max_steps": 3, "eval_steps": 9, "ema_decay": 0.0}
+SMALL = SHORT | {"warmup_steps": 0, "max_steps": 3, "eval_steps": 9, "ema_decay": 0.0, "micro_batch": 2}
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
 

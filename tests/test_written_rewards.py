@@ -175,17 +175,23 @@ def test_the_limits_of_the_child_hold_without_the_rules(monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(code_rules, "refusals", lambda code: [])
 
-    def refused(body: str) -> str:
+    target = tmp_path / "written"
+    reward = SandboxReward.from_code(
+        "import os, socket, torch\n"
+        "def reward(images, prompts):\n"
+        f"    if prompts[0] == 'write': open({str(target)!r}, 'w').write('x')\n"
+        "    if prompts[0] == 'connect': socket.create_connection(('127.0.0.1', 80))\n"
+        "    return torch.zeros(10**6, 10**6)\n"
+    )
+
+    def refused(harm: str) -> str:
         with pytest.raises(RewardError) as raised:
-            SandboxReward.from_code(f"import os, socket, torch\ndef reward(images, prompts):\n    {body}\n")(
-                IMAGES, PROMPTS
-            )
+            reward(IMAGES, [harm] * len(IMAGES))
         return str(raised.value)
 
-    target = tmp_path / "written"
-    assert "Too many open files" in refused(f"open({str(target)!r}, 'w').write('x')")
-    assert "Too many open files" in refused("socket.create_connection(('127.0.0.1', 80))")
-    assert "allocate" in refused("return torch.zeros(10**6, 10**6)")
+    assert "Too many open files" in refused("write")
+    assert "Too many open files" in refused("connect")
+    assert "allocate" in refused("fill the memory")
     assert not target.exists()
 
 

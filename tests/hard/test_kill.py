@@ -80,7 +80,7 @@ def test_of_a_save_that_is_killed_at_a_random_moment_one_interval_is_lost_at_mos
 
 
 @pytest.mark.parametrize("keep", KEEP)
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=FULL)])
+@pytest.mark.parametrize("every", [17, pytest.param(1, marks=FULL)])
 def test_a_save_that_is_killed_at_any_of_its_steps_loses_that_save_at_most(
     tmp_path: Path, keep: int, every: int
 ) -> None:
