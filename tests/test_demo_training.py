@@ -138,7 +138,7 @@ def test_the_weights_give_a_fresh_model_the_last_evaluation(studio: Studio, stra
     evaluator = Evaluator(data["eval_prompts"], load_reward("brightness"), [load_reward("aesthetic:scenes")])
     pipe = load_pipeline("scenes")
     with find_adapter(str(trained.weights.folder)).applied_to(pipe):
-        found = evaluator.evaluate(pipe, config, 3, pipe.unet, lambda: None, SINGLE_PROCESS).record()
+        found = evaluator.evaluate(pipe, config, 3, {"unet": pipe.unet}, lambda: None, SINGLE_PROCESS).record()
     for name in ("brightness", "aesthetic:scenes"):
         assert found[f"eval/{name}"] == pytest.approx(last[f"eval/{name}"], abs=1e-4)
     first = of(Evaluation, told)[0].record
