@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 
 sample: $(INSTALLED)  ## the main job: base, best-of-8 and steered images for three prompts, requirements ticked
 	$(BIN)/steer sample "four yellow crosses" "three blue stars" "a yellow star below a black cross" \
-		--steps 20 --guidance 4 --particles 4 --best-of 8 --checklist scene --out out/sample
+		--steps 20 --guidance 4 --particles 16 --best-of 8 --checklist scene --out out/sample
 	@echo "look at out/sample/grid.png and out/sample/ancestry.png"
 
 test: $(INSTALLED)  ## everything that needs no browser: lint beside types, then unit

@@ -54,13 +54,18 @@ class SavedImage:
 CONTROLS = ("base", "best_of")  # entries of a prompt beside its own images
 
 
-def base_output(job: Job, output: SteeringOutput) -> SteeringOutput | None:
-    """Sample the images of the same seed without steering and finetuned weights, in slot order; None if not wanted."""
+def base_output(job: Job, output: SteeringOutput) -> tuple[Job, SteeringOutput] | None:
+    """Sample as many images of the same seed without steering and finetuned weights; None if not wanted.
+
+    Returns their job and output, in slot order.
+    """
     if not samples_base(job.settings):
         compared = job.settings.compare and job.settings.method == "best-of-n"
-        return output.in_slot_order() if compared else None  # its batch is the base batch
+        return (job, output.in_slot_order()) if compared else None  # its batch is the base batch
+    finished = output.rewards.shape[1]
+    own = job if finished == job.settings.particles else _control_job(job, "base", finished)
     with job.adapter_disabled():
-        return job.run("base")
+        return own, own.run("base")
 
 
 def samples_base(settings: SamplingConfig) -> bool:
@@ -70,15 +75,18 @@ def samples_base(settings: SamplingConfig) -> bool:
 
 def best_of_n(job: Job, count: int) -> tuple[Job, SteeringOutput]:
     """Sample `count` base images, and return their job and output with the best one alone."""
-    own = {name: getattr(job.settings, name) for name in SHARED}
-    own |= {"method": "best-of-n", "particles": count, "best_of": None, "lora": None, "noise_candidates": None}
+    control = _control_job(job, "best-of-n", count, best_of=None, lora=None, noise_candidates=None)
+    with job.adapter_disabled():
+        return control, control.run().best(1)
+
+
+def _control_job(job: Job, method: str, count: int, **changes: Any) -> Job:
+    """Return a job of `count` images by another method, with the shared settings of this one and its steps."""
+    own = {name: getattr(job.settings, name) for name in SHARED} | {"method": method, "particles": count} | changes
     for name, argument in (("steps", "num_inference_steps"), ("guidance", "guidance_scale")):
         if own[name] is None:
             own[name] = METHODS[job.settings.method].defaults.get(argument)
-    settings = SamplingConfig.of(**own)
-    control = replace(job, settings=settings, on_iteration=None, state_file=None)
-    with job.adapter_disabled():
-        return control, control.run().best(1)
+    return replace(job, settings=SamplingConfig.of(**own), on_iteration=None, state_file=None)
 
 
 def write_images(
@@ -431,14 +439,14 @@ def _sample_prompt(job: Job, row: PromptRow, folder: Path, animation: bool) -> E
             frames.write(entry, output.images[0], folder / "progress.gif")
             entry["animation"] = f"{folder.name}/progress.gif"
         if (base := base_output(job, output)) is not None:
-            entry["base"] = _control(base, job, folder, "base-", base=True)
+            entry["base"] = _control(*base, folder, "base-", base=True)
         if job.settings.best_of is not None:
             control, best = best_of_n(job, job.settings.best_of)
-            entry["best_of"] = _control(best, control, folder, "best-of-") | {"cost": asdict(best.cost)}
+            entry["best_of"] = _control(control, best, folder, "best-of-") | {"cost": asdict(best.cost)}
         return entry | ({"columns": dict(row.columns)} if row.columns else {})
 
 
-def _control(output: SteeringOutput, job: Job, folder: Path, prefix: str, base: bool = False) -> Entry:
+def _control(job: Job, output: SteeringOutput, folder: Path, prefix: str, base: bool = False) -> Entry:
     """Write the images of a control, and return its entry."""
     images = _save_images(output, job, folder, prefix, base)
     return {"images": images, "rewards": output.rewards[0].tolist()} | _nsfw_flags(output)

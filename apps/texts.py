@@ -89,7 +89,7 @@ def _sample_prompt(job: Job) -> Entry:
         entry: Entry = {"prompt": job.prompt, "texts": list(output.images)} | describe(output)
         entry |= {} if output.lam is None else {"lam": output.lam}
         if (base := base_output(job, output)) is not None:
-            entry["base"] = {"texts": list(base.images), "rewards": base.rewards[0].tolist()}
+            entry["base"] = {"texts": list(base[1].images), "rewards": base[1].rewards[0].tolist()}
         return entry
 
 

@@ -34,6 +34,10 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         sys.modules["preloaded"].fork_parent()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # extensions report what nobody frees as leaked
+
+
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)

@@ -38,7 +38,13 @@ def test_every_study_is_accepted_by_the_evaluation(path: Path) -> None:
     assert len({one.contender.name for one in prepared}) == len(prepared) > 2
     assert {one.settings.steps for one in prepared} == ({1, 2, 4, 20, 50} if path.stem == "reno" else {20})
     assert {one.settings.guidance for one in prepared} == {4.0}
-    assert {one.settings.options.lam for one in prepared if one.contender.method == "fk"} <= {25.0, 5.0, 10.0, 60.0, "auto"}
+    assert {one.settings.options.lam for one in prepared if one.contender.method == "fk"} <= {
+        25.0,
+        5.0,
+        10.0,
+        60.0,
+        "auto",
+    }
 
 
 def test_the_study_of_overoptimisation_makes_plain_images_in_one_call_each() -> None:

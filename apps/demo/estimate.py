@@ -1,6 +1,6 @@
 """The cost of a run before it starts: denoiser evaluations by the settings, and seconds by the pace of earlier runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from steer.apps.demo.progress import duration
@@ -28,10 +28,16 @@ def _per_particle(own: Callable[[int], int]) -> Callable[[SamplingConfig], int]:
     return lambda settings: settings.particles * own(settings.steps or 1)
 
 
+def _rungs(settings: SamplingConfig) -> Mapping[int, int]:
+    options = settings.options
+    given: Mapping[int, int] | None = options.rungs
+    return given or default_rungs(settings.particles, settings.steps or 1, options.branches, options.evaluations)
+
+
 def _of_race(settings: SamplingConfig) -> int:
-    starts, steps, options = settings.particles, settings.steps or 1, settings.options
-    rungs = options.rungs or default_rungs(starts, steps, options.branches, options.evaluations)
-    return race_cost(starts, rungs, steps, options.evaluations) + max([*rungs.values(), 1]) * _early(steps)
+    steps, rungs = settings.steps or 1, _rungs(settings)
+    race = race_cost(settings.particles, rungs, steps, settings.options.evaluations)
+    return race + max([*rungs.values(), 1]) * _early(steps)
 
 
 def _of_drafts(options: Any) -> int:
@@ -55,7 +61,13 @@ EVALUATIONS: dict[str, Callable[[SamplingConfig], int]] = {
 def evaluations(settings: SamplingConfig) -> int:
     """Denoiser evaluations of a prompt by the settings, those of the base images with them."""
     plain = _per_particle(lambda steps: steps)
-    return EVALUATIONS.get(settings.method, plain)(settings) + (plain(settings) if samples_base(settings) else 0)
+    made = EVALUATIONS.get(settings.method, plain)(settings)
+    if not samples_base(settings):
+        return made
+    finished = (
+        min([settings.particles, *_rungs(settings).values()]) if settings.method == "race" else settings.particles
+    )
+    return made + finished * (settings.steps or 1)
 
 
 class Paces:

@@ -266,13 +266,13 @@ def _steer_one(job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callab
     observed = replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None, early_previews=early)
     output = METHODS[method].run(observed)
     beside = replace(job, on_step=lambda report: step("beside", report.step + 1, report.total, counts.method))
-    base = base_output(beside, output)
+    base_job, base = base_output(beside, output) or (job, None)
     return PromptResult(
         prompt=job.prompt,
         settings=job.settings,
         images=tuple(write_images(job, output, folder, prefix)),
         order=tuple(output.order[0].tolist()),
-        base=() if base is None else tuple(write_images(job, base, folder, f"{prefix}base-", base=True)),
+        base=() if base is None else tuple(write_images(base_job, base, folder, f"{prefix}base-", base=True)),
         cost=output.cost,
         base_cost=None if base is None or base.cost is output.cost else base.cost,
         frames=tuple(frames),

@@ -92,7 +92,7 @@ def steer_texts(job: Job, say: Callable[[Any], None]) -> TextResult:
         prompt=job.prompt,
         settings=job.settings,
         texts=scored_texts(output),
-        base=() if base is None else scored_texts(base),
+        base=() if base is None else scored_texts(base[1]),
         cost=output.cost,
     )
 
