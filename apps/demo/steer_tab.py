@@ -53,7 +53,7 @@ METHODS = {
     "A diverse set (MAP-Elites)": "map-elites",
 }
 METHOD_HINTS = {
-    "race": "Looks ahead at three steps, drops the worst images and continues the best ones.",
+    "race": "Drafts many images in a few steps each, and finishes the best sixth of them.",
     "fk": "Copies promising images during the run and drops others: draws from the model, tilted to the reward.",
     "best-of-n": "Samples as usual and sorts by the reward.",
     "reno": "Follows the gradient of the reward to a better starting noise. For one-step models.",
