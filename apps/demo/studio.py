@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import tempfile
+import time
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -267,7 +268,11 @@ class Studio:
     def close(self) -> None:
         """Stop the worker and remove all folders of visitors."""
         self.worker.close()
-        shutil.rmtree(self.home, ignore_errors=True)
+        for _ in range(20):  # the server may still remove, or write, a file of a page that closes
+            shutil.rmtree(self.home, ignore_errors=True)
+            if not self.home.exists():
+                break
+            time.sleep(0.1)
 
 
 def embedded_text_models() -> tuple[str, ...]:
