@@ -6,8 +6,8 @@ import random
 import re
 import shutil
 import tempfile
-import time
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
