@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from steer.arguments import coerce_arguments
 from steer.diffusion.draws import find_draw, recorded_draws
 from steer.diffusion.preview import filter_call_kwargs
+from steer.diffusion.rows import RandomState
 from steer.diffusion.seeds import Generators, copy_generators, derived_seed, seeded_normal
 from steer.diffusion.step_hooks import (
     ModuleProxy,
@@ -65,7 +66,12 @@ def find_initial_noise(particle_batch: ParticleBatch, quiet_pipe: Any) -> tuple[
     own, rows = particle_batch.call.get("generator"), len(particle_batch.prompts)
     copies = None if own is None else copy_generators(own)
     seeds = tuple(own_seeds(own, rows) or particle_batch.seeds)
+    random = RandomState.of([own] if isinstance(own, Generator) else list(own or []))
+    form = particle_batch.form
     plain = _start_of(particle_batch, quiet_pipe, to_step=True)
+    if particle_batch.form != form:  # forms of the call that failed left inputs and draws of theirs
+        random.restore()
+        plain = _start_of(particle_batch, quiet_pipe, to_step=True)
     for candidate in _candidates(particle_batch, quiet_pipe, plain, seeds, copies):
         if _reaches(candidate, particle_batch, quiet_pipe, plain):
             return candidate, plain.total

@@ -90,11 +90,11 @@ class NoiseToImage:
             if checkpointing and not isinstance(error, torch.OutOfMemoryError):
                 images = self._without_checkpoints(noise, error)
             elif "requires grad" in str(error):  # Tensor.numpy() inside the pipeline
-                raise self._no_gradient() from error
+                raise self.lets_no_gradients_through() from error
             else:
                 raise
         if not images.requires_grad:
-            raise self._no_gradient()
+            raise self.lets_no_gradients_through()
         return images
 
     @functools.cached_property
@@ -105,7 +105,8 @@ class NoiseToImage:
         weights = sum(p.numel() for name in denoisers_in(pipe) for p in getattr(pipe, name).parameters())
         return self.start.numel() * self.steps > KEPT_ELEMENTS or weights > KEPT_PARAMETERS
 
-    def _no_gradient(self) -> UnsupportedPipelineError:
+    def lets_no_gradients_through(self) -> UnsupportedPipelineError:
+        """Return the refusal of a pipeline without a gradient."""
         return UnsupportedPipelineError(
             f"{type(self.particle_batch.pipe).__name__} lets no gradients through: use the zero-order estimator "
             "(gradient='zero-order', on the command line --gradient zero-order)"
@@ -347,7 +348,12 @@ class Backprop:
             images = chain.differentiable_images(leaf, self.checkpointing)
             images.register_hook(lambda gradient: slopes.append(gradient.float().flatten(1).norm(dim=1)))
             rewards, components = chain.particle_batch.score(images)
-            gradient = per_sample_gradients(rewards, leaf, chain.in_fp16) if wanted else None
+            try:
+                gradient = per_sample_gradients(rewards, leaf, chain.in_fp16) if wanted else None
+            except RuntimeError as error:
+                if "inplace operation" not in str(error):
+                    raise
+                raise chain.lets_no_gradients_through() from error  # it overwrites what the backward pass needs
         if wanted and gradient is None:
             raise _not_differentiable(chain.particle_batch.reward.name)
         chain.particle_batch.count_gradients(len(noise) if wanted else 0)
