@@ -32,6 +32,7 @@ from steer.training.rollout import Rows, Sampler, log_probs
 
 PARTICLES = 2
 TOLERANCE = 2e-3  # of pixels in [0, 1], and of log-densities relative to their size
+LAST_BITS = 1e-5  # of pixels: no more is rounding
 ROUNDING = 4e-3  # of pixels, where a safety checker returns them in 8 bits
 SEED = 3
 
@@ -96,6 +97,16 @@ class PipelineCheck:
             ) from error
 
     @functools.cached_property
+    def rounding(self) -> float:
+        """Tolerance of a run that should be a plain one: 0, or ten times the last bits in which plain calls differ.
+
+        Calls of Stable Diffusion 3 with a ControlNet do, by some 1e-7 on a CPU.
+        """
+        first, *others = (self.plain(SEED) for _ in range(3))
+        gap = max(float((other.double() - first.double()).abs().max()) for other in others)
+        return 10 * gap if gap < LAST_BITS else 0.0
+
+    @functools.cached_property
     def reward(self) -> Reward:
         """A differentiable reward of what the pipeline makes: brightness, or the loudness of audio."""
         _, media = self.plain_batch
@@ -105,7 +116,10 @@ class PipelineCheck:
     def plain_batch(self) -> tuple[ParticleBatch, Tensor]:
         """The particle batch of the call, and its images without steering."""
         batch = self.batch()
-        return batch, batch.sample(_nothing)
+        if len(images := batch.sample(_nothing)) != PARTICLES:
+            name, count = type(self.pipe).__name__, len(images)
+            raise InputError(f"{name} makes {count} images of {PARTICLES} rows: a particle is one image")
+        return batch, images
 
     def batch(self) -> ParticleBatch:
         """Make a particle batch of the call, with a generator for each row."""
@@ -176,10 +190,10 @@ def _nothing(solver_step: SolverStep) -> None:
 
 
 def check_steps(check: PipelineCheck) -> None:
-    """Compare the images of a watched run with those of the plain call: equal to the bit."""
+    """Compare the images of a watched run with those of the plain call: equal to the bit where two plain calls are."""
     plain = check.plain(SEED)
     with hook_steps(check.pipe, _nothing) as view:
-        _equal(first_output(view(**check.plain_call(SEED))), plain, 0.0, "a watched run")
+        _equal(first_output(view(**check.plain_call(SEED))), plain, check.rounding, "a watched run")
 
 
 def check_rows(check: PipelineCheck) -> None:
@@ -223,13 +237,13 @@ def check_swap(check: PipelineCheck) -> None:
 
 
 def check_unsteered(check: PipelineCheck) -> None:
-    """Compare the images at λ = 0 with those of the plain batch: equal to the bit."""
+    """Compare the images at λ = 0 with those of the plain batch: equal to the bit where two plain calls are."""
     prompt, call = check.split()
     _, plain = check.plain_batch
     out = FKSteeringPipeline(check.pipe, check.reward)(
         prompt, num_particles=PARTICLES, lam=0.0, generator=_generators(), output_type="pt", **call
     )
-    _equal(out.in_slot_order().images, plain, 0.0, "λ = 0")
+    _equal(out.in_slot_order().images, plain, check.rounding, "λ = 0")
 
 
 def check_fk(check: PipelineCheck) -> None:

@@ -29,6 +29,7 @@ from steer.diffusion.step_hooks import (
     SolverStep,
     denoisers_in,
     denoising_modules,
+    scheduler_of,
     with_components,
     without_side_effects,
 )
@@ -188,7 +189,7 @@ class Sampler:
     ) -> None:
         if not 0 < eta <= 1:
             raise InputError(f"eta must be above 0 and at most 1, got {eta}: steps without noise have no density")
-        check_verified(pipe.scheduler)
+        check_verified(scheduler_of(pipe))
         unknown = [name for name in call if name not in filter_call_kwargs(pipe, call)]
         if unknown:
             raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
