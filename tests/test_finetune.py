@@ -104,7 +104,7 @@ def test_stopped_at_any_denoiser_call_and_resumed_it_ends_the_same(method: str, 
     chosen, pauses = random.Random(method), 0
     for _ in range(30):
         pipe = loaded(model)
-        interrupt_after(pipe, chosen.randint(10, 70))
+        interrupt_after(pipe, chosen.randint(10, 30))
         result = train(method, pipe, tmp_path / "stopped")
         if result.stopped is None:
             break

@@ -365,14 +365,15 @@ class TrainingRun:
 
     def _create_state(self, trainable: Trainable) -> RunState:
         config = self.config
-        parameters = trainable.parameters.values()
-        optimiser = create_optimiser(config.optim, parameters, config.learning_rate, config.weight_decay)
+        given = trainable.parameters.values()
+        optimiser = create_optimiser(config.optim, given, config.learning_rate, config.weight_decay)
         if len(trainable.denoisers) > 1 and self.context.world_size > 1:
             raise InputError("several processes train one denoiser, not two: use one process, or name one as denoiser")
         *prepared, self.optimiser = self.accelerator.prepare(*trainable.denoisers.values(), optimiser)
         self.prepared = dict(zip(trainable.denoisers, prepared, strict=True))
-        ema = EMAModel(list(parameters), config.ema_decay) if config.ema_decay else None
-        old = EMAModel(list(parameters), 0.0) if self.trainer.averages_policy else None
+        parameters = list(trainable.parameters.values())  # FSDP replaces them by its parts
+        ema = EMAModel(parameters, config.ema_decay) if config.ema_decay else None
+        old = EMAModel(parameters, 0.0) if self.trainer.averages_policy else None
         lengths = config.warmup_steps, config.max_steps, config.lr_num_cycles, config.lr_power
         return RunState(
             method=self.trainer,
