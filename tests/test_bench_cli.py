@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_a_report_of_every_ratio(tmp_path: Path) -> None:
         assert ratio == pytest.approx(over["median"] / under["median"])
         for one in (over, under):
             assert one["repeats"] == len(one["seconds"]) == len(one["cpu_seconds"]) == 2
-            samples = 2 * subject.pairs if "d3po" in kind else PARTICLES
+            samples = 2 * subject.pairs if re.search("d3po|grpo|ddpo", kind) else PARTICLES
             assert one["samples_per_second"] * one["median"] == pytest.approx(samples)
             assert one["quartiles"][0] <= one["median"] <= one["quartiles"][1]
             assert one["peak_bytes"] is None or one["peak_bytes"] >= 0
