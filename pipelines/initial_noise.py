@@ -16,7 +16,7 @@ from steer.arguments import coerce_arguments
 from steer.diffusion.draws import find_draw, recorded_draws
 from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.rows import RandomState
-from steer.diffusion.seeds import Generators, copy_generators, derived_seed, seeded_normal
+from steer.diffusion.seeds import Generators, copy_generators, derived_seed, list_generators, seeded_normal
 from steer.diffusion.step_hooks import (
     ModuleProxy,
     RunEnded,
@@ -66,7 +66,7 @@ def find_initial_noise(particle_batch: ParticleBatch, quiet_pipe: Any) -> tuple[
     own, rows = particle_batch.call.get("generator"), len(particle_batch.prompts)
     copies = None if own is None else copy_generators(own)
     seeds = tuple(own_seeds(own, rows) or particle_batch.seeds)
-    random = RandomState.of([own] if isinstance(own, Generator) else list(own or []))
+    random = RandomState.of(list_generators(own))
     form = particle_batch.form
     plain = _start_of(particle_batch, quiet_pipe, to_step=True)
     if particle_batch.form != form:  # forms of the call that failed left inputs and draws of theirs
@@ -190,7 +190,7 @@ def _start_of(particle_batch: ParticleBatch, quiet_pipe: Any, to_step: bool = Fa
 
 def own_seeds(generator: Generator | Sequence[Generator] | None, rows: int) -> list[int] | None:
     """Return the seed of each row's own generator; None where they share one, or one has drawn numbers before."""
-    given = [generator] if isinstance(generator, Generator) else list(generator or [])
+    given = list_generators(generator)
     if len(given) != rows or any(one.device.type != "cpu" for one in given):
         return None
     seeds = [one.initial_seed() for one in given]

@@ -20,6 +20,7 @@ from steer.diffusion.preview import build_preview
 from steer.diffusion.rows import RowsCall
 from steer.diffusion.safety import with_deferred_checker
 from steer.diffusion.schedules import Gaussian, step_levels
+from steer.diffusion.seeds import list_generators
 from steer.diffusion.step_hooks import (
     OutputShapes,
     SolverStep,
@@ -327,8 +328,7 @@ def _row_seeds(generator: Generator | Sequence[Generator] | None, rows: int) -> 
 
 def _derived_seed(generator: Generator | Sequence[Generator] | None, salt: bytes = b"steer") -> int:
     """Derive a seed from the state of the pipeline's random numbers, without advancing it."""
-    given = [] if generator is None else [generator] if isinstance(generator, Generator) else list(generator)
-    states = [one.get_state() for one in given] or [torch.get_rng_state(), *_gpu_states()]
+    states = [one.get_state() for one in list_generators(generator)] or [torch.get_rng_state(), *_gpu_states()]
     digest = hashlib.sha256(salt)
     for state in states:
         digest.update(state.cpu().numpy().tobytes())

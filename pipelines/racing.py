@@ -47,7 +47,7 @@ class RacingPipeline(SteeringPipeline):
         race, call = self._race(prompt, s, call)
         live = ActiveRows()
         pipe = self.pipe if race.rungs == {} else live.view(self.pipe)
-        lookahead = 1 if s.value is not None else s.lookahead
+        lookahead = s.lookahead if s.value is None else 1
         with few_step_adapter(self.pipe, lookahead) as adapter:
             particle_batch = ParticleBatch(
                 *(pipe, self.reward, prompt, race.starts, call, s.reward_prompt, s.chunk_size, s.preview, live),

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from steer.apps.demo.fields import DEFAULTS, setting_field
+from steer.apps.demo.fields import DEFAULTS, STARTS, setting_field
 from steer.apps.demo.finetune_tab import FinetuneTab
 from steer.apps.demo.history_tab import TOKEN, HistoryTab
 from steer.apps.demo.label_tab import LabelTab
@@ -30,7 +30,8 @@ class PublicApi:
                 gr.Textbox(label="prompt"),
                 gr.Radio([*METHODS.values()], value="race", label="method"),
                 gr.Textbox("scene-soft", label="reward"),
-                *(setting_field(name, label=name) for name in ("particles", "steps", "guidance")),
+                setting_field("particles", label="particles", value=STARTS),
+                *(setting_field(name, label=name) for name in ("steps", "guidance")),
                 gr.Textbox("auto", label="strength"),  # with a value, so that clients may leave it out
                 *(setting_field(name, label=name) for name in ("iterations", "seed")),
                 gr.Dropdown([*studio.models], value=studio.models[0], label="model"),

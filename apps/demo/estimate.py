@@ -31,7 +31,9 @@ def _per_particle(own: Callable[[int], int]) -> Callable[[SamplingConfig], int]:
 def _rungs(settings: SamplingConfig) -> Mapping[int, int]:
     options = settings.options
     given: Mapping[int, int] | None = options.rungs
-    return given or default_rungs(settings.particles, settings.steps or 1, options.branches, options.evaluations)
+    if given is not None:
+        return given
+    return default_rungs(settings.particles, settings.steps or 1, options.branches, options.evaluations)
 
 
 def _of_race(settings: SamplingConfig) -> int:
@@ -64,10 +66,8 @@ def evaluations(settings: SamplingConfig) -> int:
     made = EVALUATIONS.get(settings.method, plain)(settings)
     if not samples_base(settings):
         return made
-    finished = (
-        min([settings.particles, *_rungs(settings).values()]) if settings.method == "race" else settings.particles
-    )
-    return made + finished * (settings.steps or 1)
+    rungs = _rungs(settings) if settings.method == "race" else {}
+    return made + min([settings.particles, *rungs.values()]) * (settings.steps or 1)
 
 
 class Paces:

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from steer.apps.demo.fields import STARTS
 from steer.apps.demo.steer_tab import SteerTab, defaults_of, fields_from_settings, settings_of
 from steer.apps.demo.steering import given_options
 from steer.apps.demo.studio import PRIVATE, Change, Studio, line, refusing
@@ -16,7 +17,7 @@ from steer.apps.settings import SHARED
 from steer.errors import InputError
 
 BUILT_IN: dict[str, dict[str, Any]] = {  # fields, beside the defaults of the method
-    "Best picture": {"method": "race", "particles": 4, "compare": True},
+    "Best picture": {"method": "race", "particles": STARTS, "compare": True},
     "Fast": {"method": "best-of-n", "particles": 4, "steps": 8, "compare": False},
     "Samples": {"method": "fk", "particles": 8, "auto": True, "compare": True},
 }

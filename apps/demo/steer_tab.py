@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.demo.estimate import Paces
-from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, Defaults, check_limits, label_of, setting_field
+from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, STARTS, Defaults, check_limits, label_of, setting_field
 from steer.apps.demo.markup import RUN_SCRIPT, table
 from steer.apps.demo.run_view import RunView, run_view
 from steer.apps.demo.steer_options import RewardChips, image_fields, image_settings, lora_fields, uploaded_loras
@@ -36,7 +36,6 @@ from steer.apps.settings import ALL_OPTIONS, SamplingConfig, option_names
 from steer.assets import MODELS
 from steer.errors import InputError
 from steer.pipelines.base import Cost
-from steer.pipelines.settings import RacingSettings
 from steer.rewards.scene import COLOURS, PLURALS
 
 METHODS = {
@@ -109,10 +108,7 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
     }
     for names in (("particles", "lam"), ("steps", "guidance")):
         with gr.Row():
-            own: dict[str, dict[str, Any]] = {
-                "lam": {"visible": False},
-                "particles": {"value": RacingSettings.field("num_particles").default},
-            }
+            own: dict[str, dict[str, Any]] = {"lam": {"visible": False}, "particles": {"value": STARTS}}
             fields |= {name: setting_field(name, **own.get(name, {})) for name in names}
     fields["auto"] = gr.Checkbox(
         True, label="Choose the strength by the first rewards", visible=False, elem_id="steer-auto"

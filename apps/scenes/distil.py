@@ -140,7 +140,6 @@ def assemble_turbo(pipe: StableDiffusionPipeline, student: UNet2DConditionModel)
 
 
 PATHS = 5000  # sampling runs of the teacher
-PATH_CALL = {**CALL, "num_inference_steps": 20}
 RANK = 32
 LORA_BATCH = 64
 LORA_MODULES = (
@@ -165,7 +164,7 @@ def teacher_paths(folder: Path, pipe: StableDiffusionPipeline, prompts: list[str
 
             with hook_steps(view, keep, rows=len(some)) as hooked:
                 generator = Generator().manual_seed(start)
-                x0 = hooked(some, generator=generator, output_type="latent", **PATH_CALL).images
+                x0 = hooked(some, generator=generator, output_type="latent", **CALL).images
             runs.append(torch.stack([*x_t, x0.half()], 1))
         x = torch.cat(runs)
         paths = {"x": x[:, :-1], "x0": x[:, -1], "timesteps": view.scheduler.timesteps}

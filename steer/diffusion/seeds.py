@@ -34,6 +34,11 @@ def set_random_state(state: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"].clone())
 
 
+def list_generators(generator: Generator | Sequence[Generator] | None) -> list[Generator]:
+    """Return none, one or several generators as a list."""
+    return [generator] if isinstance(generator, Generator) else list(generator or ())
+
+
 def copy_generators(generator: Generator | Sequence[Generator]) -> Generators:
     """Copy one or several generators in their present state."""
     if not isinstance(generator, Generator):

@@ -14,7 +14,7 @@ from torch import Tensor
 from steer.diffusion.schedules import level, x0_weights
 from steer.diffusion.step_hooks import SolverStep
 from steer.training.distributed import SINGLE_PROCESS, DistributedContext, sum_over_processes
-from steer.training.gradient import Backward, Batch, counted
+from steer.training.gradient import Backward, Batch, counted, past_untrained
 from steer.training.losses import Metrics
 from steer.training.losses.forward import ForwardLoss, NoisyPredictions, mean_square
 from steer.training.rollout import Sampler, Trajectories
@@ -72,7 +72,7 @@ def forward_gradient(
     """
     steps = list(batch.steps)
     share = 1 / (batch.rewards.shape[:2].numel() * len(steps))
-    backward = counted(backward, len(batch.chunks) * len(steps), before_last)
+    backward = past_untrained(counted(backward, len(batch.chunks) * len(steps), before_last), sampler)
     policies = {"old": old if loss.uses_old else None, "reference": reference}
     totals: Metrics = {}
     for chunk, signal in zip(batch.chunks, batch.local_rows(batch.rewards[..., None], context), strict=True):
@@ -99,8 +99,7 @@ def forward_gradient(
                 objective, metrics[DISTANCE] = values + reference_weight * distance, distance.detach()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + share * value.sum().item()
-            if objective.requires_grad or not sampler.several:
-                backward(context.world_size * share * objective.sum())
+            backward(context.world_size * share * objective.sum())
 
         sampler.noised(chunk, backward_step, steps, grad=True)
     means = dict(zip(totals, sum_over_processes(context, list(totals.values())), strict=True))

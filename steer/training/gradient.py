@@ -168,7 +168,7 @@ def two_pass_gradient(
     steps = list(batch.steps)
     coefficients, final_loss = _pass_one(sampler, batch, loss, on_policy, on_chunk, context)
     weights = penalty_weights(batch, penalties or {})
-    backward = counted(backward, len(batch.chunks) * len(steps), before_last)
+    backward = past_untrained(counted(backward, len(batch.chunks) * len(steps), before_last), sampler)
     totals = dict.fromkeys(weights, 0.0)
     per_sample = batch.counted / len(steps) / batch.rewards.shape[:2].numel()
     for number, chunk in enumerate(batch.chunks):
@@ -183,8 +183,7 @@ def two_pass_gradient(
                     cost = per_sample * divergence(penalty, p, x_s, batch.references[number], column).sum()
                 totals[penalty] += cost.item()
                 scalar_loss = scalar_loss + weight * cost
-            if scalar_loss.requires_grad or not sampler.several:
-                backward(context.world_size * scalar_loss)
+            backward(context.world_size * scalar_loss)
 
         sampler.replay(chunk, backward_step, steps, grad=True)
     value, metrics = final_loss()
@@ -266,6 +265,13 @@ def divergence(penalty: Penalty, p: Kernel, x_s: Tensor, reference: Reference, c
     return log_prob - reference.log_probs[:, column].to(log_prob.device)
 
 
+def past_untrained(backward: Backward, sampler: Sampler) -> Backward:
+    """Wrap `backward` to pass over steps of a denoiser that is not trained, where a step calls one of several."""
+    if not sampler.several:
+        return backward
+    return lambda scalar: backward(scalar) if scalar.requires_grad else None
+
+
 def counted(backward: Backward, times: int, before_last: Callable[[], None]) -> Backward:
     """Wrap `backward`, to be called `times` times, to call `before_last` before the last call."""
     left = times
@@ -311,7 +317,8 @@ def reward_gradient(
     count, steps = sum(len(chunk.rows) for chunk in batch.chunks), list(batch.steps)  # of each process
     weights = penalty_weights(batch, penalties)
     value, totals = 0.0, dict.fromkeys(weights, 0.0)
-    backward = counted(backward, len(batch.chunks) * (1 + len(steps) * bool(penalties)), before_last)
+    count_all = len(batch.chunks) * (1 + len(steps) * bool(penalties))
+    backward = past_untrained(counted(backward, count_all, before_last), sampler)
     for number, chunk in enumerate(batch.chunks):
         on_chunk()
         images = (limit or SlopeLimit(None)).apply(sampler.finish(chunk, last_steps))
@@ -326,7 +333,7 @@ def reward_gradient(
             costs = {one: divergence(one, p, x_s, there, steps.index(t)).sum() / count for one in weights}
             for penalty, cost in costs.items():
                 totals[penalty] += cost.item()
-            if penalties and (next(iter(costs.values())).requires_grad or not sampler.several):
+            if penalties:
                 backward(torch.stack([weights[penalty] * cost for penalty, cost in costs.items()]).sum())
 
         if weights:

@@ -18,20 +18,20 @@ class Tally:
 
     survived  what was there before, or what was being written, is read as it was; or the input was refused in a line
     lost      what was there before is gone, or something wrong is read
-    told      counts by kind
+    outcomes  counts by kind
     """
 
     tries: int = 0
     survived: int = 0
     lost: int = 0
-    told: dict[str, int] = field(default_factory=dict)
+    outcomes: dict[str, int] = field(default_factory=dict)
 
     def count(self, kind: str, good: bool = True) -> None:
         """One more try."""
         self.tries += 1
         self.survived += good
         self.lost += not good
-        self.told[kind] = self.told.get(kind, 0) + 1
+        self.outcomes[kind] = self.outcomes.get(kind, 0) + 1
 
     def note(self, name: str) -> None:
         """Writes it among the figures of the other tests."""
@@ -50,8 +50,8 @@ def table() -> str:
     tried = ["| what | tries | survived | lost | how |", "|---|---|---|---|---|"]
     measured = ["| what | figures |", "|---|---|"]
     for name, one in json.loads(FILE.read_text()).items():
-        if {"tries", "survived", "lost", "told"} <= one.keys():
-            how = ", ".join(f"{kind} {count:,}" for kind, count in sorted(one["told"].items()))
+        if {"tries", "survived", "lost", "outcomes"} <= one.keys():
+            how = ", ".join(f"{kind} {count:,}" for kind, count in sorted(one["outcomes"].items()))
             tried.append(f"| {name} | {one['tries']:,} | {one['survived']:,} | {one['lost']:,} | {how} |")
         else:
             measured.append(f"| {name} | {', '.join(f'{what} {value:,}' for what, value in one.items())} |")

@@ -156,7 +156,7 @@ def test_a_run_that_is_refused_something_says_so_in_a_line_and_goes_on(
         ended = forked(lambda limit=limit, out=out: limit(lambda: command.run(out)), out)
         single_line(ended)
         tally.count("done" if ended.code == 0 else "refused", resume_hint(command, out, done[name]))
-    assert tally.lost == 0 and tally.told["refused"]
+    assert tally.lost == 0 and tally.outcomes["refused"]
     if times >= 8:
         tally.note(f"steer {name}, {kind}, then the same command")
 

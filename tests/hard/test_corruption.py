@@ -164,7 +164,7 @@ def test_nothing_that_is_spoilt_is_read_wrong(tmp_path: Path, name: str, cuts: i
     kind, folder = KINDS[name], tmp_path / "folder"
     kind.make(folder)
     tally = tried(kind, folder, cuts, flips)
-    assert tally.lost == 0 and tally.told["flip, refused"], tally
+    assert tally.lost == 0 and tally.outcomes["flip, refused"], tally
     if flips == FLIPS:
         tally.note(f"{name}, every file cut at each 1 % and 1,000 bits turned over")
 
@@ -200,8 +200,8 @@ def test_what_has_no_sums_is_read_or_refused_in_a_line(tmp_path: Path, name: str
     kind, folder = UNSUMMED[name], tmp_path / "folder"
     kind.make(folder)
     tally = tried(kind, folder, cuts, flips, (*GOOD, "read wrong"))
-    assert tally.told["cut, refused"], tally
+    assert tally.outcomes["cut, refused"], tally
     if flips == 150:
-        tally.lost = sum(count for told, count in tally.told.items() if "read wrong" in told)
+        tally.lost = sum(count for told, count in tally.outcomes.items() if "read wrong" in told)
         tally.survived = tally.tries - tally.lost
         tally.note(f"{name}, every file cut at each 1 % and 150 bits turned over")

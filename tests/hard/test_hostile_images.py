@@ -192,6 +192,6 @@ def test_images_of_bits_turned_over_are_read_or_refused(flips: int, capfd: pytes
             assert image.dim() == 3 and len(image) == 3 and image.numel() and image.min() >= 0 and image.max() <= 1
             tally.count("read")
     capfd.readouterr()  # what libtiff says of them
-    assert tally.told["refused"] and tally.told["read"]
+    assert tally.outcomes["refused"] and tally.outcomes["read"]
     if flips == 400:
         tally.note("images, bits turned over")

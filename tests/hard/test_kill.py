@@ -74,7 +74,7 @@ def test_of_a_save_that_is_killed_at_a_random_moment_one_interval_is_lost_at_mos
         done, found = killed_at_random(folder, keep, rng)
         tally.count("in a save" if list(folder.glob(".step-*")) else "between saves", done <= found)
     # Where a kill falls depends on the load of the machine: a quarter of them inside a save is power enough.
-    assert tally.survived == kills and tally.told["in a save"] >= kills // 4
+    assert tally.survived == kills and tally.outcomes["in a save"] >= kills // 4
     if kills >= 200:
         tally.note("checkpoint, kill -9 at random moments")
 

@@ -108,11 +108,11 @@ def test_on_a_disk_that_is_full_the_old_stays(tmp_path: Path, name: str, count: 
         assert ended.code == 0, ended.said
         verdict = (tmp_path / "verdict").read_text()
         if verdict == "no disk of one's own":
-            tally.told["small disks that could not be had here"] = count // 2
+            tally.outcomes["small disks that could not be had here"] = count // 2
             break
         code, _, found = verdict.partition(" ")
         judged(tally, "small disk", Ended(int(code), ""), found)
-    assert tally.lost == 0 and any("refused" in kind for kind in tally.told), tally
+    assert tally.lost == 0 and any("refused" in kind for kind in tally.outcomes), tally
     if count >= 40:
         tally.note(f"{name}, full disk")
 
@@ -161,6 +161,6 @@ def test_with_too_few_files_the_old_stays(tmp_path: Path, name: str, most: int) 
                 as_in_a_line(name, lambda: write(folder))()
 
         judged(tally, "files", forked(few, folder), read(folder))
-    assert tally.lost == 0 and "files, refused" in tally.told and "files, done" in tally.told, tally
+    assert tally.lost == 0 and "files, refused" in tally.outcomes and "files, done" in tally.outcomes, tally
     if most == 8:
         tally.note(f"{name}, too few files")

@@ -132,7 +132,7 @@ def test_a_run_that_is_killed_and_killed_again_ends_the_same_to_the_last_bit(
             tally.count(what_became(cut(rng, [training(method, out, 1 + number % 3)] * count, out, whole), cut, out))
         done_by([training(method, out)] * count, out)
         assert_same_end(whole.out, out)
-    assert tally.told.get("was done", 0) <= tally.tries // 3
+    assert tally.outcomes.get("was done", 0) <= tally.tries // 3
     if runs >= 12:
         tally.note(f"steer finetune, {method}, {COUNTS[count]}, kill -9 one to three times, then the same command")
 
@@ -233,6 +233,6 @@ def test_samples_of_many_prompts_are_each_made_once_however_often_it_is_killed(
         :count
     ]
     assert len(list(out.glob("[0-9]*-*"))) == count and not (out / "finished").exists()
-    assert command.left(out) == command.left(expected) and tally.told.get("was done", 0) <= kills // 2
+    assert command.left(out) == command.left(expected) and tally.outcomes.get("was done", 0) <= kills // 2
     if kills >= 12:
         tally.note("steer sample, 200 prompts, kill -9 again and again, then the same command")
