@@ -173,6 +173,7 @@ class Method:
     defaults        arguments of the pipeline's call, and of the base beside it, where the user gives none
     is_iterative    whether it optimises the noise iteration by iteration, with a trace
     in_slot_order   images as the pipeline made them, not sorted by reward
+    has_starts      its particles are starts, of which few become images
     """
 
     pipeline: Callable[[Any, Reward], Any]
@@ -180,6 +181,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     is_iterative: bool = False
     in_slot_order: bool = False
+    has_starts: bool = False
 
     def run(self, job: Job) -> SteeringOutput:
         """Make the images of a job's prompt."""
@@ -203,7 +205,7 @@ METHODS = {
     "fk": Method(FKSteeringPipeline, check=_check_guidance),
     "svdd": Method(SelectionPipeline),
     "beam": Method(SelectionPipeline),
-    "race": Method(RacingPipeline),
+    "race": Method(RacingPipeline, has_starts=True),
     "drafts": Method(DraftsPipeline),
     "renoise": Method(RenoisePipeline),
     "best-of-n": Method(BestOfNPipeline),

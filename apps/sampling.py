@@ -55,15 +55,14 @@ CONTROLS = ("base", "best_of")  # entries of a prompt beside its own images
 
 
 def base_output(job: Job, output: SteeringOutput) -> tuple[Job, SteeringOutput] | None:
-    """Sample as many images of the same seed without steering and finetuned weights; None if not wanted.
+    """Sample the images of the same seed without steering and finetuned weights; None if not wanted.
 
-    Returns their job and output, in slot order.
+    Returns their job and output, in slot order. Of starts as many are sampled as the method has finished.
     """
     if not samples_base(job.settings):
         compared = job.settings.compare and job.settings.method == "best-of-n"
         return (job, output.in_slot_order()) if compared else None  # its batch is the base batch
-    finished = output.rewards.shape[1]
-    own = job if finished == job.settings.particles else _control_job(job, "base", finished)
+    own = _control_job(job, "base", output.rewards.shape[1]) if METHODS[job.settings.method].has_starts else job
     with job.adapter_disabled():
         return own, own.run("base")
 

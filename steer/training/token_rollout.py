@@ -29,6 +29,8 @@ class TokenSampler(Sampler):
     A trajectory starts from its prompt; the seeds of `Rows.noises` alone make the samples of a prompt differ.
     """
 
+    several = False  # such a pipeline has one denoiser
+
     def __init__(
         self,
         pipe: Any,
