@@ -163,7 +163,7 @@ def test_memory_and_files_of_visitors_are_bounded(studio: Studio, tab: SteerTab)
 
 
 SERVER = """
-import sys, threading
+import sys, threading, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import gradio as gr
@@ -176,8 +176,13 @@ with gr.Blocks():
 def visit(name):
     while "Done" in crowd.last(crowd.press(tab, name), tab.status):
         print(name, flush=True)
+arrived = threading.Event()
+studio.worker.submit(lambda ticket: arrived.wait(60))  # nobody's first turn ends before everybody waits
 for name in crowd.VISITORS:
     threading.Thread(target=visit, args=[name]).start()
+while studio.worker.pending <= len(crowd.VISITORS):
+    time.sleep(0.01)
+arrived.set()
 """
 
 

@@ -356,6 +356,50 @@ def test_the_known_region_follows_the_noise_of_its_particle() -> None:
         torch.testing.assert_close(view(), plain[[2, 0, 1]], atol=1e-5, rtol=0)
 
 
+class Guided(diffusers.StableDiffusionPipeline):
+    """Guides by a running average over the steps, one row for each particle (HunyuanImage, modular pipelines)."""
+
+    @torch.no_grad()
+    def __call__(self, steps: int = 4) -> Tensor:
+        self.scheduler.set_timesteps(steps)
+        x = torch.randn(PARTICLES, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+        for k, t in enumerate(self.scheduler.timesteps):
+            self.guider.set_state(k, steps, t)
+            self.guider.prepare_inputs({"condition": (x, x)})
+            x = self.scheduler.step(self.guider.forward(x * x, -x)[0], t, x).prev_sample
+        return x
+
+
+def test_the_running_average_of_a_guider_follows_its_particle_and_no_call_within_a_call() -> None:
+    pipe = copy.copy(sd())
+    pipe.__class__ = Guided
+    vars(pipe)["guider"] = diffusers.AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=0.9)
+    plain = pipe()
+
+    def move(solver_step: SolverStep) -> tuple[Tensor, None] | None:
+        with hook_steps(pipe, lambda event: None) as inner:
+            inner(2)
+        return (torch.tensor([2, 0, 1]), None) if solver_step.k == 1 else None
+
+    with hook_steps(pipe, move) as view:
+        torch.testing.assert_close(view(), plain[[2, 0, 1]], atol=1e-5, rtol=0)
+
+
+def test_an_autoencoder_of_single_images_decodes_a_batch_row_by_row() -> None:
+    pipe = copy.copy(sd())
+    plain, vae = run(pipe, "sd"), copy.copy(pipe.vae)
+
+    def decode(z: Tensor, **kwargs: Any) -> Any:
+        first = torch.empty_like(z[0])
+        first[:] = z if len(z) > 1 else z[0]  # as Allegro's autoencoder fills its input
+        return type(vae).decode(vae, first[None], **kwargs)
+
+    vars(vae)["decode"] = decode
+    vars(pipe)["vae"] = vae
+    with hook_steps(pipe, lambda event: None, rows=PARTICLES) as view:
+        torch.testing.assert_close(run(view, "sd"), plain, atol=1e-5, rtol=0)
+
+
 def test_a_callback_that_only_looks_is_taken() -> None:
     steps: list[int] = []
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from steer.diffusion.preview import with_decode
 from steer.diffusion.step_hooks import (
     DENOISERS,
     ModuleProxy,
     denoisers_in,
     denoising_modules,
     replace_modules,
+    with_decode,
     with_modules,
 )
 from steer.errors import InputError

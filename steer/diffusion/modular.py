@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from diffusers import ModularPipeline
-from diffusers.guiders.guider_utils import BaseGuidance
 from torch import nn
 
 from steer.diffusion.differentiable import differentiable_class
@@ -74,8 +73,8 @@ def _called_class(kind: type, defaults: Mapping[str, Any], media: str) -> type:
 
 
 def _of_one_call(pipe: Any) -> dict[str, Any]:
-    """Return the attributes of one call, since a preview is a call within a call: copies of guiders, which store the
-    step, and of the blocks, without their own no_grad where gradients are enabled."""
+    """Return the attributes of one call, since a preview is a call within a call: copies of the blocks, without their
+    own no_grad where gradients are enabled, and encoders of text that remember."""
     grad = torch.is_grad_enabled()
     blocks = _copied(pipe._blocks, grad, vars(pipe).get(PROGRESS))
 
@@ -85,9 +84,7 @@ def _of_one_call(pipe: Any) -> dict[str, Any]:
 
     parts: dict[str, Any] = {"_blocks": ModuleProxy(blocks, run)}
     for name, part in pipe.components.items():
-        if isinstance(part, BaseGuidance):
-            parts[name] = copy.deepcopy(part)
-        elif name in ENCODERS and isinstance(part, nn.Module) and (texts := vars(pipe).get(ENCODED_TEXTS)) is not None:
+        if name in ENCODERS and isinstance(part, nn.Module) and (texts := vars(pipe).get(ENCODED_TEXTS)) is not None:
             cache = texts.setdefault(name, {})
             parts[name] = ModuleProxy(part, cached_calls(torch.no_grad()(part.__call__), cache))
     return parts

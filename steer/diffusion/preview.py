@@ -23,6 +23,7 @@ from steer.diffusion.step_hooks import (
     SolverStep,
     hook_steps,
     with_components,
+    with_decode,
     without_side_effects,
     zero_proxies,
 )
@@ -135,13 +136,6 @@ def short_call(call: Mapping[str, Any]) -> dict[str, Any]:
     # Image-to-image runs all of them; an earlier stage does not show in what a decoder makes of given latents.
     own = {"num_inference_steps": SCHEDULED_STEPS, "prior_num_inference_steps": SCHEDULED_STEPS, "strength": 1.0}
     return kept | own | {"generator": generator, "output_type": "pt"}
-
-
-def with_decode(vae: Any, decode: Callable[..., Any]) -> Any:
-    """Copy an autoencoder, on the same weights, with another decode."""
-    other = copy.copy(vae)
-    vars(other)["decode"] = decode
-    return other
 
 
 def check_image_vae(pipe: Any) -> None:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -159,11 +160,14 @@ def _inner_level(scheduler: Scheduler, timestep: Tensor) -> Level:
 
 
 def _set_timesteps(scheduler: Scheduler) -> None:
-    shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    given: dict[str, Any] = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    if scheduler.config.get("num_train_timesteps") == 1:  # no grid of its own: its pipeline gives levels in [0, 1]
+        scheduler.set_timesteps(sigmas=np.linspace(1, 0, STEPS[0] + 1)[:-1], **given)
+        return
     try:
-        scheduler.set_timesteps(STEPS[0], **shift)
+        scheduler.set_timesteps(STEPS[0], **given)
     except ValueError:
-        scheduler.set_timesteps(STEPS[1], **shift)
+        scheduler.set_timesteps(STEPS[1], **given)
 
 
 def _levels_agree(scheduler: Scheduler, timestep: Any, index: int) -> bool:

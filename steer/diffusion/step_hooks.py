@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.guiders.guider_utils import BaseGuidance
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -133,7 +134,14 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
     with torch._C.DisableTorchFunction():  # the rehearsal's draws are not the call's, which a caller may replace
         check_verified(scheduler)
     tracker = _Tracker(pipe, on_step, rows, grad)
-    view = replace_parts(pipe, {id(scheduler): _tracked_scheduler(scheduler, tracker)})
+    parts: dict[int, Any] = {id(scheduler): _tracked_scheduler(scheduler, tracker)}
+    for part in vars(pipe).values():
+        if isinstance(part, BaseGuidance):  # it stores the step and an average of its call: a preview is another call
+            parts[id(part)] = copy.deepcopy(part)
+            tracker.guiders.append(parts[id(part)])
+    if rows is not None and rows > 1 and hasattr(vae := vars(pipe).get("vae"), "decode"):
+        parts[id(vae)] = with_decode(vae, _batch_or_rows(vae.decode))
+    view = replace_parts(pipe, parts)
     if hasattr(view, "encode_prompt"):
         vars(view)["encode_prompt"] = _exclusive(view.encode_prompt)
     yield view
@@ -162,6 +170,30 @@ def replace_parts(pipe: Any, parts: Mapping[int, Any]) -> Any:
     return view
 
 
+def with_decode(vae: Any, decode: Callable[..., Any]) -> Any:
+    """Copy an autoencoder, on the same weights, with another decode."""
+    other = copy.copy(vae)
+    vars(other)["decode"] = decode
+    return other
+
+
+def _batch_or_rows(decode: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a decode: a batch that it does not take (Allegro's takes one video) is decoded row by row."""
+
+    def run(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return decode(z, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            if len(z) < 2:
+                raise
+            kwargs["return_dict"] = False
+            return Output([torch.cat([decode(row, *args, **kwargs)[0] for row in z.split(1)])])
+
+    return run
+
+
 def stages_of(pipe: Any) -> dict[str, Any]:
     """Return the pipelines that a combined pipeline is made of, by name."""
     return {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)}
@@ -173,6 +205,7 @@ class _Tracker:
 
     origin  (N,) row of the start that each row continues, None before any resampling
     copies  transitions of the pipeline's own copies of its scheduler, by id
+    guiders  of the view; the running averages of their guidance follow the ancestors
     """
 
     pipe: Any
@@ -185,6 +218,7 @@ class _Tracker:
     origin: Tensor | None = None
     copies: dict[int, int] = field(default_factory=dict)
     followed: dict[int, Tensor] = field(default_factory=dict)  # ancestors of transitions by their number
+    guiders: list[Any] = field(default_factory=list)
 
     def step(self, scheduler: Scheduler, plain_step: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Make one scheduler step, report its transition once complete, and apply the override."""
@@ -257,7 +291,9 @@ class _Tracker:
         if ancestors is not None:
             self._check_resampling()
             prev = _first(out)
-            scheduler.__dict__.update(_reindexed_state(scheduler, ancestors, prev))
+            averages = [part for guider in self.guiders for part in vars(guider).values() if _is_average(part)]
+            for memory in (scheduler, *averages):
+                vars(memory).update(_reindexed_state(memory, ancestors, prev))
             out = _reindexed(out, ancestors, prev)
             self.followed[self.transitions - 1] = ancestors
             self.origin = ancestors if self.origin is None else self.origin.to(ancestors.device)[ancestors]
@@ -325,8 +361,13 @@ def _reindexed(value: Any, ancestors: Tensor, like: Tensor) -> Any:
     return value
 
 
-def _reindexed_state(scheduler: Scheduler, ancestors: Tensor, like: Tensor) -> dict[str, Any]:
-    return {name: _reindexed(value, ancestors, like) for name, value in vars(scheduler).items() if name not in HOOKED}
+def _is_average(part: Any) -> bool:
+    """Return whether a part of a guider is the momentum buffer of adaptive projected guidance."""
+    return hasattr(part, "running_average")
+
+
+def _reindexed_state(memory: Any, ancestors: Tensor, like: Tensor) -> dict[str, Any]:
+    return {name: _reindexed(value, ancestors, like) for name, value in vars(memory).items() if name not in HOOKED}
 
 
 def _reset_solver_memory(scheduler: Scheduler) -> None:

@@ -46,6 +46,12 @@ def row_of(name: str, checks: list[str]) -> dict[str, dict[str, str]]:
     return {check: dataclasses.asdict(outcome) for check, outcome in row.items()}
 
 
+def one_line_each(rows: dict[str, Any]) -> str:
+    """Return the matrix as JSON with one line for each pipeline, in the order of their names."""
+    lines = [f"{json.dumps(name)}: {json.dumps(rows[name], sort_keys=True)}" for name in sorted(rows)]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -61,7 +67,7 @@ def main() -> None:
         start = time.monotonic()
         rows[name] = rows.get(name, {}) | row_of(name, checks)
         rows[name].pop("build", None) if "build" in rows[name] and len(rows[name]) > 1 else None
-        path.write_text(json.dumps(rows, indent=0, ensure_ascii=False))
+        path.write_text(one_line_each(rows))
         states = " ".join(f"{check}={one['state']}" for check, one in rows[name].items())
         sys.stdout.write(f"{name:45} {time.monotonic() - start:5.1f}s {states}\n")
         sys.stdout.flush()
