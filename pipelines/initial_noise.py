@@ -161,7 +161,10 @@ def _same_numbers(noise: Tensor, draw: Tensor) -> bool:
 
 
 def _start_of(particle_batch: ParticleBatch, quiet_pipe: Any, to_step: bool = False, **given: Any) -> _CallStart:
-    """Run a call up to its first denoiser call, or through its first solver step; without a denoiser, through that."""
+    """Run a call up to its first denoiser call, or through its first solver step; without a denoiser, through that.
+
+    The global random numbers stay as they are: an encoded control image is a draw of them in every call.
+    """
     start = _CallStart([], [])
     modules = denoising_modules(quiet_pipe)
 
@@ -183,7 +186,8 @@ def _start_of(particle_batch: ParticleBatch, quiet_pipe: Any, to_step: bool = Fa
         raise RunEnded
 
     watched = with_modules(quiet_pipe, {name: watch(module) for name, module in modules.items()})
-    with suppress(RunEnded), recorded_draws() as draws, torch.no_grad():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices), suppress(RunEnded), recorded_draws() as draws, torch.no_grad():
         particle_batch.sample(stop, watched, **given)
     return start
 
