@@ -52,14 +52,20 @@ def test_arguments_of_the_call_give_the_images_of_the_plain_call(steer: Steer, t
 
 
 def test_a_column_of_the_prompt_file_comes_before_the_option(steer: Steer, tmp_path: Path) -> None:
-    (tmp_path / "p.csv").write_text("words,negative_prompt,height\na red star,a green star,\na red star,,72\n")
+    (tmp_path / "p.csv").write_text("words,negative_prompt,height,width\na red star,a green star,,\na red star,,72,64\n")
     words = ["--prompts", tmp_path / "p.csv", "--prompt-column", "words", "--negative-prompt", "a cross"]
     assert steer("sample", *words, *BASE, "--out", tmp_path / "o")[0] == 0
     recipes = [read_metadata(path) for path in sorted((tmp_path / "o").glob("*/00.png"))]
     assert [one.arguments for one in recipes] == [
         {"negative_prompt": "a green star"},
-        {"negative_prompt": "a cross", "height": 72},
+        {"negative_prompt": "a cross", "height": 72, "width": 64},
     ]
+
+
+def test_a_size_of_one_side_in_a_column_is_refused(steer: Steer, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,height\na red star,72\n")
+    code, _, err = steer("sample", "--prompts", tmp_path / "p.csv", *BASE, "--out", tmp_path / "o")
+    assert code == 2 and "height alone is ignored" in err
 
 
 def test_a_scheduler_is_that_of_diffusers_with_the_model_s_configuration(steer: Steer, tmp_path: Path) -> None:
@@ -136,7 +142,7 @@ def test_repeated_options_are_one_setting(steer: Steer, tmp_path: Path) -> None:
     one = random_lora(load_pipeline("scenes", "cpu"), tmp_path / "one", 0.3)
     (tmp_path / "s.yaml").write_text("call: {guidance_rescale: 0.5, eta: 0}\n")
     words = ["sample", "a red star", *BASE, "--lora", f"{one}:0.5", "--lora", one, "--out", tmp_path / "o"]
-    code, _, err = steer(*words, "--no-compare", "--call", "guidance_rescale=0.5", "--call", "height=64")
+    code, _, err = steer(*words, "--no-compare", "--call", "guidance_rescale=0.5", "--call", "height=64", "--width", 64)
     assert code == 0, err
     settings = json.loads((tmp_path / "o/report.json").read_text())["settings"]
     assert settings["lora"] == f"{one}:0.5 + {one}"
@@ -162,6 +168,8 @@ def test_repeated_options_are_one_setting(steer: Steer, tmp_path: Path) -> None:
         (["--vae", "./nowhere"], "--vae ./nowhere: no such file"),
         (["--lora", "x:nan"], "write FILE or FILE:WEIGHT"),
         (["--height", "0"], "--height must be at least 1"),
+        (["--width", "72"], "width alone is ignored by several pipelines of diffusers: give height and width"),
+        (["--width", "72", "--call", "height="], "argument 'height'"),
     ],
 )
 def test_wrong_arguments_are_refused_before_the_model_is_loaded(
@@ -184,7 +192,8 @@ def test_a_scheduler_of_another_kind_and_offload_without_a_gpu_are_refused(steer
 def test_a_forged_recipe_has_no_other_arguments_and_no_endless_size(steer: Steer, tmp_path: Path) -> None:
     assert steer("sample", "a red star", *BASE, "--out", tmp_path / "o")[0] == 0
     recipe, pixels = read_png(tmp_path / "o/000-a-red-star/00.png")
-    for call, message in (({"height": "90000"}, "in range"), ({"latents": 1}, "steering sets"), ({"x": 1}, "no such")):
+    large = {"height": "90000", "width": "64"}
+    for call, message in ((large, "in range"), ({"latents": 1}, "steering sets"), ({"x": 1}, "no such")):
         values = vars(recipe) | {"settings": SamplingConfig.of(**recipe.settings.plain() | {"call": call})}
         write_png(pixels, tmp_path / "forged.png", type(recipe)(**values))
         code, _, err = steer("sample", "--replay", tmp_path / "forged.png", "--out", tmp_path / "again")

@@ -49,7 +49,7 @@ def test_prompts_methods_and_arguments_of_the_call_are_axes(tmp_path: Path) -> N
         *(("a red star", "fk"), ("a circle", "fk"), ("a red star", "base"), ("a circle", "base"))
     ]
     assert cells[0].settings.options.lam == 25 and not hasattr(cells[2].settings.options, "lam")
-    cells = plan_cells("a", Axis.read("height=64,72"), Axis.read("guidance_rescale=0,0.5"), {}, tmp_path)
+    cells = plan_cells("a", Axis.read("height=64,72"), Axis.read("guidance_rescale=0,0.5"), {"width": 64}, tmp_path)
     assert [cell.settings.height for cell in cells[:2]] == [64, 72]
     assert [json.loads(cell.settings.call) for cell in cells[1:3]] == [
         {"guidance_rescale": "0"},
