@@ -52,7 +52,9 @@ def test_arguments_of_the_call_give_the_images_of_the_plain_call(steer: Steer, t
 
 
 def test_a_column_of_the_prompt_file_comes_before_the_option(steer: Steer, tmp_path: Path) -> None:
-    (tmp_path / "p.csv").write_text("words,negative_prompt,height,width\na red star,a green star,,\na red star,,72,64\n")
+    (tmp_path / "p.csv").write_text(
+        "words,negative_prompt,height,width\na red star,a green star,,\na red star,,72,64\n"
+    )
     words = ["--prompts", tmp_path / "p.csv", "--prompt-column", "words", "--negative-prompt", "a cross"]
     assert steer("sample", *words, *BASE, "--out", tmp_path / "o")[0] == 0
     recipes = [read_metadata(path) for path in sorted((tmp_path / "o").glob("*/00.png"))]

@@ -512,9 +512,10 @@ def test_arguments_are_those_of_the_pipeline_that_a_cell_can_hold(kind: type) ->
 
 
 def test_cells_become_the_values_of_the_arguments() -> None:
-    cells = {"Negative_Prompt": "7", "seed": "42.0", "height": " 64 ", "guidance_scale": "3", "note": "x"}
+    cells = {"Negative_Prompt": "7", "seed": "42.0", "height": " 64 ", "width": 72}
+    cells |= {"guidance_scale": "3", "note": "x"}
     one = sample_requests([PromptRow("a", cells)], SETTINGS, bare(StableDiffusionPipeline))[0]
-    assert one.arguments == {"negative_prompt": "7", "height": 64}
+    assert one.arguments == {"negative_prompt": "7", "height": 64, "width": 72}
     assert (one.settings.seed, one.settings.guidance, one.settings.steps) == (42, 3.0, 2)
 
 
