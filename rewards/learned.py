@@ -339,6 +339,7 @@ class RewardTrainingConfig:
     center_rewards_coefficient  η of `center_rewards_penalty`, ≥ 0: makes the members of an ensemble comparable
     slope_penalty    λ ≥ 0 of `objectives.slope_penalty` at a random point between the images of each pair; 10 is usual
     slope            its bound k, nats per unit of the norm over the pixels of an image in [0, 1]
+    mix_text         share of the rows whose prompt is mixed with its nearest one (`objectives.mixed_texts`), 0..1
     held_out   share of the prompts that accuracy and calibration are measured on
     start      folder of a reward of the same head and backbone, to train further: ratings first, then preferences
     """
@@ -356,6 +357,7 @@ class RewardTrainingConfig:
     center_rewards_coefficient: float = 0.0
     slope_penalty: float = 0.0
     slope: float = 1.0
+    mix_text: float = 0.0
     held_out: float = 0.1
     seed: int = 0
     start: str | None = None
@@ -373,6 +375,10 @@ class RewardTrainingConfig:
                 raise RewardError(f"{flag} must be from 0 to below {below[name]}, got {value}")
         if self.slope_penalty and (self.head == "general" or self.objective in ("rating", "contrastive")):
             raise RewardError("--slope-penalty is for rewards of pairs, not for ratings, captions or --head general")
+        if not 0 <= self.mix_text <= 1:
+            raise RewardError(f"--mix-text must be from 0 to 1, got {self.mix_text}")
+        if self.mix_text and (self.head == "image" or self.objective == "contrastive"):
+            raise RewardError("--mix-text is for rewards that read the prompt, not for --head image or captions")
 
 
 def train_reward(
@@ -495,6 +501,12 @@ def text_features(backbone: Backbone, prompts: Sequence[str]) -> Tensor:
     return backbone.texts(distinct)[[distinct.index(prompt) for prompt in prompts]]
 
 
+def _with_mixed_texts(encode: Callable[[Tensor], Features], share: float, rows: Tensor) -> Features:
+    """Encode rows and mix their prompts, in a way that depends on the rows alone."""
+    *images, texts = encode(rows)
+    return [*images, objectives.mixed_texts(texts, share, torch.Generator().manual_seed(int(rows.sum())))]
+
+
 def rows_of(features: Features, rows: Tensor) -> Features:
     """Return some rows of features."""
     return [column[rows] for column in features]
@@ -575,7 +587,8 @@ def train_members(
             work / f"member-{number}", config.steps, config.learning_rate, warmup=min(100, config.steps // 10)
         )
         whole = partial(_penalised_loss, loss, own, data, config) if config.slope_penalty else loss
-        run.train([member], partial(_loss_at, member, encode, whole, sample, config, number, on_step))
+        mixed = partial(_with_mixed_texts, encode, config.mix_text) if config.mix_text else encode
+        run.train([member], partial(_loss_at, member, mixed, whole, sample, config, number, on_step))
         member.eval()
         if isinstance(member["head"], GeneralPreference):
             with torch.no_grad():

@@ -4,11 +4,12 @@ For a pair of images a, b of one prompt: Δ = r(a) − r(b), c the label (1: a p
 strength of the preference (1 by default). Rewards are raw, in nats: σ(Δ) is the probability that a is preferred.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 
@@ -107,6 +108,20 @@ def slope_penalty(reward: Callable[[Tensor], Tensor], images: Tensor, bound: flo
     points = images.detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(reward(points).sum(), points, create_graph=True)
     return F.relu(gradient.flatten(1).norm(dim=1) - bound).square().mean()
+
+
+def mixed_texts(texts: Tensor, share: float, generator: Generator) -> Tensor:
+    """Return features of prompts (N, D), of which a share is λ c + (1 − λ) c', c' those of the most similar other one.
+
+    ConvexDA: λ ~ Beta(½, ½), folded to [½, 1] so that the prompt stays the nearer one, whose preference it keeps.
+    """
+    unit = F.normalize(texts.detach(), dim=1)
+    similarity = unit @ unit.T
+    closest, neighbour = similarity.masked_fill(similarity > 1 - 1e-5, -torch.inf).max(1)  # not the prompt itself
+    uniform, drawn = torch.rand(2, len(texts), generator=generator).to(texts)
+    weight = (uniform * math.pi / 2).sin().square()  # the inverse of the arcsine law's distribution function
+    weight = torch.maximum(weight, 1 - weight).masked_fill((drawn >= share) | closest.isinf(), 1)
+    return torch.lerp(texts[neighbour], texts, weight[:, None])
 
 
 def contrastive(images: Tensor, texts: Tensor, scale: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from scipy import stats
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from steer.rewards.analysis import BINS, preference_metrics
@@ -18,6 +19,7 @@ from steer.rewards.objectives import (
     bradley_terry,
     center_rewards_penalty,
     contrastive,
+    mixed_texts,
     noisy_difference,
     regression,
     scaled_bradley_terry,
@@ -280,3 +282,22 @@ def test_the_slope_penalty_of_a_linear_reward_is_its_closed_form() -> None:
     penalty.backward()
     torch.testing.assert_close(weight.grad, 2 * (norm - 2) * weight.detach() / norm)
     assert slope_penalty(lambda x: (x * weight).sum((1, 2, 3)), images, 2 * norm.item()) == 0
+
+
+def test_a_mixed_prompt_goes_to_its_nearest_by_a_share_of_the_folded_arcsine_law() -> None:
+    texts = torch.eye(4)[[0, 1, 2]] + torch.tensor([[0.0], [0.5], [0.0]]) * torch.eye(4)[[0, 0, 2]]
+    shares = []
+    for seed in range(2000):
+        mixed = mixed_texts(texts, 1.0, Generator().manual_seed(seed))
+        toward = torch.stack([texts[1], texts[0], mixed[2] * 0])  # the first two are alike, the third is like nothing
+        share = (mixed - toward)[:2].norm(dim=1) / (texts - toward)[:2].norm(dim=1)
+        torch.testing.assert_close(mixed[:2], torch.lerp(toward, texts, share.new_tensor([[*share, 0]]).T)[:2])
+        shares += share.tolist()
+    assert stats.kstest(shares, lambda x: 2 * stats.beta(0.5, 0.5).cdf(x) - 1).pvalue > 1e-3
+
+
+def test_a_share_of_the_prompts_is_mixed_and_equal_prompts_are_no_neighbours() -> None:
+    texts = torch.randn(4000, 3, generator=Generator().manual_seed(0))
+    changed = (mixed_texts(texts, 0.3, Generator().manual_seed(1)) != texts).any(1)
+    assert abs(changed.float().mean() - 0.3) < 4 * (0.3 * 0.7 / 4000) ** 0.5
+    assert torch.equal(mixed_texts(texts[:1].expand(5, 3), 1.0, Generator().manual_seed(1)), texts[:1].expand(5, 3))
