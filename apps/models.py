@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from steer.apps.components import set_scheduler, set_vae
 from steer.apps.methods import DisableAdapter
 from steer.assets import MODELS, TEXT_MODELS
-from steer.diffusion.step_hooks import DENOISERS
+from steer.diffusion.views import DENOISERS
 from steer.errors import InputError
 from steer.files import verify_checksums
 from steer.pipelines.text.masked_diffusion import INDEX, pipeline_class

@@ -13,14 +13,9 @@ from torch import Generator, Tensor
 from steer.diffusion.restart import starting_at
 from steer.diffusion.schedules import step_levels
 from steer.diffusion.seeds import derived_seed, seeded_normal, spread_generators
-from steer.diffusion.step_hooks import (
-    SolverStep,
-    StepOverride,
-    UnsupportedPipelineError,
-    replace_parts,
-    scheduler_of,
-)
-from steer.errors import InputError
+from steer.diffusion.step_hooks import SolverStep, StepOverride, scheduler_of
+from steer.diffusion.views import replace_parts
+from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.fk_steering import ResamplingSchedule
 from steer.pipelines.initial_noise import RESERVED_ARGUMENTS, screen_initial_noise

@@ -13,9 +13,9 @@ from steer.diffusion.differentiable import computes_in_fp16, differentiable, per
 from steer.diffusion.lookahead import Adapter, coarse_steps, few_step_adapter
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
-from steer.diffusion.step_hooks import SolverStep, StepOverride, UnsupportedPipelineError
+from steer.diffusion.step_hooks import SolverStep, StepOverride
 from steer.diffusion.value import Value, load_value
-from steer.errors import InputError
+from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.settings import FKSettings, IntermediateSettings, Prompts

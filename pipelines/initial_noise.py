@@ -17,17 +17,9 @@ from steer.diffusion.draws import find_draw, recorded_draws
 from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.rows import RandomState
 from steer.diffusion.seeds import Generators, copy_generators, derived_seed, list_generators, seeded_normal
-from steer.diffusion.step_hooks import (
-    ModuleProxy,
-    RunEnded,
-    SolverStep,
-    UnsupportedPipelineError,
-    denoising_modules,
-    with_modules,
-    without_side_effects,
-    zero_proxies,
-)
-from steer.errors import InputError
+from steer.diffusion.step_hooks import RunEnded, SolverStep
+from steer.diffusion.views import ModuleProxy, denoising_modules, with_modules, without_side_effects, zero_proxies
+from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import Cost, InitialNoise
 from steer.pipelines.fk_steering import top_k_indices
 from steer.pipelines.particle_batch import ParticleBatch

@@ -21,13 +21,9 @@ from steer.diffusion.rows import RowsCall
 from steer.diffusion.safety import with_deferred_checker
 from steer.diffusion.schedules import Gaussian, step_levels
 from steer.diffusion.seeds import list_generators
-from steer.diffusion.step_hooks import (
-    OutputShapes,
-    SolverStep,
-    StepOverride,
-    cache_text_encoding,
-)
+from steer.diffusion.step_hooks import SolverStep, StepOverride
 from steer.diffusion.value import Value
+from steer.diffusion.views import OutputShapes, cache_text_encoding
 from steer.errors import InputError
 from steer.pipelines.base import Cost, ResamplingInfo, SteeringOutput
 from steer.reward import Reward, compares_images, mean_over_frames, score_components, warn_if_pipeline_truncates

@@ -10,7 +10,8 @@ from torch import Generator
 from steer.diffusion.batching import ActiveRows
 from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.seeds import spread_generators
-from steer.diffusion.step_hooks import RunEnded, SolverStep, with_modules, without_side_effects, zero_proxies
+from steer.diffusion.step_hooks import RunEnded, SolverStep
+from steer.diffusion.views import with_modules, without_side_effects, zero_proxies
 from steer.errors import InputError
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, steering_call
 from steer.pipelines.fk_steering import ResampleResult, ResamplingSchedule, route_kernel_eta

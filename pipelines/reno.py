@@ -23,8 +23,8 @@ from steer.diffusion.differentiable import (
 )
 from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.seeds import seeded_normal
-from steer.diffusion.step_hooks import UnsupportedPipelineError, denoisers_in, plain_values, without_side_effects
-from steer.errors import InputError
+from steer.diffusion.views import denoisers_in, plain_values, without_side_effects
+from steer.errors import InputError, UnsupportedPipelineError
 from steer.files import atomic_write
 from steer.noise import Optimiser, Search, clipped, neighbour, norms, prior_gradient, where_rows
 from steer.pipelines.base import Iteration, SteeringOutput, SteeringPipeline, steering_call

@@ -339,7 +339,7 @@ class RewardTrainingConfig:
     center_rewards_coefficient  η of `center_rewards_penalty`, ≥ 0: makes the members of an ensemble comparable
     slope_penalty    λ ≥ 0 of `objectives.slope_penalty` at a random point between the images of each pair; 10 is usual
     slope            its bound k, nats per unit of the norm over the pixels of an image in [0, 1]
-    mix_text         share of the rows whose prompt is mixed with its nearest one (`objectives.mixed_texts`), 0..1
+    mix_text         share < 1 of the rows whose prompt is mixed with its nearest one (`objectives.mixed_texts`)
     held_out   share of the prompts that accuracy and calibration are measured on
     start      folder of a reward of the same head and backbone, to train further: ratings first, then preferences
     """
@@ -365,8 +365,8 @@ class RewardTrainingConfig:
     def check(self) -> None:
         """Raise RewardError for an unknown head and a number out of range, before anything is read."""
         choose("head", self.head, HEADS)
-        below = {"label_smoothing": 0.5, "label_noise": 0.5, "center_rewards_coefficient": math.inf, "held_out": 1}
-        below |= {"slope_penalty": math.inf, "slope": math.inf}
+        below = {"label_smoothing": 0.5, "label_noise": 0.5, "held_out": 1, "mix_text": 1}
+        below |= dict.fromkeys(("center_rewards_coefficient", "slope_penalty", "slope"), math.inf)
         for name in ("members", "steps", "batch_size", *below):
             flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
             if name not in below and value < 1:
@@ -375,8 +375,6 @@ class RewardTrainingConfig:
                 raise RewardError(f"{flag} must be from 0 to below {below[name]}, got {value}")
         if self.slope_penalty and (self.head == "general" or self.objective in ("rating", "contrastive")):
             raise RewardError("--slope-penalty is for rewards of pairs, not for ratings, captions or --head general")
-        if not 0 <= self.mix_text <= 1:
-            raise RewardError(f"--mix-text must be from 0 to 1, got {self.mix_text}")
         if self.mix_text and (self.head == "image" or self.objective == "contrastive"):
             raise RewardError("--mix-text is for rewards that read the prompt, not for --head image or captions")
 
@@ -502,13 +500,11 @@ def text_features(backbone: Backbone, prompts: Sequence[str]) -> Tensor:
 
 
 def _with_mixed_texts(encode: Callable[[Tensor], Features], share: float, rows: Tensor) -> Features:
-    """Encode rows and mix their prompts, in a way that depends on the rows alone."""
-    *images, texts = encode(rows)
+    *images, texts = encode(rows)  # mixed in a way that depends on the rows alone
     return [*images, objectives.mixed_texts(texts, share, torch.Generator().manual_seed(int(rows.sum())))]
 
 
 def rows_of(features: Features, rows: Tensor) -> Features:
-    """Return some rows of features."""
     return [column[rows] for column in features]
 
 

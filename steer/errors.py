@@ -1,4 +1,4 @@
-"""InputError: the error that a caller can correct."""
+"""Errors that a caller can correct."""
 
 import re
 
@@ -19,3 +19,7 @@ class InputError(ValueError):
         super().__init__(
             line if len(line) <= MAX_LENGTH else f"{line[: MAX_LENGTH // 2]} … {line[3 - MAX_LENGTH // 2 :]}"
         )
+
+
+class UnsupportedPipelineError(InputError):
+    """A pipeline, as called, whose solver steps cannot be hooked."""

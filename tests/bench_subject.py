@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from steer.apps.bench.subject import Subject
-from steer.diffusion.step_hooks import denoisers_in
+from steer.diffusion.views import denoisers_in
 
 STEPS, PARTICLES, READS = 6, 4, 3  # 40, 55, 70 and 85 % of 6 steps are steps 2, 3 and 4
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from pairwise import hard_but
 
 import steer
 from steer import (
@@ -100,7 +101,7 @@ def pipe() -> Any:
     return made
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", hard_but(METHODS, "fk", "race", "reno", "best-of-n"))
 def test_every_method_takes_numbers_of_numpy_and_arrays_of_prompts(name: str, pipe: Any) -> None:
     kind, given = METHODS[name]
     method = kind(pipe, "brightness")

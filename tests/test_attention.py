@@ -20,7 +20,7 @@ from steer.diffusion import attention
 from steer.diffusion.attention import BACKENDS, LAYERS, attention_backend, plain_attention, xformers_attention
 from steer.diffusion.differentiable import differentiable
 from steer.diffusion.preview import first_output
-from steer.diffusion.step_hooks import denoising_modules
+from steer.diffusion.views import denoising_modules
 from steer.errors import InputError
 
 CLOSE = {"atol": 1e-5, "rtol": 0}

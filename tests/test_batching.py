@@ -263,6 +263,7 @@ def no_new_graph() -> Iterator[None]:
     assert counters["stats"]["calls_captured"] == before
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("family", hard_but(["sd", "pixart", "sd3", "wan"], "sd"))
 def test_compiled_images_are_the_plain_ones(family: str) -> None:
     pipe = cached_pipe(family)

@@ -141,6 +141,7 @@ def test_the_noise_search_encodes_text_in_no_iteration(subject: Subject) -> None
     assert check.passed
 
 
+@pytest.mark.hard
 def test_an_update_makes_four_passes_or_two(subject: Subject) -> None:
     """3 pairs, 3 steps, of which 2 have noise, guidance: the policy's rows have a graph, the reference's have none."""
     rows = 2 * 2 * 3 * 2
@@ -154,7 +155,7 @@ def test_an_update_makes_four_passes_or_two(subject: Subject) -> None:
         assert check.passed
 
 
-@pytest.mark.parametrize("name", ["naive_grpo_over_ours", "naive_ddpo_over_ours"])
+@pytest.mark.parametrize("name", hard_but(["naive_grpo_over_ours", "naive_ddpo_over_ours"], "naive_grpo_over_ours"))
 def test_a_policy_gradient_is_the_naive_loop_with_the_same_calls(name: str, subject: Subject) -> None:
     """3 pairs and guidance: 12 rows in each of 3 steps of the rollout, and with a graph in the 2 that have noise."""
     _, naive, ours, check = measured(name, subject)
@@ -290,6 +291,7 @@ SMALL = {
 }
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("name", hard_but(SMALL, "flux"))
 def test_what_is_measured_of_real_sizes_runs_on_small_ones(name: str) -> None:
     subject = of_size(name, SMALL[name], BenchOptions("cpu", particles=4, steps=6, resolution=64, quick=True))

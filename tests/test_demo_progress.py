@@ -6,6 +6,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import pytest
+from pairwise import hard_but
 
 pytest.importorskip("gradio")
 
@@ -45,7 +46,7 @@ def test_durations_are_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize("method", METHODS.values())
+@pytest.mark.parametrize("method", hard_but(METHODS.values(), "fk", "race", "reno", "best-of-n", "base"))
 def test_the_estimate_is_the_count_of_the_run(method: str, tmp_path: Path) -> None:
     one_step = {"model": "scenes-turbo", "steps": 1, "guidance": 0.0, "reward": "scene-soft"}
     settings = settings_of(ASKED | {"method": method} | (one_step if method in ("reno", "noise-search") else {}))

@@ -56,6 +56,7 @@ def test_intervals_and_first_times_by_hand() -> None:
     assert first_reaching(grid, values, 0.0) == 0.0
 
 
+@pytest.mark.hard
 def test_a_tiny_study_trains_once_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {name: {**METHODS[name], **TINY} for name in ("grpo", "nft")}
     runs |= {"dpo": {**METHODS["dpo"], **TINY, "train_batch_size": "2"}}

@@ -24,8 +24,7 @@ from soft_rewards import redness, seeded
 from torch import Tensor
 
 from steer import BestOfNPipeline, FKSteeringPipeline, StepReport
-from steer.diffusion.step_hooks import UnsupportedPipelineError
-from steer.errors import InputError
+from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import SteeringOutput
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 from steer.reward import RewardError

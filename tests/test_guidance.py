@@ -20,8 +20,7 @@ from transformers import CLIPImageProcessor
 
 from steer import FKSteeringPipeline, SteeringOutput, StepReport
 from steer.diffusion.schedules import Gaussian, draw_guided
-from steer.diffusion.step_hooks import UnsupportedPipelineError
-from steer.errors import InputError
+from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines import fk_steering as guided
 from steer.reward import RewardError
 from steer.smc.particles import Particles

@@ -34,7 +34,7 @@ from transformers import T5Config, T5EncoderModel
 
 from steer import NoiseSearchPipeline, ReNOPipeline
 from steer.diffusion.draws import recorded_draws, replaced_draw
-from steer.diffusion.step_hooks import UnsupportedPipelineError
+from steer.errors import UnsupportedPipelineError
 from steer.pipelines.initial_noise import screen_initial_noise
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import Backprop, NoiseToImage

@@ -96,6 +96,7 @@ def test_scores_without_values_are_an_error_of_the_contract(result: torch.Tensor
         score(Odd(), torch.zeros(2, 3, 4, 4), ["a", "b"])
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("kind", hard_but(["spins", "hangs"], "hangs"))
 def test_a_process_whose_reward_hangs_ends_with_its_line_and_code(tmp_path: Path, kind: str) -> None:
     """The interpreter must not be shut down under a thread inside PyTorch: that aborts, exit code 134."""

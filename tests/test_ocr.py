@@ -50,6 +50,7 @@ def test_the_words_are_read(reward: Ocr, capfd: pytest.CaptureFixture[str], capl
     assert capfd.readouterr() == ("", "") and not caplog.records
 
 
+@pytest.mark.hard
 def test_an_image_alone_is_read_as_in_a_batch(reward: Ocr) -> None:
     red, lines = picture("RED", colour="red", background="navy"), picture("HELLO", "WORLD")
     alone = [score(reward, red, ['"red"']), score(reward, lines, [SAYS_HELLO])]

@@ -144,6 +144,7 @@ def test_an_editable_install_resolves(symlinks: str, tmp_path: Path) -> None:
     assert len(places) > 8 and all(Path(place).is_relative_to(source) for place in places)
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("symlinks", ["text", pytest.param("missing", marks=pytest.mark.hard)])
 def test_a_checkout_without_symlinks_makes_the_same_wheel(symlinks: str, dist: Path, tmp_path: Path) -> None:
     """As git leaves one on Windows."""

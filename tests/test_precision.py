@@ -47,7 +47,7 @@ def divergence(sampler: Sampler, trained: LoRA, stored: Trajectories, steps: ran
     return sum(kl(p, q).sum().item() for p, q in zip(*kernels, strict=True))
 
 
-@pytest.mark.parametrize("name", hard_but(["scenes", "sdxl", "sd3", "flux"], "scenes", "flux"))
+@pytest.mark.parametrize("name", hard_but(["scenes", "sdxl", "sd3", "flux"], "scenes"))
 def test_the_kl_of_a_small_lora_is_that_of_float32(name: str) -> None:
     pipe, trained, call = built(name, torch.float32)
     sampler = Sampler(pipe, call)
@@ -64,7 +64,7 @@ def test_the_kl_of_a_small_lora_is_that_of_float32(name: str) -> None:
         assert truth > 0 and found == pytest.approx(truth, rel=0.2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", hard_but([torch.float16, torch.bfloat16], torch.float16))
 def test_a_precision_that_measures_rounding_is_refused(dtype: torch.dtype) -> None:
     pipe, trained, call = built("scenes", dtype)
     exact, rough = Sampler(pipe, call), Sampler(pipe, call, precision="model")

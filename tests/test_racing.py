@@ -12,7 +12,7 @@ from soft_rewards import redness, seeded
 from torch import Tensor
 
 from steer import BestOfNPipeline, InputError, RacingPipeline, SelectionPipeline
-from steer.diffusion.step_hooks import ModuleProxy, denoising_modules, with_modules
+from steer.diffusion.views import ModuleProxy, denoising_modules, with_modules
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 from steer.pipelines.racing import default_rungs, plan_race, race_cost
 

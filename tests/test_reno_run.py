@@ -18,8 +18,7 @@ from soft_rewards import Function, Soft, Sum, images_of, likeness, own_kwargs, r
 from torch import Tensor, nn
 
 from steer import Iteration, NoiseSearchPipeline, ReNOPipeline, SteeringOutput
-from steer.diffusion.step_hooks import UnsupportedPipelineError
-from steer.errors import InputError
+from steer.errors import InputError, UnsupportedPipelineError
 from steer.noise import Adam
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import Backprop, NoiseToImage, ZeroOrder

@@ -12,8 +12,9 @@ from torch import Tensor
 from steer import FKSteeringPipeline, load_reward
 from steer.audio import AudioReward, check_media
 from steer.diffusion.rows import RowsCall, forms
-from steer.diffusion.step_hooks import OutputShapes, SolverStep, UnsupportedPipelineError, zero_proxies
-from steer.errors import InputError
+from steer.diffusion.step_hooks import SolverStep
+from steer.diffusion.views import OutputShapes, zero_proxies
+from steer.errors import InputError, UnsupportedPipelineError
 
 ROWS = 3
 CALL = {name: value for name, value in call_kwargs("sd", ROWS).items() if name != "num_images_per_prompt"}

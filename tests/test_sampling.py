@@ -125,6 +125,7 @@ def test_two_processes_make_what_one_makes_and_resume_after_a_failure(
     assert [entry["prompt"] for entry in report_of(out)["prompts"]] == PROMPTS
 
 
+@pytest.mark.hard
 def test_an_error_of_all_processes_is_printed_once(words: list[str], tmp_path: Path) -> None:
     refused = on_two(
         [str(word) for word in replaced(words, "--prompts", "nowhere.txt", "--out", tmp_path / "o")], tmp_path, True

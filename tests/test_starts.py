@@ -11,8 +11,7 @@ from gaussian import GaussianPipeline
 from soft_rewards import Soft, images_of, likeness, own_kwargs, seeded
 from torch import Tensor
 
-from steer.diffusion.step_hooks import UnsupportedPipelineError
-from steer.errors import InputError
+from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.fk_steering import top_k_indices
 from steer.pipelines.initial_noise import ScreenedNoise, screen_initial_noise, unscaled
 

@@ -16,8 +16,8 @@ from schedulers import DIFFUSION, FLOW, STOCHASTIC, build
 from torch import Tensor
 
 from steer.diffusion.preview import first_output
-from steer.diffusion.step_hooks import SolverStep, UnsupportedPipelineError, hook_steps
-from steer.errors import InputError
+from steer.diffusion.step_hooks import SolverStep, hook_steps
+from steer.errors import InputError, UnsupportedPipelineError
 
 PARTICLES = 3
 STEPS = 4

@@ -105,6 +105,7 @@ RISING = {
 }
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("method", hard_but(RISING, "d3po"))
 def test_the_reward_rises(method: str, tmp_path: Path) -> None:
     options, numbers = RISING[method]

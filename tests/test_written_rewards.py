@@ -218,6 +218,7 @@ SCRIPT = [
 ]
 
 
+@pytest.mark.hard
 def test_each_mistake_is_refused_by_name_told_in_the_next_request_and_the_right_file_scores(tmp_path: Path) -> None:
     """Two files with two corrections each: three mistakes, two mistakes, then the right one."""
     before = set(tmp_path.iterdir())
@@ -327,6 +328,7 @@ def test_the_command_writes_a_reward_that_steers(steer: Steer, tmp_path: Path, m
     assert code == 2 and "the reward is a Python file" in err
 
 
+@pytest.mark.hard
 def test_a_written_reward_is_distilled_into_a_differentiable_one(
     steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

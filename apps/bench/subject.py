@@ -24,7 +24,7 @@ from transformers import (
 from steer.apps.scenes.training import build_tokenizer
 from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.seeds import derived_seed
-from steer.diffusion.step_hooks import Output
+from steer.diffusion.views import Output
 from steer.errors import InputError
 from steer.pipelines.fk_steering import DEFAULT_STEPS, ResamplingSchedule, Run
 from steer.pipelines.particle_batch import ParticleBatch

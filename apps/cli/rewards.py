@@ -392,7 +392,7 @@ def write(out: Path, work: Path | None, distil: Path | None, backbone: str, devi
 )
 @click.option("--slope-penalty", default=0.0, help="Weight of a penalty of slopes above --slope; 10 is usual.")
 @click.option("--slope", default=1.0, help="Bound on ‖∇r‖ with respect to an image in [0, 1], nats per unit norm.")
-@click.option("--mix-text", default=0.0, help="Share of the rows whose prompt is mixed with its nearest one, 0 to 1.")
+@click.option("--mix-text", default=0.0, help="Share of the rows whose prompt is mixed with its nearest one, below 1.")
 @click.option("--held-out", default=0.1, help="Share of the prompts for evaluation.")
 @SEED
 @click.option(

@@ -14,7 +14,7 @@ from steer.apps.demo.studio import Studio, plural, write_zip
 from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.assets import MODELS
 from steer.diffusion.seeds import derived_seed
-from steer.diffusion.step_hooks import denoisers_in
+from steer.diffusion.views import denoisers_in
 from steer.errors import InputError
 from steer.pipelines.training.config import DTYPES
 from steer.pipelines.training.method import prompts_at

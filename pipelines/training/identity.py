@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from steer.diffusion.step_hooks import plain_values
+from steer.diffusion.views import plain_values
 from steer.errors import InputError
 from steer.pipelines.training.evaluation import Evaluator
 from steer.pipelines.training.method import TrainingMethod

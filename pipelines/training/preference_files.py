@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from steer.diffusion.step_hooks import plain_values
+from steer.diffusion.views import plain_values
 from steer.errors import InputError
 from steer.files import read_image
 from steer.pipelines.training.rollouts import trajectories_from_tensors

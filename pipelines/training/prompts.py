@@ -5,8 +5,8 @@ from typing import Any
 
 from steer.arguments import IMAGES_PER_PROMPT
 from steer.diffusion.preview import filter_call_kwargs
-from steer.diffusion.step_hooks import plain_values
 from steer.diffusion.token_hooks import is_token_scheduler
+from steer.diffusion.views import plain_values
 from steer.errors import InputError
 from steer.pipelines.particle_batch import rows_of_metadata
 from steer.training.rollout import takes_prompts

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from steer.diffusion.precision import Precision
 from steer.diffusion.seeds import derived_seed
-from steer.diffusion.step_hooks import plain_values
+from steer.diffusion.views import plain_values
 from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines.training.asking import REFUSED, UNANSWERED, OnQuestion, ask, question_of

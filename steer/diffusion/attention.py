@@ -20,7 +20,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from steer.diffusion.step_hooks import denoising_modules, replaced
+from steer.diffusion.views import denoising_modules, replaced
 from steer.errors import InputError
 from steer.registry import choose
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from steer.diffusion.step_hooks import (
+from steer.diffusion.views import (
     DENOISERS,
     ModuleProxy,
     denoisers_in,

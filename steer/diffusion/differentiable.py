@@ -16,7 +16,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from steer.diffusion.step_hooks import CONTROLNETS, DENOISERS, stages_of, with_components
+from steer.diffusion.views import CONTROLNETS, DENOISERS, stages_of, with_components
 
 LOSS_SCALES = tuple(2.0**power for power in range(16, -9, -4))  # with fp16 activations
 

@@ -14,15 +14,8 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
 from steer.diffusion.preview import first_output
-from steer.diffusion.step_hooks import (
-    HOOKED,
-    Continue,
-    OnStep,
-    SolverStep,
-    StepOverride,
-    UnsupportedPipelineError,
-    hook_steps,
-)
+from steer.diffusion.step_hooks import HOOKED, Continue, OnStep, SolverStep, StepOverride, hook_steps
+from steer.errors import UnsupportedPipelineError
 
 
 class _Stopped(BaseException):

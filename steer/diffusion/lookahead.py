@@ -21,21 +21,16 @@ from torch import Tensor
 from steer.diffusion.preview import Runner, short_call
 from steer.diffusion.schedules import Level, gaussian_transition, level
 from steer.diffusion.short_schedule import at_places, transition_starts
-from steer.diffusion.step_hooks import (
-    HOOKED,
+from steer.diffusion.step_hooks import HOOKED, RunEnded, SolverStep, StepOverride, has_second_modality
+from steer.diffusion.views import (
     ModuleProxy,
     OutputShapes,
-    RunEnded,
-    SolverStep,
-    StepOverride,
-    UnsupportedPipelineError,
     denoising_modules,
-    has_second_modality,
     with_components,
     without_side_effects,
     zero_proxies,
 )
-from steer.errors import InputError
+from steer.errors import InputError, UnsupportedPipelineError
 
 Adapter = Callable[[], AbstractContextManager[Any]]
 

@@ -18,7 +18,8 @@ from diffusers import ModularPipeline
 from torch import nn
 
 from steer.diffusion.differentiable import differentiable_class
-from steer.diffusion.step_hooks import ENCODED_TEXTS, ModuleProxy, UnsupportedPipelineError, cached_calls
+from steer.diffusion.views import ENCODED_TEXTS, ModuleProxy, cached_calls
+from steer.errors import UnsupportedPipelineError
 
 MEDIA = ("images", "videos", "audios", "audio")  # outputs of blocks, of which the first is the one to score
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

@@ -18,15 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steer.diffusion.short_schedule import last_step_only
-from steer.diffusion.step_hooks import (
-    Output,
-    SolverStep,
-    hook_steps,
-    with_components,
-    with_decode,
-    without_side_effects,
-    zero_proxies,
-)
+from steer.diffusion.step_hooks import SolverStep, hook_steps
+from steer.diffusion.views import Output, with_components, with_decode, without_side_effects, zero_proxies
 from steer.errors import InputError
 from steer.registry import choose
 

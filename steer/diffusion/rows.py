@@ -17,7 +17,8 @@ from torch import Generator, Tensor
 from steer.arguments import IMAGES_PER_PROMPT
 from steer.diffusion.lockstep import run_in_lock_step
 from steer.diffusion.preview import filter_call_kwargs, first_output
-from steer.diffusion.step_hooks import Continue, OnStep, SolverStep, StepOverride, UnsupportedPipelineError, hook_steps
+from steer.diffusion.step_hooks import Continue, OnStep, SolverStep, StepOverride, hook_steps
+from steer.errors import UnsupportedPipelineError
 
 TEXTS = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt", "class_labels")
 # Arguments that are one for the whole call, whatever their length.

@@ -2,26 +2,20 @@
 
 import copy
 import functools
-import hashlib
 import inspect
-import json
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.guiders.guider_utils import BaseGuidance
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from steer.diffusion.kernels import fused_gaussian, has_kernel
 from steer.diffusion.precision import HALF, widest
 from steer.diffusion.rehearsal import check_verified
-from steer.diffusion.safety import SAFETY_CHECKER, PassThroughChecker
 from steer.diffusion.schedules import (
     Dynamics,
     Gaussian,
@@ -34,11 +28,14 @@ from steer.diffusion.schedules import (
     total_transitions,
 )
 from steer.diffusion.token_hooks import is_token_scheduler, view_class
-from steer.errors import InputError
-
-
-class UnsupportedPipelineError(InputError):
-    """A pipeline, as called, whose solver steps cannot be hooked."""
+from steer.diffusion.views import (
+    batch_or_rows,
+    exclusive,
+    replace_parts,
+    stages_of,
+    with_decode,
+)
+from steer.errors import UnsupportedPipelineError
 
 
 @dataclass
@@ -140,10 +137,10 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
             parts[id(part)] = copy.deepcopy(part)
             tracker.guiders.append(parts[id(part)])
     if rows is not None and rows > 1 and hasattr(vae := vars(pipe).get("vae"), "decode"):
-        parts[id(vae)] = with_decode(vae, _batch_or_rows(vae.decode))
+        parts[id(vae)] = with_decode(vae, batch_or_rows(vae.decode))
     view = replace_parts(pipe, parts)
     if hasattr(view, "encode_prompt"):
-        vars(view)["encode_prompt"] = _exclusive(view.encode_prompt)
+        vars(view)["encode_prompt"] = exclusive(view.encode_prompt)
     yield view
     if not tracker.transitions:
         raise UnsupportedPipelineError(f"{type(pipe).__name__} never stepped its own scheduler: it cannot be steered")
@@ -157,46 +154,6 @@ def scheduler_of(pipe: Any) -> Scheduler:
             f"{type(pipe).__name__} has no scheduler with solver steps: it cannot be steered"
         )
     return scheduler
-
-
-def replace_parts(pipe: Any, parts: Mapping[int, Any]) -> Any:
-    """Copy a pipeline, and the pipelines that it is made of, with some components replaced, by their id."""
-    view = copy.copy(pipe)
-    for name, value in vars(pipe).items():
-        if id(value) in parts:
-            vars(view)[name] = parts[id(value)]
-        elif isinstance(value, DiffusionPipeline):
-            vars(view)[name] = replace_parts(value, parts)
-    return view
-
-
-def with_decode(vae: Any, decode: Callable[..., Any]) -> Any:
-    """Copy an autoencoder, on the same weights, with another decode."""
-    other = copy.copy(vae)
-    vars(other)["decode"] = decode
-    return other
-
-
-def _batch_or_rows(decode: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a decode: a batch that it does not take (Allegro's takes one video) is decoded row by row."""
-
-    def run(z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return decode(z, *args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            if len(z) < 2:
-                raise
-            kwargs["return_dict"] = False
-            return Output([torch.cat([decode(row, *args, **kwargs)[0] for row in z.split(1)])])
-
-    return run
-
-
-def stages_of(pipe: Any) -> dict[str, Any]:
-    """Return the pipelines that a combined pipeline is made of, by name."""
-    return {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)}
 
 
 @dataclass
@@ -436,9 +393,6 @@ def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
     return tracked
 
 
-ENCODED_TEXTS = "_encoded_texts"  # attribute of a view: outputs of the text encoders of a modular pipeline, by name
-
-
 class RunEnded(BaseException):
     """Exception by which a hook ends a run before its time, with the `value` that the run was for.
 
@@ -448,269 +402,3 @@ class RunEnded(BaseException):
     def __init__(self, value: Any = None) -> None:
         super().__init__()
         self.value = value
-
-
-POST_PROCESSORS = ("safety_checker", "watermark")  # of finished images only
-# A fast tokenizer stores the padding of the current call: threads that share one would use each other's.
-ENCODING_LOCK = threading.RLock()
-
-
-def without_side_effects(pipe: Any) -> Any:
-    """Copy a pipeline for many runs within one call: text encoded once; no safety checker, watermark or progress bar.
-
-    A safety checker would blacken intermediate images, and none of these supports gradients.
-    """
-    quiet = cache_text_encoding(pipe)
-    vars(quiet).update({name: without_side_effects(stage) for name, stage in stages_of(pipe).items()})
-    vars(quiet).update(dict.fromkeys(POST_PROCESSORS) | {"_progress_bar_config": {"disable": True}})
-    checker = getattr(pipe, SAFETY_CHECKER, None)
-    if hasattr(checker, "check_video_safety"):  # of pipelines that refuse to run without one
-        vars(quiet)[SAFETY_CHECKER] = PassThroughChecker()
-    return quiet
-
-
-def cache_text_encoding(pipe: Any) -> Any:
-    """Copy a pipeline for one user call and its previews: each text is encoded once, without gradients.
-
-    Copies of the copy share the cache.
-    """
-    once = copy.copy(pipe)
-    if hasattr(pipe, "encode_prompt"):
-        vars(once)["encode_prompt"] = cached_calls(torch.no_grad()(pipe.encode_prompt), {})
-    else:
-        vars(once).setdefault(ENCODED_TEXTS, {})
-    return once
-
-
-def _exclusive(encode: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an encoder of texts to run in one thread at a time."""
-
-    @functools.wraps(encode)
-    def exclusive(*args: Any, **kwargs: Any) -> Any:
-        with ENCODING_LOCK:
-            return encode(*args, **kwargs)
-
-    return exclusive
-
-
-def cached_calls(function: Callable[..., Any], cache: dict[str, Any]) -> Callable[..., Any]:
-    """Cache a function by its arguments: some pipelines encode the negative prompt in a separate call."""
-
-    def cached_call(*args: Any, **kwargs: Any) -> Any:
-        key = json.dumps(plain_values([args, kwargs]))
-        if key not in cache:
-            cache[key] = _exclusive(function)(*args, **kwargs)
-        return cache[key]
-
-    return cached_call
-
-
-def plain_values(value: Any) -> Any:
-    """Convert an argument to plain JSON values; images and tensors become a hash of their content."""
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {str(name): plain_values(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_values(one) for one in value]
-    if isinstance(value, Tensor):
-        value = value.detach().float().cpu()
-    if not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
-        return type(value).__name__
-    array = np.ascontiguousarray(value)
-    return [list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
-
-
-DENOISERS = ("unet", "transformer", "transformer_2")
-CONTROLNETS = ("controlnet",)
-
-
-DENOISER_PACKAGES = ("diffusers.models.unets.", "diffusers.models.transformers.")
-
-
-def denoising_modules(pipe: Any) -> dict[str, Any]:
-    """Return the denoisers and ControlNets of a pipeline by name."""
-    names = (*denoisers_in(pipe), *CONTROLNETS)
-    return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
-
-
-def denoisers_in(pipe: Any) -> list[str]:
-    """Return the names of the pipeline's denoisers; the first is the one that is trained.
-
-    Where none has a usual name: the components of diffusers' packages of denoisers, but for those of an earlier stage.
-    """
-    if known := [name for name in DENOISERS if getattr(pipe, name, None) is not None]:
-        return known
-    parts = getattr(pipe, "components", {})
-    return [
-        name
-        for name, part in parts.items()
-        if type(part).__module__.startswith(DENOISER_PACKAGES)
-        and not name.startswith("prior_")
-        and hasattr(part, "forward")
-    ]
-
-
-class ModuleProxy:
-    """A proxy of a module that differs only in the result of its call."""
-
-    def __init__(self, target: Any, call: Callable[..., Any]) -> None:
-        self.__dict__.update(_target=target, _call=call)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        kind: type = self._target.__class__  # a proxy of a proxy reports the class of the module
-        return kind
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._target, name, value)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-
-class Output(tuple[Tensor, ...]):
-    """The output of a model, for callers that take `[0]` and for those that take `.sample`."""
-
-    @property
-    def sample(self) -> Tensor:
-        return self[0]
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """The shape, dtype and device of a tensor of an output."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def zeros(self) -> Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-
-
-class OutputShapes:
-    """The outputs of modules by the shapes of their inputs: lists, tuples and output classes, without their values."""
-
-    def __init__(self) -> None:
-        self._outputs: dict[Any, Any] = {}
-
-    def recorded(self, pipe: Any) -> Any:
-        """Return a view of a pipeline whose denoisers and ControlNets have their output shapes recorded."""
-        modules = denoising_modules(pipe)
-        proxies = {name: ModuleProxy(one, functools.partial(self.call, name, one)) for name, one in modules.items()}
-        return with_modules(pipe, proxies) if proxies else pipe
-
-    def call(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a module and record the shape of its output."""
-        key = self._key(name, args, kwargs)  # before the call: some modules take entries out of their lists
-        output = module(*args, **kwargs)
-        self._outputs[key] = tree_map_only(Tensor, lambda one: _Shape(tuple(one.shape), one.dtype, one.device), output)
-        return output
-
-    def zeros(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return zeros shaped like the module's output; an input of unknown shape costs one call without gradients."""
-        key = self._key(name, args, kwargs)
-        if key not in self._outputs:
-            self._call_once(name, module, *args, **kwargs)
-        # A copy: an output may hold a cache, which the pipeline clears at its end.
-        return tree_map_only(_Shape, _Shape.zeros, copy.deepcopy(self._outputs[key]))
-
-    def _call_once(self, name: str, module: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            with torch.no_grad():
-                self.call(name, module, *args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
-            raise UnsupportedPipelineError(
-                f"{name} cannot be left out of previews and replays ({type(error).__name__}: {error}): it keeps state "
-                "between its calls"
-            ) from error
-
-    @staticmethod
-    def _key(name: str, args: Any, kwargs: Any) -> Any:
-        return name, tuple(tuple(one.shape) for one in tree_leaves([args, kwargs]) if torch.is_tensor(one))
-
-
-def zero_denoiser(denoiser: Any) -> ModuleProxy:
-    """Return a proxy of a denoiser that predicts zeros without computing anything, in the shape of its latents."""
-    channels = getattr(getattr(denoiser, "config", None), "out_channels", None)
-
-    def zeros(*args: Any, **kwargs: Any) -> Any:
-        x: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
-        if x.dim() > 3:
-            return Output([x.new_zeros((len(x), channels or x.shape[1], *x.shape[2:]))])
-        shape = (*x.shape[:-1], channels or x.shape[-1])  # tokens
-        return Output([x.new_zeros(shape)])
-
-    return ModuleProxy(denoiser, zeros)
-
-
-def zero_controlnet(controlnet: Any) -> ModuleProxy:
-    """Return a proxy of a ControlNet that adds nothing."""
-    return ModuleProxy(controlnet, lambda *args, **kwargs: ([], None))
-
-
-def zero_proxies(pipe: Any, shapes: OutputShapes | None = None) -> dict[str, ModuleProxy]:
-    """Return a proxy with zero output for every denoiser and ControlNet of a pipeline, by name.
-
-    shapes  of their outputs, recorded in a run; without them they are guessed from the inputs
-    """
-    modules = denoising_modules(pipe)
-    if shapes is not None:
-        return {name: ModuleProxy(one, functools.partial(shapes.zeros, name, one)) for name, one in modules.items()}
-    return {
-        name: zero_controlnet(module) if name in CONTROLNETS else zero_denoiser(module)
-        for name, module in modules.items()
-    }
-
-
-def with_modules(pipe: Any, modules: Mapping[str, Any]) -> Any:
-    """Copy a pipeline with some modules replaced. The pipeline itself stays unchanged.
-
-    Offloading hooks are on its own modules, and it restores them itself.
-    """
-    return with_components(pipe, {**modules, "maybe_free_model_hooks": pipe.maybe_free_model_hooks})
-
-
-def with_components(pipe: Any, components: Mapping[str, Any]) -> Any:
-    """Copy a pipeline with some attributes replaced by name, and the components among them also in the pipelines that
-    it is made of."""
-    own = {name: vars(pipe).get(name) for name in components}
-    view = replace_parts(pipe, {id(part): components[name] for name, part in own.items() if part is not None})
-    vars(view).update(components)
-    return view
-
-
-@contextmanager
-def replace_modules(pipe: Any, modules: Mapping[str, ModuleProxy]) -> Iterator[Any]:
-    """Yield a view of a pipeline with some modules replaced; after the block it has its own again."""
-    view = with_modules(pipe, modules)
-    try:
-        yield view
-    finally:
-        vars(view).update({name: getattr(pipe, name) for name in modules})
-
-
-_MISSING = object()
-
-
-@contextmanager
-def replaced(space: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """Set `space[name]` to `value` in the block; afterwards, also on errors, restore or delete it.
-
-    For an object, `space` is its `vars()`.
-    """
-    before = space.get(name, _MISSING)
-    space[name] = value
-    try:
-        yield
-    finally:
-        if before is _MISSING:
-            space.pop(name, None)
-        else:
-            space[name] = before

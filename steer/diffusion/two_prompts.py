@@ -17,7 +17,8 @@ from torch import Generator, Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from steer.diffusion.rows import RandomState
-from steer.diffusion.step_hooks import ModuleProxy, denoisers_in, without_hooks
+from steer.diffusion.step_hooks import without_hooks
+from steer.diffusion.views import ModuleProxy, denoisers_in
 from steer.errors import InputError
 
 STATE = ("sample", "hidden_states", "timestep")  # arguments of a denoiser that are no text

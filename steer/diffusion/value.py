@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steer.diffusion.schedules import step_levels
-from steer.diffusion.step_hooks import SolverStep, denoising_modules
+from steer.diffusion.step_hooks import SolverStep
+from steer.diffusion.views import denoising_modules
 from steer.errors import InputError
 from steer.files import atomic_write_with_checksums, verify_checksums
 

@@ -22,14 +22,12 @@ from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.rows import RowsCall
 from steer.diffusion.schedules import Dynamics, check_dynamics, step_levels
 from steer.diffusion.seeds import derived_seed, seeded_normal
-from steer.diffusion.step_hooks import (
+from steer.diffusion.step_hooks import RunEnded, SolverStep, scheduler_of
+from steer.diffusion.views import (
     ModuleProxy,
     OutputShapes,
-    RunEnded,
-    SolverStep,
     denoisers_in,
     denoising_modules,
-    scheduler_of,
     with_components,
     without_side_effects,
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from steer.diffusion.step_hooks import DENOISERS, denoisers_in
+from steer.diffusion.views import DENOISERS, denoisers_in
 from steer.errors import InputError
 from steer.files import verify_checksums
 

@@ -39,6 +39,7 @@ def anew(home: Path, out: Path, hash_seed: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize(("new", "others"), [(1, 1), pytest.param(4, 6, marks=FULL)])
 def test_other_processes_make_the_same_bytes(tmp_path: Path, new: int, others: int) -> None:
     """`steer sample`, a steered call and a finetuning; the others are forked from this one."""

@@ -118,6 +118,7 @@ CUTS: dict[int, list[Cut]] = {
 }
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=FULL)])
 @pytest.mark.parametrize("method", ["d3po", pytest.param("prdp", marks=FULL)])
 @pytest.mark.parametrize("runs", [1, pytest.param(12, marks=FULL)])
@@ -207,6 +208,7 @@ def made(out: Path) -> dict[str, int]:
     return {one["prompt"]: max((out / name).stat().st_mtime_ns for name in one["images"]) for one in entries}
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize(("count", "kills"), [(10, 2), pytest.param(200, 12, marks=FULL)])
 def test_samples_of_many_prompts_are_each_made_once_however_often_it_is_killed(
     tmp_path: Path, count: int, kills: int
