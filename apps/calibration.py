@@ -1,19 +1,22 @@
 """Rewards on the images of a folder: statistics, lower bounds, common errors, one-to-many accuracy: `calibrate`,
 `herding`, `benchmark`."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from steer.apps.reward_specs import resolve_reward
 from steer.apps.scoring import images_with_prompts, score_all, score_contrasts, score_each
 from steer.errors import InputError
+from steer.files import write_text
 from steer.rewards.analysis import contrast_pairs, spearman
 from steer.rewards.benchmark import WRONG_IMAGES, OneToMany, best_of_n_gain, image_questions, one_to_many
 from steer.rewards.compose import Calibration, read_calibration, reward_statistics
 from steer.rewards.conformal import describe, fit_lower_bound
-from steer.rewards.herding import herding, render_herding
+from steer.rewards.herding import herding, overrated, render_herding
 
 
 def calibrate_rewards(
@@ -59,11 +62,30 @@ def calibrate_bound(
         yield f"it holds on {holds:.0%} of {scores.shape[1]} optimised images: optimisation voids the level"
 
 
-def measure_herding(rewards: Sequence[str], images: Path, prompt: str | None, device: str) -> str:
-    """Measure common errors of rewards on the images of a folder, and render them."""
-    paths, prompts = images_with_prompts(images, prompt)
-    scores = score_each(map(resolve_reward, rewards), paths, prompts, device)
-    return f"{images}: {len(prompts)} images\n{render_herding(herding(rewards, scores, prompts))}"
+SHOWN = 5  # overrated images of a folder in the text; the file has all
+
+
+def measure_herding(
+    rewards: Sequence[str], gold: str | None, folders: Sequence[Path], prompt: str | None, out: Path | None, device: str
+) -> Iterator[str]:
+    """Measure common errors of rewards on the images of each folder, yield a text about it, and write all to `out`.
+
+    gold  a reward that is the truth: list the images that all members overrate by it
+    """
+    members, figures = [resolve_reward(one) for one in (*rewards, *([gold] if gold else []))], list[dict[str, Any]]()
+    for folder in folders:
+        paths, prompts = images_with_prompts(folder, prompt)
+        scores = score_each(members, paths, prompts, device)
+        result = herding(rewards, scores[: len(rewards)], prompts)
+        wrong = overrated(scores[:-1], scores[-1], prompts) if gold else []
+        listed = [{"image": str(paths[k]), "prompt": prompts[k], "scores": scores[:, k].tolist()} for k in wrong]
+        figures.append({"images": str(folder), "count": len(paths), **result.figures(), "overrated": listed})
+        yield f"{folder}: {len(prompts)} images\n{render_herding(result)}"
+        if gold:
+            names = ", ".join(paths[k].name for k in wrong[:SHOWN])
+            yield f"overrated by all, by {gold}: {len(wrong)}" + (f", the worst {names}" if wrong else "")
+    if out is not None:
+        write_text(out, json.dumps({"rewards": rewards, "gold": gold, "folders": figures}, indent=1) + "\n")
 
 
 def benchmark_rewards(

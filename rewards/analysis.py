@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from steer.errors import InputError
-from steer.reward import Reward, RewardError, score
+from steer.reward import Judge, Reward, RewardError, score
+from steer.reward import compare as compare_pairs
 from steer.rewards.inputs import rows_by_prompt
 from steer.rewards.objectives import PreferenceLabels
 
@@ -346,6 +347,7 @@ def _cased(new: str, old: str) -> str:
     return new[0].upper() + new[1:] if old[0].isupper() else new
 
 
+PAIR_TOLERANCE = 1e-5  # of P(a ≻ b) + P(b ≻ a)
 BATCH_TOLERANCE = 1e-5  # of max(1, |score|): bound of the rounding differences between batch sizes
 TIMED_CALLS = 3
 MAX_WORDS = 512  # of the prompts by which the limit of prompts is measured
@@ -376,7 +378,8 @@ def check_reward(
     names  of the checks to run, the contract among them; None: all
 
     A reward that raises or breaks the contract fails the check with that message; where it cannot score the batch at
-    all, the other checks are skipped. Raises InputError for images or prompts of another form.
+    all, the other checks are skipped. A reward that is a judge too has the result of `check_judge` at the end. Raises
+    InputError for images or prompts of another form.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not len(images):
         raise InputError(f"images to check a reward are floats (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -393,7 +396,19 @@ def check_reward(
             except RewardError as error:
                 outcome = False, " ".join(str(error).split())
         results.append(CheckResult(name, *outcome))
-    return results
+    return [*results, check_judge(reward, images, prompts)] if isinstance(reward, Judge) and names is None else results
+
+
+def check_judge(judge: Judge, images: Tensor, prompts: Sequence[str]) -> CheckResult:
+    """Check P(a ≻ b) + P(b ≻ a) = 1, within PAIR_TOLERANCE, for each image a and the one before it, b."""
+    others = images.roll(1, 0)
+    try:
+        sums = compare_pairs(judge, images, others, prompts) + compare_pairs(judge, others, images, prompts)
+    except RewardError as error:
+        return CheckResult("both orders", False, " ".join(str(error).split()))
+    error = (sums - 1).abs().max().item()
+    detail = f"P(a ≻ b) + P(b ≻ a) of {len(sums)} pairs differs from 1 by {error:.2g} (at most {PAIR_TOLERANCE:g})"
+    return CheckResult("both orders", error <= PAIR_TOLERANCE, detail)
 
 
 def _scores(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,15 @@ class Herding:
         others = ~torch.eye(count, dtype=torch.bool)
         return [(gain / one)[others].mean().item() for gain, one in zip(self.gains, own, strict=True)]
 
+    def figures(self) -> dict[str, Any]:
+        """Return all figures as lists, for JSON."""
+        return {
+            "correlation": self.correlation.tolist(),
+            "n": self.sizes,
+            "gains": self.gains.tolist(),
+            "shared": self.shared,
+        }
+
 
 def herding(names: Sequence[str], scores: Tensor, groups: Sequence[str]) -> Herding:
     """Measure ρ and G of scores (M, N) with N prompts, of prompts with the same number K of images.
@@ -49,15 +59,33 @@ def herding(names: Sequence[str], scores: Tensor, groups: Sequence[str]) -> Herd
             f"{len(scores)} rewards and {', '.join(map(str, sorted(sizes)))} images"
         )
     count = sizes.pop()
-    r = torch.stack([scores[:, some] for some in rows], 1).double()  # (M, prompts, K)
-    spread = r.std(-1, keepdim=True, correction=0)
-    if bool((spread == 0).any()):
-        member = int((spread[..., 0] == 0).any(1).nonzero()[0])
+    z = torch.stack([_standardised(scores[:, some]) for some in rows], 1)  # (M, prompts, K)
+    if bool((z == 0).all(-1).any()):
+        member = int((z == 0).all(-1).any(1).nonzero()[0])
         raise InputError(f"reward {names[member]!r} gives all images of a prompt the same score: leave it out")
-    z = (r - r.mean(-1, keepdim=True)) / spread
     ns = [2**k for k in range(1, count.bit_length()) if 2**k <= count]
     gains = [[[expected_best(one, other, n).mean() for other in z] for one in z] for n in ns]
     return Herding(tuple(names), (z[:, None] * z[None]).mean((-1, -2)), tuple(ns), torch.tensor(gains))
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    """Standardise the scores (M, K) of a prompt's images; 0 where they are all the same."""
+    r = scores.double()
+    spread = r.std(-1, keepdim=True, correction=0)
+    return (r - r.mean(-1, keepdim=True)) / spread.where(spread > 0, torch.inf)
+
+
+def overrated(scores: Tensor, gold: Tensor, groups: Sequence[str]) -> list[int]:
+    """Return the images that all members score above the mean of their prompt and the truth below, worst first.
+
+    scores, gold  (M, N) and (N,), of images with N prompts `groups`; worst: the largest min_m z_m − z_gold
+    """
+    z = torch.zeros(len(scores) + 1, len(groups), dtype=torch.float64)
+    for some in rows_by_prompt(groups).values():
+        z[:, some] = _standardised(torch.cat([scores, gold[None]])[:, some])
+    least, true = z[:-1].amin(0), z[-1]
+    order = (least - true).argsort(descending=True, stable=True).tolist()
+    return [row for row in order if least[row] > 0 > true[row]]
 
 
 def render_herding(one: Herding) -> str:

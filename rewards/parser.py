@@ -174,6 +174,14 @@ def _single_reward(call: Call, state: ParserState) -> Reward:
     return read(call.arguments[0], state)
 
 
+JUDGE = "judge:"
+
+
+def names_judge(text: str) -> bool:
+    """Return whether a text is that of a judge: `judge:` before it, or a function of JUDGES. Raises RewardError."""
+    return text.startswith(JUDGE) or bool((call := read_call(text)) and call.function in JUDGES)
+
+
 def read_judge(text: str, state: ParserState | None = None) -> Judge:
     """Parse the text of a judge. Raises RewardError.
 
@@ -184,7 +192,7 @@ def read_judge(text: str, state: ParserState | None = None) -> Judge:
     """
     from steer.rewards import judges
 
-    text, inside = text.strip().removeprefix("judge:"), (state or ParserState()).inside()
+    text, inside = text.strip().removeprefix(JUDGE), (state or ParserState()).inside()
     if is_remote(text) and ",model=" in text:
         from steer.rewards.vlm import endpoint
 

@@ -6,8 +6,11 @@ the members m that were trained without a pair, and c its label,
     μ = mean_m Δ_m,   s = std_m Δ_m,   strength = |μ|,   agreement = μ (2c − 1)
 
 The labels of least agreement are flipped, those of the next band become the ensemble's probability mean_m σ(Δ_m).
+Unlike in the paper, a flip needs odds of 2 : 1 against the label, and labels with such odds for them are not softened:
+by shares alone, right labels are changed where few are wrong (3 flips of 250 cost a retrained reward .06 of accuracy).
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,10 +84,12 @@ def measure_strength(
 
 
 KEPT, SOFTENED, FLIPPED = "kept", "softened", "flipped"
+CLEAR = math.log(2)  # nats: odds of 2 : 1
 
 
 def clean(pairs: Pairs, strengths: Strengths, flip: float = 0.1, soften: float = 0.1) -> tuple[Pairs, list[str]]:
-    """Flip the labels of the share `flip` of least agreement where it is below 0, soften those of the next share.
+    """Flip the labels of the share `flip` of least agreement where it is below −ln 2, soften those of the next share
+    where it is below ln 2.
 
     Returns pairs with |μ| as their strength, and for each pair kept, softened or flipped. Ties are kept.
     """
@@ -94,8 +99,9 @@ def clean(pairs: Pairs, strengths: Strengths, flip: float = 0.1, soften: float =
     decided = (choice != 0.5).nonzero()[:, 0]
     ranked = decided[strengths.agreement(choice)[decided].argsort()]
     first, second = round(flip * len(ranked)), round((flip + soften) * len(ranked))
-    contradicted = ranked[:first][strengths.agreement(choice)[ranked[:first]] < 0]
-    softened = ranked[first:second]
+    agreement = strengths.agreement(choice)[ranked]
+    contradicted = ranked[:first][agreement[:first] < -CLEAR]
+    softened = ranked[first:second][agreement[first:second] < CLEAR]
     choice[softened] = strengths.differences.sigmoid().mean(0)[softened]
     choice[contradicted] = 1 - choice[contradicted]
     names = [KEPT] * len(pairs)

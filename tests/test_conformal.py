@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Steer
+from test_analysis import sample_scenes
 from test_compose import A, B, showing
 from torch import Tensor
 
+from steer import score
 from steer.errors import InputError
-from steer.reward import RewardError, score
+from steer.reward import RewardError
+from steer.rewards.analysis import contrasts
 from steer.rewards.conformal import LowerBound, LowerBoundReward, fit_lower_bound, fit_pinball, read_bound
 from steer.rewards.parser import load_reward
 
@@ -44,6 +47,30 @@ def test_a_bound_covers_fresh_images(kind: str) -> None:
         shares.append((own >= bound.of(fresh)).double().mean().item())
     error = np.std(shares) / math.sqrt(len(shares))
     assert np.mean(shares) >= 0.9 - 2 * error and np.mean(shares) < 0.95
+
+
+def test_a_bound_of_real_rewards_covers_fresh_scenes_and_is_tighter_than_their_minimum() -> None:
+    """The truth is the exact score of pictures of which half have a changed prompt; 12 halves calibrate."""
+    images, prompts = sample_scenes(400, seed=5)
+    rng = np.random.default_rng(6)
+    for row in range(0, 400, 2):
+        if changed := contrasts(prompts[row]):
+            prompts[row] = changed[rng.integers(len(changed))].prompt
+    *scores, truth = (
+        score(images, prompts, name) for name in ("scene-soft", "clip:scenes", "preference:scenes", "scene")
+    )
+    r, y = torch.stack(scores).double(), truth.double()
+    covered, gaps = [], []
+    for seed in range(12):
+        own, fresh = torch.randperm(400, generator=torch.Generator().manual_seed(seed)).chunk(2)
+        bound = fit_lower_bound(NAMES, r[:, own], y[own], [str(k) for k in own.tolist()], "scene", 0.9, seed)
+        covered.append((y[fresh] >= bound.of(r[:, fresh])).double().mean().item())
+        z = (r - r[:, own].mean(1, keepdim=True)) / r[:, own].std(1, keepdim=True)  # the minimum needs one unit
+        least = z.amin(0) * y[own].std() + y[own].mean()
+        margin = torch.quantile(least[own] - y[own], 0.9)
+        gaps.append((bound.of(r[:, fresh]) - (least[fresh] - margin)).mean().item())
+    assert np.mean(covered) >= 0.9 - 2 * np.std(covered) / math.sqrt(12)
+    assert np.mean(gaps) > 2 * np.std(gaps) / math.sqrt(12)  # .06 ± .01 in the truth's unit
 
 
 def test_the_weights_find_the_good_member_and_disagreement_lowers_the_bound() -> None:
@@ -83,7 +110,7 @@ def test_the_bound_by_hand_and_its_slope(tmp_path: Path) -> None:
     assert read_bound(tmp_path / "bound.json") == bound
     reward = LowerBoundReward([A, B], bound)
     # z = 1 and (5 − 1)/2 = 2: disagreement ½; .75 (1 + 2·1) + .25 (5 − ½) − .5
-    assert score(reward, showing([[1.0], [5.0]]), [""]).item() == pytest.approx(2.25 + 1.125 - 0.5)
+    assert score(showing([[1.0], [5.0]]), [""], reward).item() == pytest.approx(2.25 + 1.125 - 0.5)
     scores = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert torch.autograd.gradcheck(bound.of, (scores,))
     with pytest.raises(RewardError, match=r"lower\(b, a\): its bound is of a, b: give these, in this order"):
@@ -136,4 +163,4 @@ def test_the_command_fits_a_bound_that_the_grammar_reads(steer: Steer, tmp_path:
     assert json.loads(file.read_text())["bound"]["names"] == rewards
     reward = load_reward(f"lower({', '.join(rewards)}, from={file})")
     assert reward.name == "lower(scene-soft, brightness, colour:red)" and reward.differentiable
-    assert score(reward, torch.rand(2, 3, 64, 64), ["a star", "a circle"]).shape == (2,)
+    assert score(torch.rand(2, 3, 64, 64), ["a star", "a circle"], reward).shape == (2,)

@@ -1,5 +1,6 @@
 """Herding: the closed form for Gaussian scores, the estimator against brute force, the command."""
 
+import json
 from itertools import combinations
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from conftest import Steer
 from test_written_rewards import drawn_scenes
 
 from steer.errors import InputError
-from steer.rewards.herding import herding
+from steer.rewards.herding import herding, overrated
 
 
 @pytest.mark.parametrize("rho", [0.2, 0.5, 0.9])
@@ -53,6 +54,24 @@ def test_what_cannot_be_measured_is_refused() -> None:
 def test_the_command_prints_correlations_and_shares(steer: Steer, tmp_path: Path) -> None:
     folder = drawn_scenes(tmp_path / "scenes", 8)
     (folder / "prompts.jsonl").unlink()
-    code, out, err = steer("rewards", "herding", "brightness", "jpeg", "--images", folder, "--prompt", "a star")
+    words = ["rewards", "herding", "brightness", "jpeg", "--images", folder, "--prompt", "a star"]
+    code, out, err = steer(*words, "--gold", "brightness:0", "--optimised", folder, "--out", tmp_path / "h.json")
     assert code == 0, err
-    assert "correlation within prompts" in out and "shared share" in out and out.splitlines()[-1].split()[0] == "8"
+    assert "correlation within prompts" in out and "shared share" in out and out.splitlines()[-2].split()[0] == "8"
+    figures = json.loads((tmp_path / "h.json").read_text())
+    base, optimised = figures["folders"]
+    assert figures["rewards"] == ["brightness", "jpeg"] and base == optimised and base["n"] == [2, 4, 8]
+    assert base["shared"][-1] == pytest.approx(float(out.splitlines()[-2].split()[-1]), abs=0.005)
+    worst = base["overrated"][0]
+    assert worst["scores"][2] == pytest.approx(1 - worst["scores"][0])
+    assert out.splitlines()[-1].endswith(
+        f"{len(base['overrated'])}, the worst " + ", ".join(Path(one["image"]).name for one in base["overrated"][:5])
+    )
+
+
+def test_overrated_images_by_hand() -> None:
+    """Above the mean of the prompt by both members, below it by the truth; the largest difference of z first."""
+    members = torch.tensor([[0.0, 1, 2, 3, 5, 5], [0, 3, 1, 2, 5, 9]])
+    gold = torch.tensor([4.0, 4, 0, 1, 0, 1])
+    assert overrated(members, gold, ["p"] * 4 + ["q"] * 2) == [3]
+    assert overrated(members, -members[0], ["p"] * 6) == [5, 4]

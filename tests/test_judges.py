@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from steer import BestOfNPipeline, RewardError, Tournament, as_judge, load_judge
 from steer.apps.cli.main import steer as command
 from steer.assets import MODELS
 from steer.reward import compare, with_timeout
+from steer.rewards.analysis import check_judge
+from steer.rewards.compose import Calibration, reward_statistics
 from steer.rewards.judges import Factor, HierarchyJudge
 from steer.rewards.learned import GeneralPreference, LearnedReward, RewardTrainingConfig, train_reward
 from steer.rewards.named_features import FeatureConfig, train_on_features
@@ -56,16 +58,40 @@ def test_hierarchies_of_three_factors_follow_the_truth_table(order: tuple[int, .
     assert compare(judge, b, a, ["p"] * 27).tolist() == [1 - p for p in expected]
 
 
-def test_only_order_and_margins_matter() -> None:
-    """A monotone transform of a factor with its margin carried along labels the same."""
-    red = channel(0)
-    scaled = load_reward({red: 7.0})
-    a, b = torch.rand(2, 20, 3, 8, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    first, second = (
-        HierarchyJudge([Factor(red, 0.02), Factor(channel(1))]),
-        HierarchyJudge([Factor(scaled, 0.14), Factor(channel(1))]),
-    )
-    assert torch.equal(compare(first, a, b, ["p"] * 20), compare(second, a, b, ["p"] * 20))
+@pytest.mark.parametrize(
+    ("transform", "margin"),
+    [(lambda z: 7 * z, 2.1), (torch.exp, 0.6), (lambda z: z**3, 0.3), (torch.log, 1.0)],
+    ids=["scale", "exp", "cube", "log"],
+)
+def test_only_order_and_margins_matter(transform: Callable[[Tensor], Tensor], margin: float) -> None:
+    """A monotone transform of both factors, with the margin carried along, labels the same.
+
+    Red is .1 to .2 or .8 to .9. The margins lie between the differences within these groups and across them.
+    """
+
+    def transformed(number: int) -> Any:
+        def value(images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return transform(images[:, number].mean((1, 2)))
+
+        return load_reward(value)
+
+    colours = torch.rand(2, 40, 3, generator=torch.Generator().manual_seed(0))
+    colours[..., 0] = 0.1 + 0.1 * colours[..., 0] + 0.7 * (colours[..., 2] > 0.5)
+    a, b = (flat(*one.tolist()) for one in colours)
+    plain = HierarchyJudge([Factor(channel(0), 0.3), Factor(channel(1))])
+    labels = compare(plain, a, b, ["p"] * 40)
+    judge = HierarchyJudge([Factor(transformed(0), margin), Factor(transformed(1))])
+    assert torch.equal(compare(judge, a, b, ["p"] * 40), labels)
+    assert not torch.equal(labels, compare(HierarchyJudge([Factor(channel(0))]), a, b, ["p"] * 40))
+
+
+def test_margins_of_a_calibration_are_one_deviation(tmp_path: Path) -> None:
+    scale = reward_statistics(torch.tensor([0.0, 0.5, 1.0]), ["p"] * 3)
+    Calibration({"brightness": scale}, {}).save(tmp_path / "c.json")
+    judge: Any = load_judge(f"hierarchy(brightness, colour:red > 0.2, from={tmp_path / 'c.json'})")
+    assert [factor.margin for factor in judge.factors] == pytest.approx([0.5, 0.2])
+    with pytest.raises(RewardError, match="jpeg"):
+        load_judge(f"hierarchy(jpeg, from={tmp_path / 'c.json'})")
 
 
 def test_judges_of_rewards_are_bradley_terry() -> None:
@@ -132,6 +158,17 @@ def test_the_contract_of_judges_is_checked(output: Tensor, message: str) -> None
     judge.compare = lambda *_: output  # type: ignore[method-assign]
     with pytest.raises(RewardError, match=message):
         compare(judge, flat(COLOURS[0]), flat(COLOURS[1]), ["p"])
+
+
+def test_the_check_of_a_judge_compares_both_orders() -> None:
+    images = flat(*COLOURS, COLOURS[0])
+    good, biased, broken = Cycle(), Cycle(), Cycle()
+    biased.compare = lambda a, b, prompts: Cycle().compare(a, b, prompts) * 0.9 + 0.1  # type: ignore[method-assign]
+    broken.compare = lambda a, b, prompts: torch.tensor([2.0] * len(a))  # type: ignore[method-assign]
+    results = [check_judge(judge, images, ["p"] * 4) for judge in (good, biased, broken)]
+    assert [one.passed for one in results] == [True, False, False]
+    assert results[1].detail == "P(a ≻ b) + P(b ≻ a) of 4 pairs differs from 1 by 0.1 (at most 1e-05)"
+    assert "returned 2: it must return probabilities" in results[2].detail
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,19 @@ from steer.apps.scenes.world import draw, random_scene
 from steer.rewards import FACTS, REWARDS
 from steer.rewards.compose import read_calibration
 
+FIRST = """
+class First:
+    name, differentiable = "first", True
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+    def compare(self, images_a, images_b, prompts):
+        return torch.full((len(images_a),), 0.6)
+
+first = First()
+"""
+
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
@@ -38,6 +51,16 @@ def test_check_passes_a_good_reward_and_fails_a_bad_one(steer: Steer, scenes: Pa
     assert code == 0 and "gradient" in out and "FAILED" not in out
     code, out, _ = steer("rewards", "check", "own_rewards:not_a_number", "--images", scenes)
     assert code == 1 and "returned nan" in out
+
+
+def test_check_compares_both_orders_of_a_judge(steer: Steer, scenes: Path, tmp_path: Path) -> None:
+    code, out, err = steer("rewards", "check", "hierarchy(brightness, jpeg)", "--images", scenes)
+    assert code == 0 and out.startswith("ok      both orders  P(a ≻ b) + P(b ≻ a) of 8 pairs differs from 1 by 0 "), err
+    with (tmp_path / "own_rewards.py").open("a") as file:
+        file.write(FIRST)
+    code, out, err = steer("rewards", "check", "own_rewards:first", "--images", scenes)
+    failed = [line.split()[1:3] for line in out.splitlines() if "FAILED" in line]
+    assert code == 1 and failed == [["both", "orders"]], err
 
 
 def test_compare_tells_how_alike_they_are_and_draws_it(steer: Steer, scenes: Path, tmp_path: Path) -> None:

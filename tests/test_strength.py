@@ -16,7 +16,7 @@ from steer.rewards.learned import RewardTrainingConfig, train_reward
 from steer.rewards.objectives import PreferenceLabels, bradley_terry, margin
 from steer.rewards.parser import load_reward
 from steer.rewards.preference_pairs import Pairs, read_pairs
-from steer.rewards.strength import FLIPPED, Strengths, clean, measure_strength
+from steer.rewards.strength import FLIPPED, KEPT, Strengths, clean, measure_strength
 
 COUNT = 500
 RECIPE = RewardTrainingConfig(
@@ -67,6 +67,15 @@ def test_planted_flips_are_detected_and_cleaning_does_no_harm(tmp_path: Path) ->
         right[name] = rightness(tmp_path / name, unseen)
     means = {name: one.mean().item() for name, one in right.items()}
     assert means["cleaned"] >= max(means["plain"], means["noise"]) - 0.02, means
+
+
+@pytest.mark.parametrize("seed", [11, 61, 71])
+def test_right_labels_stay(seed: int, tmp_path: Path) -> None:
+    """No wrong labels planted: none is flipped, and so many stay that training on them is level with plain."""
+    pairs = labelled(decided(250, seed))
+    cleaned, changes = clean(pairs, measure_strength(pairs, recipe(), 3, tmp_path / "work"))
+    assert FLIPPED not in changes and changes.count(KEPT) >= 248
+    assert (cleaned.labels.choice - pairs.labels.choice).abs().max() < 0.5
 
 
 def test_the_bands_by_hand() -> None:

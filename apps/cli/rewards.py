@@ -84,13 +84,19 @@ def on_images(command: Callable[..., None]) -> Callable[..., None]:
 @on_images
 @click.option("--max-images", default=8, type=click.IntRange(1), help="Images of one size to test on.")
 def check(paths: Sequence[Path], prompts: Sequence[str], device: str, reward: str, max_images: int) -> None:
-    """Test REWARD: contract, determinism, batches, gradients, speed. Exit code 1 where a test fails."""
+    """Test REWARD: contract, determinism, batches, gradients, speed; of a judge that both orders of a pair agree. Exit
+    code 1 where a test fails."""
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import load_batch, render_check_results
-    from steer.rewards.analysis import check_reward
+    from steer.rewards.analysis import check_judge, check_reward
+    from steer.rewards.parser import load_judge, names_judge
 
     batch, texts = load_batch(paths, prompts, max_images)
-    check_results = check_reward(resolve_reward(reward), batch.to(device), texts)
+    batch = batch.to(device)
+    if names_judge(reward):
+        check_results = [check_judge(load_judge(reward), batch, texts)]
+    else:
+        check_results = check_reward(resolve_reward(reward), batch, texts)
     click.echo(render_check_results(check_results))
     if any(finding.passed is False for finding in check_results):
         raise SystemExit(1)
@@ -168,16 +174,25 @@ def contrast(paths: Sequence[Path], prompts: Sequence[str], device: str, reward:
 @IMAGES
 @PROMPT
 @click.option("--optimised", type=FOLDER, help="Images that were optimised: report their correlations too.")
+@click.option("--gold", metavar="REWARD", help="The truth: list images that all members overrate by it.")
+@click.option("--out", type=FOLDER, help="The figures, a JSON file.")
 @DEVICE
 def herding(
-    rewards_: tuple[str, ...], images: Path, prompt: str | None, optimised: Path | None, device: str | None
+    rewards_: tuple[str, ...],
+    images: Path,
+    prompt: str | None,
+    optimised: Path | None,
+    gold: str | None,
+    out: Path | None,
+    device: str | None,
 ) -> None:
     """Measure whether the members of an ensemble err together: correlations, and gains of each other's best of n."""
     from steer.apps.calibration import measure_herding
     from steer.apps.models import default_device
 
-    for folder in (images, *([optimised] if optimised else [])):
-        click.echo(measure_herding(rewards_, folder, prompt, default_device(device)))
+    folders = [images, *([optimised] if optimised else [])]
+    for text in measure_herding(rewards_, gold, folders, prompt, out, default_device(device)):
+        click.echo(text)
 
 
 @rewards.command()
