@@ -105,12 +105,12 @@ def test_a_stopped_run_leaves_in_the_history_what_it_has(
 
     def stops(ticket: Ticket, event: Any) -> None:
         say(ticket, event)
-        if isinstance(event, Step) and (event.phase, event.step) == (phase, 4 if phase == "fk" else 1):
+        if isinstance(event, Step) and (event.phase, event.step) == (phase, 6 if phase == "fk" else 1):
             ticket.stop()
 
     monkeypatch.setattr(Ticket, "say", stops)
     studio.history.enter("ada", None)
-    shown = run(tab, method="fk", seed=9)
+    shown = run(tab, method="fk", steps=8, seed=9)
     assert status in shown[tab.status]
     (kept,) = studio.history.runs("ada")
     assert kept.settings["seed"] == 9 and len(kept.rewards) == 3 and ("stopped" in kept.settings) is not finished
