@@ -122,6 +122,28 @@ def test_particles_arrive_one_by_one_and_the_end_is_compared(page: Page) -> None
     seen(page.locator("#steer-rewards")).to_contain_text("denoiser evaluations")
 
 
+def test_ctrl_enter_runs_and_the_result_is_in_view_and_enlarged_and_walked_through_by_keys(page: Page) -> None:
+    page.set_viewport_size({"width": 1280, "height": 720})
+    page.locator("#steer-prompts textarea").press("Control+Enter")
+    seen(page.locator("#steer-status")).to_contain_text("Done", timeout=SLOW)
+    seen(page.locator("#steer-slider img").first).to_be_visible()
+    page.wait_for_function("[...document.querySelectorAll('#steer-slider img')].every(one => one.complete)")
+    for one in ("#steer-prompts", "#steer-start", "#steer-status", "#steer-slider"):
+        box = page.locator(one).bounding_box()
+        assert box is not None and box["y"] >= 0 and box["y"] + box["height"] <= 720, (one, box)
+    page.locator("#steer-images .thumbnail-item").first.click()
+    large = page.locator("#steer-images img[data-testid=detailed-image]")
+    seen(large).to_be_visible()
+    assert (large.bounding_box() or {"height": 0})["height"] >= 300
+    first = large.get_attribute("src")
+    page.keyboard.press("ArrowRight")
+    seen(large).not_to_have_attribute("src", first or "")
+    page.keyboard.press("ArrowLeft")
+    seen(large).to_have_attribute("src", first or "")
+    page.locator("#steer-images").get_by_label("Close").click()
+    seen(page.locator("#steer-images .thumbnail-item")).to_have_count(2)
+
+
 def test_stop_ends_a_run_at_once(page: Page) -> None:
     page.get_by_label("number input for Steps").fill("100")
     page.locator("#steer-start").click()
@@ -276,6 +298,36 @@ def test_ten_choices_by_key_survive_a_kill(browser: object, tmp_path: Path) -> N
     page.close()
 
 
+def test_labels_are_zoomed_by_key_and_teach_a_reward(browser: object, tmp_path: Path) -> None:
+    running = served(tmp_path)
+    page = browser.new_page(viewport={"width": 1280, "height": 900})  # type: ignore[attr-defined]
+    page.set_default_timeout(SLOW)
+    page.goto(running.url)
+    page.get_by_role("tab", name="Label").click()
+    page.locator("#label-name input, #label-name textarea").fill("Ada")
+    page.keyboard.press("Enter")
+    picture = page.locator("#label-view img").first
+    seen(picture).to_be_visible(timeout=SLOW)
+    small = picture.bounding_box() or {"width": 0}
+    page.keyboard.press("z")
+    seen(page.locator("#label-view [data-zoom]")).to_have_attribute("aria-pressed", "true")
+    assert (picture.bounding_box() or {"width": 0})["width"] > small["width"]
+    page.keyboard.press("Escape")
+    seen(page.locator("#label-view [data-zoom]")).to_have_attribute("aria-pressed", "false")
+    for number in range(6):
+        group = page.locator(".steer-label").get_attribute("data-group")
+        page.keyboard.press("ArrowRight")
+        seen(page.locator("#label-progress")).to_contain_text(re.compile(rf"{number + 1} choices?,"), timeout=SLOW)
+        seen(page.locator(f'.steer-label:not([data-group="{group}"]) img').first).to_be_visible(timeout=SLOW)
+    page.locator("#label-reward-start").click()
+    seen(page.locator("#label-reward-status")).to_contain_text("preference:labels-1: ", timeout=4 * SLOW)
+    page.locator("#label-reward-use").click()
+    seen(page.get_by_label("Reward").first).to_have_value("preference:labels-1", timeout=SLOW)
+    page.close()
+    running.process.terminate()
+    assert running.process.wait(90) == 0
+
+
 def test_texts_appear_word_by_word(page: Page) -> None:
     page.get_by_role("tab", name="Text").click()
     page.get_by_label("Beginning of the text").fill("a red circle and")
@@ -286,6 +338,11 @@ def test_texts_appear_word_by_word(page: Page) -> None:
     view.locator(".steer-scrubber").fill("2")
     seen(view.locator(".steer-frame:not([hidden]) .steer-masked").first).to_be_visible()
     seen(view.locator(".steer-table")).to_contain_text("base 1")
+    page.get_by_label("Beginning of the text").fill("two")
+    page.get_by_role("tab", name="History").click()
+    seen(page.locator("#history-view")).to_contain_text("a red circle and", timeout=SLOW)
+    page.locator("#history-restore").click()
+    seen(page.get_by_label("Beginning of the text")).to_have_value("a red circle and", timeout=SLOW)
 
 
 def history_run(page: Page, seed: int) -> None:
@@ -334,6 +391,9 @@ def test_the_history_survives_a_kill_and_restores_compares_and_shares(browser: o
     opened_history(page, running.url)
     page.locator("#history-rewards").click()
     seen(page.locator("#rewards-files")).to_contain_text("image1", timeout=SLOW)
+    page.get_by_role("tab", name="History").click()
+    page.locator("#history-label").click()
+    seen(page.locator("#label-status")).to_contain_text("1 pair of the run", timeout=SLOW)
     page.get_by_role("tab", name="History").click()
     page.locator("#history-restore").click()
     seen(page.get_by_label("Seed").first).to_have_value("12")

@@ -2,6 +2,9 @@
 
 import os
 import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,6 +14,7 @@ from click.testing import CliRunner
 
 from steer.apps.cli.demo import demo
 from steer.apps.demo.app import check_address
+from steer.apps.demo.studio import Studio
 from steer.errors import InputError
 
 
@@ -62,6 +66,26 @@ def test_the_start_names_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     printed = CliRunner().invoke(demo, []).output.splitlines()
     assert printed[0] == "steer demo: loading PyTorch, diffusers and gradio …"
     assert re.match("steer demo: building the page for scenes.* …", printed[1])
+
+
+def test_a_variant_is_for_models_that_are_not_embedded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    loaded: dict[str, Any] = {}
+
+    def load(name: str, *given: Any, variant: str | None) -> Any:
+        loaded[name] = variant
+        return SimpleNamespace(set_progress_bar_config=lambda disable: None)
+
+    def launch(studio: Studio, *given: object) -> None:
+        for name in ("mine", "scenes"):
+            with studio.model(name):
+                pass
+        raise InputError("enough")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("steer.apps.demo.studio.load_pipeline", load)
+    monkeypatch.setattr("steer.apps.demo.app.launch", launch)
+    CliRunner().invoke(demo, ["--model", "mine", "--variant", "fp16"])
+    assert loaded == {"mine": "fp16", "scenes": None}
 
 
 def test_the_command_refuses_before_it_loads_anything() -> None:

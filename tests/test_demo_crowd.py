@@ -178,11 +178,14 @@ def visit(name):
         print(name, flush=True)
 arrived = threading.Event()
 studio.worker.submit(lambda ticket: arrived.wait(60))  # nobody's first turn ends before everybody waits
-for name in crowd.VISITORS:
-    threading.Thread(target=visit, args=[name]).start()
+threads = [threading.Thread(target=visit, args=[name]) for name in crowd.VISITORS]
+for thread in threads:
+    thread.start()
 while studio.worker.pending <= len(crowd.VISITORS):
     time.sleep(0.01)
 arrived.set()
+for thread in threads:  # executors take no work once the main thread has ended
+    thread.join()
 """
 
 

@@ -6,6 +6,8 @@ import secrets
 import sqlite3
 import threading
 import time
+import zipfile
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +23,21 @@ import gradio as gr
 
 from steer.apps.demo.history import History, Limits, default_path
 from steer.apps.demo.history_tab import HistoryTab, changed_settings, runs_view
+from steer.apps.demo.label_tab import LabelTab
+from steer.apps.demo.labels import label_folder
 from steer.apps.demo.links import MAX_CHARACTERS, PARAMETER, link_of, read_link
 from steer.apps.demo.rewards_tab import RewardsTab
 from steer.apps.demo.steer_tab import METHODS, SteerTab, fields_from_settings, settings_of
+from steer.apps.demo.steering import Frame
 from steer.apps.demo.studio import Studio
+from steer.apps.demo.text_steering import ScoredText, TextResult
+from steer.apps.demo.text_tab import TextTab, text_settings
 from steer.apps.recipes import Recipe, pixel_hash, read_metadata, write_png
 from steer.apps.sampling import SavedImage
 from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
+from steer.pipelines.base import Cost
+from steer.rewards.preference_pairs import read_pairs
 
 MODELS = ("scenes", "scenes-turbo")
 ASKED: dict[str, Any] = {
@@ -266,7 +275,8 @@ HOSTILE: list[tuple[Any, str]] = [
 def tab() -> Any:
     studio = Studio(MODELS)
     with gr.Blocks(), gr.Tabs() as tabs, gr.Tab("History"):
-        yield HistoryTab(studio, SteerTab(studio), RewardsTab(studio), tabs)
+        given = SteerTab(studio), TextTab(studio), LabelTab(studio), RewardsTab(studio)
+        yield HistoryTab(studio, *given, tabs)
     studio.close()
 
 
@@ -311,6 +321,79 @@ def test_the_tab_restores_shares_sends_and_deletes_a_run(tab: HistoryTab, tmp_pa
     tab.delete(number, None, page)
     assert "not there any more" in tab.restore(number, None, page)[tab.status]
     assert tab.refresh(number, None, page)[tab.first]["value"] is None
+
+
+PAGE: Any = SimpleNamespace(session_hash="another", username=None)
+
+
+def frame(step: int, *rewards: float) -> Frame:
+    """Previews of one colour for each step."""
+    return Frame(step, 8, tuple(Image.new("RGB", (16, 16), (step, 9, 9)) for _ in rewards), rewards)
+
+
+def test_a_stopped_run_is_kept_with_its_last_scored_previews(tab: HistoryTab) -> None:
+    tab.enter(None, PAGE)
+    settings, unknown = settings_of(ASKED), float("nan")
+    tab.steer.remember_previews(PAGE, "a red star", settings, [frame(1, unknown, unknown)])
+    assert not tab.studio.history.runs("another"), "nothing is scored"
+    frames = [frame(1, unknown, unknown), frame(3, 0.1, 0.2), frame(5, 0.4, 0.3), frame(6, 0.5, unknown)]
+    tab.steer.remember_previews(PAGE, "a red star", settings, frames)
+    (run,) = tab.studio.history.runs("another")
+    assert (run.prompt, run.config, run.rewards) == ("a red star", settings, (0.4, 0.3))
+    with Image.open(BytesIO(tab.studio.history.images("another", run.number)[0])) as image:
+        assert image.getpixel((0, 0)) == (5, 9, 9) and not image.info, "no recipe: it cannot be made again"
+    assert "seed 5 · stopped at step 5 of 8" in tab.refresh(None, None, PAGE)[tab.view]
+    assert tab.restore(run.number, None, PAGE)[tab.steer.fields["steps"]]["value"] == 8
+    assert read_link(given(tab.share(run.number, PAGE)[tab.link]["value"]))[1] == settings
+    tab.clear(True, PAGE)
+
+
+def test_texts_are_kept_and_restored_into_their_tab(tab: HistoryTab) -> None:
+    tab.enter(None, PAGE)
+    assert tab.text is not None
+    asked = {name: field.value for name, field in tab.text.fields.items()}
+    settings = text_settings(asked | {"seed": 4, "lam": 7.0})
+    texts = ScoredText("a red <star>", 2.0, {}), ScoredText("a red cross", 1.0, {})
+    tab.text.remember(PAGE, TextResult("a red", settings, texts, texts[1:], Cost(1, 0, 0, 2.0)))
+    (run,) = tab.studio.history.runs("another")
+    assert (run.prompt, run.config, run.rewards, run.base_reward) == ("a red", settings, (2.0, 1.0), 1.0)
+    assert "a red &lt;star&gt; · a red cross" in tab.refresh(None, None, PAGE)[tab.view], "texts that can be read"
+    with Image.open(BytesIO(run.thumbnail)) as image:
+        assert image.convert("L").getextrema() < (60, 255), "letters on white"
+    restored = tab.restore(run.number, None, PAGE)
+    shown = {name: restored[field]["value"] for name, field in tab.text.fields.items()}
+    assert shown["prompt"] == "a red" and text_settings(shown) == settings and restored[tab.tabs].selected == "text"
+    for handler in (tab.share, tab.send, tab.label):
+        assert "this run made texts" in handler(run.number, PAGE)[tab.status]
+    assert [*tab.grid.run(run.number, "seed", "1,2", None, "", PAGE)][-2][tab.grid.status].count("made texts") == 1
+    tab.clear(True, PAGE)
+
+
+def test_the_images_of_a_run_are_labelled_in_pairs(tab: HistoryTab, tmp_path: Path) -> None:
+    tab.enter(None, PAGE)
+    images, labels = saved(tmp_path), tab.labels
+    number = tab.studio.history.record("another", images)
+    sent = tab.label(number, PAGE)
+    assert "3 pairs of the run" in sent[labels.status] and sent[tab.tabs].selected == "label"
+    shown = [*labels.begin("Ada", "", 2, PAGE)][-1]
+    for _ in range(3):
+        assert shown[labels.view].count("<img") == 2 and "a red star" in shown[labels.view]
+        group = labels._visitors["another"].shown
+        assert group is not None
+        event: Any = SimpleNamespace(group=group.id, answer="1")
+        shown = [*labels.answer(event, PAGE)][-1]
+    assert "thank you" in shown[labels.status] and "3 choices" in shown[labels.progress]
+    (table,) = label_folder(tab.studio).glob("run-*/pairs.jsonl")
+    pairs = read_pairs(table)
+    assert len(pairs.prompts) == 3 and {*pairs.prompts} == {"a red star"}
+    with zipfile.ZipFile(labels.download(PAGE)[labels.file]["value"]) as archive:
+        assert sum(name.endswith(("pairs.jsonl", ".png")) for name in archive.namelist()) == 4
+    labels.end(PAGE)
+    assert [*labels.begin("Ada", "", 2, PAGE)][-1][labels.view].count("a red star") == 0, "sampled images again"
+    labels.end(PAGE)
+    alone = tab.studio.history.record("another", saved(tmp_path, (0.5,)))
+    assert "one image" in tab.label(alone, PAGE)[tab.status]
+    tab.clear(True, PAGE)
 
 
 def test_of_two_runs_the_best_images_and_the_changed_settings_are_shown(tmp_path: Path) -> None:

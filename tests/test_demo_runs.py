@@ -94,6 +94,32 @@ def test_the_second_run_is_as_good_as_the_first(tab: SteerTab, method: str, monk
     assert [Image.open(one.path).tobytes() for one in again.images] == pixels
 
 
+@pytest.mark.parametrize(
+    ("phase", "status", "finished"),
+    [("fk", "Stopped. Nothing was finished.", False), ("beside", "Stopped: 1 prompt", True)],
+)
+def test_a_stopped_run_leaves_in_the_history_what_it_has(
+    tab: SteerTab, studio: Studio, monkeypatch: pytest.MonkeyPatch, phase: str, status: str, finished: bool
+) -> None:
+    say = Ticket.say
+
+    def stops(ticket: Ticket, event: Any) -> None:
+        say(ticket, event)
+        if isinstance(event, Step) and (event.phase, event.step) == (phase, 6 if phase == "fk" else 1):
+            ticket.stop()
+
+    monkeypatch.setattr(Ticket, "say", stops)
+    studio.history.enter("ada", None)
+    shown = run(tab, method="fk", steps=8, seed=9)
+    assert status in shown[tab.status]
+    (kept,) = studio.history.runs("ada")
+    assert kept.settings["seed"] == 9 and len(kept.rewards) == 3 and ("stopped" in kept.settings) is not finished
+    if finished:
+        made = result_of(tab, shown)
+        assert not made.base and kept.rewards == tuple(one.recipe.reward for one in made.images)
+    studio.history.delete("ada")
+
+
 def test_a_run_after_one_that_failed(tab: SteerTab, studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*given: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device", str(studio.home / "visitors" / "ada" / "x.png"))

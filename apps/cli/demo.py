@@ -29,6 +29,7 @@ from steer.errors import InputError
     "--max-upload", type=click.IntRange(1), default=512, show_default=True, help="MB of a file, such as a LoRA."
 )
 @DEVICE
+@click.option("--variant", help="Of the weights of --model, such as fp16.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the models.")
 def demo(
     host: str,
@@ -41,6 +42,7 @@ def demo(
     label_images: Path | None,
     max_upload: int,
     device: str | None,
+    variant: str | None,
     dtype: str | None,
 ) -> None:
     """Open the app: live particles, finetuning, scoring, and preferences of annotators.
@@ -64,7 +66,7 @@ def demo(
     check_address(host, share, user)
     history = default_path() if user is None else None  # without a login only this user gets in
     given = (*models, *embedded_models()), rewards, labels, device, dtype, label_images
-    studio = Studio(*given, history_file=history, max_upload=max_upload)
+    studio = Studio(*given, history_file=history, max_upload=max_upload, variant=variant)
     if studio.history_notice:
         click.echo(f"steer demo: {studio.history_notice}", err=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # how services are stopped: run `finally`, too

@@ -113,9 +113,10 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("Steer", id="steer"):
                 steer = SteerTab(studio)
                 presets = Presets(studio, steer)
+            text = None
             if studio.text_models:
                 with gr.Tab("Text", id="text"):
-                    TextTab(studio)
+                    text = TextTab(studio)
             with gr.Tab("Label", id="label"):
                 labels = LabelTab(studio)
             with gr.Tab("Finetune", id="finetune"):
@@ -125,7 +126,7 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("History", id="history") as history:
                 if studio.history_notice:
                     gr.HTML(line(studio.history_notice))
-                past = HistoryTab(studio, steer, rewards, tabs)
+                past = HistoryTab(studio, steer, text, labels, rewards, tabs)
         history.select(past.refresh, past.chosen, past.live, **PRIVATE)
         app.load(past.enter, past.token, None, js=TOKEN, **PRIVATE)
         app.load(presets.show, presets.saved, presets.name, **PRIVATE)

@@ -9,13 +9,13 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.demo.fields import check_limits, label_of
+from steer.apps.demo.history import Run
 from steer.apps.demo.progress import Progress
 from steer.apps.demo.steering import Loading, as_command, scheduler_applied
 from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, Ticket, Waiting, guarded, line
 from steer.apps.grids import FIXED, Axis, plan_cells, rewards_of, write_grid
 from steer.apps.methods import DisableAdapter
 from steer.apps.plots import short
-from steer.apps.recipes import Recipe, read_metadata
 from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 
@@ -31,17 +31,17 @@ AXES = {
 MAX_CELLS = 16  # of one visitor on a shared machine
 
 
-def grid_job(studio: Studio, recipe: Recipe, axes: Sequence[Axis], out: Path) -> tuple[int, Callable[[Ticket], None]]:
+def grid_job(studio: Studio, run: Run, axes: Sequence[Axis], out: Path) -> tuple[int, Callable[[Ticket], None]]:
     """Return the number of images of a run's grid, and the job for the worker, which sends counts and the report.
 
     Raises InputError for a run with adapters, and for values that this app does not allow.
     """
-    if recipe.settings.lora is not None:
+    if run.config.lora is not None:
         raise InputError("a grid here has no finetuned weights or LoRA files: use `steer grid --lora`")
     x, y = axes[0], axes[1] if len(axes) > 1 else None
     left_out = {*FIXED, *(axis.name for axis in axes)}
-    given = {name: value for name, value in recipe.settings.plain().items() if name not in left_out}
-    cells = plan_cells(recipe.prompt, x, y, given, out)
+    given = {name: value for name, value in run.config.plain().items() if name not in left_out}
+    cells = plan_cells(run.prompt, x, y, given, out)
     if len(cells) > MAX_CELLS:
         raise InputError(f"{len(cells)} images: a grid has at most {MAX_CELLS} in this app; give fewer values")
     for cell in cells:
@@ -98,13 +98,13 @@ class GridPanel(JobTab):
     def run(
         self, number: int | None, x: str, x_values: str, y: str | None, y_values: str, request: gr.Request
     ) -> Iterator[Change]:
-        recipe = read_metadata(self.studio.history.images(str(request.session_hash), number)[0])
+        run = self.studio.history.image_run(str(request.session_hash), number)
         named = ((x, x_values), (y, y_values))
         axes = [Axis.read(f"{name}={values}") for name, values in named if name is not None]
         if not axes:
             raise InputError("grid: choose a setting for the columns")
         out = self.studio.folder(request) / "grid"  # where the same images of the last grid are kept
-        total, work = grid_job(self.studio, recipe, axes, out)
+        total, work = grid_job(self.studio, run, axes, out)
         ticket, progress, done, report = self.studio.begin(request, work), Progress(), 0, None
         for event in ticket.events():
             match event:
@@ -124,5 +124,5 @@ class GridPanel(JobTab):
         yield {
             self.status: line(f"Done: {total} images, the highest reward {short(best['reward'])} at {at}."),
             self.image: gr.update(value=str(out / "grid.png"), visible=True),
-            self.command: gr.update(value=as_command(recipe.prompt, recipe.settings, axes), visible=True),
+            self.command: gr.update(value=as_command(run.prompt, run.config, axes), visible=True),
         }

@@ -1,7 +1,6 @@
 """The history of finished runs in one SQLite file: each visitor reads their own runs only.
 
-A run and its images are written in one transaction: after a kill it is there whole, or not at all. The images are PNGs
-with their recipes, from which the settings are restored.
+A run and its images are written in one transaction: after a kill it is there whole, or not at all.
 """
 
 import hashlib
@@ -21,7 +20,9 @@ from typing import Any
 
 from PIL import Image
 
+from steer.apps.recipes import checked_settings
 from steer.apps.sampling import SavedImage
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.files import user_cache
 
@@ -29,6 +30,7 @@ FILE = "history.sqlite"
 VERSION = 1
 TIMEOUT = 10.0  # seconds to wait for another process that writes
 THUMBNAIL = 256  # pixels of the longer side
+STOPPED, TEXTS = "stopped", "texts"  # entries beside the settings: the step of a stop, and the texts of a run
 TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")  # 32 random bytes in base64
 SCHEMA = f"""
 PRAGMA auto_vacuum = FULL;
@@ -79,10 +81,10 @@ SHARED_LIMITS = Limits(bytes=64 * 2**20, seconds=24 * 3600)
 
 @dataclass(frozen=True)
 class Run:
-    """A finished prompt of the history, without its images.
+    """A finished or stopped prompt of the history, without its images.
 
     time         of its end, in seconds since 1970
-    settings     by name, as `SamplingConfig.plain` returns them
+    settings     by name, as `SamplingConfig.plain` returns them, with STOPPED or TEXTS
     rewards      of the images, in their order
     base_reward  the highest of the base images; None without them
     seconds      of steering
@@ -102,6 +104,11 @@ class Run:
     def best(self) -> int:
         """The index of the image of the highest reward."""
         return self.rewards.index(max(self.rewards))
+
+    @property
+    def config(self) -> SamplingConfig:
+        """The settings. Raises InputError for those of a newer steer."""
+        return checked_settings({name: one for name, one in self.settings.items() if name not in (STOPPED, TEXTS)})
 
 
 class History:
@@ -175,24 +182,37 @@ class History:
         images  with their files; of more than the limit of bytes the first ones
         base    images beside them, of which only the highest reward is written
         """
-        owner, recipe = self.owner(session), images[0].recipe
-        rewards = [one.recipe.reward for one in images]
+        recipe, rewards = images[0].recipe, [one.recipe.reward for one in images]
         try:
             pngs = [one.path.read_bytes() for one in images]
-            thumbnail = _thumbnail(images[rewards.index(max(rewards))].path)
         except OSError as error:  # a next run of the visitor has removed them
             raise InputError("history: the images of this run are gone, it is not in the history") from error
-        sizes = accumulate(map(len, pngs), initial=len(thumbnail) + len(recipe.prompt))
+        best = max((one.recipe.reward for one in base), default=None)
+        return self.keep(session, recipe.prompt, recipe.settings.plain(), pngs, rewards, best, seconds)
+
+    def keep(
+        self,
+        session: str,
+        prompt: str,
+        settings: Mapping[str, Any],
+        pngs: Sequence[bytes],
+        rewards: Sequence[float],
+        base_reward: float | None = None,
+        seconds: float = 0.0,
+    ) -> int:
+        """Write a run of images without recipes: previews of a stopped one, or texts as pictures. Else as `record`."""
+        owner = self.owner(session)
+        with Image.open(BytesIO(pngs[rewards.index(max(rewards))])) as image:
+            thumbnail = as_jpeg(image, THUMBNAIL)
+        sizes = accumulate(map(len, pngs), initial=len(thumbnail) + len(prompt))
         fitting = [size for size in sizes if size <= self.limits.bytes]
         if len(fitting) < 2:
             raise InputError(f"history: an image of {len(pngs[0])} bytes, at most {self.limits.bytes} fit")
         kept = len(fitting) - 1
-        settings = json.dumps(recipe.settings.plain())
-        best = max((one.recipe.reward for one in base), default=None)
-        row = (time.time(), recipe.prompt, settings, json.dumps(rewards[:kept]), best, seconds, thumbnail, fitting[-1])
+        row = (time.time(), prompt, json.dumps(settings), json.dumps(rewards[:kept]), base_reward, seconds, thumbnail)
         with self._opened() as connection:
             command = "INSERT INTO runs VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-            number = connection.execute(command, (owner, *row)).lastrowid
+            number = connection.execute(command, (owner, *row, fitting[-1])).lastrowid
             rows = [(number, rank, png) for rank, png in enumerate(pngs[:kept])]
             connection.executemany("INSERT INTO images VALUES (?, ?, ?)", rows)
             self._evict(connection, owner)
@@ -226,6 +246,13 @@ class History:
             raise InputError("history: this run is not there any more, choose another one")
         return _run(row)
 
+    def image_run(self, session: str, number: int | None) -> Run:
+        """Read one of the visitor's runs. Raises InputError for another number, and for a run of texts."""
+        run = self.run(session, number)
+        if TEXTS in run.settings:
+            raise InputError("history: this run made texts, and this is for images: restore it into the Text tab")
+        return run
+
     def images(self, session: str, number: int | None) -> list[bytes]:
         """Read the PNGs of one of the visitor's runs. Raises InputError for another number."""
         run = self.run(session, number)
@@ -252,14 +279,16 @@ def _run(row: Sequence[Any]) -> Run:
     return Run(number, when, prompt, json.loads(settings), tuple(json.loads(rewards)), base, seconds, thumbnail)
 
 
-def _thumbnail(path: Path) -> bytes:
-    with Image.open(path) as image:
-        return as_jpeg(image, THUMBNAIL)
-
-
 def as_jpeg(image: Image.Image, side: int) -> bytes:
     """Encode an image, at most `side` pixels across and down."""
     small, file = image.convert("RGB"), BytesIO()
     small.thumbnail((side, side))
     small.save(file, "JPEG", quality=88, subsampling=0)
+    return file.getvalue()
+
+
+def as_png(image: Image.Image) -> bytes:
+    """Encode an image without metadata."""
+    file = BytesIO()
+    image.convert("RGB").save(file, "PNG")
     return file.getvalue()

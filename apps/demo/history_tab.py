@@ -12,17 +12,18 @@ import gradio as gr
 from PIL import Image
 
 from steer.apps.demo.grid_panel import GridPanel
-from steer.apps.demo.history import Run, as_jpeg
+from steer.apps.demo.history import STOPPED, TEXTS, Run, as_jpeg
+from steer.apps.demo.label_tab import LabelTab
 from steer.apps.demo.links import PARAMETER, link_of, read_link
 from steer.apps.demo.markup import table
 from steer.apps.demo.rewards_tab import MAX_FILES, RewardsTab
 from steer.apps.demo.steer_tab import SteerTab, fields_from_settings
 from steer.apps.demo.studio import PRIVATE, Change, Studio, Weights, line, plural, refusing
+from steer.apps.demo.text_tab import TextTab
 from steer.apps.plots import short
-from steer.apps.recipes import read_metadata
 from steer.errors import InputError
 
-EMPTY_TEXT = "The runs of the Steer tab appear here."
+EMPTY_TEXT = "The runs of the Steer and Text tabs appear here."
 SIDE = 640  # pixels of a compared image
 STYLE = """
 .steer-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1rem; }
@@ -47,10 +48,12 @@ Runs = Sequence[tuple[Run, Sequence[bytes]]]  # with their PNGs
 
 
 def name_of(run: Run) -> str:
-    """Name a run by time, method, seed, reward and prompt."""
+    """Name a run by time, method, seed, reward, stop and prompt."""
     when = time.strftime("%d %b %H:%M", time.localtime(run.time))
     prompt = run.prompt if len(run.prompt) <= 40 else f"{run.prompt[:39]}…"
-    return f"{when} · {run.settings['method']} seed {run.settings['seed']} · {short(max(run.rewards))} · {prompt}"
+    stopped = f" · stopped at {run.settings[STOPPED]}" if STOPPED in run.settings else ""
+    made = f"{run.settings['method']} seed {run.settings['seed']}{stopped}"
+    return f"{when} · {made} · {short(max(run.rewards))} · {prompt}"
 
 
 def changed_settings(first: Run, second: Run) -> list[tuple[str, Any, Any]]:
@@ -100,11 +103,20 @@ class HistoryTab:
 
     token   the browser's secret, by which a visitor of a shared app finds their runs again
     chosen  the components that name one or two runs; live: all that a change of the runs updates
-    form    components of the Steer tab that restored settings update
+    form    components of the Steer tab that restored settings update; text: the Text tab, or None
     """
 
-    def __init__(self, studio: Studio, steer: SteerTab, rewards: RewardsTab, tabs: gr.Tabs) -> None:
-        self.studio, self.steer, self.rewards, self.tabs = studio, steer, rewards, tabs
+    def __init__(
+        self,
+        studio: Studio,
+        steer: SteerTab,
+        text: TextTab | None,
+        labels: LabelTab,
+        rewards: RewardsTab,
+        tabs: gr.Tabs,
+    ) -> None:
+        self.studio, self.steer, self.text, self.labels, self.rewards = studio, steer, text, labels, rewards
+        self.tabs = tabs
         self.token = gr.Textbox(visible=False)
         self.numbers = gr.State(())  # of the runs in the gallery
         self.form = [steer.status, steer.defaults, *steer.fields.values(), *steer.chips.components]
@@ -123,10 +135,11 @@ class HistoryTab:
             self.first = gr.Dropdown([], label="Run", min_width=280, elem_id="history-first")
             self.second = gr.Dropdown([], label="Compare with", min_width=280, elem_id="history-second")
         with gr.Row():
-            self.restore_button = gr.Button("Restore into Steer", variant="primary", elem_id="history-restore")
+            self.restore_button = gr.Button("Restore", variant="primary", elem_id="history-restore")
             self.link_button = gr.Button("Link to the settings", elem_id="history-share")
             self.files_button = gr.Button("Download images", elem_id="history-download")
             self.rewards_button = gr.Button("Send images to Rewards", elem_id="history-rewards")
+            self.label_button = gr.Button("Send images to Label", elem_id="history-label")
         self.link = gr.Textbox(label="Link", visible=False, interactive=False, buttons=["copy"], elem_id="history-link")
         self.files = gr.File(label="Images", visible=False, file_count="multiple", interactive=False)
         self.view = gr.HTML(runs_view(()), css_template=STYLE, elem_id="history-view")
@@ -142,12 +155,15 @@ class HistoryTab:
             field.input(self.show, self.chosen, self.live, **PRIVATE)
         self.gallery.select(self.pick, [self.numbers, self.second], self.live, **PRIVATE)
         back = [self.status, self.tabs, *self.form]
+        back += [self.text.status, *self.text.fields.values()] if self.text else []
         self.restore_button.click(self.restore, [self.first, self.steer.weights], back, **PRIVATE)
         written = self.link_button.click(self.share, self.first, [self.status, self.link], **PRIVATE)
         written.then(None, self.link, self.link, js=ADDRESS, **PRIVATE)
         self.files_button.click(self.download, self.first, [self.status, self.files], **PRIVATE)
         sent = [self.status, self.tabs, self.rewards.files]
         self.rewards_button.click(self.send, self.first, sent, **PRIVATE)
+        offered = [self.status, self.tabs, self.labels.status, self.labels.view, self.labels.progress]
+        self.label_button.click(self.label, self.first, offered, **PRIVATE)
         self.delete_button.click(self.delete, self.chosen, self.live, **PRIVATE)
         self.clear_button.click(self.clear, self.sure, self.live, js=CONFIRM, **PRIVATE)
 
@@ -192,17 +208,19 @@ class HistoryTab:
 
     @refusing
     def restore(self, number: int | None, weights: Weights | None, request: gr.Request) -> Change:
-        """Set the fields of the Steer tab as they were for a run, and open it."""
-        recipe = read_metadata(self.studio.history.images(str(request.session_hash), number)[0])
-        values = fields_from_settings(recipe.prompt, recipe.settings, self.studio.models, weights)
+        """Set the fields of the Steer or the Text tab as they were for a run, and open it."""
+        run = self.studio.history.run(str(request.session_hash), number)
+        if self.text and TEXTS in run.settings:
+            return {self.tabs: gr.Tabs(selected="text")} | self.text.fill(run.prompt, run.config)
+        values = fields_from_settings(run.prompt, run.config, self.studio.models, weights)
         text = "Settings of the run restored: press Steer for the same images."
         return {self.tabs: gr.Tabs(selected="steer")} | self.steer.fill(values, weights, text)
 
     @refusing
     def share(self, number: int | None, request: gr.Request) -> Change:
         """Write a link that fills the form of the Steer tab."""
-        recipe = read_metadata(self.studio.history.images(str(request.session_hash), number)[0])
-        link = link_of(recipe.prompt, recipe.settings)
+        run = self.studio.history.image_run(str(request.session_hash), number)
+        link = link_of(run.prompt, run.config)
         return {self.link: gr.update(value=link, visible=True), self.status: line("Copy the link.")}
 
     def open_link(self, weights: Weights | None, request: gr.Request) -> Change:
@@ -234,7 +252,15 @@ class HistoryTab:
     @refusing
     def send(self, number: int | None, request: gr.Request) -> Change:
         """Put the images of a run into the Rewards tab, and open it."""
+        self.studio.history.image_run(str(request.session_hash), number)
         return {self.rewards.files: self._files(request, number)[:MAX_FILES], self.tabs: gr.Tabs(selected="rewards")}
+
+    @refusing
+    def label(self, number: int | None, request: gr.Request) -> Change:
+        """Offer the images of a run in the Label tab, and open it."""
+        session, history = str(request.session_hash), self.studio.history
+        run, pngs = history.image_run(session, number), history.images(session, number)
+        return self.labels.take(pngs, run.prompt, request) | {self.tabs: gr.Tabs(selected="label")}
 
     @refusing
     def delete(self, first: int | None, second: int | None, request: gr.Request) -> Change:

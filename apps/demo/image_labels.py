@@ -5,7 +5,7 @@ import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import combinations
@@ -72,6 +72,17 @@ def pairs_of(folder: Path) -> list[ImagePair]:
         ImagePair(str(number), prompt, (a, b), number % OVERLAP_EVERY == 0)
         for number, (prompt, a, b) in enumerate(drawn)
     ]
+
+
+def write_images(folder: Path, pngs: Sequence[bytes], prompt: str) -> None:
+    """Write images of one prompt into a folder that `pairs_of` reads. Raises InputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, png in enumerate(pngs):
+            (folder / f"{number:02d}.png").write_bytes(png)
+            (folder / f"{number:02d}.txt").write_text(prompt, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot be written to {folder} ({error.strerror}): make room and try again") from error
 
 
 def copy_table(source: Path, to: Path) -> None:

@@ -1,5 +1,6 @@
 """The Label tab: annotators choose between images of one prompt."""
 
+import hashlib
 import math
 import threading
 from base64 import b64encode
@@ -15,12 +16,13 @@ from typing import Any
 import gradio as gr
 from gradio.context import Context
 
-from steer.apps.demo.image_labels import ImageLabelStore, ImagePair
+from steer.apps.demo.image_labels import ImageLabelStore, ImagePair, write_images
 from steer.apps.demo.label_learning import LabelLearning
 from steer.apps.demo.labels import (
     ARCHIVE_FOLDER,
     IMAGES,
     LONGEST_NAME,
+    RUN,
     LabelRequest,
     LabelStore,
     command_of,
@@ -30,7 +32,19 @@ from steer.apps.demo.labels import (
     write_label_zip,
 )
 from steer.apps.demo.steering import Loading
-from steer.apps.demo.studio import PRIVATE, RUNS, Busy, Change, JobTab, Studio, Ticket, line, prompts_in, public
+from steer.apps.demo.studio import (
+    PRIVATE,
+    RUNS,
+    Busy,
+    Change,
+    JobTab,
+    Studio,
+    Ticket,
+    line,
+    plural,
+    prompts_in,
+    public,
+)
 from steer.apps.prompts import load_prompts
 from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.assets import MODELS
@@ -320,6 +334,7 @@ class LabelTab(JobTab):
             self.store = LabelStore(label_folder(studio), CALL if self.model in MODELS else OTHER_CALL)
         self._lock = threading.Lock()
         self._visitors: dict[str, LabelSession] = {}
+        self._runs: dict[str, ImageLabelStore] = {}  # images of the history, by the visitor who labels them
         self._turns = count()
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
@@ -387,16 +402,33 @@ class LabelTab(JobTab):
         self, name: str, text: str, images: int, request: gr.Request, goal: float | None = None
     ) -> Iterator[Change]:
         try:
-            own = isinstance(self.store, ImageLabelStore)
+            store = self._runs.get(str(request.session_hash), self.store)
+            own = isinstance(store, ImageLabelStore)
             prompts = ("own images",) if own else prompts_of(text, self.model)
             label_request = LabelRequest(" ".join(name.split()), prompts, 2 if own else int(images), int(goal or 0))
         except InputError as error:
             yield {self.status: line(str(error), "alert")}
             return
-        session = LabelSession(self.store, label_request, self.model, self.studio.worker.submit, self.studio.model)
+        session = LabelSession(store, label_request, self.model, self.studio.worker.submit, self.studio.model)
         self._replace(request, session)
         yield {self.stop: gr.update(interactive=True)}
         yield from self._advance(session, "")
+
+    def take(self, pngs: Sequence[bytes], prompt: str, request: gr.Request) -> Change:
+        """Offer the images of a run to a visitor, in pairs, until they press Stop. Raises InputError for one image.
+
+        The images and the table of the answers are in a folder of their own beside the other choices.
+        """
+        if len(pngs) < 2:
+            raise InputError("history: this run has one image, and labels need two to choose between")
+        folder = label_folder(self.studio) / f"{RUN}{hashlib.sha256(b''.join(pngs)).hexdigest()[:12]}"
+        write_images(folder, pngs, prompt)
+        with self._lock:
+            same = (store for store in [*self._runs.values()] if store.path == folder)  # of another page
+            store = self._runs[str(request.session_hash)] = next(same, None) or ImageLabelStore(folder, folder)
+        self._replace(request, None)
+        pairs = plural(len(store.pairs), "pair")
+        return self._now(None, line(f"{pairs} of the run: say who you are and press Start. Stop ends this list."))
 
     def answer(self, event: gr.EventData, request: gr.Request) -> Iterator[Change]:
         if (session := self._visitors.get(str(request.session_hash))) is None:
@@ -436,20 +468,22 @@ class LabelTab(JobTab):
     def _progress(self, session: LabelSession | None) -> str:
         if session is None:
             return ""
-        name, judgements = session.label_request.annotator, self.store.judgements()
+        name, judgements = session.label_request.annotator, session.store.judgements()
         lines = (
-            f"{name}: {self.store.progress(name)}",
+            f"{name}: {session.store.progress(name)}",
             goal_text(session.label_request, judgements),
             str(agreement(judgements) or NO_AGREEMENT_TEXT),
         )
         return "".join(f'<p class="steer-note">{escape(one)}</p>' for one in lines)
 
     def end(self, request: gr.Request) -> Change:
+        self._runs.pop(str(request.session_hash), None)
         session = self._replace(request, None)
         return self._now(session, line(STOPPED_TEXT)) | {self.stop: gr.update(interactive=False)}
 
     def forget(self, request: gr.Request) -> None:
         """End the session of a visitor who left."""
+        self._runs.pop(str(request.session_hash), None)
         self._replace(request, None)
 
     def _replace(self, request: gr.Request, session: LabelSession | None) -> LabelSession | None:

@@ -279,6 +279,7 @@ def goal_text(request: LabelRequest, judgements: Mapping[str, Mapping[str, Any]]
 
 CONFIG, CONFIG_MODEL = "d3po-scenes", "scenes"  # and the model in it
 ARCHIVE_FOLDER = "choices"  # folder inside the zip
+RUN = "run-"  # begins the names of folders with the images of a run, and their labels
 
 
 def label_folder(studio: Studio) -> Path:
@@ -313,9 +314,10 @@ def command_of(studio: Studio) -> str:
 
 def write_label_zip(folder: Path, path: Path) -> None:
     """Zip a preference folder, while it may be written to. Raises InputError where it is empty."""
-    if not (folder / PREFERENCES).exists():
+    files = [*label_files(folder)] if (folder / PREFERENCES).exists() else []
+    if not (files := [*files, *sorted(folder.glob(f"{RUN}*/*"))]):
         raise InputError("nothing has been chosen yet: label some images first")
-    write_zip(path, folder, label_files(folder), ARCHIVE_FOLDER)
+    write_zip(path, folder, files, ARCHIVE_FOLDER)
 
 
 def label_files(folder: Path) -> Iterator[Path]:

@@ -10,6 +10,7 @@ import gradio as gr
 
 from steer.apps.demo.estimate import Paces
 from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, STARTS, Defaults, check_limits, label_of, setting_field
+from steer.apps.demo.history import STOPPED, as_png
 from steer.apps.demo.markup import RUN_SCRIPT, table
 from steer.apps.demo.run_view import RunView, run_view
 from steer.apps.demo.steer_options import RewardChips, image_fields, image_settings, lora_fields, uploaded_loras
@@ -25,8 +26,8 @@ from steer.apps.demo.studio import (
     guarded,
     line,
     prompts_in,
-    public,
     seed_of,
+    warning,
     write_zip,
 )
 from steer.apps.plots import short
@@ -443,6 +444,8 @@ class SteerTab(JobTab):
                     {self.view: run_view(state.frames, state.made)} if isinstance(event, Frame | PromptResult) else {}
                 )
                 yield {self.status: state.status, **view}
+        if ticket.stopped and state.made is None:
+            self.remember_previews(request, prompts[len(state.finished)], settings, state.frames)
         yield {self.status: line(state.conclusion(ticket.stopped)), self.finished: state.finished}
         for one in state.finished:
             self.paces.add(settings, *total_cost(one))
@@ -459,11 +462,21 @@ class SteerTab(JobTab):
         return f'<p class="steer-note">{self.paces.describe(settings, len(prompts))}</p>'
 
     def remember(self, request: gr.Request, made: PromptResult) -> None:
-        """Add a finished prompt to the history; where that fails, a warning appears and the run continues."""
-        try:
+        """Add a finished prompt to the history."""
+        with warning():
             self.studio.history.record(str(request.session_hash), made.images, made.base, made.cost.seconds)
-        except InputError as error:
-            gr.Warning(escape(public(str(error))))
+
+    def remember_previews(
+        self, request: gr.Request, prompt: str, settings: SamplingConfig, frames: Sequence[Frame]
+    ) -> None:
+        """Add a stopped prompt to the history: its last previews that all have rewards, if any."""
+        for frame in reversed(frames):
+            if len(frame.known) == len(frame.images):
+                stopped = settings.plain() | {STOPPED: f"{frame.name} of {frame.total}"}
+                pngs = [as_png(image) for image in frame.images]
+                with warning():
+                    self.studio.history.keep(str(request.session_hash), prompt, stopped, pngs, frame.rewards)
+                return
 
     def show(self, place: int, finished: tuple[PromptResult, ...]) -> Change:
         return {self.view: run_view(finished[place].frames, finished[place]), **self.results.updates(finished, place)}

@@ -28,8 +28,9 @@ from steer.apps.plots import short
 from steer.apps.sampling import SavedImage, base_output, samples_base, write_images
 from steer.apps.settings import SamplingConfig, default_of
 from steer.files import make_folder
-from steer.pipelines.base import Cost, Iteration
+from steer.pipelines.base import Cost, Iteration, SteeringOutput
 from steer.pipelines.fk_steering import StepReport
+from steer.pipelines.training.events import Stopped
 from steer.pipelines.training.preference_files import pixels_of
 from steer.reward import Reward
 
@@ -266,7 +267,7 @@ def _steer_one(job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callab
     observed = replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None, early_previews=early)
     output = METHODS[method].run(observed)
     beside = replace(job, on_step=lambda report: step("beside", report.step + 1, report.total, counts.method))
-    base_job, base = base_output(beside, output) or (job, None)
+    base_job, base = _base_unless_stopped(beside, output)
     return PromptResult(
         prompt=job.prompt,
         settings=job.settings,
@@ -277,6 +278,14 @@ def _steer_one(job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callab
         base_cost=None if base is None or base.cost is output.cost else base.cost,
         frames=tuple(frames),
     )
+
+
+def _base_unless_stopped(job: Job, output: SteeringOutput) -> tuple[Job, SteeringOutput | None]:
+    """Sample the base images; None if not wanted, or stopped: the steered images are finished."""
+    try:
+        return base_output(job, output) or (job, None)
+    except Stopped:
+        return job, None
 
 
 # Shared options of the command, and as arguments of Python.

@@ -61,13 +61,13 @@ class Ticket(StopRequest):
         self.future: Future[None] = Future()
 
     def say(self, event: Any) -> None:
-        """For the job: send an event. Raises Stopped where the visitor left or stopped it."""
+        """For the job: send an event. Raises Stopped where the visitor left or stopped it, after the event."""
         for _ in range(round(EVENT_TIMEOUT / POLL_INTERVAL)):
-            self.check()
             try:
-                return self._events.put(event, timeout=POLL_INTERVAL)
+                self._events.put(event, timeout=POLL_INTERVAL)
+                return self.check()
             except queue.Full:
-                continue
+                self.check()
         self.stop()
         self.check()
 
@@ -163,6 +163,7 @@ class Studio:
     label_images  folder of images with prompts that annotators choose between; None: images are sampled
     home     a temporary folder: nothing but labels and history is written outside it, nothing else is served
     max_upload  largest file that visitors may upload, in MB: LoRA files are large
+    variant  of the weights of models that are not embedded, such as fp16
     history_file  history of one user, which outlives the app; None: one in `home`, apart for each visitor. Where it
         cannot be written, one in `home` takes its place, and history_notice says so
     """
@@ -178,6 +179,7 @@ class Studio:
     text_models: tuple[str, ...] = field(default_factory=lambda: embedded_text_models())
     history_file: Path | None = None
     max_upload: int = 512
+    variant: str | None = None
     history: History = field(init=False)
     history_notice: str = ""
     _pipe: tuple[str, Any] | None = None
@@ -260,7 +262,8 @@ class Studio:
             raise InputError(f"model {name!r:.80} is not one of this app's: choose {', '.join(self.models)}")
         if self._pipe is None or self._pipe[0] != name:
             self._pipe = None  # frees the memory of the one before
-            pipe = load_pipeline(name, self.device, self.dtype)
+            variant = None if name in MODELS | TEXT_MODELS else self.variant
+            pipe = load_pipeline(name, self.device, self.dtype, variant=variant)
             pipe.set_progress_bar_config(disable=True)
             self._pipe = (name, pipe)
         yield self._pipe[1]
@@ -405,6 +408,15 @@ def guarded(handler: Callable[..., Iterator[Change]]) -> Callable[..., Iterator[
         yield self.running(False)
 
     return shown
+
+
+@contextmanager
+def warning() -> Iterator[None]:
+    """Show bad input as a warning, and continue after the block: a history that cannot be written ends no run."""
+    try:
+        yield
+    except InputError as error:
+        gr.Warning(escape(public(str(error))))
 
 
 def refusing(handler: Callable[..., Change]) -> Callable[..., Change]:

@@ -1,5 +1,6 @@
 """The Text tab: the beginning of a text, its tokens while they are steered, and the finished texts."""
 
+import textwrap
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -8,11 +9,25 @@ from statistics import fmean
 from typing import Any
 
 import gradio as gr
+from PIL import Image, ImageDraw, ImageFont
 
 from steer.apps.demo.fields import check_limits, setting_field
+from steer.apps.demo.history import TEXTS, as_png
 from steer.apps.demo.markup import RUN_SCRIPT, gallery, table
 from steer.apps.demo.steering import Step, as_command
-from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, guarded, line, plural, prompts_in, seed_of
+from steer.apps.demo.studio import (
+    PRIVATE,
+    RUNS,
+    Change,
+    JobTab,
+    Studio,
+    guarded,
+    line,
+    plural,
+    prompts_in,
+    seed_of,
+    warning,
+)
 from steer.apps.demo.text_steering import TextFrame, TextResult, Token, text_steering
 from steer.apps.plots import short
 from steer.apps.settings import SamplingConfig, option_names
@@ -84,6 +99,14 @@ def summary(made: TextResult) -> str:
     )
 
 
+def card(text: str) -> bytes:
+    """Draw a text as a PNG, for the history."""
+    image = Image.new("RGB", (256, 256), "white")
+    lines = "\n".join(textwrap.wrap(text, 20))
+    ImageDraw.Draw(image).multiline_text((12, 12), lines, "black", ImageFont.load_default(22))
+    return as_png(image)
+
+
 class TextTab(JobTab):
     """The components and their events; made inside the app's Blocks."""
 
@@ -130,6 +153,23 @@ class TextTab(JobTab):
         """Show the strength where the method has one."""
         return gr.update(visible="lam" in option_names(method))
 
+    def remember(self, request: gr.Request, made: TextResult) -> None:
+        """Add finished texts to the history."""
+        kept = made.settings.plain() | {TEXTS: " · ".join(one.text for one in made.texts)}
+        rewards, base = [one.reward for one in made.texts], max((one.reward for one in made.base), default=None)
+        pngs = [card(one.text) for one in made.texts]
+        with warning():
+            session = str(request.session_hash)
+            self.studio.history.keep(session, made.prompt, kept, pngs, rewards, base, made.cost.seconds)
+
+    def fill(self, prompt: str, settings: SamplingConfig) -> Change:
+        """Set all fields as they were for a run."""
+        values = settings.plain() | {"prompt": prompt}
+        changes = {self.fields[name]: gr.update(value=values[name]) for name in self.fields if name in values}
+        lam = gr.update(visible="lam" in values, **({"value": values["lam"]} if "lam" in values else {}))
+        status = line("Settings of the run restored: press Steer texts for the same texts.")
+        return changes | {self.fields["lam"]: lam, self.status: status}
+
     @guarded
     def run(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
         asked = self.values(field_values)
@@ -153,5 +193,6 @@ class TextTab(JobTab):
         if made is None:
             yield {self.status: line("Stopped. Nothing was finished."), self.view: text_view(frames, None)}
         else:
+            self.remember(request, made)
             command = as_command(made.prompt, settings)
             yield {self.view: text_view(frames, made), self.status: line(summary(made)), self.command: command}
