@@ -505,7 +505,6 @@ def _with_mixed_texts(encode: Callable[[Tensor], Features], share: float, rows: 
 
 
 def rows_of(features: Features, rows: Tensor) -> Features:
-    """Return rows of each column."""
     return [column[rows] for column in features]
 
 

@@ -71,12 +71,13 @@ by the held-out reward.{% endif %}
 
 {% if config.evaluates_by_ode %}It was trained with noise of the law {{ config.dynamics }} at level \
 {{ "%g" % config.eta }}{% if window %} in {{ window }} solver steps{% endif %}, and evaluated without noise, \
-by the base model's own scheduler,{% else %}It was trained and evaluated with the base model's own scheduler at η = {{ "%g" % config.eta }},\
-{% endif %} {{ config.num_inference_steps }} steps and \
+by the base model's own scheduler,{% else %}It was trained and evaluated with the base model's own scheduler at \
+η = {{ "%g" % config.eta }},{% endif %} {{ config.num_inference_steps }} steps and \
 {% if noun == "texts" %}no guidance{% elif config.guidance_scale is none %}\
 the default guidance of the pipeline{% else %}guidance {{ "%g" % config.guidance_scale }}{% endif %}.\
 {% if not takes_eta and not config.evaluates_by_ode %} This call takes no η, so the scheduler makes \
-its own steps, which may be without noise: {{ noun }} then differ from those of the evaluation, which were made by steer's stochastic steps.{% endif %}
+its own steps, which may be without noise: {{ noun }} then differ from those of the evaluation, which were made by \
+steer's stochastic steps.{% endif %}
 {% endif %}
 ## Training
 
