@@ -24,7 +24,7 @@ docs: $(INSTALLED)  ## the site in site/; a broken link or an unknown name is an
 types: $(INSTALLED)
 	$(BIN)/mypy -p steer
 
-unit: $(INSTALLED)  ## two workers of one thread each: twice as fast as one of two; bytecode is kept wherever it may be
+unit: $(INSTALLED)  ## two workers of one thread each: twice as fast as one of two; pytest keeps the bytecode of rewritten tests
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-browser: $(INSTALLED)  ## the app in a real browser (Debian's chromium, or CHROMIUM=path), and in a flood

@@ -415,7 +415,7 @@ def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: A
         where = f"prompt {row.prompt!r:.60}, column"
         arguments = {key: cell(f"{where} {name!r}", hints[key], value) for key, (name, value) in given.items()}
         config = row_config(row, settings)
-        check_size(config.call_arguments | arguments)
+        check_size(config.call_arguments | arguments, f"prompt {row.prompt!r:.60}: ")
         if "seed" not in map(str.lower, row.columns):
             key = json.dumps([row.prompt, arguments, config.steps, config.guidance, config.eta], sort_keys=True)
             number = before[key] = before.get(key, -1) + 1
@@ -424,10 +424,11 @@ def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: A
     return result
 
 
-def check_size(arguments: Mapping[str, Any]) -> None:
+def check_size(arguments: Mapping[str, Any], where: str = "") -> None:
     """Raise InputError where the arguments of a call have a height or a width alone."""
-    if len(alone := arguments.keys() & {"height", "width"}) == 1:
-        raise InputError(f"{alone.pop()} alone is ignored by several pipelines of diffusers: give height and width")
+    sizes = [name for name in ("height", "width") if arguments.get(name) is not None]
+    if len(sizes) == 1:
+        raise InputError(f"{where}{sizes[0]} alone is ignored by several pipelines of diffusers: give height and width")
 
 
 def argument_names(kind: type[Any]) -> dict[str, Any]:
@@ -463,9 +464,7 @@ def call_arguments(kind: type[Any], settings: SamplingConfig) -> dict[str, Any]:
         if name in inspect.signature(kind.__call__).parameters:
             raise InputError(f"{flag}: {kind.__name__} takes an object here, which a text cannot give: use Python")
         raise InputError(f"{flag}: {kind.__name__} has no such argument: did you mean {nearest(name, hints)}?")
-    arguments = {name: cell(f"argument {name!r}", hints[name], value) for name, value in given.items()}
-    check_size(arguments)
-    return arguments
+    return {name: cell(f"argument {name!r}", hints[name], value) for name, value in given.items()}
 
 
 def check_arguments(arguments: Any, where: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from steer.apps.prompts import (
     argument_names,
     call_arguments,
     check_prompt,
+    check_size,
     note_unused,
     row_config,
     sample_requests,
@@ -367,7 +368,7 @@ def check_model_settings(settings: SamplingConfig) -> None:
     """
     check_components(settings.loading)
     if settings.call_arguments and (kind := pipeline_type(settings.model)) is not None:
-        call_arguments(kind, settings)
+        check_size(call_arguments(kind, settings))
     if settings.lora is not None:
         find_adapter(settings.lora)
 

@@ -178,7 +178,8 @@ def _start_of(particle_batch: ParticleBatch, quiet_pipe: Any, to_step: bool = Fa
         raise RunEnded
 
     watched = with_modules(quiet_pipe, {name: watch(module) for name, module in modules.items()})
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    device = getattr(quiet_pipe, "_execution_device", None)
+    devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices), suppress(RunEnded), recorded_draws() as draws, torch.no_grad():
         particle_batch.sample(stop, watched, **given)
     return start

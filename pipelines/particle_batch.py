@@ -292,8 +292,9 @@ def _bound_call(pipe: Any, prompt: str | Sequence[str] | None, groups: int, call
             "several images and several prompts in one call: diffusers pairs them wrongly; one prompt a call"
         )
     hints = annotations_of(type(pipe).__call__)
-    bound = dict(call)  # None is a pipeline's own matter: Sana Sprint wants it where it says float
-    bound |= {name: coerce_value(name, hints.get(name, Any), one) for name, one in call.items() if one is not None}
+    bound = {  # None is a pipeline's own matter: Sana Sprint wants it where it says float
+        name: None if one is None else coerce_value(name, hints.get(name, Any), one) for name, one in call.items()
+    }
     if prompt is not None and "prompt" in accepted:
         bound["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
     return bound

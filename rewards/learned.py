@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from steer.assets import REWARDS
+from steer.diffusion.seeds import derived_seed
 from steer.files import atomic_write_with_checksums, write_text
 from steer.registry import choose
 from steer.reward import RewardError
@@ -499,12 +500,8 @@ def text_features(backbone: Backbone, prompts: Sequence[str]) -> Tensor:
     return backbone.texts(distinct)[[distinct.index(prompt) for prompt in prompts]]
 
 
-def _with_mixed_texts(encode: Callable[[Tensor], Features], share: float, rows: Tensor) -> Features:
-    *images, texts = encode(rows)  # mixed in a way that depends on the rows alone
-    return [*images, objectives.mixed_texts(texts, share, torch.Generator().manual_seed(int(rows.sum())))]
-
-
 def rows_of(features: Features, rows: Tensor) -> Features:
+    """Return some rows of features."""
     return [column[rows] for column in features]
 
 
@@ -583,8 +580,7 @@ def train_members(
             work / f"member-{number}", config.steps, config.learning_rate, warmup=min(100, config.steps // 10)
         )
         whole = partial(_penalised_loss, loss, own, data, config) if config.slope_penalty else loss
-        mixed = partial(_with_mixed_texts, encode, config.mix_text) if config.mix_text else encode
-        run.train([member], partial(_loss_at, member, mixed, whole, sample, config, number, on_step))
+        run.train([member], partial(_loss_at, member, encode, whole, sample, config, number, on_step))
         member.eval()
         if isinstance(member["head"], GeneralPreference):
             with torch.no_grad():
@@ -605,7 +601,11 @@ def _loss_at(
     on_step(number * config.steps + step + 1, config.members * config.steps)
     member.train()
     rows = sample[batch_at(step, config.batch_size, len(sample), config.seed + number)]
-    return loss(member["head"], encode(rows), rows)
+    *images, texts = encode(rows)
+    if config.mix_text:
+        seed = derived_seed(config.seed + number, f"mixed texts {step}")
+        texts = objectives.mixed_texts(texts, config.mix_text, torch.Generator().manual_seed(seed))
+    return loss(member["head"], [*images, texts], rows)
 
 
 def raw_statistics(outputs: Sequence[Sequence[Tensor]]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -292,7 +292,7 @@ SMALL = {
 
 
 @pytest.mark.hard
-@pytest.mark.parametrize("name", hard_but(SMALL, "flux"))
+@pytest.mark.parametrize("name", SMALL)
 def test_what_is_measured_of_real_sizes_runs_on_small_ones(name: str) -> None:
     subject = of_size(name, SMALL[name], BenchOptions("cpu", particles=4, steps=6, resolution=64, quick=True))
     _, steered, plain, check = measured("fk_over_plain_batch", subject)

@@ -232,10 +232,10 @@ OF_IMAGES = [name for name, (_, about) in REWARDS.items() if not about.startswit
 ELSEWHERE = ("social", "sandbox", "geneval", "nsfw", "faces", "brisque", "lpips")
 
 
-HERE = [name for name in OF_IMAGES if name not in ELSEWHERE]
+HERE = [name for name in OF_IMAGES if name not in (*ELSEWHERE, "ocr")] + [pytest.param("ocr", marks=pytest.mark.hard)]
 
 
-@pytest.mark.parametrize("name", hard_but(HERE, *(name for name in HERE if name != "ocr")))
+@pytest.mark.parametrize("name", HERE)
 def test_every_built_in_reward_scores_where_the_images_are(name: str, specifications: dict[str, str]) -> None:
     """And the same there, with gradients, and after images of the CPU, which leave its weights in place."""
     reward, images = load_reward(specifications.get(name, name)), torch.rand(2, 3, 16, 16, generator=seeded())

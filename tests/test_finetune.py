@@ -127,7 +127,6 @@ def interrupt_after(pipe: Any, calls: int) -> None:
     pipe.unet.register_forward_pre_hook(hook)
 
 
-@pytest.mark.hard
 @pytest.mark.parametrize("method", hard_but(METHODS, "reward-backprop"))
 def test_the_reward_rises(method: str, model: Path, tmp_path: Path) -> None:
     """All weights of the tiny denoiser learn brightness in a few updates, on prompts that they were not trained on."""

@@ -312,6 +312,7 @@ def test_the_users_callback_still_runs(pipe_of: Callable[[str], Any]) -> None:
         ({"output_type": "jpg"}, "unknown output_type 'jpg'"),
         ({"num_images_per_prompt": 3, "num_particles": 2}, "are the same: give one of them"),
         ({"stepz": 3}, "takes no argument 'stepz'"),
+        ({"guidance_scale": None}, "NoneType"),  # what None means is the pipeline's own matter
     ],
 )
 def test_arguments_that_do_not_fit_are_named(

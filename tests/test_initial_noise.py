@@ -26,6 +26,7 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     WanVideoToVideoPipeline,
 )
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from gaussian import GaussianPipeline
 from PIL import Image
 from soft_rewards import Soft, images_of, likeness, own_kwargs, seeded
@@ -249,6 +250,22 @@ def test_noise_that_torch_does_not_draw_is_refused() -> None:
     vars(pipe)["prepare_latents"] = prepare
     with pytest.raises(UnsupportedPipelineError, match="Img2ImgPipeline does not start from a normal draw"):
         ReNOPipeline(pipe, REWARD)(**text("img2img", image=picture(8)), iterations=1, num_particles=1)
+
+
+def test_a_control_image_that_is_sampled_from_the_global_numbers_hides_no_start() -> None:
+    """As that of Stable Diffusion 3's ControlNet, whose autoencoder draws without the call's generator."""
+    pipe = with_scheduler(cached_pipe("controlnet"), cached_pipe("controlnet").scheduler)
+    prepare = pipe.prepare_image
+
+    def sampled(*args: Any, **kwargs: Any) -> Tensor:
+        image = prepare(*args, **kwargs)
+        return image + 1e-3 * DiagonalGaussianDistribution(torch.zeros(1, 6, *image.shape[2:])).sample()
+
+    vars(pipe)["prepare_image"] = sampled
+    before = torch.get_rng_state()
+    run = ReNOPipeline(pipe, REWARD)(**own_kwargs("controlnet", 1), iterations=1, num_particles=1, generator=seeded())
+    assert len(run.trace) == 1
+    torch.set_rng_state(before)
 
 
 def test_only_the_numbered_draw_of_this_thread_is_replaced() -> None:

@@ -226,7 +226,6 @@ def test_two_steps_of_the_denoisers_training_resume_to_the_same_weights(tmp_path
         assert read_state(tmp_path / "warm/denoiser/state.pt", torch.device("cpu"))["step"] == 6
 
 
-@pytest.mark.hard
 def test_the_pilots_combinations_are_in_no_other_list_and_never_drawn_for_training() -> None:
     requests = development_requests()
     reserved = {request.canonical for name in LISTS for request in requests_of(name)}

@@ -145,7 +145,7 @@ def test_an_editable_install_resolves(symlinks: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.hard
-@pytest.mark.parametrize("symlinks", ["text", pytest.param("missing", marks=pytest.mark.hard)])
+@pytest.mark.parametrize("symlinks", ["text", "missing"])
 def test_a_checkout_without_symlinks_makes_the_same_wheel(symlinks: str, dist: Path, tmp_path: Path) -> None:
     """As git leaves one on Windows."""
     made = build(checkout(tmp_path / "source", symlinks), "--wheel")

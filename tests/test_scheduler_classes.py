@@ -487,3 +487,8 @@ def transition_starts(scheduler: Any) -> list[int]:
     warm_up = range(0, len(scheduler.prk_timesteps), 4)
     rest = range(len(scheduler.prk_timesteps), len(timesteps))
     return [*warm_up, *(k for k in rest if k == 0 or timesteps[k] != timesteps[k - 1])]
+
+
+def test_a_flow_of_one_training_timestep_takes_the_levels_of_its_pipeline() -> None:
+    """Stable Audio 3 and ACE-Step: timesteps are noise levels, of which the scheduler itself has one."""
+    check_verified(library.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1))

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from conftest import cached_pipe, call_kwargs, with_scheduler
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from gaussian import GaussianPipeline
 from schedulers import DIFFUSION, FLOW, STOCHASTIC, build
 from torch import Tensor
@@ -370,9 +371,23 @@ class Guided(diffusers.StableDiffusionPipeline):
         return x
 
 
-def test_the_running_average_of_a_guider_follows_its_particle_and_no_call_within_a_call() -> None:
+class GuidedInItsCall(Guided):
+    """Keeps the running average in a variable of its call, as ACE-Step does."""
+
+    @torch.no_grad()
+    def __call__(self, steps: int = 4) -> Tensor:
+        self.scheduler.set_timesteps(steps)
+        x = torch.randn(PARTICLES, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+        momentum = MomentumBuffer(0.9)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(normalized_guidance(x * x, -x, 3.0, momentum), t, x).prev_sample
+        return x
+
+
+@pytest.mark.parametrize("kind", [Guided, GuidedInItsCall])
+def test_the_running_average_of_guidance_follows_its_particle_and_no_call_within_a_call(kind: type) -> None:
     pipe = copy.copy(sd())
-    pipe.__class__ = Guided
+    pipe.__class__ = kind
     vars(pipe)["guider"] = diffusers.AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=0.9)
     plain = pipe()
 
@@ -398,6 +413,21 @@ def test_an_autoencoder_of_single_images_decodes_a_batch_row_by_row() -> None:
     vars(pipe)["vae"] = vae
     with hook_steps(pipe, lambda event: None, rows=PARTICLES) as view:
         torch.testing.assert_close(run(view, "sd"), plain, atol=1e-5, rtol=0)
+
+
+def test_other_errors_of_an_autoencoder_reach_the_caller() -> None:
+    pipe = copy.copy(sd())
+    vae = vars(pipe)["vae"] = copy.copy(pipe.vae)
+
+    def decode(z: Tensor, **kwargs: Any) -> Any:
+        raise RuntimeError("a broken decoder")
+
+    vars(vae)["decode"] = decode
+    with (
+        pytest.raises(RuntimeError, match="a broken decoder"),
+        hook_steps(pipe, lambda event: None, rows=PARTICLES) as view,
+    ):
+        run(view, "sd")
 
 
 def test_a_callback_that_only_looks_is_taken() -> None:

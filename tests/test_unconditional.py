@@ -106,7 +106,7 @@ RISING = {
 
 
 @pytest.mark.hard
-@pytest.mark.parametrize("method", hard_but(RISING, "d3po"))
+@pytest.mark.parametrize("method", RISING)
 def test_the_reward_rises(method: str, tmp_path: Path) -> None:
     options, numbers = RISING[method]
     changed = {"micro_batch": 256, "lora_rank": 0, "eval_steps": 12, "num_generations_eval": 64} | numbers | options

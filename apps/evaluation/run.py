@@ -30,7 +30,7 @@ from steer.apps.methods import DisableAdapter
 from steer.apps.models import check_device, load_pipeline
 from steer.apps.plots import evenly_spaced
 from steer.apps.processes import LaunchContext, launch_context
-from steer.apps.prompts import call_arguments
+from steer.apps.prompts import call_arguments, check_size
 from steer.apps.reward_specs import resolve_reward
 from steer.errors import InputError
 from steer.pipelines.training.evaluation import interval, policy_kl
@@ -220,7 +220,7 @@ class EvaluationRunner:
         }
         for prepared in reversed(distinct.values()):
             with self._loaded_pipeline(prepared) as (pipe, _):
-                call_arguments(type(pipe), prepared.settings)
+                check_size(call_arguments(type(pipe), prepared.settings))
 
     def run(self, prepared: PreparedContender, work: PendingWork, kl: bool) -> None:
         """Do this process's share of the work; results are saved after each group."""

@@ -20,7 +20,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from steer.diffusion.views import denoising_modules, replaced
+from steer.diffusion.views import denoising_modules
 from steer.errors import InputError
 from steer.registry import choose
 
@@ -288,3 +288,23 @@ class _SdpaOverride(TorchFunctionMode):
             self.calls += 1
             func = self.attend
         return func(*args, **(kwargs or {}))
+
+
+_MISSING = object()
+
+
+@contextmanager
+def replaced(space: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """Set `space[name]` to `value` in the block; afterwards, also on errors, restore or delete it.
+
+    For an object, `space` is its `vars()`.
+    """
+    before = space.get(name, _MISSING)
+    space[name] = value
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            space.pop(name, None)
+        else:
+            space[name] = before

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
 from steer.diffusion.preview import first_output
-from steer.diffusion.step_hooks import HOOKED, Continue, OnStep, SolverStep, StepOverride, hook_steps
+from steer.diffusion.step_hooks import HOOKED, Continue, OnStep, SolverStep, StepOverride, hook_steps, memories_of
 from steer.errors import UnsupportedPipelineError
 
 
@@ -119,9 +119,11 @@ def _decide(pipe: Any, turns: Sequence[_Turn], on_step: OnStep) -> None:
     prevs = [one.prev for one in steps]
     if ancestors is not None:
         rows = ancestors.tolist()
-        states = [_state(one.scheduler) for one in steps]
-        for one, row in zip(steps, rows, strict=True):
-            one.scheduler.__dict__.update(copy.deepcopy(states[row]))
+        memories = [memories_of(one.scheduler) for one in steps]
+        states = [[_state(memory) for memory in own] for own in memories]
+        for own, row in zip(memories, rows, strict=True):
+            for memory, state in zip(own, states[row], strict=True):
+                vars(memory).update(copy.deepcopy(state))
         prevs = [prevs[row] for row in rows]
     for place, turn in enumerate(turns):
         if latents is not None:
@@ -130,8 +132,8 @@ def _decide(pipe: Any, turns: Sequence[_Turn], on_step: OnStep) -> None:
             turn.override = None if ancestors is None else Continue(prevs[place])
 
 
-def _state(scheduler: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(scheduler).items() if name not in HOOKED}
+def _state(memory: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(memory).items() if name not in HOOKED}
 
 
 def joined_step(steps: Sequence[SolverStep]) -> SolverStep:

@@ -118,7 +118,8 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
     multistep solver history included; `next_latents` (N, …) replace the latents of the rows after that. Edits that the
     pipeline makes between the steps, like inpainting's, are part of the transition and follow their particles.
 
-    `rows`: number of particles that the scheduler must receive. `grad=False` runs the solver without gradients.
+    `rows`: number of particles that the scheduler must receive; an autoencoder that refuses so many at once decodes row
+    by row. `grad=False` runs the solver without gradients.
     The pipeline, its scheduler and its configuration stay unchanged; several views may run at once.
 
     Raises InputError for a scheduler that is not verified, and UnsupportedPipelineError for a pipeline without a
@@ -131,13 +132,12 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
     with torch._C.DisableTorchFunction():  # the rehearsal's draws are not the call's, which a caller may replace
         check_verified(scheduler)
     tracker = _Tracker(pipe, on_step, rows, grad)
-    parts: dict[int, Any] = {id(scheduler): _tracked_scheduler(scheduler, tracker)}
-    for part in vars(pipe).values():
-        if isinstance(part, BaseGuidance):  # it stores the step and an average of its call: a preview is another call
-            parts[id(part)] = copy.deepcopy(part)
-            tracker.guiders.append(parts[id(part)])
+    # A guider stores the step and an average of its call; a preview is another call.
+    guiders = {id(part): copy.deepcopy(part) for part in vars(pipe).values() if isinstance(part, BaseGuidance)}
+    tracker.guiders = list(guiders.values())
+    parts: dict[int, Any] = {id(scheduler): _tracked_scheduler(scheduler, tracker), **guiders}
     if rows is not None and rows > 1 and hasattr(vae := vars(pipe).get("vae"), "decode"):
-        parts[id(vae)] = with_decode(vae, batch_or_rows(vae.decode))
+        parts[id(vae)] = with_decode(vae, batch_or_rows(vae.decode, rows))
     view = replace_parts(pipe, parts)
     if hasattr(view, "encode_prompt"):
         vars(view)["encode_prompt"] = exclusive(view.encode_prompt)
@@ -248,8 +248,7 @@ class _Tracker:
         if ancestors is not None:
             self._check_resampling()
             prev = _first(out)
-            averages = [part for guider in self.guiders for part in vars(guider).values() if _is_average(part)]
-            for memory in (scheduler, *averages):
+            for memory in self.memories(scheduler):
                 vars(memory).update(_reindexed_state(memory, ancestors, prev))
             out = _reindexed(out, ancestors, prev)
             self.followed[self.transitions - 1] = ancestors
@@ -261,6 +260,16 @@ class _Tracker:
         latents = next_latents.to(x.dtype if x.dtype in HALF else _first(out).dtype)
         # After the last step x̂0 is the latents themselves, and some pipelines decode that output of the step.
         return _with_latents(out, latents, latents if self.transitions == self.total else None)
+
+    def memories(self, scheduler: Scheduler) -> list[Any]:
+        """Return what holds rows between the steps: the scheduler, and the running averages of adaptive projected
+        guidance, in the guiders or in a variable of the call (ACE-Step)."""
+        code, frame = inspect.unwrap(type(self.pipe).__call__).__code__, inspect.currentframe()
+        while frame is not None and frame.f_code is not code:
+            frame = frame.f_back
+        local = [] if frame is None else [*frame.f_locals.values()]
+        parts = [*local, *(part for guider in self.guiders for part in vars(guider).values())]
+        return [scheduler, *(part for part in parts if hasattr(part, "running_average"))]
 
     def _check_resampling(self) -> None:
         if any(number >= self.transitions for number in self.copies.values()):
@@ -318,11 +327,6 @@ def _reindexed(value: Any, ancestors: Tensor, like: Tensor) -> Any:
     return value
 
 
-def _is_average(part: Any) -> bool:
-    """Return whether a part of a guider is the momentum buffer of adaptive projected guidance."""
-    return hasattr(part, "running_average")
-
-
 def _reindexed_state(memory: Any, ancestors: Tensor, like: Tensor) -> dict[str, Any]:
     return {name: _reindexed(value, ancestors, like) for name, value in vars(memory).items() if name not in HOOKED}
 
@@ -374,6 +378,12 @@ class _Hook:
 def has_second_modality(scheduler: Scheduler) -> bool:
     """Return whether the pipeline steps a copy of this scheduler, that of one of its solver steps."""
     return bool(vars(scheduler)["step"].tracker.copies)
+
+
+def memories_of(scheduler: Scheduler) -> list[Any]:
+    """Return what holds rows between the steps of the view of which this is the scheduler."""
+    memories: list[Any] = vars(scheduler)["step"].tracker.memories(scheduler)
+    return memories
 
 
 def without_hooks(scheduler: Scheduler) -> Scheduler:

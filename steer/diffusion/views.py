@@ -4,13 +4,14 @@ A view encodes each text once, has no safety checker, or has denoisers that answ
 """
 
 import copy
-import functools
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from steer.diffusion.safety import SAFETY_CHECKER, PassThroughChecker
 from steer.errors import UnsupportedPipelineError
+
+logger = logging.getLogger(__name__)
 
 
 def replace_parts(pipe: Any, parts: Mapping[int, Any]) -> Any:
@@ -41,21 +44,27 @@ def with_decode(vae: Any, decode: Callable[..., Any]) -> Any:
     return other
 
 
-def batch_or_rows(decode: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a decode: a batch that it does not take (Allegro's takes one video) is decoded row by row."""
+def batch_or_rows(decode: Callable[..., Any], rows: int) -> Callable[..., Any]:
+    """Wrap a decode: a batch of `rows` that it refuses (Allegro's takes one video) is decoded row by row."""
 
     def run(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         try:
             return decode(z, *args, **kwargs)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:
-            if len(z) < 2:
+        except RuntimeError as error:
+            if len(z) != rows:
                 raise
-            kwargs["return_dict"] = False
-            return Output([torch.cat([decode(row, *args, **kwargs)[0] for row in z.split(1)])])
+            logger.info("the autoencoder refuses %d rows (%s): decoding one by one", rows, error)
+        given = [z, list(args), kwargs | {"return_dict": False}]
+        calls = [tree_map_only(Tensor, partial(_row, row, rows), given) for row in range(rows)]
+        return Output([torch.cat([decode(one, *more, **named)[0] for one, more, named in calls])])
 
     return run
+
+
+def _row(row: int, rows: int, value: Tensor) -> Tensor:
+    return value[row : row + 1] if value.dim() and len(value) == rows else value
 
 
 def stages_of(pipe: Any) -> dict[str, Any]:
@@ -101,12 +110,12 @@ def cache_text_encoding(pipe: Any) -> Any:
 def exclusive(encode: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap an encoder of texts to run in one thread at a time."""
 
-    @functools.wraps(encode)
-    def exclusive(*args: Any, **kwargs: Any) -> Any:
+    @wraps(encode)
+    def run(*args: Any, **kwargs: Any) -> Any:
         with ENCODING_LOCK:
             return encode(*args, **kwargs)
 
-    return exclusive
+    return run
 
 
 def cached_calls(function: Callable[..., Any], cache: dict[str, Any]) -> Callable[..., Any]:
@@ -139,8 +148,6 @@ def plain_values(value: Any) -> Any:
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 CONTROLNETS = ("controlnet",)
-
-
 DENOISER_PACKAGES = ("diffusers.models.unets.", "diffusers.models.transformers.")
 
 
@@ -217,7 +224,7 @@ class OutputShapes:
     def recorded(self, pipe: Any) -> Any:
         """Return a view of a pipeline whose denoisers and ControlNets have their output shapes recorded."""
         modules = denoising_modules(pipe)
-        proxies = {name: ModuleProxy(one, functools.partial(self.call, name, one)) for name, one in modules.items()}
+        proxies = {name: ModuleProxy(one, partial(self.call, name, one)) for name, one in modules.items()}
         return with_modules(pipe, proxies) if proxies else pipe
 
     def call(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -252,7 +259,7 @@ class OutputShapes:
         return name, tuple(tuple(one.shape) for one in tree_leaves([args, kwargs]) if torch.is_tensor(one))
 
 
-def zero_denoiser(denoiser: Any) -> ModuleProxy:
+def _zero_denoiser(denoiser: Any) -> ModuleProxy:
     """Return a proxy of a denoiser that predicts zeros without computing anything, in the shape of its latents."""
     channels = getattr(getattr(denoiser, "config", None), "out_channels", None)
 
@@ -266,7 +273,7 @@ def zero_denoiser(denoiser: Any) -> ModuleProxy:
     return ModuleProxy(denoiser, zeros)
 
 
-def zero_controlnet(controlnet: Any) -> ModuleProxy:
+def _zero_controlnet(controlnet: Any) -> ModuleProxy:
     """Return a proxy of a ControlNet that adds nothing."""
     return ModuleProxy(controlnet, lambda *args, **kwargs: ([], None))
 
@@ -278,9 +285,9 @@ def zero_proxies(pipe: Any, shapes: OutputShapes | None = None) -> dict[str, Mod
     """
     modules = denoising_modules(pipe)
     if shapes is not None:
-        return {name: ModuleProxy(one, functools.partial(shapes.zeros, name, one)) for name, one in modules.items()}
+        return {name: ModuleProxy(one, partial(shapes.zeros, name, one)) for name, one in modules.items()}
     return {
-        name: zero_controlnet(module) if name in CONTROLNETS else zero_denoiser(module)
+        name: _zero_controlnet(module) if name in CONTROLNETS else _zero_denoiser(module)
         for name, module in modules.items()
     }
 
@@ -310,23 +317,3 @@ def replace_modules(pipe: Any, modules: Mapping[str, ModuleProxy]) -> Iterator[A
         yield view
     finally:
         vars(view).update({name: getattr(pipe, name) for name in modules})
-
-
-_MISSING = object()
-
-
-@contextmanager
-def replaced(space: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """Set `space[name]` to `value` in the block; afterwards, also on errors, restore or delete it.
-
-    For an object, `space` is its `vars()`.
-    """
-    before = space.get(name, _MISSING)
-    space[name] = value
-    try:
-        yield
-    finally:
-        if before is _MISSING:
-            space.pop(name, None)
-        else:
-            space[name] = before

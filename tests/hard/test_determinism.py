@@ -40,7 +40,7 @@ def anew(home: Path, out: Path, hash_seed: int) -> None:
 
 
 @pytest.mark.hard
-@pytest.mark.parametrize(("new", "others"), [(1, 1), pytest.param(4, 6, marks=FULL)])
+@pytest.mark.parametrize(("new", "others"), [(4, 6)])
 def test_other_processes_make_the_same_bytes(tmp_path: Path, new: int, others: int) -> None:
     """`steer sample`, a steered call and a finetuning; the others are forked from this one."""
     prepare(tmp_path)

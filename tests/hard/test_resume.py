@@ -119,9 +119,9 @@ CUTS: dict[int, list[Cut]] = {
 
 
 @pytest.mark.hard
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=FULL)])
-@pytest.mark.parametrize("method", ["d3po", pytest.param("prdp", marks=FULL)])
-@pytest.mark.parametrize("runs", [1, pytest.param(12, marks=FULL)])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("method", ["d3po", "prdp"])
+@pytest.mark.parametrize("runs", [12])
 def test_a_run_that_is_killed_and_killed_again_ends_the_same_to_the_last_bit(
     wholes: Callable[[str, int], Whole], tmp_path: Path, method: str, count: int, runs: int
 ) -> None:
@@ -209,7 +209,7 @@ def made(out: Path) -> dict[str, int]:
 
 
 @pytest.mark.hard
-@pytest.mark.parametrize(("count", "kills"), [(10, 2), pytest.param(200, 12, marks=FULL)])
+@pytest.mark.parametrize(("count", "kills"), [(200, 12)])
 def test_samples_of_many_prompts_are_each_made_once_however_often_it_is_killed(
     tmp_path: Path, count: int, kills: int
 ) -> None:
