@@ -36,7 +36,7 @@ BANNED = {
     r"teams?": "distributed context, processes",
     r"staged|staging": "atomic write",
     r"file sums?|sums? of (?:the |its |all )?files?": "checksum, manifest",
-    r"untouched": "on-policy; or unchanged, of what is no batch",
+    r"untouched": "on-policy, unchanged",
     r"kept runs?": "result cache",
     r"stopping watch(?:es|ed)?|watch(?:es|ed)? the hold-?out": "early stopping monitors",
     r"promises?|promised": "predicted clean latents",
