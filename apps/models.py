@@ -31,7 +31,7 @@ from steer.assets import MODELS, TEXT_MODELS
 from steer.diffusion.views import DENOISERS
 from steer.errors import InputError
 from steer.files import verify_checksums
-from steer.pipelines.text.masked_diffusion import INDEX, pipeline_class
+from steer.pipelines.text.masked_diffusion import INDEX, left_out, pipeline_class
 from steer.registry import nearest
 from steer.tables import one_line
 from steer.training.trainable import DORA, MAGNITUDE, SECOND_DENOISER, TOKEN_DENOISER, get_denoiser
@@ -99,7 +99,7 @@ def load_pipeline(
         else:
             variant = _variant(source) if variant is None and isinstance(source, Path) else variant
             pipe = pipeline_class(source).from_pretrained(
-                source, dtype=resolve_dtype(device, dtype), variant=variant, **_left_out(source)
+                source, dtype=resolve_dtype(device, dtype), variant=variant, **left_out(source)
             )
     except InputError:
         raise
@@ -163,17 +163,6 @@ def _source(model: str) -> str | Path:
             f"unknown model {model!r}: use {nearest(model, MODELS | TEXT_MODELS)}, a folder, or ORGANISATION/NAME"
         )
     return model
-
-
-def _left_out(source: Path | str) -> dict[str, None]:
-    """Return the components that a saved pipeline was built without, such as Stable Diffusion 3's T5.
-
-    diffusers writes them as [null, null] and, unless they are optional, wants them as None again.
-    """
-    if not isinstance(source, Path) or not (source / INDEX).is_file():
-        return {}
-    index = json.loads((source / INDEX).read_text(encoding="utf-8"))
-    return {name: None for name, value in index.items() if value == [None, None]}
 
 
 def _variant(folder: Path) -> str | None:

@@ -20,7 +20,7 @@ from steer.diffusion.schedules import clip_limit, descends_from, ignores_eta
 from steer.diffusion.seeds import Generators, copy_generators
 from steer.errors import InputError
 from steer.pipelines.settings import IntermediateSettings, Prompts, read_arguments
-from steer.pipelines.text.masked_diffusion import pipeline_class
+from steer.pipelines.text.masked_diffusion import left_out, pipeline_class
 from steer.registry import nearest
 from steer.rewards.parser import load_reward
 
@@ -36,7 +36,7 @@ class RewardedPipeline:
     @classmethod
     def from_pretrained(cls, model: str | PathLike[str], reward: Any, **options: Any) -> Self:
         """Load a diffusers pipeline by hub name or folder; `options` go to DiffusionPipeline.from_pretrained."""
-        return cls(pipeline_class(model).from_pretrained(model, **options), reward)
+        return cls(pipeline_class(model).from_pretrained(model, **{**left_out(model), **options}), reward)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the diffusers pipeline, as its own `to` does."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
-from steer import MODELS
+from steer import MODELS, BestOfNPipeline
 from steer.apps.models import load_pipeline
 from steer.apps.scenes import flow
 from steer.apps.scenes.training import build_tokenizer, token_ids
@@ -90,3 +90,13 @@ def test_two_steps_of_the_training_resume_to_the_same_weights(tmp_path: Path, mo
     once = weights(tmp_path / "once", 4)
     assert torch.equal(weights(tmp_path / "twice", 2, 4), once)
     assert isinstance(load_pipeline(str(tmp_path / "once/flow/pipeline"), "cpu"), StableDiffusion3Pipeline)
+
+
+EASY = ["a red square", "a blue star", "two green triangles", "a black cross", "three purple circles", "a yellow star"]
+
+
+def test_the_trained_model_draws_what_is_asked_and_a_steering_pipeline_loads_it_without_t5() -> None:
+    best = BestOfNPipeline.from_pretrained(MODELS["scenes-flow"], "scene")
+    call = {"num_inference_steps": 8, "guidance_scale": 4.0, "output_type": "pt"}
+    out = best(EASY, num_particles=1, generator=torch.Generator().manual_seed(0), **call)
+    assert (out.rewards == 1).float().mean() >= 0.6

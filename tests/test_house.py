@@ -38,11 +38,11 @@ def test_packages_are_the_folders_that_hold_code() -> None:
 
 
 def test_the_models_and_the_prompts_are_in_the_wheel_and_small() -> None:
-    """All but scenes-large, which lies in the repository alone."""
+    """All but scenes-large and scenes-flow, which lie in the repository alone."""
     files = [path for path in (ROOT / "assets").glob("*scenes*/**/*") if path.is_file()]
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["steer.assets"]
     packed = {path for pattern in patterns for path in (ROOT / "assets").glob(pattern) if path.is_file()}
-    unpacked = {"scenes-large"}
+    unpacked = {"scenes-large", "scenes-flow"}
     large = {path for path in files if path.relative_to(ROOT / "assets").parts[0] in unpacked}
     assert set(files) - large <= packed and not large & packed
     assert {path.relative_to(ROOT / "assets").parts[0] for path in set(files) - large} == {

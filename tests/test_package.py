@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LINKS = ("apps", "assets", "pipelines", "rewards")  # steer/apps → ../apps and so on, for tools that read a checkout
 SHIPPED = ("README.md", "LICENSE", "pyproject.toml", "steer", *LINKS)
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "scenes-large")  # the large model is not shipped: test_house.py
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "scenes-large", "scenes-flow")  # not shipped: test_house.py
 
 
 def checkout(into: Path, symlinks: str = "kept") -> Path:

@@ -13,10 +13,7 @@ from steer.errors import InputError
 @click.argument("model")
 @click.option("--prompt", default="a red circle left of a blue star", help="Of all runs.")
 @click.option(
-    "--call",
-    "arguments",
-    default="{}",
-    help='Further arguments of the pipeline\'s call, as JSON: {"guidance_scale": 5}.',
+    "--call", "arguments", default="{}", help='Further arguments of the pipeline\'s call, as JSON: {"eta": 0.5}.'
 )
 @click.option("--steps", default=4, type=click.IntRange(4), help="Solver steps of each run.")
 @click.option("--size", default=64, type=click.IntRange(8), help="Pixels of a side of the example images it needs.")

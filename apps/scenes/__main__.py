@@ -15,6 +15,7 @@ from steer.apps.prompts import load_prompts
 from steer.apps.scenes import analyses, distil, flow, preferences, training, world
 from steer.apps.scenes.finetuning import finetuning_study, read_plan
 from steer.files import write_text
+from steer.pipelines.text.masked_diffusion import left_out
 
 
 def main() -> None:
@@ -99,7 +100,8 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    pipe = DiffusionPipeline.from_pretrained(options.out / options.trained / "pipeline")
+    folder = options.out / options.trained / "pipeline"
+    pipe = DiffusionPipeline.from_pretrained(folder, **left_out(folder))
     for name in {"unet", "transformer", "vae"} & pipe.components.keys():
         pipe.components[name].half()
     pipe.save_pretrained(options.model)

@@ -33,6 +33,16 @@ def pipeline_class(model: str | PathLike[str]) -> Any:
     return MaskedDiffusionPipeline if name == MaskedDiffusionPipeline.__name__ else DiffusionPipeline
 
 
+def left_out(model: str | PathLike[str]) -> dict[str, None]:
+    """Return the components that a saved pipeline was built without, such as Stable Diffusion 3's T5.
+
+    diffusers writes them as [null, null] and, unless they are optional, wants them as None again.
+    """
+    index = Path(model) / INDEX
+    entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    return {name: None for name, value in entries.items() if value == [None, None]}
+
+
 @dataclass
 class MaskedDiffusionOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
     """Texts, or ids (N, L) int64."""
