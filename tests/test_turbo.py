@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 from torch import Generator
 
 from steer.apps.scenes import distil
 from steer.apps.scenes.analyses import reno_then_steering
 from steer.apps.scenes.distil import STARTS, Distillation, assemble_turbo, denoised, noised, text_features
+from steer.apps.scenes.preferences import trained_prompts
+from steer.apps.scenes.training import CALL
 from steer.assets import MODELS
 from steer.rewards.scene import SceneReward
 
@@ -137,3 +140,21 @@ def test_the_second_stage_starts_from_the_optimised_noise() -> None:
     base = found["methods"]
     gain = base["base, optimised"]["all"][0] - base["base, random"]["all"][0]
     assert found["gain"]["base"]["all"][0] == pytest.approx(gain, abs=1e-3)
+
+
+def test_a_lora_is_distilled_along_the_teachers_own_runs(
+    scenes: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil, "PATHS", 2)
+    monkeypatch.setattr(distil, "LORA_BATCH", 2)
+    distil.distil_lora(tmp_path, MODELS["scenes"], 2)
+    paths = load_file(tmp_path / "paths.safetensors")
+    assert paths["x"].shape[:2] == (2, 20) and len(paths["timesteps"]) == 20
+    teacher = copy.copy(scenes)
+    teacher.scheduler = DDIMScheduler.from_config(scenes.scheduler.config, timestep_spacing="trailing")
+    teacher.set_progress_bar_config(disable=True)
+    call = CALL | {"generator": Generator().manual_seed(0), "output_type": "latent"}
+    torch.testing.assert_close(paths["x0"].float(), teacher(trained_prompts(2), **call).images, atol=5e-3, rtol=0)
+    assert torch.equal(teacher.scheduler.timesteps, paths["timesteps"])
+    names = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors").keys()
+    assert any("attn2" in name and "lora_A" in name for name in names)

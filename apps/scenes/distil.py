@@ -167,6 +167,7 @@ def teacher_paths(folder: Path, pipe: StableDiffusionPipeline, prompts: list[str
                 x0 = hooked(some, generator=generator, output_type="latent", **CALL).images
             runs.append(torch.stack([*x_t, x0.half()], 1))
         x = torch.cat(runs)
+        view.scheduler.set_timesteps(CALL["num_inference_steps"])  # the view stepped a copy
         paths = {"x": x[:, :-1], "x0": x[:, -1], "timesteps": view.scheduler.timesteps}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as new:
