@@ -393,6 +393,9 @@ def check_reward(
             except RewardError as error:
                 outcome = False, " ".join(str(error).split())
         results.append(CheckResult(name, *outcome))
+    if names is None and (separation := getattr(reward, "separation", None)) is not None:  # of example images
+        detail = f"leave-one-out AUC {separation:.2f}, the examples against the others (below 0.8: too alike)"
+        results.append(CheckResult("examples", None, detail))
     return results
 
 
