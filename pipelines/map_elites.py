@@ -73,8 +73,9 @@ def load_descriptors(text: str, cells: str, count: int) -> tuple[tuple[str, ...]
 
     Raises InputError where rewards and `cells` do not fit each other.
     """
-    if text.split(":")[0] == PCA:
-        backbone = load_backbone(text.partition(":")[2] or DEFAULT_CLIP).eval()
+    kind, _, model = text.partition(":")
+    if kind == PCA:
+        backbone = load_backbone(model or DEFAULT_CLIP).eval()
         names = tuple(f"{text} axis {number + 1}" for number in range(count))
         return names, lambda images, prompts: backbone.images(to_module_device(_frames(images), backbone))
     rewards = [load_reward(name) for name in split(text, COMMA)]
