@@ -170,8 +170,8 @@ def test_300_labels_of_scenes(tmp_path: Path) -> None:
 
 @pytest.mark.hard
 def test_the_lead_of_named_features_is_gone_with_9000_labels(tmp_path: Path) -> None:
-    """The person also likes something that no named feature measures: the head learns it, from many pairs. With a share of
-    .3 named features still lead at 9,000 (by .035 ± .021), with .6 the head is level at 300."""
+    """The person also likes something that no named feature measures: the head learns it, from many pairs. With a share
+    of .3 named features still lead at 9,000 (by .035 ± .021), with .6 the head is level at 300."""
     files, values = scene_features(600, SCENE_NAMES)
     _, unnamed = scene_features(600, "clip:scenes", "a blue star")
     known = values @ torch.tensor([2.0, -1.0, 1.0])
