@@ -47,12 +47,23 @@ def features_of(paths: Sequence[Path], model: str | None = None) -> Tensor:
 
 
 def pick(
-    shown: Sequence[ImageWithPrompt], rewards: Sequence[str], keep: int, weight: float, model: str | None, device: str
+    shown: Sequence[ImageWithPrompt],
+    rewards: Sequence[str],
+    keep: int,
+    weight: float,
+    model: str | None,
+    device: str,
+    represent: bool = False,
+    at_least: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Choose images by rewards and diversity: rows of image, rewards and gain, in the order of the choice."""
+    """Choose images by rewards and diversity: rows of image, rewards and gain, in the order of the choice.
+
+    represent  an image of high rank for each reward; at_least: images of each prompt
+    """
     paths, prompts = [one.path for one in shown], [one.prompt or "" for one in shown]
     scores = score_each(map(resolve_reward, rewards), paths, prompts, device)
-    chosen = diverse(scores, features_of(paths, model), keep, weight)
+    quota: dict[str, Any] = {} if at_least is None else {"groups": prompts, "at_least": at_least}
+    chosen = diverse(scores, features_of(paths, model), keep, weight, represent=represent, **quota)
     return [
         {
             "image": str(paths[row]),

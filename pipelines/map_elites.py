@@ -1,13 +1,14 @@
 """MAP-Elites over the starting noise: many good images that differ in chosen ways (Mouret, Clune, arXiv 1504.04909).
 
-The archive of a prompt has a cell for each interval of one or two descriptors (any rewards), with the best image there,
-its elite. A child is a neighbour of an elite, √(1 − d²) ε + d u, and replaces the elite of its own cell where its
-reward is higher. Parents are drawn among the cells that had the fewest children, so that new cells come first (as in
-SERENE, arXiv 2102.03140).
+The archive of a prompt has a cell for each interval of one or two descriptors (any rewards, or the first principal axes
+of the CLIP features of the first images; after TAXONS, arXiv 1909.05508), with the best image there, its elite. A child
+is a neighbour of an elite, √(1 − d²) ε + d u, and replaces the elite of its own cell where its reward is higher. Its
+parent is drawn among the cells that had the fewest children, so that new cells come first (as in SERENE, arXiv
+2102.03140), or, with probability ¼, is the best elite, so that the best reward is level with that of a noise search.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,12 +23,16 @@ from steer.pipelines.base import Elites, SteeringOutput, SteeringPipeline, steer
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import IterationResult, NoiseRun, NoiseToImage, best_of
 from steer.pipelines.settings import MapElitesSettings, Prompts
-from steer.reward import Reward, score
+from steer.reward import score
+from steer.rewards.clip import DEFAULT_CLIP, load_backbone
 from steer.rewards.grammar import COMMA, split
 from steer.rewards.parser import load_reward
+from steer.rewards.weights import to_module_device
 
+PCA = "pca"  # in `describe`, of a CLIP's features
 SPAN = 3.5  # deviations of a descriptor, around its mean at the first images, that the cells divide
 SIDE = 64  # pixels of an elite's picture
+BEST_PARENT = 0.25  # share of the children whose parent is the best elite
 
 
 class MapElitesPipeline(SteeringPipeline):
@@ -44,16 +49,13 @@ class MapElitesPipeline(SteeringPipeline):
         filled, the best one is repeated. Output and errors as in `ReNOPipeline`.
         """
         s = settings
-        rewards = [load_reward(name) for name in split(s.describe, COMMA)]
         shape = s.shape
-        if len(rewards) != len(shape):
-            raise InputError(f"cells {s.cells!r} are of {len(shape)} descriptors, describe names {len(rewards)}")
+        names, describe = load_descriptors(s.describe, s.cells, len(shape))
         particle_batch = ParticleBatch(
             self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size
         )
         chain = NoiseToImage(particle_batch)
-        names = tuple(reward.name for reward in rewards)
-        rule = MapElites(tuple(rewards), names, shape, s.distance, s.first_batches, s.target_reward)
+        rule = MapElites(describe, names, shape, s.distance, s.first_batches, s.target_reward)
         search = Archive.empty(chain.start, len(particle_batch.prompts) // s.num_particles, shape).stored_in(
             Search.start(chain.start)
         )
@@ -63,10 +65,34 @@ class MapElitesPipeline(SteeringPipeline):
         return replace(out, elites=elites)
 
 
+Describe = Callable[[Tensor, Sequence[str]], Tensor]  # features (N, F) of images and prompts
+
+
+def load_descriptors(text: str, cells: str, count: int) -> tuple[tuple[str, ...], Describe]:
+    """Return names of `count` descriptors and their function: rewards, or the features of a CLIP, pca[:CLIP].
+
+    Raises InputError where rewards and `cells` do not fit each other.
+    """
+    kind, _, model = text.partition(":")
+    if kind == PCA:
+        backbone = load_backbone(model or DEFAULT_CLIP).eval()
+        names = tuple(f"{text} axis {number + 1}" for number in range(count))
+        return names, lambda images, prompts: backbone.images(to_module_device(_frames(images), backbone))
+    rewards = [load_reward(name) for name in split(text, COMMA)]
+    if len(rewards) != count:
+        raise InputError(f"cells {cells!r} are of {count} descriptors, describe names {len(rewards)}")
+    names = tuple(reward.name for reward in rewards)
+    return names, lambda images, prompts: torch.stack([score(one, images, prompts).cpu() for one in rewards], 1)
+
+
+def _frames(images: Tensor) -> Tensor:
+    """Return images (N, 3, H, W), of videos (N, F, 3, H, W) the middle frames."""
+    return images[:, images.shape[1] // 2] if images.ndim == 5 else images
+
+
 def pictures_of(images: Tensor) -> Tensor:
     """Scale images (N, 3, H, W), or the middle frames of videos (N, F, 3, H, W), to (N, 3, 64, 64) of 8 bits."""
-    frames = images[:, images.shape[1] // 2] if images.ndim == 5 else images
-    small = F.interpolate(frames.float().nan_to_num().clamp(0, 1), (SIDE, SIDE), mode="area")
+    small = F.interpolate(_frames(images).float().nan_to_num().clamp(0, 1), (SIDE, SIDE), mode="area")
     return (small * 255).round().byte().cpu()
 
 
@@ -77,6 +103,7 @@ class Archive:
     pictures   (B, C, 3, 64, 64) of 8 bits
     children   (B, C) made of the elites of a cell
     low, high  (D,) of the descriptors, not a number before the first images
+    axes       (F, D), from F features to the descriptors; the identity where these are rewards
     """
 
     noise: Tensor
@@ -85,6 +112,7 @@ class Archive:
     children: Tensor
     low: Tensor
     high: Tensor
+    axes: Tensor
 
     @classmethod
     def empty(cls, like: Tensor, prompts: int, shape: Sequence[int]) -> "Archive":
@@ -93,19 +121,19 @@ class Archive:
         noise = like.new_zeros(prompts, count, *like.shape[1:])
         rewards = torch.full((prompts, count), -torch.inf)
         pictures = torch.zeros(prompts, count, 3, SIDE, SIDE, dtype=torch.uint8)
-        return cls(noise, rewards, pictures, torch.zeros_like(rewards), unknown, unknown.clone())
+        return cls(noise, rewards, pictures, torch.zeros_like(rewards), unknown, unknown.clone(), torch.eye(len(shape)))
 
     @classmethod
     def of(cls, search: Search) -> "Archive":
         """Return the archive in the state of a search."""
         state = search.optimizer_state
         rewards, pictures, children = (state[name].cpu() for name in ("elite_rewards", "pictures", "children"))
-        return cls(state["elites"], rewards, pictures, children, state["low"], state["high"])
+        return cls(state["elites"], rewards, pictures, children, state["low"], state["high"], state["axes"].cpu())
 
     def stored_in(self, search: Search) -> Search:
         """Return a search with the archive in its state, which its checkpoint holds."""
         state = {"elites": self.noise, "elite_rewards": self.rewards, "pictures": self.pictures}
-        state |= {"children": self.children, "low": self.low, "high": self.high}
+        state |= {"children": self.children, "low": self.low, "high": self.high, "axes": self.axes}
         return replace(search, optimizer_state=state)
 
     @property
@@ -113,13 +141,20 @@ class Archive:
         """Return whether each cell has an elite (B, C)."""
         return self.rewards > -torch.inf
 
-    def spanning(self, described: Tensor) -> "Archive":
-        """Return an archive whose cells divide mean ± SPAN deviations of descriptors (N, D)."""
+    def spanning(self, features: Tensor) -> "Archive":
+        """Return an archive whose cells divide mean ± SPAN deviations of features (N, F): themselves where they are D,
+        else their first D principal components."""
+        axes = self.axes
+        if features.shape[1] != len(self.low):
+            directions = torch.linalg.eigh(torch.cov(features.T, correction=0)).eigenvectors
+            axes = directions[:, -len(self.low) :].flip(1)  # eigenvalues ascend
+        described = features @ axes
         mean, std = described.mean(0), described.std(0).clamp(min=1e-6)
-        return replace(self, low=mean - SPAN * std, high=mean + SPAN * std)
+        return replace(self, low=mean - SPAN * std, high=mean + SPAN * std, axes=axes)
 
-    def cells(self, described: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return the cell (N,) of descriptors (N, D); values outside belong to the outer cells."""
+    def cells(self, features: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return the cell (N,) of features (N, F); values outside belong to the outer cells."""
+        described = features @ self.axes
         number = torch.zeros(len(described), dtype=torch.long)
         for column, size in enumerate(shape):
             share = (described[:, column] - self.low[column]) / (self.high[column] - self.low[column])
@@ -138,7 +173,7 @@ class Archive:
         return replace(self, noise=elites, rewards=best, pictures=pictures)
 
     def parents(self, seeds: Sequence[int], stream: str) -> tuple[Tensor, "Archive"]:
-        """Draw an elite for each row among the cells with the fewest children: noise (B·K, …), and the new counts."""
+        """Draw an elite for each row, of a cell with the fewest children or the best: noise (B·K, …) and counts."""
         per_prompt, chosen, children = len(seeds) // len(self.noise), [], self.children.clone()
         for row, seed in enumerate(seeds):
             prompt = row // per_prompt
@@ -146,6 +181,8 @@ class Archive:
             least = (counts == counts.min()).nonzero()[:, 0]
             generator = Generator().manual_seed(derived_seed(seed, f"{stream} {row}"))
             cell = least[int(torch.randint(len(least), (1,), generator=generator))]
+            if torch.rand(1, generator=generator) < BEST_PARENT:
+                cell = self.rewards[prompt].argmax()
             children[prompt, cell] += 1
             chosen.append(self.noise[prompt, cell])
         return torch.stack(chosen), replace(self, children=children)
@@ -165,15 +202,15 @@ class Archive:
 class MapElites:
     """One iteration: a child of an elite for each row; the first one evaluates `first` batches of fresh noise.
 
-    describe  D descriptors: rewards
-    names     their names, by which a state file knows them
+    describe  features of images, of which the D descriptors are made
+    names     of the descriptors, by which a state file knows them
     shape     intervals of each descriptor; the cells are all combinations
     distance  d, from an elite's noise to its child's
     first     batches of fresh noise in the first iteration
     target    reward at which a search is finished
     """
 
-    describe: tuple[Reward, ...] = field(repr=False)
+    describe: Describe = field(repr=False)
     names: tuple[str, ...]
     shape: tuple[int, ...]
     distance: float = 0.5
@@ -194,7 +231,8 @@ class MapElites:
                 noise = seeded_normal(seeds, chain.start, streams) if place else chain.start
             images = chain.fast_images(noise)
             rewards, components = chain.particle_batch.score(images)
-            described.append(self._described(images, chain.particle_batch.prompts))
+            with torch.no_grad():
+                described.append(self.describe(images, chain.particle_batch.prompts).cpu().float())
             results.append(IterationResult(images, rewards, components, noise, search))
         if not number:
             archive = archive.spanning(torch.cat(described))
@@ -206,8 +244,3 @@ class MapElites:
             archive.stored_in(search), noise=noise, best_noise=noise.clone(), best_rewards=best, peak=best.clone()
         )
         return replace(best_of(results), search=updated.finish_at_target(self.target))
-
-    def _described(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the descriptors (N, D) of images."""
-        with torch.no_grad():
-            return torch.stack([score(reward, images, prompts).cpu().float() for reward in self.describe], 1)

@@ -350,7 +350,7 @@ class MapElitesSettings(IterationSettings):
     """Settings of MAP-Elites (arXiv 1504.04909).
 
     num_particles  K, children of each iteration, and images: the best elites
-    describe       one or two descriptors, rewards separated by ", "
+    describe       one or two descriptors, rewards separated by ", ", or pca:CLIP, principal axes of the first images
     cells          intervals of each descriptor, such as 8 or 8x8
     distance       d of √(1 − d²) ε + d u, from an elite's noise to its child's
     first_batches  batches of fresh noise in the first iteration, by which the intervals are chosen

@@ -396,7 +396,12 @@ def check_reward(
             except RewardError as error:
                 outcome = False, " ".join(str(error).split())
         results.append(CheckResult(name, *outcome))
-    return [*results, check_judge(reward, images, prompts)] if isinstance(reward, Judge) and names is None else results
+    if names is None and isinstance(reward, Judge):
+        results.append(check_judge(reward, images, prompts))
+    if names is None and (separation := getattr(reward, "separation", None)) is not None:  # of example images
+        detail = f"leave-one-out AUC {separation:.2f}, the examples against the others (below 0.8: too alike)"
+        results.append(CheckResult("examples", None, detail))
+    return results
 
 
 def check_judge(judge: Judge, images: Tensor, prompts: Sequence[str]) -> CheckResult:

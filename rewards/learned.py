@@ -335,6 +335,7 @@ class RewardTrainingConfig:
     objective  bradley-terry, scaled-bradley-terry, margin, triplet or regression; rating, of ratings
     train_backbone  train the CLIP too, not the head alone
     members    size of the ensemble; each member has its own seed and its own bootstrap sample of the pairs
+    margin     of the objective triplet alone; .3 by default
     label_smoothing  ε of the labels, 0..½
     label_noise      assumed share of wrong labels, 0..½
     center_rewards_coefficient  η of `center_rewards_penalty`, ≥ 0: makes the members of an ensemble comparable
@@ -353,6 +354,7 @@ class RewardTrainingConfig:
     steps: int = 500
     batch_size: int = 64
     learning_rate: float = 1e-3
+    margin: float | None = None
     label_smoothing: float = 0.0
     label_noise: float = 0.0
     center_rewards_coefficient: float = 0.0
@@ -374,6 +376,8 @@ class RewardTrainingConfig:
                 raise RewardError(f"{flag} must be at least 1, got {value}")
             if name in below and not 0 <= value < below[name]:
                 raise RewardError(f"{flag} must be from 0 to below {below[name]}, got {value}")
+        if self.margin is not None and not (self.objective == "triplet" and 0 < self.margin < math.inf):
+            raise RewardError(f"--margin is above 0, of --objective triplet alone, got {self.margin}; leave it out")
         if self.slope_penalty and (self.head == "general" or self.objective in ("rating", "contrastive")):
             raise RewardError("--slope-penalty is for rewards of pairs, not for ratings, captions or --head general")
         if self.mix_text and (self.head == "image" or self.objective == "contrastive"):
@@ -400,9 +404,7 @@ def train_reward(
     if objective is objectives.triplet and config.head != "similarity":
         raise RewardError("--objective triplet compares cosines: add --head similarity --train-backbone")
     if config.head == "similarity" and not config.train_backbone:
-        raise RewardError(
-            "--head similarity has nothing to train but a scale: add --train-backbone, or take --head pair"
-        )
+        raise RewardError("--head similarity trains a scale alone: add --train-backbone, or take --head pair")
     write_run_config(work, config, len(pairs))
     training_rows, held_rows = split_by_prompt(pairs.prompts, config.held_out, config.seed)
     training, held = pairs.select(training_rows), pairs.select(held_rows or training_rows)
@@ -523,7 +525,7 @@ def pair_loss(
     def loss(head: Any, features: Features, rows: Tensor) -> Tensor:
         a, b = raw_pair(head, *features)
         if objective is objectives.triplet:  # on cosines: the scale of the similarity must not do the work
-            return objective((a - b) / head.log_scale.exp(), labels[rows])
+            return objectives.triplet((a - b) / head.log_scale.exp(), labels[rows], config.margin)
         smoothed = objectives.smooth_labels(labels[rows], config.label_smoothing)
         value = objective(objectives.noisy_difference(a - b, config.label_noise), smoothed)
         return value + config.center_rewards_coefficient * objectives.center_rewards_penalty(a, b)
@@ -576,9 +578,8 @@ def train_members(
         if config.members > 1:
             generator = torch.Generator().manual_seed(config.seed + number)
             sample = torch.randint(len(data), (len(data),), generator=generator)
-        run = TrainingRun(
-            work / f"member-{number}", config.steps, config.learning_rate, warmup=min(100, config.steps // 10)
-        )
+        folder, warmup = work / f"member-{number}", min(100, config.steps // 10)
+        run = TrainingRun(folder, config.steps, config.learning_rate, warmup=warmup)
         whole = partial(_penalised_loss, loss, own, data, config) if config.slope_penalty else loss
         run.train([member], partial(_loss_at, member, encode, whole, sample, config, number, on_step))
         member.eval()
@@ -614,9 +615,7 @@ def raw_statistics(outputs: Sequence[Sequence[Tensor]]) -> tuple[tuple[float, ..
         tuple(statistic(torch.cat([*raw])).item() for raw in outputs) for statistic in (torch.mean, torch.std)
     )
     if not all(std > 0 for std in stds):
-        raise RewardError(
-            "the trained reward scores all held-out images equally: train for more steps, or on more pairs"
-        )
+        raise RewardError("the reward scores all held-out images equally: train for more steps, or on more pairs")
     return means, stds
 
 

@@ -53,11 +53,13 @@ def margin(difference: Tensor, labels: PreferenceLabels) -> Tensor:
     return -(labels.choice * preferred + (1 - labels.choice) * other).mean()
 
 
-def triplet(difference: Tensor, labels: PreferenceLabels, gap: float = 0.3) -> Tensor:
+def triplet(difference: Tensor, labels: PreferenceLabels, gap: float | None = None) -> Tensor:
     """Return relu(gap − 2 Δcos), the mean over pairs with a preference (Social Reward, arXiv 2402.09872).
 
     On features of unit length this is relu(‖t − p‖² − ‖t − n‖² + gap), p preferred and n the other image.
+    gap  .3 by default
     """
+    gap = 0.3 if gap is None else gap
     sign = (labels.choice - 0.5).sign()
     loss = F.relu(gap - 2 * sign * difference) * sign.abs()
     return loss.sum() / sign.abs().sum().clamp(min=1)

@@ -58,6 +58,8 @@ def test_the_triplet_loss_by_hand() -> None:
     difference, choice = torch.tensor([0.5, 0.1, 0.1, 9.0]), torch.tensor([1.0, 1.0, 0.0, 0.5])
     expected = torch.tensor((0.0 + 0.1 + 0.5) / 3)
     torch.testing.assert_close(triplet(difference, PreferenceLabels(choice, torch.ones(4))), expected)
+    expected = torch.tensor((0.2 + 1.0 + 1.4) / 3)
+    torch.testing.assert_close(triplet(difference, PreferenceLabels(choice, torch.ones(4)), 1.2), expected)
 
 
 def test_triplets_train_a_similarity(tmp_path: Path) -> None:
@@ -73,6 +75,11 @@ def test_triplets_train_a_similarity(tmp_path: Path) -> None:
     )
     report = train_reward(pairs, config, tmp_path / "r", tmp_path / "work")
     assert report["ensemble"]["accuracy"] > 0.8
+    wide = replace(config, margin=5.0)  # above 2 Δcos: every pair has a loss
+    assert train_reward(pairs, wide, tmp_path / "w", tmp_path / "work-w")["ensemble"] != report["ensemble"]
+    for wrong in ({"margin": 0.0}, {"margin": 0.3, "objective": "margin"}):
+        with pytest.raises(RewardError, match="--margin is above 0, of --objective triplet alone, got 0"):
+            replace(config, **wrong).check()
     with pytest.raises(RewardError, match="compares cosines: add --head similarity"):
         train_reward(pairs, replace(config, head="pair"), tmp_path / "p", tmp_path / "work-p")
 

@@ -11,6 +11,7 @@ from torch.distributions import Normal
 
 from steer.apps.scenes.world import draw, random_scene
 from steer.reward import RewardError
+from steer.rewards.analysis import check_reward
 from steer.rewards.example import fit, separation
 from steer.rewards.parser import load_reward
 from steer.rewards.scene import Phrase, SceneRequest
@@ -35,17 +36,21 @@ def auc(high: Tensor, low: Tensor) -> float:
 
 
 def test_five_red_stars_tell_red_stars_from_other_scenes(tmp_path: Path) -> None:
-    """On drawn scenes of other seeds; five random scenes tell nothing."""
-    stars, anything = saved(tmp_path / "stars", scenes(1, 5, RED_STAR)), saved(tmp_path / "any", scenes(2, 5))
+    """On drawn scenes of other seeds; ten folders of five random scenes tell nothing, and say so."""
+    folders = [saved(tmp_path / "stars", scenes(1, 5, RED_STAR))]
+    folders += [saved(tmp_path / f"any{seed}", scenes(seed, 5)) for seed in range(20, 30)]
     others = saved(tmp_path / "others", scenes(3, 40))
     unseen_stars, unseen = (torch.from_numpy(scenes(*one)) for one in ((4, 30, RED_STAR), (5, 60, None)))
     unseen_stars, unseen = (images.permute(0, 3, 1, 2) for images in (unseen_stars, unseen))
-    aucs = []
-    for folder in (stars, anything):
+    aucs, separations = [], []
+    for folder in folders:
         reward = load_reward(f"like:{folder},against={others},model=scenes")
         aucs.append(auc(reward(unseen_stars, ["x"] * 30), reward(unseen, ["x"] * 60)))
-    assert aucs[0] >= 0.95, aucs
-    assert aucs[1] <= 0.75, aucs
+        separations.append(reward.separation)
+    assert aucs[0] >= 0.95 and sum(aucs[1:]) / 10 <= 0.6, aucs
+    assert separations[0] >= 0.95 and max(separations[1:]) < 0.8, separations
+    results = check_reward(reward, unseen[:2].float() / 255, ["x"] * 2)
+    assert results[-1].name == "examples" and f"AUC {separations[-1]:.2f}" in results[-1].detail
 
 
 def test_the_ratio_is_that_of_two_gaussians() -> None:

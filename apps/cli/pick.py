@@ -18,6 +18,8 @@ from steer.apps.cli.options import DEVICE, Command
 @click.option("--prompt", "texts", multiple=True, help="Prompt of all images, or one per image; repeatable.")
 @click.option("--prompts", "file", type=click.Path(path_type=Path), help="File with one prompt per image.")
 @click.option("--features", help="A CLIP whose features tell images apart, such as scenes; by default pixels.")
+@click.option("--represent", is_flag=True, help="An image of high rank for each reward, not for their mean.")
+@click.option("--at-least", type=click.IntRange(1), help="Images of each prompt, at least.")
 @DEVICE
 def pick(
     images: tuple[Path, ...],
@@ -28,6 +30,8 @@ def pick(
     file: Path | None,
     features: str | None,
     device: str | None,
+    represent: bool,
+    at_least: int | None,
 ) -> None:
     """Choose a few of IMAGEs with high rewards that differ, and print them as JSON in the order of the choice.
 
@@ -37,5 +41,6 @@ def pick(
     from steer.apps.picking import pick as pick_images
     from steer.apps.scoring import collect_images
 
-    chosen = pick_images(collect_images(images, texts, file), rewards, keep, diverse, features, default_device(device))
+    shown, place = collect_images(images, texts, file), default_device(device)
+    chosen = pick_images(shown, rewards, keep, diverse, features, place, represent, at_least)
     click.echo(json.dumps({"diverse": diverse, "picked": chosen}, indent=1))

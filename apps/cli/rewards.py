@@ -398,6 +398,7 @@ def write(out: Path, work: Path | None, distil: Path | None, backbone: str, devi
 @click.option("--steps", default=500)
 @click.option("--batch-size", default=64)
 @click.option("--learning-rate", default=1e-3)
+@click.option("--margin", type=float, help="Of --objective triplet, above 0.  [default: 0.3]")
 @click.option("--label-smoothing", default=0.0, help="Label smoothing, 0 to 0.5.")
 @click.option("--label-noise", default=0.0, help="Assumed share of wrong labels, 0 to 0.5.")
 @click.option(
@@ -455,7 +456,7 @@ def train(
     click.echo(f"{summary(report)} → {out}")
 
 
-OF_HEADS = {"head", "objective", "label_smoothing", "label_noise", "center_rewards_coefficient"}
+OF_HEADS = {"head", "objective", "margin", "label_smoothing", "label_noise", "center_rewards_coefficient"}
 OF_HEADS |= {"slope_penalty", "slope", "mix_text"}
 OF_ALL = {"data", "out", "images", "max_rows", "work", "device", "groups", "latent"}
 
