@@ -31,11 +31,7 @@ MODELS = (
     "scenes",
     "scenes-flow",
     "scenes-large",
-<<<<<<< HEAD
 )  # embedded; one step leaves nothing to learn from
-=======
-)  # embedded, and of several steps: one step leaves nothing to learn from
->>>>>>> main
 # Changes of these configurations for runs of visitors: on a CPU an update takes seconds.
 DEMO_CHANGES = {
     "train_batch_size": "4",
