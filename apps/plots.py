@@ -558,14 +558,14 @@ def write_grid(evaluated: EvalResult, out: Path, samples: int) -> Path:
 
     samples  images of each prompt to draw, at most as many as there are
     """
-    samples_per_prompt = len(evaluated.images) // len(evaluated.prompts)
-    each = max(1, min(samples, samples_per_prompt, MAX_IMAGES))
+    num_generations = len(evaluated.images) // len(evaluated.prompts)
+    each = max(1, min(samples, num_generations, MAX_IMAGES))
     rewards = np.stack([values.float().cpu().numpy() for values in evaluated.rewards.values()])[:MAX_REWARDS]
     cells, pictures = [], []
     for place in evenly_spaced(len(evaluated.prompts), MAX_IMAGES // each):
         for k in range(each):
             cells.append({"prompt": evaluated.prompts[place], "rewards": rewards[:, place, k].tolist()})
-            pictures.append(thumbnail(evaluated.images[place * samples_per_prompt + k]))
+            pictures.append(thumbnail(evaluated.images[place * num_generations + k]))
     names = list(evaluated.rewards)[:MAX_REWARDS]
     video = "   (videos: the middle frame)" if evaluated.images.ndim == 5 else ""
     columns, height = min(COLUMNS, len(cells)), max(picture.height for picture in pictures)

@@ -294,12 +294,7 @@ def sample(
         check_model_settings(settings)
     record, pending = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
     if pending:
-        with context.local_main_process_first():
-            pipe = load_pipeline(
-                settings.model, context.device(device), settings.dtype, **compute_options.loading | settings.loading
-            )
-            expand = load_expander(settings.expand, device) if settings.expand is not None else None
-        pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if context.is_main_process else True)
+        pipe, expand = _load_models(settings, device, compute_options, context)
         requests = sample_requests(rows, settings, pipe)
         note_unused("prompts", unused_columns(rows, [*SETTINGS, *argument_names(type(pipe))]))
         with adapter_applied(pipe, settings.lora) as adapter_disabled:
@@ -325,6 +320,7 @@ def sample(
 
 
 Checklist = Callable[[torch.Tensor, Sequence[str]], list[dict[str, bool]]]
+Expander = Callable[[str, int], str]  # prompt, seed → longer prompt
 
 
 def load_checklist(text: str | None) -> Checklist | None:
@@ -352,6 +348,19 @@ def with_checklists(report: Report, out: Path, check: Checklist | None) -> Repor
     return report | {"prompts": entries}
 
 
+def _load_models(
+    settings: SamplingConfig, device: str | None, compute_options: ComputeOptions, context: LaunchContext
+) -> tuple[Any, Expander | None]:
+    """Load the pipeline and the text model that expands prompts, if any, first in one process of each machine."""
+    with context.local_main_process_first():
+        pipe = load_pipeline(
+            settings.model, context.device(device), settings.dtype, **compute_options.loading | settings.loading
+        )
+        expand = load_expander(settings.expand, device) if settings.expand is not None else None
+    pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if context.is_main_process else True)
+    return pipe, expand
+
+
 def check_model_settings(settings: SamplingConfig) -> None:
     """Check scheduler, autoencoder, adapters and arguments of the call as far as possible without loading the model.
 
@@ -364,7 +373,7 @@ def check_model_settings(settings: SamplingConfig) -> None:
         find_adapter(settings.lora)
 
 
-def _expanded(pipe: Any, request: SampleRequest, expand: Callable[[str, int], str] | None) -> dict[str, Any]:
+def _expanded(pipe: Any, request: SampleRequest, expand: Expander | None) -> dict[str, Any]:
     """Return the expanded prompt of a job, and its own for the reward; nothing without a text model."""
     if expand is None:
         return {}

@@ -29,11 +29,23 @@ BANNED = {
     r"round's|rounds(?! images)|(?:a|the|each|per|every|this|that|one) round": "rollout, rollout buffer",
     r"weigh(?:ed|s|ing)?": "reweight",
     r"readings|(?:a|the|each|every|one|first|third) reading|read off": "evaluation, intermediate reward",
-    r"lots": "groups",
+    r"lots?": "group",
+    r"drawn with": "made with, samples of",
+    r"populations?": "particle batch",
+    r"(?:resampling|evaluation|rewards?|particle) plans?": "resampling schedule, particle schedule",
+    r"teams?": "distributed context, processes",
+    r"staged|staging": "atomic write",
+    r"file sums?|sums? of (?:the |its |all )?files?": "checksum, manifest",
+    r"untouched": "on-policy, unchanged",
+    r"kept runs?": "result cache",
+    r"stopping watch(?:es|ed)?|watch(?:es|ed)? the hold-?out": "early stopping monitors",
+    r"promises?|promised": "predicted clean latents",
+    r"faster=\w+|--faster": "compute_options",
     r"unjudged": "without a reward",
     r"foretells?|foretold": "predicts",
     r"screened_starts|D3POPipeline|PRDPPipeline|DDPOPipeline|GRPOPipeline|FinetuneSettings": "the 0.2.0 name",
-    r"steps_per_round|prompts_per_step|keep_checkpoints|checkpoint_every|eval_every": "the 0.2.0 name",
+    r"steps_per_round|prompts_per_step|samples_per_prompt": "the 0.2.0 name",
+    r"keep_checkpoints|checkpoint_every|eval_every": "the 0.2.0 name",
     r"overlap=\w+|--overlap": "asynchronous_rewards",
     r"on (?:its|their|the) way": "inside the chain, at intermediate steps",
     r"half-way": "interrupted",
@@ -41,12 +53,14 @@ BANNED = {
     r"minus what|less what": "the difference from",
     r"said once|is said|says else": "reported, printed, given",
 }
-# Phrases in which a banned word is the right one, and a file of the preference format.
-ALLOWED = re.compile(r"lots\.jsonl|round trip|reading order", re.IGNORECASE)
+# Phrases in which a banned word is the right one, and the file and key of groups in the preference format.
+ALLOWED = re.compile(r"lots\.jsonl|[\"']lot[\"']|round trip|reading order", re.IGNORECASE)
 PATTERN = re.compile(rf"(?<![\w-])(?:{'|'.join(BANNED)})(?!\w)", re.IGNORECASE)
 
 # No docstring begins with one of these: a noun phrase or an imperative verb does.
 NOUN_CLAUSES = ("What", "Of", "That", "Which", "Those")
+# Identifiers that are neither a noun nor a verb of the field.
+NAMES = ("HERE", "SAID", "OWN", "APART", "found", "told", "seen", "said")
 
 ROOMS = {
     "steer": ["steer/**/*.py"],
@@ -61,8 +75,8 @@ BASELINE = dict.fromkeys(ROOMS, 0)
 
 def files_of(room: str) -> list[Path]:
     """Return the files of a room; links to other rooms are not followed."""
-    found = {path for pattern in ROOMS[room] for path in ROOT.glob(pattern)}
-    return sorted(path for path in found if not any(parent.is_symlink() for parent in path.parents))
+    paths = {path for pattern in ROOMS[room] for path in ROOT.glob(pattern)}
+    return sorted(path for path in paths if not any(parent.is_symlink() for parent in path.parents))
 
 
 def banned_words(text: str) -> Iterator[tuple[int, str]]:
@@ -84,11 +98,22 @@ def noun_clauses(text: str) -> Iterator[tuple[int, str]]:
                 yield node.body[0].lineno, f'"""{first} …'
 
 
+def banned_names(text: str) -> Iterator[tuple[int, str]]:
+    """Yield line number and name of each variable, argument, function or class with a banned name."""
+    for node in ast.walk(ast.parse(text)):
+        stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        name = node.id if stored else getattr(node, "arg" if isinstance(node, ast.arg) else "name", None)
+        if name in NAMES:
+            yield node.lineno, name
+
+
 def violations(room: str) -> Iterator[str]:
     """Yield one line for each banned word or docstring of a room."""
     for path in files_of(room):
         text = path.read_text()
-        places = [*banned_words(text), *(noun_clauses(text) if path.suffix == ".py" else ())]
+        places = list(banned_words(text))
+        if path.suffix == ".py":
+            places += [*noun_clauses(text), *banned_names(text)]
         for number, word in sorted(places):
             yield f"{path.relative_to(ROOT)}:{number}: {word}"
 

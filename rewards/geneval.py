@@ -132,17 +132,17 @@ def met(required: Requirements, boxes: Boxes, image: Tensor, namer: ColourNamer)
     results: list[bool] = []
     groups: list[Sequence[Box]] = []
     for one in required.include:
-        found = list(boxes.get(one.kind, ()))[: one.count]
-        enough = len(found) == one.count
+        chosen = list(boxes.get(one.kind, ()))[: one.count]
+        enough = len(chosen) == one.count
         right = [enough]
         if one.colour:
-            right.append(enough and namer.name_colours(image, found, one.kind).count(one.colour) >= one.count)
+            right.append(enough and namer.name_colours(image, chosen, one.kind).count(one.colour) >= one.count)
         if one.relation:
             others = groups[one.target] if one.target < len(groups) else ()
             right.append(
-                all(right) and bool(others) and all(one.relation in relations(a, b) for a in found for b in others)
+                all(right) and bool(others) and all(one.relation in relations(a, b) for a in chosen for b in others)
             )
-        groups.append(found if all(right) else ())
+        groups.append(chosen if all(right) else ())
         results += right
     return results + [len(boxes.get(kind, ())) < count for kind, count in required.exclude]
 
@@ -184,14 +184,14 @@ class OwlDetector:
         (read,) = self._processor.post_process_grounded_object_detection(
             outputs, threshold=self._threshold, target_sizes=[tuple(image.shape[-2:])]
         )
-        found: dict[str, list[Box]] = {name: [] for name in classes}
+        result: dict[str, list[Box]] = {name: [] for name in classes}
         for index, name in enumerate(classes):
             rows = read["labels"] == index
             corners, confidence = read["boxes"][rows].float(), read["scores"][rows].float()
             for k in nms(corners, confidence, OVERLAP):  # by confidence
                 left, top, right, bottom = corners[k].tolist()
-                found[name].append(Box(left, top, right, bottom, confidence[k].item()))
-        return found
+                result[name].append(Box(left, top, right, bottom, confidence[k].item()))
+        return result
 
 
 class ClipColours:

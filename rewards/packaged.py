@@ -62,8 +62,8 @@ class Faces:
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        found = [self._network.detect(Image.fromarray(pixels))[1] for pixels in as_uint8(images)]
-        return torch.tensor([self._score(one) for one in found], device=images.device)
+        detections = [self._network.detect(Image.fromarray(pixels))[1] for pixels in as_uint8(images)]
+        return torch.tensor([self._score(one) for one in detections], device=images.device)
 
     def _score(self, confidences: Any) -> float:
         surest = [float(one) for one in confidences if one is not None] if confidences is not None else []

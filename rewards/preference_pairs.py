@@ -436,7 +436,7 @@ def _pair_of_group(path: Path, number: int, row: Row, groups: Mapping[Any, Row])
     """Return the prompt and the pair of a recorded preference. Raises RewardError."""
     name = row.get("lot")
     if not isinstance(name, str) or name not in groups:
-        raise RewardError(f"{path}, row {number}: lot {name!r:.70} is not in {GROUPS}")
+        raise RewardError(f"{path}, row {number}: group {name!r:.70} is not in {GROUPS}")
     if row.get("tie") is True:
         return "", (None, None, 0.5, 1.0)
     try:
@@ -444,7 +444,7 @@ def _pair_of_group(path: Path, number: int, row: Row, groups: Mapping[Any, Row])
         chosen, rejected = files
         return groups[name]["prompts"][0], (chosen, rejected, 1.0, 1.0)
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        problem = f"chosen and rejected must be numbers of images of lot {name}"
+        problem = f"chosen and rejected must be numbers of images of group {name}"
         raise RewardError(f"{path}, row {number}: {problem}") from error
 
 

@@ -196,9 +196,9 @@ def train_on_users(
 
     TrainingRun(work, config.steps, config.learning_rate, warmup=min(100, config.steps // 10)).train([net], loss_at)
     net.requires_grad_(False).eval()
-    seen, a, b, text, choice = training
-    known = torch.isin(torch.arange(len(names)), seen.cpu())  # users with pairs of the training
-    fitted = net.profiles(a, b, text, choice, seen)
+    user_ids, a, b, text, choice = training
+    known = torch.isin(torch.arange(len(names)), user_ids.cpu())  # users with pairs of the training
+    fitted = net.profiles(a, b, text, choice, user_ids)
     fitted = torch.cat([fitted, fitted.new_zeros(len(names) - len(fitted), size)])
     profiles = torch.where(known.to(device)[:, None], fitted, net.prior(fitted[known.to(device)]).to(device))
     held = rows_of(columns, torch.tensor(held_rows or training_rows))

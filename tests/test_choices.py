@@ -379,11 +379,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "settings.json").write_text('{"version": 2}'),
         "not a preference dataset of version 1",
     ),
-    "unknown lot": (
+    "unknown group": (
         lambda folder: lines_of(folder, {"lot": "x", "chosen": 0, "rejected": 1}),
-        "lot 'x' is not in lots",
+        "group 'x' is not in lots",
     ),
-    "no lot": (lambda folder: lines_of(folder, {"chosen": 0, "rejected": 1}), "line 1: lot None is not in lots"),
+    "no group": (lambda folder: lines_of(folder, {"chosen": 0, "rejected": 1}), "line 1: group None is not in lots"),
     "one image": (
         lambda folder: lines_of(folder, {"lot": first_group(folder), "chosen": 1, "rejected": 1}),
         "chosen and rejected are both 1",
@@ -414,11 +414,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no trajectories": (lambda folder: trajectories(folder).unlink(), r"safetensors is missing"),
     "other trajectories": (lambda folder: flip(trajectories(folder)), "its sha256 is another"),
     "linked trajectories": (lambda folder: link(trajectories(folder)), "is a link or no file"),
-    "fewer trajectories": (other_tensors, "not trajectories of lot"),
-    "outside": (name_outside, r"lots\.jsonl, line 1: .*secret\.png'\) is no file of lot"),
-    "a lot outside": (
+    "fewer trajectories": (other_tensors, "not trajectories of group"),
+    "outside": (name_outside, r"lots\.jsonl, line 1: .*secret\.png'\) is no file of group"),
+    "a group outside": (
         lambda folder: change_line(folder / "lots.jsonl", 0, lot="../x"),
-        "lot must be a name of letters",
+        '"lot" must be a name of letters',
     ),
     "starts": (
         lambda folder: change_line(folder / "lots.jsonl", 0, starts=[7, 7, 8]),
@@ -436,7 +436,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: change_line(
             folder / "lots.jsonl", 1, group=first_group(folder), images=3 * [{"file": "", "sha256": ""}]
         ),
-        "is no file of lot",
+        "is no file of group",
     ),
 }
 
@@ -456,7 +456,7 @@ def test_a_lot_told_twice_and_otherwise_is_refused(stored: Path) -> None:
     (stored / "lots.jsonl").write_text("\n".join([*lines, lines[0]]))
     read_preferences(stored)
     (stored / "lots.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {"noises": [1, 2, 9]})]))
-    with pytest.raises(InputError, match=r"line 3: lot .* is recorded twice"):
+    with pytest.raises(InputError, match=r"line 3: group .* is recorded twice"):
         read_preferences(stored)
 
 
@@ -482,7 +482,7 @@ def test_what_is_written_twice_is_there_once_and_other_images_are_refused(tmp_pa
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match="is there with other images"):
         folder.write_group(sampled, 1 - images)
-    with pytest.raises(InputError, match=r"drawn with guidance_scale 3.0, not 4.0: use another folder"):
+    with pytest.raises(InputError, match=r"made with guidance_scale 3.0, not 4.0: use another folder"):
         PreferenceFolder.create(tmp_path, pipe, CALL | {"guidance_scale": 4.0})
 
 
@@ -515,7 +515,7 @@ def test_what_no_training_could_learn_from_is_not_written(tmp_path: Path) -> Non
     for chosen, rejected in ((0, 0), (0, 3), (-1, 0)):
         with pytest.raises(InputError, match="two different numbers below 3"):
             folder.write_preference(group, chosen, rejected)
-    with pytest.raises(InputError, match="has no lot 'y'"):
+    with pytest.raises(InputError, match="has no group 'y'"):
         folder.write_tie("y")
     assert not (tmp_path / "x" / "choices.jsonl").exists()
 

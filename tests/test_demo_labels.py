@@ -174,7 +174,7 @@ def test_the_reader_knows_an_undo_by_lot_and_annotator(studio: Studio, store: La
     assert read_preferences(store.path).preferences == (Preference(group, 0, 1),)
     with path.open("a") as file:
         file.write(json.dumps({"lot": "gone", "undo": True}) + "\n")
-    with pytest.raises(InputError, match="line 7: lot 'gone' is not in"):
+    with pytest.raises(InputError, match="line 7: group 'gone' is not in"):
         read_preferences(store.path)
     path.write_text("".join(json.dumps({"lot": group} | row) + "\n" for row in [{"chosen": 5, "rejected": 0}, said[3]]))
     with pytest.raises(InputError, match="line 1: chosen must be"):
@@ -277,7 +277,7 @@ def test_another_model_is_refused_with_a_folder(studio: Studio, store: LabelStor
     (store.path / "settings.json").write_text(json.dumps(told))
     again = LabelStore(store.path)
     assert again.choose("Ada", group, 0)
-    with pytest.raises(InputError, match=r"drawn with model 'another', not .*: use another folder"):
+    with pytest.raises(InputError, match=r"made with model 'another', not .*: use another folder"):
         drawn(studio, again, ADA)
 
 

@@ -1,5 +1,6 @@
 """The structure of the project: layers, packages, promises of the front page."""
 
+import ast
 import itertools
 import os
 import re
@@ -81,6 +82,15 @@ def test_files_hold_one_idea() -> None:
     assert not long
 
 
+def test_the_body_of_a_function_is_a_page() -> None:
+    """Fewer than 40 lines without signature and docstring; ruff counts statements."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
+                assert not body or body[-1].end_lineno - body[0].lineno + 1 < 40, f"{path}: {node.name}"
+
+
 def test_no_untrusted_file_can_run_code() -> None:
     for path in SOURCES:
         text = path.read_text()
@@ -120,6 +130,9 @@ def test_banned_words_are_counted_in_names_and_prose() -> None:
     checker = runpy.run_path(str(ROOT / "docs" / "vocabulary.py"))
     text = "def what_was_told(): ...\n# the run goes on\nresume, contain, retold\n"
     assert list(checker["banned_words"](text)) == [(1, "told"), (2, "goes on")]
+    text = "samples_per_prompt = 4  # of a lot\n# samples per prompt\nrow['lot'], plan, allotted\n"
+    assert list(checker["banned_words"](text)) == [(1, "lot"), (1, "samples_per_prompt")]
+    assert list(checker["banned_names"]("def f(seen):\n    found = unfound = seen\n")) == [(1, "seen"), (2, "found")]
     assert list(checker["noun_clauses"]('def f():\n    """What it is."""\n')) == [(2, '"""What …')]
 
 

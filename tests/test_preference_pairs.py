@@ -384,10 +384,10 @@ def test_a_folder_of_choices_as_the_demo_records_it(tmp_path: Path, caplog: pyte
     assert "skipped 1 ties and 0 pairs without a label of 3 pairs" in caplog.text
     assert read_pairs(tmp_path).users == ("ada", None)
     lines(tmp_path, rows[0] | {"lot": "z"}).rename(tmp_path / "choices.jsonl")
-    with pytest.raises(RewardError, match=r"choices\.jsonl, row 1: lot 'z' is not in lots\.jsonl"):
+    with pytest.raises(RewardError, match=r"choices\.jsonl, row 1: group 'z' is not in lots\.jsonl"):
         read_pairs(tmp_path)
     lines(tmp_path, rows[0] | {"chosen": 2}).rename(tmp_path / "choices.jsonl")
-    with pytest.raises(RewardError, match="row 1: chosen and rejected must be numbers of images of lot x"):
+    with pytest.raises(RewardError, match="row 1: chosen and rejected must be numbers of images of group x"):
         read_pairs(tmp_path)
 
 

@@ -13,7 +13,7 @@ from steer.apps.settings import errors_with_flags
 from steer.errors import InputError
 
 # Settings with options of their own here: those of a contender or of the whole evaluation.
-OWN = ("model", "lora", "method", "reward", "compare", "particles", "seed", "expand", "original")
+OWN_OPTIONS = ("model", "lora", "method", "reward", "compare", "particles", "seed", "expand", "original")
 PARTICLES = click.option("--particles", default=4, help="K, images per run, of which the best is picked; 1 for base.")
 # Options of its own that a settings file may hold.
 IN_A_FILE = {"models", "loras", "methods", "contenders", "prompts", "prompt_column", "num_prompts", "tag_column"}
@@ -67,7 +67,7 @@ class ContenderType(click.ParamType[dict[str, Any]]):
 @click.option("--seeds", default=1, help="Runs per prompt, with the same seeds for all contenders.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of all random numbers.")
 @PARTICLES
-@setting_options(without=OWN, others=IN_A_FILE)
+@setting_options(without=OWN_OPTIONS, others=IN_A_FILE)
 @click.option("--kl-prompts", default=16, help="Prompts for the KL of finetuned weights; 0: no KL.")
 @click.option("--batch", default=8, help="Images per call, for methods with independent runs.")
 @click.option(

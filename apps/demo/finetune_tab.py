@@ -317,8 +317,8 @@ class FinetuneTab(JobTab):
         self._connect()
 
     def _connect(self) -> None:
-        fields, seen = self.fields, [self.status, self.samples, self.charts, self.start, self.stop]
-        live = self.live = [*seen, self.again, self.finish, self.results, self.archive, self.run]
+        fields, shown = self.fields, [self.status, self.samples, self.charts, self.start, self.stop]
+        live = self.live = [*shown, self.again, self.finish, self.results, self.archive, self.run]
         self._connect_job(
             self.start.click(self.begin, {*fields.values()}, live, **RUNS),
             self.more.click(self.resume, [self.run, fields["updates"]], live, **RUNS),

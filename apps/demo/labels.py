@@ -203,13 +203,13 @@ class LabelStore:
                 raise InputError(f"there is no group {group!r:.70} here: press Start for one")
             if group in self._of(annotator):
                 return False
-            said = {"annotator": annotator, "time": now()}
+            source = {"annotator": annotator, "time": now()}
             if verdict.chosen is None:
-                self._folder.write_tie(group, **said, **({"bad": True} if verdict.bad else {}))
+                self._folder.write_tie(group, **source, **({"bad": True} if verdict.bad else {}))
             else:
                 for rejected in range(len(self._folder.groups[group].rows)):
                     if rejected != verdict.chosen:
-                        self._folder.write_preference(group, verdict.chosen, rejected, **said)
+                        self._folder.write_preference(group, verdict.chosen, rejected, **source)
             self._verdicts.setdefault(annotator, {})[group] = verdict
             self._assigned.discard((annotator, group))
             return True

@@ -232,13 +232,13 @@ def path_latents(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
     """x̂0 (steps · P, 8, 8, 8) of one sampling run for each prompt, at the steps of READ."""
     x0s: list[Tensor] = []
 
-    def watch(event: SolverStep) -> None:
-        if event.k in READ:
-            x0s.append(event.x0())
+    def on_step(solver_step: SolverStep) -> None:
+        if solver_step.k in READ:
+            x0s.append(solver_step.x0())
 
     for start in range(0, len(prompts), IMAGES_PER_CALL):
         some = prompts[start : start + IMAGES_PER_CALL]
-        with hook_steps(pipe, watch, rows=len(some)) as view:
+        with hook_steps(pipe, on_step, rows=len(some)) as view:
             view(some, generator=Generator().manual_seed(start), output_type="latent", **CALL)
     return torch.cat(x0s)
 

@@ -68,16 +68,16 @@ def finetuning_study(
     unseen = evenly_chosen(load_prompts("scenes-heldout"), count)  # of every task
     reports = {}
     for prompts, names in groups.items():
-        seen = list(dict.fromkeys(prompts_at(0, count, load_prompts(prompts)[:CHOICES], seed=0)))
+        learnt = list(dict.fromkeys(prompts_at(0, count, load_prompts(prompts)[:CHOICES], seed=0)))
         adapters = [None, *(str(folder / name / "final") for name in names)]
         reports[prompts] = evaluate(
             [Contender("scenes", adapter) for adapter in adapters],
-            [*seen, *unseen],
+            [*learnt, *unseen],
             ["aesthetic:scenes", "scene", "jpeg"],
             1,
             folder / "evaluation" / prompts,
             {"steps": 10, "guidance": 1.0, "eta": 1.0},
-            tags=["seen"] * len(seen) + ["unseen"] * len(unseen),
+            tags=["seen"] * len(learnt) + ["unseen"] * len(unseen),
             batch=32,
         )
     return reports

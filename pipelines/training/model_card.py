@@ -32,11 +32,12 @@ TEMPLATE = """---
 {{ card_data }}
 ---
 
-# {{ model }}, finetuned by {{ title }}
+# {{ model }}, finetuned by {{ config.title }}
 
-A {{ kind }} of {{ model }}, trained to score higher by the reward {{ reward }} with {{ title }}{% if paper %}, \
-after [{{ paper[0] }}](https://arxiv.org/abs/{{ paper[1] }}) (arXiv {{ paper[1] }}){% endif %}, by steer {{ steer }}. \
-It made {{ step }} update{{ "" if step == 1 else "s" }}.
+A {{ kind }} of {{ model }}, trained to score higher by the reward {{ reward }} with {{ config.title }}\
+{% if config.paper[1] %}, after [{{ config.paper[0] }}](https://arxiv.org/abs/{{ config.paper[1] }}) \
+(arXiv {{ config.paper[1] }}){% endif %}, by steer {{ steer }}. \
+It made {{ result.step }} update{{ "" if result.step == 1 else "s" }}.
 
 ## Results
 
@@ -58,8 +59,9 @@ trajectory.
 {% endfor %}
 ## How to use it
 
-{% if weights is none %}The training was interrupted at update {{ step }} and has no final weights yet: resume it \
-from `checkpoints/`.{% if best is not none %} `best/` holds those after update {{ best }}.{% endif %}
+{% if weights is none %}The training was interrupted at update {{ result.step }} and has no final weights yet: resume \
+it from `checkpoints/`.{% if result.best_step is not none %} `best/` holds those after update \
+{{ result.best_step }}.{% endif %}
 {% else %}The weights are in `{{ weights }}`.{% if kept is not none %} They are those of update {{ kept }}, the best \
 by the held-out reward.{% endif %}
 
@@ -67,14 +69,15 @@ by the held-out reward.{% endif %}
 {{ code }}
 ```
 
-{% if ode %}It was trained with noise of the law {{ dynamics }} at level {{ "%g" % eta }}\
-{% if window %} in {{ window }} solver steps{% endif %}, and evaluated without noise, by the base model's own \
-scheduler,{% else %}It was trained and evaluated with the base model's own scheduler at η = {{ "%g" % eta }},\
-{% endif %} {{ num_steps }} steps and \
-{% if noun == "texts" %}no guidance{% elif guidance is none %}\
-the default guidance of the pipeline{% else %}guidance {{ "%g" % guidance }}{% endif %}.\
-{% if not takes_eta and not ode %} This call takes no η, so the scheduler makes its own steps, which may be without \
-noise: {{ noun }} then differ from those of the evaluation, which were made by steer's stochastic steps.{% endif %}
+{% if config.evaluates_by_ode %}It was trained with noise of the law {{ config.dynamics }} at level \
+{{ "%g" % config.eta }}{% if window %} in {{ window }} solver steps{% endif %}, and evaluated without noise, \
+by the base model's own scheduler,{% else %}It was trained and evaluated with the base model's own scheduler at \
+η = {{ "%g" % config.eta }},{% endif %} {{ config.num_inference_steps }} steps and \
+{% if noun == "texts" %}no guidance{% elif config.guidance_scale is none %}\
+the default guidance of the pipeline{% else %}guidance {{ "%g" % config.guidance_scale }}{% endif %}.\
+{% if not takes_eta and not config.evaluates_by_ode %} This call takes no η, so the scheduler makes \
+its own steps, which may be without noise: {{ noun }} then differ from those of the evaluation, which were made by \
+steer's stochastic steps.{% endif %}
 {% endif %}
 ## Training
 
@@ -123,25 +126,18 @@ def model_card(
         model=model,
         kind=kind,
         reward=escaped(about.get("reward") or "of its configuration"),
-        title=config.title,
-        paper=config.paper if config.paper[1] else None,
+        config=config,
+        result=result,
         steer=__version__,
-        step=result.step,
         number=_number,
         table=_evaluations(result) if result.evaluations else None,
         hacking=None if hacking is None else escaped(hacking),
         scored=[record for record in result.records if record.get("reward") is not None],
         pictures=pictures,
         weights=None if result.weights is None else _relative(folder, result.weights),
-        best=result.best_step,
         kept=None if result.weights_step == result.step else result.weights_step,
         code="" if result.weights is None else _code(folder, pipe, about.get("model"), config, result.weights),
-        eta=config.eta,
-        ode=config.evaluates_by_ode,
-        dynamics=config.dynamics,
         window=None if (noisy := config.step_window(0)) is None else noisy.size,
-        num_steps=config.num_inference_steps,
-        guidance=config.guidance_scale,
         takes_eta=_takes_eta(pipe) or tokens,
         noun="texts" if tokens else "images",
         distance="share of tokens that differ" if tokens else "root mean square of the pixels' differences",

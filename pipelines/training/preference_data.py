@@ -94,7 +94,7 @@ class PreferenceFolder:
                 write_text(path / SETTINGS, json.dumps(asdict(provenance), indent=1) + "\n")
         result = cls(path)
         for name, (there, here) in result.provenance.diff(provenance).items():
-            raise InputError(f"{path} holds samples drawn with {name} {there!r}, not {here!r}: use another folder")
+            raise InputError(f"{path} holds samples made with {name} {there!r}, not {here!r}: use another folder")
         return result
 
     def write_group(self, sampled: Trajectories, images: Tensor, keep_trajectories: bool = True) -> str:
@@ -110,7 +110,7 @@ class PreferenceFolder:
         name = group_id(rows)
         if (known := self.groups.get(name)) is not None:
             if known.images != hashes:
-                raise InputError(f"{self.path}: lot {name} is there with other images: another model drew them")
+                raise InputError(f"{self.path}: group {name} is there with other images: another model drew them")
             return name
         data = save(trajectories_to_tensors(sampled)[0]) if keep_trajectories else b""
         stored = (hashlib.sha256(data).hexdigest(), sampled.stochastic) if keep_trajectories else None
@@ -141,15 +141,15 @@ class PreferenceFolder:
 
     def _group(self, name: str) -> SampleGroup:
         if name not in self.groups:
-            raise InputError(f"{self.path} has no lot {name!r:.70}: write the lot before its preferences")
+            raise InputError(f"{self.path} has no group {name!r:.70}: write the group before its preferences")
         return self.groups[name]
 
     def _check(self, sampled: Trajectories, images: Tensor) -> None:
         rows = sampled.rows
         if len(rows) < 2 or len(set(rows.prompts)) > 1 or len(set(rows.starts)) > 1:
-            raise InputError("a lot is two or more samples of one prompt from one x_T: all prompts and starts the same")
+            raise InputError("a group is two or more samples of one prompt from one x_T: give all one prompt and start")
         if len(set(rows.noises)) < len(rows):
-            raise InputError("two samples of this lot have the same noise: they are one image, give each its own seed")
+            raise InputError("two samples of this group have the same noise: they are one image, give each a seed")
         if images.dim() != 4 or len(images) != len(rows):
             raise InputError(f"images of shape {tuple(images.shape)} must be ({len(rows)}, 3, height, width)")
         if sampled.latents.dtype != DTYPES[self.provenance.latents_dtype]:
@@ -309,7 +309,7 @@ def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfi
         there, asked = ("not given" if value is None else repr(value) for value in values)
         raise InputError(
             f"{name} is {asked} in this run and was {there} when {records.folder} was recorded: train with the "
-            "arguments that the samples were drawn with (see "
+            "arguments that the samples were made with (see "
             "steer.pipelines.training.preference_data.sampling_config_of)"
         )
 

@@ -45,7 +45,7 @@ TYPES = {"version": int, "scheduler": dict, "call": dict, "eta": float}  # of ot
 
 @dataclass(frozen=True)
 class SampleProvenance:
-    """Model, arguments and versions that the samples of a folder were drawn with.
+    """Model, arguments and versions that the samples of a folder were made with.
 
     call    arguments of the pipeline's call beside prompts and random numbers; plain values
     device  its kind: cpu, cuda …
@@ -155,7 +155,7 @@ class SampleGroup:
         except SafetensorError as error:
             raise InputError(f"{path}: not a file of tensors ({error})") from error
         if not _fit(tensors, len(self.rows), steps):
-            raise InputError(f"{path}: not trajectories of lot {self.id}: let steer's PreferenceFolder write them")
+            raise InputError(f"{path}: not trajectories of group {self.id}: let steer's PreferenceFolder write them")
         return trajectories_from_tensors(tensors, asdict(self.rows) | {"stochastic": steps})
 
 
@@ -303,7 +303,7 @@ def read_groups(folder: Path) -> dict[str, SampleGroup]:
         group = _group(f"{path}, line {number}", folder, row)
         if groups.setdefault(group.id, group) != group:
             raise InputError(
-                f"{path}, line {number}: lot {group.id} is recorded twice with different contents: remove one of both"
+                f"{path}, line {number}: group {group.id} is recorded twice with different contents: remove one of both"
             )
     return groups
 
@@ -322,7 +322,7 @@ def pixel_hash(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
 def _group(place: str, folder: Path, row: Mapping[str, Any]) -> SampleGroup:
     name, images, stored, trajectories = row.get("lot"), row.get("images"), row.get("trajectories"), None
     if not isinstance(name, str) or not ID.fullmatch(name):
-        raise InputError(f"{place}: lot must be a name of letters, digits, - and _, got {name!r:.40}")
+        raise InputError(f'{place}: "lot" must be a name of letters, digits, - and _, got {name!r:.40}')
     rows = _rows(place, row)
     if not isinstance(images, list) or not all(_is_hashed(one) for one in images):
         raise InputError(f'{place}: images must be a list of {{"file": …, "sha256": …}}')
@@ -334,13 +334,13 @@ def _group(place: str, folder: Path, row: Mapping[str, Any]) -> SampleGroup:
     group = SampleGroup(folder, name, rows, tuple(one["sha256"] for one in images), trajectories)
     if len(rows) < 2 or len(set(zip(rows.prompts, rows.starts, strict=True))) > 1 or len(images) != len(rows):
         raise InputError(
-            f"{place}: a lot is two or more images of one prompt from one start (x_T), with a line of all three for "
+            f"{place}: a group is two or more images of one prompt from one start (x_T), with a line of all three for "
             f"each; here are prompts {len(set(rows.prompts))}, starts {len(set(rows.starts))}, samples {len(rows)}, "
             f"images {len(images)}"
         )
     if strange := [named for named in _named(row) if named not in _named(group.line())]:
         raise InputError(
-            f"{place}: {strange[0]!r:.60} is no file of lot {name}: its first one is {group.image_file(0)}"
+            f"{place}: {strange[0]!r:.60} is no file of group {name}: its first one is {group.image_file(0)}"
         )
     return group
 
@@ -375,7 +375,7 @@ def parse_preference(place: str, row: Mapping[str, Any], groups: Mapping[str, Sa
     """
     name = row.get("lot")
     if not isinstance(name, str) or name not in groups:
-        raise InputError(f"{place}: lot {name!r:.70} is not in {GROUPS}: record the lot before its preferences")
+        raise InputError(f"{place}: group {name!r:.70} is not in {GROUPS}: record the group before its preferences")
     if row.get("tie") is True or row.get("undo") is True:
         return None
     numbers, count = (row.get("chosen"), row.get("rejected")), len(groups[name].rows)

@@ -77,7 +77,7 @@ class Trainer(TrainingMethod[ConfigT]):
                    default the one that they were sampled with.
     train_prompts  of a pipeline without prompts (unconditional) a count, or texts that the reward reads
     eval_prompts   held out; without them nothing is evaluated
-    eval_rewards   held out; early stopping watches the first (without any, the trained reward on the eval_prompts)
+    eval_rewards   held out; early stopping monitors the first (without any, the trained reward on the eval_prompts)
     metadata, eval_metadata  one mapping per prompt, for rewards that accept `metadata`
     conditions, eval_conditions  one mapping per prompt of arguments of the pipeline's call, like {"image": source};
                    they are part of the metadata

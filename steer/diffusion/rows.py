@@ -211,10 +211,10 @@ def forms(pipe: Any, call: Mapping[str, Any], groups: int, size: int, one_condit
     batches += [own | texts | single, own | texts | conditions | single]
     if rows == 1:
         batches = batches[:1]
-    seen: list[dict[str, Any]] = []
+    distinct: list[dict[str, Any]] = []
     for batch in batches:
-        if not any(_same_arguments(batch, other) for other in seen):
-            seen.append(batch)
+        if not any(_same_arguments(batch, other) for other in distinct):
+            distinct.append(batch)
             yield (batch,)
     alone = {"batch_size": 1} if "batch_size" in accepted else {}
     if rows > 1:
