@@ -411,9 +411,9 @@ def check_judge(judge: Judge, images: Tensor, prompts: Sequence[str]) -> CheckRe
         sums = compare_pairs(judge, images, others, prompts) + compare_pairs(judge, others, images, prompts)
     except RewardError as error:
         return CheckResult("both orders", False, " ".join(str(error).split()))
-    error = (sums - 1).abs().max().item()
-    detail = f"P(a ≻ b) + P(b ≻ a) of {len(sums)} pairs differs from 1 by {error:.2g} (at most {PAIR_TOLERANCE:g})"
-    return CheckResult("both orders", error <= PAIR_TOLERANCE, detail)
+    difference = (sums - 1).abs().max().item()
+    detail = f"P(a ≻ b) + P(b ≻ a) of {len(sums)} pairs differs from 1 by {difference:.2g} (at most {PAIR_TOLERANCE:g})"
+    return CheckResult("both orders", difference <= PAIR_TOLERANCE, detail)
 
 
 def _scores(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -27,11 +27,7 @@ from steer.training.trainable import get_denoiser
 
 CONFIGURATIONS = {"d3po": "d3po-scenes", "prdp": "prdp-scenes", "choices": "d3po-scenes", "pairs": "dpo-scenes"}
 FROM_LABELS = {"choices": PREFERENCES, "pairs": TABLE}  # methods that learn from the Label tab, and its file
-MODELS = (
-    "scenes",
-    "scenes-flow",
-    "scenes-large",
-)  # embedded; one step leaves nothing to learn from
+MODELS = ("scenes", "scenes-flow", "scenes-large")  # embedded; one step leaves nothing to learn from
 # Changes of these configurations for runs of visitors: on a CPU an update takes seconds.
 DEMO_CHANGES = {
     "train_batch_size": "4",
