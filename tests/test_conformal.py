@@ -49,7 +49,7 @@ def test_a_bound_covers_fresh_images(kind: str) -> None:
     assert np.mean(shares) >= 0.9 - 2 * error and np.mean(shares) < 0.95
 
 
-def test_a_bound_of_real_rewards_covers_fresh_scenes_and_is_tighter_than_their_minimum() -> None:
+def test_a_bound_of_real_rewards_covers_fresh_scenes() -> None:
     """The truth is the exact score of pictures of which half have a changed prompt; 12 halves calibrate."""
     images, prompts = sample_scenes(400, seed=5)
     rng = np.random.default_rng(6)
@@ -60,17 +60,12 @@ def test_a_bound_of_real_rewards_covers_fresh_scenes_and_is_tighter_than_their_m
         score(images, prompts, name) for name in ("scene-soft", "clip:scenes", "preference:scenes", "scene")
     )
     r, y = torch.stack(scores).double(), truth.double()
-    covered, gaps = [], []
+    covered = []
     for seed in range(12):
         own, fresh = torch.randperm(400, generator=torch.Generator().manual_seed(seed)).chunk(2)
         bound = fit_lower_bound(NAMES, r[:, own], y[own], [str(k) for k in own.tolist()], "scene", 0.9, seed)
         covered.append((y[fresh] >= bound.of(r[:, fresh])).double().mean().item())
-        z = (r - r[:, own].mean(1, keepdim=True)) / r[:, own].std(1, keepdim=True)  # the minimum needs one unit
-        least = z.amin(0) * y[own].std() + y[own].mean()
-        margin = torch.quantile(least[own] - y[own], 0.9)
-        gaps.append((bound.of(r[:, fresh]) - (least[fresh] - margin)).mean().item())
     assert np.mean(covered) >= 0.9 - 2 * np.std(covered) / math.sqrt(12)
-    assert np.mean(gaps) > 2 * np.std(gaps) / math.sqrt(12)  # .06 ± .01 in the truth's unit
 
 
 def test_the_weights_find_the_good_member_and_disagreement_lowers_the_bound() -> None:
