@@ -9,12 +9,15 @@ from PIL import Image
 from torch import Tensor
 from torch.distributions import Normal
 
+from steer import BestOfNPipeline
+from steer.apps.models import load_pipeline
 from steer.apps.scenes.world import draw, random_scene
+from steer.pipelines.training.evaluation import interval
 from steer.reward import RewardError
 from steer.rewards.analysis import check_reward
 from steer.rewards.example import fit, separation
 from steer.rewards.parser import load_reward
-from steer.rewards.scene import Phrase, SceneRequest
+from steer.rewards.scene import Phrase, SceneRequest, SceneReward
 
 RED_STAR = SceneRequest((Phrase(1, "red", "star"),))
 
@@ -94,3 +97,21 @@ def test_too_few_images_and_missing_options_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(RewardError, match=message):
             load_reward(spec)
+
+
+@pytest.mark.hard
+def test_steering_by_five_red_stars_makes_red_stars(tmp_path: Path) -> None:
+    """Of "a star", by pictures of the model itself: exactly one red star, by the exact reward, with 24 seeds."""
+    pipe, call = load_pipeline("scenes", "cpu"), {"num_inference_steps": 20, "guidance_scale": 4.0}
+    for name, prompt, count in (("like", "a red star", 5), ("against", "a star", 32)):
+        generator = torch.Generator().manual_seed(77 + (name == "against"))
+        made = pipe(prompt, num_images_per_prompt=count, generator=generator, output_type="np", **call).images
+        saved(tmp_path / name, (made * 255).round().astype(np.uint8))
+    best = BestOfNPipeline(pipe, f"like:{tmp_path / 'like'},against={tmp_path / 'against'},model=scenes")
+    right = torch.zeros(2, 24)
+    for seed in range(24):
+        for row, count in enumerate((1, 8)):
+            generator = torch.Generator().manual_seed(1000 + seed)
+            images = best("a star", num_particles=count, generator=generator, output_type="pt", **call).images
+            right[row, seed] = SceneReward()(images[:1], ["a red star"]) == 1  # best first
+    assert interval(right[1] - right[0])[1] > 0, right.mean(1)
