@@ -17,7 +17,7 @@ from PIL import Image
 from steer.apps.demo.labels import OVERLAP_EVERY, LabelRequest, Progress, now
 from steer.apps.scoring import images_with_prompts
 from steer.errors import InputError
-from steer.files import DECODE_ERRORS, write_text
+from steer.files import DECODE_ERRORS, atomic_write, write_text
 
 TABLE = "pairs.jsonl"
 PAIRS_PER_PROMPT = 200  # at most, drawn without repetition
@@ -77,10 +77,10 @@ def pairs_of(folder: Path) -> list[ImagePair]:
 def write_images(folder: Path, pngs: Sequence[bytes], prompt: str) -> None:
     """Write images of one prompt into a folder that `pairs_of` reads. Raises InputError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for number, png in enumerate(pngs):
-            (folder / f"{number:02d}.png").write_bytes(png)
-            (folder / f"{number:02d}.txt").write_text(prompt, encoding="utf-8")
+            with atomic_write(folder / f"{number:02d}.png") as new:
+                new.write_bytes(png)
+            write_text(folder / f"{number:02d}.txt", prompt)
     except OSError as error:
         raise InputError(f"cannot be written to {folder} ({error.strerror}): make room and try again") from error
 

@@ -202,6 +202,6 @@ def test_what_has_no_sums_is_read_or_refused_in_a_line(tmp_path: Path, name: str
     tally = tried(kind, folder, cuts, flips, (*GOOD, "read wrong"))
     assert tally.outcomes["cut, refused"], tally
     if flips == 150:
-        tally.lost = sum(count for told, count in tally.outcomes.items() if "read wrong" in told)
+        tally.lost = sum(count for outcome, count in tally.outcomes.items() if "read wrong" in outcome)
         tally.survived = tally.tries - tally.lost
         tally.note(f"{name}, every file cut at each 1 % and 150 bits turned over")
