@@ -1,6 +1,5 @@
-"""Figures of sampling and training runs, as files and as SVG of a page, and the style and canvas that all share."""
+"""Figures of sampling runs, as files and as SVG of a page, and the style and canvas that all figures share."""
 
-import json
 import math
 import re
 import textwrap
@@ -29,7 +28,6 @@ from steer.errors import InputError
 from steer.files import DECODE_ERRORS, atomic_write
 from steer.pipelines.base import Iteration
 from steer.pipelines.particle_batch import as_type
-from steer.pipelines.training.evaluation import EvalResult
 
 Report = Mapping[str, Any]
 Numbers = NDArray[np.float64]
@@ -543,91 +541,3 @@ def add_caption(image: Image.Image, text: str, reward: float) -> Image.Image:
     draw.text((8, middle), text, INK, font, anchor="lm")
     draw.text((image.width - 8, middle), f"{reward:.3f}", INK, font, anchor="rm")
     return frame
-
-
-# ---- Training: samples/step-*.png, plots/before-after.png ----
-
-MAX_IMAGES, COLUMNS = 24, 6  # in a grid
-MAX_PAIRS = 8  # prompts in the comparison
-MAX_REWARDS = 3  # below an image
-METADATA_KEY = "steer"  # text chunk of a grid's PNG: its cells and their boxes, read by the comparison
-
-
-def write_grid(evaluated: EvalResult, out: Path, samples: int) -> Path:
-    """Write samples/step-000020.png: at most 24 images of evenly spaced prompts, the same ones at every step.
-
-    samples  images of each prompt to draw, at most as many as there are
-    """
-    num_generations = len(evaluated.images) // len(evaluated.prompts)
-    each = max(1, min(samples, num_generations, MAX_IMAGES))
-    rewards = np.stack([values.float().cpu().numpy() for values in evaluated.rewards.values()])[:MAX_REWARDS]
-    cells, pictures = [], []
-    for place in evenly_spaced(len(evaluated.prompts), MAX_IMAGES // each):
-        for k in range(each):
-            cells.append({"prompt": evaluated.prompts[place], "rewards": rewards[:, place, k].tolist()})
-            pictures.append(thumbnail(evaluated.images[place * num_generations + k]))
-    names = list(evaluated.rewards)[:MAX_REWARDS]
-    video = "   (videos: the middle frame)" if evaluated.images.ndim == 5 else ""
-    columns, height = min(COLUMNS, len(cells)), max(picture.height for picture in pictures)
-    row_height = CAPTION_HEIGHT + height + BELOW + GAP
-    size = (columns * (SIDE + GAP) + GAP, TOP + row_height * -(-len(cells) // columns))
-    canvas = Canvas(*size, f"after {evaluated.step} updates", f"below each image: {join_names(names)}{video}")
-    boxes = []
-    for number, (cell, picture) in enumerate(zip(cells, pictures, strict=True)):
-        row, column = divmod(number, columns)
-        left, top = GAP + column * (SIDE + GAP), TOP + row * row_height + CAPTION_HEIGHT
-        canvas.caption(cell["prompt"], left, top)
-        boxes.append(canvas.cell(picture, cell["rewards"], left, top, height))
-    metadata = {"step": evaluated.step, "rewards": names, "cells": cells, "boxes": boxes}
-    path = out / "samples" / f"step-{evaluated.step:06d}.png"
-    return save_figure(canvas.figure, path, {METADATA_KEY: json.dumps(metadata)})
-
-
-def read_grid(path: Path) -> dict[str, Any] | None:
-    """Read the metadata of a grid: step, rewards, cells and boxes; None for another picture or a damaged one."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            text = picture.info.get(METADATA_KEY)
-        return json.loads(text) if isinstance(text, str) else None
-    except DECODE_ERRORS:
-        return None
-
-
-def grids(out: Path) -> list[Path]:
-    """List the grids of a run, by step."""
-    return [path for path in sorted((out / "samples").glob("step-*.png")) if read_grid(path)]
-
-
-def draw_before_after(out: Path) -> Path | None:
-    """Write plots/before-after.png: prompts of the first grid above the same prompts and seeds of the last one.
-
-    None where there are no two grids of the same prompts.
-    """
-    listed = grids(out)
-    if len(listed) < 2:
-        return None
-    paths = (listed[0], listed[-1])
-    before, after = metadata = [read_grid(path) or {} for path in paths]
-    if [cell["prompt"] for cell in before["cells"]] != [cell["prompt"] for cell in after["cells"]]:
-        return None
-    numbers = evenly_spaced(len(before["cells"]), MAX_PAIRS)
-    height = max(lower - upper for grid in metadata for _, upper, _, lower in grid["boxes"])
-    margin, row_height = 106, height + BELOW + 8
-    canvas = Canvas(
-        margin + len(numbers) * (SIDE + GAP),
-        TOP + CAPTION_HEIGHT + 2 * row_height,
-        "The same prompts and seeds, before and after",
-        f"below each image: {join_names(after['rewards'])}",
-    )
-    for row, (path, grid, label) in enumerate(zip(paths, metadata, ("before", "after"), strict=True)):
-        top = TOP + CAPTION_HEIGHT + row * row_height
-        canvas.text(f"{label}\n{grid['step']} updates", GAP, top + height / 2, size=8, va="center")
-        with Image.open(path) as file:
-            whole = file.convert("RGB")
-        for column, number in enumerate(numbers):
-            cell, left = grid["cells"][number], margin + column * (SIDE + GAP)
-            if row == 0:
-                canvas.caption(cell["prompt"], left, top)
-            canvas.cell(whole.crop(tuple(grid["boxes"][number])), cell["rewards"], left, top, height)
-    return save_figure(canvas.figure, out / "plots" / "before-after.png")

@@ -23,7 +23,6 @@ from steer.rewards.objectives import PreferenceLabels
 from steer.rewards.preference_pairs import Pairs, check_output, draw_pairs, write_pairs
 from steer.tables import numbered_lines, read_text
 from steer.training.overoptimization import Usefulness
-from steer.training.signals import SampleFilter
 
 T = TypeVar("T")
 REPORT, LISTS = "report.json", ("prompts.jsonl", "metadata.jsonl")
@@ -421,7 +420,7 @@ def render_usefulness(point: Usefulness, proxy: str) -> str:
     )
 
 
-def render_reliability(shares: Mapping[SampleFilter, float], keep: int) -> str:
+def render_reliability(shares: Mapping[str, float], keep: int) -> str:
     """Render R² of proxy and held-out reward by filter, the best first."""
     ranked = sorted(shares, key=lambda kind: -shares[kind])
     rows = [f"{kind:12} R² {shares[kind]:.3f}" for kind in ranked]

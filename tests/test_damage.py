@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from steer import TrainingConfig
 from steer.apps.cli import main as cli
+from steer.apps.finetune_report import read_grid
 from steer.apps.models import adapter_applied
-from steer.apps.plots import open_image, plain_text, read_grid
+from steer.apps.plots import open_image, plain_text
 from steer.apps.sampling import open_report
 from steer.apps.settings import SamplingConfig
 from steer.errors import InputError

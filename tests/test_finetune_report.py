@@ -21,8 +21,9 @@ from torch import Generator, Tensor
 
 import steer
 from steer import D3POConfig, PRDPConfig, PRDPTrainer, TrainingConfig, TrainingResult
+from steer.apps import finetune_report as grids
 from steer.apps import finetune_report as report
-from steer.apps import plots as grids
+from steer.apps import plots
 from steer.apps.finetune_report import write_grid, write_report
 from steer.apps.finetuning import METHODS
 from steer.pipelines.training import model_card as cards
@@ -151,10 +152,10 @@ def test_large_pictures_are_scaled_down_and_of_videos_the_middle_is_shown(tmp_pa
 
 
 def test_captions_fit_and_dollars_are_no_mathematics() -> None:
-    assert grids.wrap_caption("short") == ["short"]
-    lines = grids.wrap_caption("word " * 40)
+    assert plots.wrap_caption("short") == ["short"]
+    lines = plots.wrap_caption("word " * 40)
     assert len(lines) == 2 and max(map(len, lines)) <= 30 and lines[1].endswith("…")
-    assert grids.format_rewards([-0.5, 1.23456]) == "−0.5 · 1.23"
+    assert plots.format_rewards([-0.5, 1.23456]) == "−0.5 · 1.23"
 
 
 def test_before_and_after_hold_the_first_and_the_last_grid(described: tuple[Path, TrainingResult]) -> None:

@@ -29,9 +29,9 @@ from steer.apps.demo.training import (
     Update,
     training,
 )
-from steer.apps.finetune_report import divergence_panels, rewards_panels, series_panels
+from steer.apps.finetune_report import divergence_panels, grids, read_grid, rewards_panels, series_panels
 from steer.apps.finetuning import read_config
-from steer.apps.plots import Panel, chart, grids, read_grid, short
+from steer.apps.plots import Panel, chart, short
 from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import Record, TrainingResult

@@ -13,10 +13,9 @@ from steer.apps.demo.labels import label_files
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import ARCHIVE_NAME, LARGEST_SEED, Studio, Ticket, Weights, number, whole, write_zip
 from steer.apps.errors import wrap_errors
-from steer.apps.finetune_report import write_report
+from steer.apps.finetune_report import write_grid, write_report
 from steer.apps.finetuning import FinetuneConfig, load_data, read_config, write_config
 from steer.apps.models import load_pipeline
-from steer.apps.plots import write_grid
 from steer.errors import InputError
 from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.preference_data import sampling_config_of

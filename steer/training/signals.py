@@ -58,13 +58,13 @@ def kept_samples(rewards: Tensor, kind: SampleFilter, keep: int, seed: int) -> T
     return torch.cat([ranked[:, :best], rest], 1).sort(1).values
 
 
-def filter_reliability(proxy: Tensor, truth: Tensor, keep: int, seed: int = 0) -> dict[SampleFilter, float]:
+def filter_reliability(proxy: Tensor, truth: Tensor, keep: int, seed: int = 0) -> dict[str, float]:
     """Return R² of proxy and truth (P, K) among the samples that each filter keeps, both centred within a prompt.
 
     The filter with the largest one is that of PF-PPO (sec. 4.2); samples of one prompt are compared, as losses do.
     """
     kinds: tuple[SampleFilter, ...] = ("none", "best", "best-random", "best-worst")
-    results: dict[SampleFilter, float] = {}
+    results: dict[str, float] = {}
     for kind in kinds:
         kept = kept_samples(proxy, kind, keep, seed)
         results[kind] = within_prompt_correlation(proxy.gather(1, kept), truth.gather(1, kept)) ** 2
