@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class Job:
         options = {name: getattr(self.settings.options, name) for name in self.settings.option_names}
         return options | ({"preview": load_preview(options["preview"], self.pipe)} if "preview" in options else {})
 
-    @property
+    @cached_property
     def call_arguments(self) -> dict[str, Any]:
         """The arguments of the call from the settings, and from the prompt's row, which come first."""
         return call_arguments(type(self.pipe), self.settings) | dict(self.arguments)
