@@ -1,5 +1,6 @@
 """Log-ratios and KL of half-precision pipelines against float32, and of float32 against float64."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from rollouts import call_of
 from torch import Tensor
 
 from steer import TrainingConfig
+from steer.diffusion.precision import in_float32
 from steer.diffusion.schedules import Gaussian
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
@@ -113,3 +115,31 @@ def test_a_log_ratio_of_many_elements() -> None:
         truth = by_hand(moved) - by_hand(output)
         errors.append((steps[1].log_prob(x_s) - steps[0].log_prob(x_s)).item() - truth.item())
     assert torch.tensor(errors).square().mean().sqrt() < 1e-4
+
+
+@pytest.fixture
+def tf32() -> Iterator[tuple[Any, ...]]:
+    """The operations that can use TF32, whose settings are restored after the test."""
+    backends = torch.backends
+    settings = (backends, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    before = [one.fp32_precision for one in settings]
+    yield settings[1:]
+    backends.cuda.matmul.allow_tf32 = before[1] == "tf32"
+    for one, value in zip(settings, before, strict=True):
+        one.fp32_precision = value
+
+
+@pytest.mark.parametrize("interface", ["new", "old"])
+def test_tf32_is_off_inside_and_as_before_outside(interface: str, tf32: tuple[Any, ...]) -> None:
+    """After `fp32_precision` PyTorch raises for `allow_tf32`; where that was used, both agree inside and outside."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if interface == "new":
+        torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    else:
+        matmul.allow_tf32 = cudnn.allow_tf32 = True
+    with pytest.raises(ZeroDivisionError), in_float32([])():
+        assert [one.fp32_precision for one in tf32] == ["ieee"] * 3
+        assert not matmul.allow_tf32 and not cudnn.allow_tf32
+        raise ZeroDivisionError
+    assert [one.fp32_precision for one in tf32] == ["tf32"] * 3
+    assert matmul.allow_tf32 and cudnn.allow_tf32

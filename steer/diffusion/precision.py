@@ -38,6 +38,29 @@ def _in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Switch TF32 off in the block, in all threads: PyTorch has one setting for the process.
+
+    It has two names, `fp32_precision` and the older `allow_tf32`, which raises where they differ. torch.compile reads
+    the older one, so that both are set.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    operations = (matmul, cudnn.conv, cudnn.rnn)
+
+    def write(precisions: Sequence[str]) -> None:
+        matmul.allow_tf32, cudnn.allow_tf32 = precisions[0] == "tf32", "tf32" in precisions[1:]
+        for operation, precision in zip(operations, precisions, strict=True):
+            operation.fp32_precision = precision
+
+    before = [one.fp32_precision for one in operations]
+    write(["ieee"] * len(operations))
+    try:
+        yield
+    finally:
+        write(before)
+
+
 def in_float32(modules: Sequence[nn.Module], autocast: bool = False) -> Callable[[], AbstractContextManager[None]]:
     """Return a context in which modules are evaluated in float32: no half precision, autocast or TF32.
 
@@ -50,15 +73,9 @@ def in_float32(modules: Sequence[nn.Module], autocast: bool = False) -> Callable
 
     @contextmanager
     def exact() -> Iterator[None]:
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
-        try:
-            # Without half precision anywhere no operation needs a cast.
-            with Float32() if half or any(map(torch.is_autocast_enabled, devices)) else nullcontext():
-                yield
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+        # Without half precision anywhere no operation needs a cast.
+        with without_tf32(), Float32() if half or any(map(torch.is_autocast_enabled, devices)) else nullcontext():
+            yield
 
     return exact
 
