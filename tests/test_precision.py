@@ -1,7 +1,9 @@
 """Log-ratios and KL of half-precision pipelines against float32, and of float32 against float64."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from conftest import fresh_scenes, large_denoiser
 from diffusers import DDIMScheduler
 from pairwise import hard_but
-from rollouts import call_of
+from rollouts import call_of, fresh_pipe
+from soft_rewards import Soft
 from torch import Tensor
 
 from steer import TrainingConfig
@@ -17,6 +20,7 @@ from steer.diffusion.precision import in_float32
 from steer.diffusion.schedules import Gaussian
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
+from steer.pipelines.training.ddpo_grpo import GRPOConfig, GRPOTrainer
 from steer.pipelines.training.method import half_precision, num_training_steps_of
 from steer.training.guards import check_rounding, kl
 from steer.training.rollout import Rows, Sampler, Trajectories
@@ -143,3 +147,22 @@ def test_tf32_is_off_inside_and_as_before_outside(interface: str, tf32: tuple[An
         raise ZeroDivisionError
     assert [one.fp32_precision for one in tf32] == ["tf32"] * 3
     assert matmul.allow_tf32 and cudnn.allow_tf32
+
+
+def test_rewards_in_the_background_have_one_precision(tf32: tuple[Any, ...], tmp_path: Path) -> None:
+    """While the sampler switches TF32 off and on: two micro-batches of an update, of which one is scored meanwhile."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    precisions = set()
+
+    def slow(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        for _ in range(20):
+            precisions.add(tf32[0].fp32_precision)
+            time.sleep(0.002)
+        return images[:, 0].mean((1, 2))
+
+    config = GRPOConfig(
+        output_dir=str(tmp_path), max_steps=1, train_batch_size=2, num_generations=2, num_inference_steps=3,
+        lora_rank=2, micro_batch=2, lora_target_modules=("to_q",), asynchronous_rewards=True,
+    )  # fmt: skip
+    GRPOTrainer(fresh_pipe("sd"), Soft(slow), config, train_prompts=["a star", "a circle"]).train()
+    assert precisions == {"ieee"} and torch.backends.cuda.matmul.allow_tf32

@@ -1,7 +1,7 @@
 """The rollout buffer: the samples that several updates learn from, all drawn by one policy."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor
 
+from steer.diffusion.precision import without_tf32
 from steer.diffusion.seeds import derived_seed
 from steer.pipelines.fk_steering import check_not_offloaded
 from steer.pipelines.training.config import DTYPES, TrainingConfig
@@ -154,13 +155,18 @@ class OnlineRollouts:
             on_chunk()
             yield self.method.draw(sampler, rows, window)
 
-    def _submit(self, reward: Reward) -> AbstractContextManager[Submit]:
+    @contextmanager
+    def _submit(self, reward: Reward) -> Iterator[Submit]:
         """Score in the background, with a thread for each worker of the reward, or at once."""
         threads = num_workers(reward)
         if not (threads or self.method.config.asynchronous_rewards):
-            return nullcontext(at_once)
+            yield at_once
+            return
         check_not_offloaded(self.method.pipe)
-        return run_in_background(self.method.pipe.device, max(threads, 1))
+        # The sampler would switch TF32 off and on while rewards are computed: their scores must not depend on when.
+        one_precision = without_tf32() if self.method.config.log_prob_precision == "float32" else nullcontext()
+        with one_precision, run_in_background(self.method.pipe.device, max(threads, 1)) as submit:
+            yield submit
 
 
 def references_of(
