@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steer import FKSteeringPipeline, load_reward
 from steer.audio import AudioReward, check_media
-from steer.diffusion.rows import RowsCall, forms
+from steer.diffusion.rows import RandomState, RowsCall, forms
 from steer.diffusion.step_hooks import SolverStep
 from steer.diffusion.views import OutputShapes, zero_proxies
 from steer.errors import InputError, UnsupportedPipelineError
@@ -64,6 +64,23 @@ def test_particles_of_a_pipeline_that_makes_one_image_a_call_run_in_lock_step() 
     given = {"generator": generators(), "output_type": "pt"}
     rotated = RowsCall(pipe, CALL, 1, ROWS).run(pipe, rotate, given)
     torch.testing.assert_close(rotated, single[[1, 2, 0]], atol=1e-6, rtol=0)
+
+
+def test_the_random_numbers_of_the_gpu_are_restored_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an attempt that drew from generators of its own, of the CPU and of a (stubbed) GPU."""
+    own, gpu = seeded(1), seeded(2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", gpu.get_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", gpu.set_state)
+
+    def draws() -> Tensor:
+        return torch.stack([torch.rand(4, generator=one) for one in (own, gpu, None)])
+
+    random = RandomState.of([own])
+    first = draws()
+    random.restore()
+    assert torch.equal(draws(), first)
 
 
 def test_particles_in_lock_step_are_steered() -> None:

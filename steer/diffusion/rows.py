@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from steer.arguments import IMAGES_PER_PROMPT
 from steer.diffusion.lockstep import run_in_lock_step
 from steer.diffusion.preview import filter_call_kwargs, first_output
+from steer.diffusion.seeds import get_random_state, set_random_state
 from steer.diffusion.step_hooks import Continue, OnStep, SolverStep, StepOverride, hook_steps
 from steer.errors import UnsupportedPipelineError
 
@@ -159,20 +160,20 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The states of generators and of PyTorch's global one, before an attempt."""
+    """The states of generators and of PyTorch's global ones, before an attempt."""
 
     generators: tuple[tuple[Generator, Tensor], ...]
-    default: Tensor
+    default: Mapping[str, Tensor]
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> "RandomState":
         """Store the states of the generators among some values."""
         own = tuple((one, one.get_state()) for one in values if isinstance(one, Generator))
-        return cls(own, torch.get_rng_state())
+        return cls(own, get_random_state())
 
     def restore(self) -> None:
         """Restore all of them."""
-        torch.set_rng_state(self.default)
+        set_random_state(self.default)
         for generator, state in self.generators:
             generator.set_state(state)
 
