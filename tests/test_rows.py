@@ -66,6 +66,15 @@ def test_particles_of_a_pipeline_that_makes_one_image_a_call_run_in_lock_step() 
     torch.testing.assert_close(rotated, single[[1, 2, 0]], atol=1e-6, rtol=0)
 
 
+def test_particles_in_lock_step_compute_under_their_callers_autocast() -> None:
+    pipe, given = one_image(), {"generator": generators(), "output_type": "pt"}
+    exact = RowsCall(pipe, CALL, 1, ROWS).run(pipe, lambda step: None, given | {"generator": generators()})
+    with torch.autocast("cpu", torch.bfloat16):
+        single = torch.cat([pipe(**CALL, generator=one, output_type="pt").images for one in generators()])
+        assert torch.equal(RowsCall(pipe, CALL, 1, ROWS).run(pipe, lambda step: None, given), single)
+    assert not torch.equal(exact, single)
+
+
 def test_the_random_numbers_of_the_gpu_are_restored_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an attempt that drew from generators of its own, of the CPU and of a (stubbed) GPU."""
     own, gpu = seeded(1), seeded(2)

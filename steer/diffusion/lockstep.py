@@ -16,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 from steer.diffusion.preview import first_output
 from steer.diffusion.step_hooks import HOOKED, Continue, OnStep, SolverStep, StepOverride, hook_steps, memories_of
 from steer.errors import UnsupportedPipelineError
+from steer.reward import ThreadContext
 
 
 class _Stopped(BaseException):
@@ -25,9 +26,9 @@ class _Stopped(BaseException):
 class _Turn:
     """The call of one particle in a thread of its own, which runs only between `resume` and its next solver step."""
 
-    def __init__(self, call: Callable[[OnStep], Tensor]) -> None:
+    def __init__(self, call: Callable[[OnStep], Tensor], device: torch.device) -> None:
         self._resumed, self._paused = threading.Semaphore(0), threading.Semaphore(0)
-        self._call, self._grad = call, torch.is_grad_enabled()
+        self._call, self._context = call, ThreadContext(device)
         self._modes = _get_current_function_mode_stack()  # replaced draws, which are of one thread
         self.step: SolverStep | None = None
         self.override: StepOverride | Continue | None = None
@@ -56,7 +57,7 @@ class _Turn:
         try:
             if not self._stop:
                 with ExitStack() as stack:
-                    stack.enter_context(torch.set_grad_enabled(self._grad))
+                    stack.enter_context(self._context())
                     for mode in self._modes:
                         stack.enter_context(mode)
                     self.images = self._call(self._at_step)
@@ -86,7 +87,7 @@ def run_in_lock_step(pipe: Any, calls: Sequence[Mapping[str, Any]], on_step: OnS
 
         return run
 
-    turns = [_Turn(caller(call)) for call in calls]
+    turns = [_Turn(caller(call), pipe.device) for call in calls]
     try:
         while True:
             for turn in turns:
