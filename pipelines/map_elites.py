@@ -54,6 +54,8 @@ class MapElitesPipeline(SteeringPipeline):
         particle_batch = ParticleBatch(
             self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size
         )
+        if len(particle_batch.prompts) * s.first_batches < 2:
+            raise InputError("first_batches: 1 first image has no spread to divide into cells: give at least 2")
         chain = NoiseToImage(particle_batch)
         rule = MapElites(describe, names, shape, s.distance, s.first_batches, s.target_reward)
         search = Archive.empty(chain.start, len(particle_batch.prompts) // s.num_particles, shape).stored_in(

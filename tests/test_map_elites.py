@@ -170,6 +170,8 @@ def test_a_pipeline_returns_elites_of_different_cells_and_resumes(pipe: Any, tmp
     torch.testing.assert_close(whole.trace[-1].best.sort(descending=True).values, whole.rewards, atol=1e-4, rtol=0)
     axes = search("a star", iterations=2, describe="pca:scenes", output_type="pt", **CALL).elites
     assert axes.names == ("pca:scenes axis 1", "pca:scenes axis 2") and axes.rewards.isfinite().sum() > 1
+    with pytest.raises(InputError, match="first_batches: 1 first image has no spread"):
+        search("a star", **CALL | {"num_particles": 1, "first_batches": 1})
     with pytest.raises(InputError, match="cells '8' are of 1 descriptors, describe names 2"):
         search("a star", cells="8")
     with pytest.raises(InputError, match="cells must be a number such as 8, or two such as 8x8"):
