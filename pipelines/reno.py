@@ -304,13 +304,18 @@ class NoiseRun:
         return replace(out, start=start, trace=tuple(self.trace), stopped=self.stopped)
 
     def _best_scores(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scores of the trace: a reward that failed is not called again."""
-        at = torch.stack([one.rewards for one in self.trace]).argmax(0, keepdim=True)
+        """Return the scores of the trace: a reward that failed is not called again.
+
+        The best iterate is that of the iteration after which the best reward did not rise: one with a higher reward
+        may have been rejected (`max_slope`).
+        """
+        best = self.trace[-1].best
+        at = torch.stack([one.best < best for one in self.trace]).sum(0, keepdim=True)
         names = self.trace[0].components
         components = {
             name: torch.stack([one.components[name] for one in self.trace]).gather(0, at)[0] for name in names
         }
-        return self.trace[-1].best, components
+        return best, components
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from steer import Iteration, NoiseSearchPipeline, ReNOPipeline, SteeringOutput
 from steer.errors import InputError, UnsupportedPipelineError
-from steer.noise import Adam
+from steer.noise import Adam, Search
 from steer.pipelines.particle_batch import ParticleBatch
-from steer.pipelines.reno import Backprop, NoiseToImage, ZeroOrder
+from steer.pipelines.reno import Backprop, IterationResult, NoiseRun, NoiseToImage, ZeroOrder
 from steer.reward import RewardError
 
 REWARD = Soft(likeness)
@@ -180,6 +180,25 @@ def test_a_search_of_neighbours_that_fails_tells_the_parts_of_its_best() -> None
     asked = [own_kwargs("sd3")["prompt"]] * 2
     torch.testing.assert_close(out.rewards[0], likeness(out.images, asked) + redness(out.images, asked))
     torch.testing.assert_close(out.components["red"][0], redness(out.images, asked))
+
+
+def test_a_search_that_fails_after_a_rejected_image_tells_the_parts_of_its_best() -> None:
+    """Rewards 1, 7 and 2, 3 of two searches; the 7 is rejected, and then the reward fails."""
+
+    class Scripted:
+        target = None
+
+        def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
+            if number == 2:
+                raise RewardError("out of words")
+            raw = torch.tensor([[1.0, 2.0], [7.0, 3.0]][number])
+            recorded = search.record(raw.masked_fill(raw == 7, -torch.inf))
+            images = torch.zeros(2, 3, 8, 8)
+            return IterationResult(images, raw[None], {"raw": raw[None] + 10}, search.noise, recorded)
+
+    chain = chain_of("sd3")
+    out = NoiseRun(chain, Scripted(), Search.start(chain.start), 5).output("pt").in_slot_order()
+    assert out.rewards.tolist() == [[1, 3]] and out.components["raw"].tolist() == [[11, 13]]
 
 
 @pytest.mark.parametrize("restarts", [0, 2])
