@@ -128,7 +128,7 @@ class Archive:
     @classmethod
     def of(cls, search: Search) -> "Archive":
         """Return the archive in the state of a search."""
-        state = search.optimizer_state
+        state = search.state
         rewards, pictures, children = (state[name].cpu() for name in ("elite_rewards", "pictures", "children"))
         return cls(state["elites"], rewards, pictures, children, state["low"], state["high"], state["axes"].cpu())
 
@@ -136,7 +136,7 @@ class Archive:
         """Return a search with the archive in its state, which its checkpoint holds."""
         state = {"elites": self.noise, "elite_rewards": self.rewards, "pictures": self.pictures}
         state |= {"children": self.children, "low": self.low, "high": self.high, "axes": self.axes}
-        return replace(search, optimizer_state=state)
+        return replace(search, state=state)
 
     @property
     def filled(self) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steer.errors import InputError
 
-OptimizerState = Mapping[str, Tensor]  # state of an update rule: tensors of N rows, zero at the start of a search
+OptimizerState = Mapping[str, Tensor]  # of an update rule: tensors of N rows, zero at the start of a search
 STATE_PREFIX = "optimizer_state."  # of its tensors in a saved search
 
 
@@ -102,7 +102,7 @@ class Search:
     """The state of N independent searches, immutable.
 
     noise            (N, …) fp32, current iterates
-    optimizer_state  state of the update rule
+    state            of the update rule, or the archive of MAP-Elites, which does not restart
     best_noise       (N, …) best iterates so far, over all restarts; best_rewards (N,) their rewards
     peak             (N,) best reward since the last restart, not improved for `stale` (N,) iterations
     starts           (N,) number of starts
@@ -110,7 +110,7 @@ class Search:
     """
 
     noise: Tensor
-    optimizer_state: OptimizerState
+    state: Mapping[str, Tensor]
     best_noise: Tensor
     best_rewards: Tensor
     peak: Tensor
@@ -120,11 +120,11 @@ class Search:
 
     @classmethod
     def start(cls, noise: Tensor, optimiser: Optimiser | None = None) -> "Search":
-        """Start from noise (N, …), nothing evaluated; without an update rule the optimizer state is empty."""
+        """Start from noise (N, …), nothing evaluated; without an update rule the state is empty."""
         noise, rows = noise.detach().float(), len(noise)
         lowest, zero = torch.full((rows,), -torch.inf), torch.zeros(rows, dtype=torch.int64)
-        optimizer_state = optimiser.start(noise) if optimiser else {}
-        return cls(noise, optimizer_state, noise, lowest, lowest, zero, zero + 1, zero.bool())
+        state = optimiser.start(noise) if optimiser else {}
+        return cls(noise, state, noise, lowest, lowest, zero, zero + 1, zero.bool())
 
     def record(self, rewards: Tensor) -> "Search":
         """Record the rewards (N,) of the current noise and keep the best iterates."""
@@ -139,10 +139,8 @@ class Search:
 
     def ascend(self, gradient: Tensor, optimiser: Optimiser) -> "Search":
         """Take one ascent step in the searches that are not finished."""
-        step, optimizer_state = optimiser.step(gradient, self.optimizer_state)
-        return replace(
-            self, noise=where_rows(self.finished, self.noise, self.noise + step), optimizer_state=optimizer_state
-        )
+        step, state = optimiser.step(gradient, self.state)
+        return replace(self, noise=where_rows(self.finished, self.noise, self.noise + step), state=state)
 
     def retire(self, rows: Tensor) -> "Search":
         """Mark the searches in `rows` (N,) as finished."""
@@ -157,7 +155,7 @@ class Search:
         return replace(
             self,
             noise=where_rows(rows, new_noise, self.noise),
-            optimizer_state={name: where_rows(rows, 0.0, slot) for name, slot in self.optimizer_state.items()},
+            state={name: where_rows(rows, 0.0, slot) for name, slot in self.state.items()},
             peak=torch.where(rows, -torch.inf, self.peak),
             stale=torch.where(rows, 0, self.stale),
             starts=self.starts + rows,
@@ -165,20 +163,20 @@ class Search:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, for saving."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "optimizer_state"}
-        return plain | {f"{STATE_PREFIX}{name}": slot for name, slot in self.optimizer_state.items()}
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "state"}
+        return plain | {f"{STATE_PREFIX}{name}": slot for name, slot in self.state.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "Search":
         """Restore a search from `tensors`, the noise on `device`. Raises InputError where a tensor is missing."""
         placed = {name: value.to(device) if value.dim() > 1 else value for name, value in tensors.items()}
-        optimizer_state = {
+        state = {
             name.removeprefix(STATE_PREFIX): value for name, value in placed.items() if name.startswith(STATE_PREFIX)
         }
-        known: dict[str, Any] = {f.name: placed.get(f.name) for f in fields(cls) if f.name != "optimizer_state"}
+        known: dict[str, Any] = {f.name: placed.get(f.name) for f in fields(cls) if f.name != "state"}
         if missing := [name for name, value in known.items() if value is None]:
             raise InputError(f"the saved search has no {missing[0]}: delete it to start over")
-        return cls(**known, optimizer_state=optimizer_state)
+        return cls(**known, state=state)
 
 
 def where_rows(rows: Tensor, then: Tensor | float, other: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ def test_the_best_is_kept_over_all_starts_and_staleness_is_counted_in_each(
                 fresh = noise(50 + number)[row : row + 1]
                 alone, present, starts = alone.restart(torch.tensor([True]), fresh), [], starts + 1
                 assert torch.equal(alone.noise, fresh) and alone.peak == -torch.inf and alone.stale == 0
-                assert all(not slot.any() for slot in alone.optimizer_state.values())
+                assert all(not slot.any() for slot in alone.state.values())
             assert alone.starts == starts
 
 
@@ -179,9 +179,7 @@ def test_what_is_finished_stays_where_it_is() -> None:
 def test_searches_of_half_precision_noise_stand_in_fp32(dtype: torch.dtype) -> None:
     start = noise().to(dtype).requires_grad_()
     search = Search.start(start, Adam())
-    assert (
-        search.noise.dtype == search.optimizer_state["first"].dtype == torch.float32 and not search.noise.requires_grad
-    )
+    assert search.noise.dtype == search.state["first"].dtype == torch.float32 and not search.noise.requires_grad
     little = search.ascend(torch.full(SHAPE, 1e-3), Adam(1e-5))
     assert (little.noise > search.noise).all()  # by less than half precision could tell
 
@@ -194,7 +192,7 @@ def test_what_is_saved_is_what_is_read(rule: str) -> None:
     )
     saved = search.tensors()
     read = Search.from_tensors(saved, torch.device("cpu"))
-    assert all(torch.equal(value, saved[name]) for name, value in read.tensors().items()) and len(read.optimizer_state)
+    assert all(torch.equal(value, saved[name]) for name, value in read.tensors().items()) and len(read.state)
     del saved["best_noise"]
     with pytest.raises(InputError, match="the saved search has no best_noise"):
         Search.from_tensors(saved, torch.device("cpu"))
