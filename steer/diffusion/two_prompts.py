@@ -13,11 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from steer.diffusion.rows import RandomState
-from steer.diffusion.step_hooks import without_hooks
+from steer.diffusion.seeds import list_generators
+from steer.diffusion.step_hooks import RunEnded, without_hooks
 from steer.diffusion.views import ModuleProxy, denoisers_in
 from steer.errors import InputError
 
@@ -61,31 +62,23 @@ def _originals_of(prompt: Any, originals: Mapping[str, str]) -> Any:
     return [originals.get(one, one) for one in prompt] if isinstance(prompt, list | tuple) else prompt
 
 
-class _Captured(Exception):  # ends a call, and is no error
-    """The arguments of the first call of a denoiser."""
-
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.arguments = arguments
-
-
 def _first_arguments(cls: Any, pipe: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the arguments of the denoiser's first call in a pipeline's call, which ends there without a trace."""
     probe = copy.copy(pipe)
 
     def capture(denoiser: Any, *args: Any, **kwargs: Any) -> Any:
-        raise _Captured(_named(denoiser, args, kwargs))
+        raise RunEnded(_named(denoiser, args, kwargs))
 
     for name in denoisers_in(pipe):
         denoiser = getattr(pipe, name)
         vars(probe)[name] = ModuleProxy(denoiser, partial(capture, denoiser))
     vars(probe).update(scheduler=copy.deepcopy(without_hooks(pipe.scheduler)), _progress_bar_config={"disable": True})
-    generators = given.get("generator")
-    random = RandomState.of(generators if isinstance(generators, list) else [generators or Generator()])
+    random = RandomState.of(list_generators(given.get("generator")))
     try:
         cls.__call__(probe, **given)
-    except _Captured as captured:
-        return captured.arguments
+    except RunEnded as ended:
+        arguments: Mapping[str, Any] = ended.value
+        return arguments
     finally:
         random.restore()
     raise InputError(f"{type(pipe).__name__} never called its denoiser: it cannot be guided by two prompts")
