@@ -19,6 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from steer.diffusion.masked import MaskedKernel
+from steer.diffusion.views import ModuleProxy
 from steer.errors import InputError
 
 TOKEN_SCHEDULERS = (
@@ -250,24 +251,6 @@ class _Fields(dict[str, Any]):
     __getattr__ = dict.__getitem__
 
 
-class _Proxy:
-    """A model whose call is another function."""
-
-    def __init__(self, model: Any, call: Callable[..., Any]) -> None:
-        self.__dict__.update(_model=model, _call=call)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        kind: type = self._model.__class__  # diffusers looks for modules among its components
-        return kind
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-
 class CanvasView(TokenView):
     """A view of DiffusionGemmaPipeline: canvases of tokens, denoised from random ones, one after another.
 
@@ -288,7 +271,7 @@ class CanvasView(TokenView):
             self._cache = kwargs.get("past_key_values")
             return model(*args, **kwargs)
 
-        vars(self.pipe)["model"] = _Proxy(model, denoise)
+        vars(self.pipe)["model"] = ModuleProxy(model, denoise)
 
     def __call__(self, **call: Any) -> Any:
         """Call the pipeline without adaptive stopping. Raises InputError where it is asked for."""
