@@ -252,10 +252,10 @@ def _repeated(value: Any, groups: int, size: int) -> Any:
     """Return one value for every row, prompt after prompt: of one for each prompt, or of one for all."""
     rows = groups * size
     if isinstance(value, Tensor):
-        if (len(value) == groups and value.dim() != 3) or value.dim() < 3:
-            return value.repeat_interleave(size, 0) if len(value) == groups else value
-        if value.dim() == 3 and len(value) == groups:
+        if len(value) == groups:
             return value.repeat_interleave(size, 0)
+        if value.dim() < 3:
+            return value
         return value.repeat(rows, *[1] * (value.dim() - 1)) if len(value) == 1 else torch.stack([value] * rows)
     if isinstance(value, np.ndarray):
         return _repeated(torch.from_numpy(value), groups, size).numpy()
