@@ -4,8 +4,8 @@ Every step is p(x_s | x_t) of `steer.diffusion.schedules` with one η; a replay 
 can be differentiated, and freed, by itself.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal, Protocol
@@ -260,12 +260,8 @@ class Sampler:
             self._gate.open = solver_step.k + 1 in wanted
             return None, x_s
 
-        self._gate.open = 0 in wanted
-        try:
-            with torch.set_grad_enabled(grad):
-                self._run(stored.rows, force, decode=False)
-        finally:
-            self._gate.open = True
+        with self._gate.run(0 in wanted), torch.set_grad_enabled(grad):
+            self._run(stored.rows, force, decode=False)
 
     def finish(self, stored: Trajectories, last: int) -> Tensor:
         """Resample the last `last` solver steps by the current weights, with the stored noise, and keep the graph.
@@ -285,12 +281,8 @@ class Sampler:
                 return None, kernel.mean
             return None, kernel.mean + kernel.std * self._noise(stored.rows, solver_step.k, kernel.mean)
 
-        self._gate.open, self._gate.precision_context = first == 0, nullcontext
-        try:
-            with torch.enable_grad():
-                return self._run(stored.rows, resample_tail).float()
-        finally:
-            self._gate.open, self._gate.precision_context = True, self._precision_context
+        with self._gate.run(first == 0, nullcontext), torch.enable_grad():
+            return self._run(stored.rows, resample_tail).float()
 
     def sample(self, rows: Rows, denoise: bool = True) -> tuple[Trajectories, Tensor]:
         """Sample the rows by the pipeline's own solver, as one batch; returns clean latents, and images as `rollout`.
@@ -308,14 +300,10 @@ class Sampler:
                 usable.append(solver_step.k)
             latents[:] = [solver_step.prev.to(self.storage).cpu()]
 
-        self._gate.open = denoise
-        try:
-            with torch.no_grad():
-                images = self._run(rows, keep)
-        finally:
-            self._gate.open = True
+        with self._gate.run(denoise), torch.no_grad():
+            images = self._run(rows, keep)
         stored = Trajectories(rows, latents[0][:, None], tuple(usable), torch.zeros(len(rows), len(usable)))
-        return stored, images.float() if is_audio(images) else images.float().clamp(0, 1)
+        return stored, _images(images)
 
     def decode(self, stored: Trajectories) -> Tensor:
         """Return the images (N, 3, H, W) in [0, 1] of the last stored latents, without calling the denoiser."""
@@ -323,12 +311,8 @@ class Sampler:
         def force(solver_step: SolverStep) -> tuple[None, Tensor]:
             return None, stored.latents[:, -1].to(solver_step.prev)
 
-        self._gate.open = False
-        try:
-            with torch.no_grad():
-                return self._run(stored.rows, force).float().clamp(0, 1)
-        finally:
-            self._gate.open = True
+        with self._gate.run(False), torch.no_grad():
+            return self._run(stored.rows, force).float().clamp(0, 1)
 
     def noised(
         self, stored: Trajectories, at: NoisyCallback, only: Collection[int] | None = None, grad: bool = False
@@ -353,12 +337,8 @@ class Sampler:
             noise = self._noise(stored.rows, solver_step.k + 1, x0, "forward")
             return None, (alpha.to(x0) * x0 + sigma.to(x0) * noise).to(_latent_dtype(solver_step))
 
-        self._gate.open = 0 in wanted
-        try:
-            with torch.set_grad_enabled(grad):
-                self._run(replace(stored.rows, starts=fresh), force, decode=False)
-        finally:
-            self._gate.open = True
+        with self._gate.run(0 in wanted), torch.set_grad_enabled(grad):
+            self._run(replace(stored.rows, starts=fresh), force, decode=False)
 
     def _noise(self, rows: Rows, k: int, like: Tensor, stream: str = "step") -> Tensor:
         return seeded_normal(rows.noises, torch.empty_like(like, dtype=torch.float32), [f"{stream} {k}"] * len(rows))
@@ -421,6 +401,18 @@ class _DenoiserGate:
     def __init__(self, precision_context: Callable[[], AbstractContextManager[None]]) -> None:
         self.open, self.precision_context = True, precision_context
         self._shapes = OutputShapes()
+
+    @contextmanager
+    def run(
+        self, is_open: bool, precision_context: Callable[[], AbstractContextManager[None]] | None = None
+    ) -> Iterator[None]:
+        """Begin a run with the gate open or closed, its calls in another precision if given; open it at the end."""
+        before = self.precision_context
+        self.open, self.precision_context = is_open, precision_context or before
+        try:
+            yield
+        finally:
+            self.open, self.precision_context = True, before
 
     def around(self, pipe: Any, prepared: Mapping[str, Callable[..., Any]]) -> dict[str, ModuleProxy]:
         gated = {}
