@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from steer.apps.components import set_scheduler, set_vae
 from steer.apps.methods import DisableAdapter
 from steer.assets import MODELS, TEXT_MODELS
+from steer.diffusion.lora_layers import adapter_disabler, lora_layers
 from steer.diffusion.views import DENOISERS
 from steer.errors import InputError
 from steer.files import verify_checksums
@@ -331,7 +332,7 @@ class AdapterSum:
         with ExitStack() as stack:
             for name, (one, _) in zip(names, self.terms, strict=True):
                 stack.enter_context(one.applied_to(pipe, name))
-            for layer in _lora_layers(modules):
+            for layer in lora_layers(modules):
                 own = [name for name in names if name in layer.lora_A]
                 layer.set_adapter(own)
                 for name in own:
@@ -339,7 +340,7 @@ class AdapterSum:
                         raise InputError("a DoRA in a sum, or with a weight, is no DoRA: give it alone")
                     layer.scaling[name] *= names[name]
                 layer.requires_grad_(False)
-            yield _adapter_disabler(modules)
+            yield adapter_disabler(modules)
 
 
 def read_loras(text: str) -> list[tuple[str, float]]:
@@ -419,7 +420,7 @@ def _lora(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
         try:
             for part in [one for one in (file, second) if one.is_file()]:
                 _load_lora(pipe, part, adapter)
-            yield _adapter_disabler(_modules_of(pipe))
+            yield adapter_disabler(_modules_of(pipe))
         finally:
             pipe.unload_lora_weights()
 
@@ -485,7 +486,7 @@ def _peft(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
             raise InputError(f"it lacks a tensor for {missing[0]}")
         _check_all_loaded([denoiser], state, pipe, adapter)
         denoiser.requires_grad_(False)
-        yield _adapter_disabler([denoiser])
+        yield adapter_disabler([denoiser])
     finally:
         recurse_remove_peft_layers(denoiser)
         vars(denoiser).pop("peft_config", None)
@@ -493,29 +494,6 @@ def _peft(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
 
 def _modules_of(pipe: Any) -> list[nn.Module]:
     return [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-
-
-def _lora_layers(modules: Sequence[nn.Module]) -> list[Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return [layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)]
-
-
-def _adapter_disabler(modules: Sequence[nn.Module]) -> DisableAdapter:
-    """Make a context that disables all adapters of modules: outputs are then bit-identical to the base model."""
-    layers = _lora_layers(modules)
-
-    @contextmanager
-    def off() -> Iterator[None]:
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
-
-    return off
 
 
 @contextmanager
@@ -626,7 +604,7 @@ def _missing_factors(
 
 def _set_scales(modules: Sequence[nn.Module], state: Mapping[str, Tensor], adapter: str) -> None:
     """Scale each layer by α/r for each α in the file: loaders that match names may miss some."""
-    layers = _lora_layers(modules)
+    layers = lora_layers(modules)
     for layer in layers:
         layer.eval()  # no dropout
     alphas = {name.removesuffix(".alpha"): value for name, value in state.items() if name.endswith(".alpha")}

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from steer.diffusion.lora_layers import enabled_adapters, lora_layers, switch_adapters
 from steer.diffusion.preview import Runner, short_call
 from steer.diffusion.schedules import Level, gaussian_transition, level
 from steer.diffusion.short_schedule import at_places, transition_starts
@@ -177,56 +178,40 @@ def few_step_adapter(pipe: Any, lookahead: int | str) -> Iterator[Adapter | None
     if not isinstance(lookahead, str):
         yield None
         return
-    path, modules = lookahead.removeprefix(LORA), denoising_modules(pipe)
+    path, modules = lookahead.removeprefix(LORA), list(denoising_modules(pipe).values())
     if not hasattr(pipe, "load_lora_weights"):
         raise InputError(f"lookahead: {type(pipe).__name__} loads no LoRA adapters: use a number of steps")
     if not Path(path).exists() and path.count("/") != 1:
         raise InputError(
             f"lookahead: there is no {path}: give a folder or file of a LoRA adapter, or ORGANISATION/NAME"
         )
-    parameters = [one for module in modules.values() for one in module.parameters()]
+    parameters = [one for module in modules for one in module.parameters()]
     trainable = [one.requires_grad for one in parameters]
-    own = {layer: layer.active_adapters for layer in _lora_layers(modules) if not layer.disable_adapters}
+    own = enabled_adapters(modules)
 
     @contextmanager
     def enabled() -> Iterator[None]:
-        _switch(modules, {layer: [*own.get(layer, ()), NAME] for layer in _lora_layers(modules, NAME)} | own)
+        switch_adapters(modules, {layer: [*own.get(layer, ()), NAME] for layer in lora_layers(modules, NAME)} | own)
         try:
             yield
         finally:
-            _switch(modules, own)
+            switch_adapters(modules, own)
 
     try:
         try:
             pipe.load_lora_weights(path, adapter_name=NAME)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise InputError(f"lookahead: cannot load {path} as a LoRA adapter ({str(error)[:160]})") from error
-        _switch(modules, own)
+        switch_adapters(modules, own)
         yield enabled
     finally:
         if own:
             pipe.delete_adapters(NAME)
         else:
             pipe.unload_lora_weights()
-        _switch(modules, own)
+        switch_adapters(modules, own)
         for parameter, before in zip(parameters, trainable, strict=True):
             parameter.requires_grad_(before)
-
-
-def _lora_layers(modules: Mapping[str, Any], name: str | None = None) -> list[Any]:
-    """Return the LoRA layers of modules, those with an adapter of a name where one is given."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [layer for module in modules.values() for layer in module.modules() if isinstance(layer, LoraLayer)]
-    return [layer for layer in layers if name is None or name in layer.lora_A]
-
-
-def _switch(modules: Mapping[str, Any], adapters: Mapping[Any, Any]) -> None:
-    """Switch on these adapters of LoRA layers, and all others off."""
-    for layer in _lora_layers(modules):
-        layer.enable_adapters(layer in adapters)
-        if layer in adapters:
-            layer.set_adapter(list(adapters[layer]))
 
 
 def coarse_grid(solver_step: SolverStep, steps: int) -> tuple[list[int], list[Level]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from steer.diffusion.lora_layers import enabled_adapters, lora_layers
 from steer.diffusion.views import DENOISERS, denoisers_in
 from steer.errors import InputError
 from steer.files import verify_checksums
@@ -167,8 +168,7 @@ class LoRA:
         self.config = LoraConfig(
             r=rank, lora_alpha=alpha or rank, target_modules=list(targets), use_dora=use_dora, use_rslora=use_rslora
         )
-        active = [layer for layer in self._lora_layers() if not layer.disable_adapters]
-        own = sorted({name for layer in active for name in layer.active_adapters})
+        own = sorted({name for names in enabled_adapters(self.denoisers.values()).values() for name in names})
         _freeze(pipe)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -181,8 +181,8 @@ class LoRA:
                     "suffixes of its layers' names, or lora_rank 0 to train all of it"
                 ) from error
         self._initial: dict[str, Tensor] = {}  # weights of the reference where the adapter cannot be scaled by 0
-        self.layers = [layer for layer in self._lora_layers() if ADAPTER in layer.lora_A]
-        for layer in self._lora_layers():
+        self.layers = lora_layers(self.denoisers.values(), ADAPTER)
+        for layer in lora_layers(self.denoisers.values()):
             layer.enable_adapters(True)  # the user may have disabled all adapters
             layer.set_adapter([*own, ADAPTER])
         _freeze(pipe)
@@ -198,11 +198,6 @@ class LoRA:
         """A and B of every adapted layer, with DoRA its norms too."""
         parameters = named_parameters(self._module)
         return {name: parameters[name] for name in self._names}
-
-    def _lora_layers(self) -> list[Any]:
-        from peft.tuners.lora import LoraLayer
-
-        return [module for module in self._module.modules() if isinstance(module, LoraLayer)]
 
     def load_initial_adapter(self, path: str) -> None:
         """Start from a trained LoRA of the same rank, alpha, targets and options, which becomes the reference too.
