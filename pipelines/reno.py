@@ -307,11 +307,13 @@ class NoiseRun:
         """Return the scores of the trace: a reward that failed is not called again.
 
         The best iterate is that of the iteration after which the best reward did not rise: one with a higher reward
-        may have been rejected (`max_slope`).
+        may have been rejected (`max_slope`). Without components where the trace lacks them: an elite of MAP-Elites may
+        be of another row or batch.
         """
         best = self.trace[-1].best
         at = torch.stack([one.best < best for one in self.trace]).sum(0, keepdim=True)
-        names = self.trace[0].components
+        in_trace = torch.equal(torch.stack([one.rewards for one in self.trace]).gather(0, at)[0], best)
+        names = self.trace[0].components if in_trace else {}
         components = {
             name: torch.stack([one.components[name] for one in self.trace]).gather(0, at)[0] for name in names
         }

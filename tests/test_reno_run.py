@@ -200,6 +200,14 @@ def test_a_search_that_fails_after_a_rejected_image_tells_the_parts_of_its_best(
     out = NoiseRun(chain, Scripted(), Search.start(chain.start), 5).output("pt").in_slot_order()
     assert out.rewards.tolist() == [[1, 3]] and out.components["raw"].tolist() == [[11, 13]]
 
+    class Elites(Scripted):
+        def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
+            """The best ones are of other rows, as in MAP-Elites: their components are not known."""
+            result = super().__call__(chain, search, number)
+            return replace(result, search=replace(result.search, best_rewards=result.rewards[0].flip(0)))
+
+    assert NoiseRun(chain, Elites(), Search.start(chain.start), 5).output("pt").components == {}
+
 
 @pytest.mark.parametrize("restarts", [0, 2])
 def test_patience_ends_a_search_or_begins_it_anew(restarts: int) -> None:
