@@ -57,9 +57,9 @@ class _Turn:
         try:
             if not self._stop:
                 with ExitStack() as stack:
-                    stack.enter_context(self._context())
                     for mode in self._modes:
                         stack.enter_context(mode)
+                    stack.enter_context(self._context())
                     self.images = self._call(self._at_step)
         except BaseException as error:  # noqa: BLE001  # raised again by `resume`, in the caller's thread
             self.error = error
