@@ -45,7 +45,8 @@ def without_tf32() -> Iterator[None]:
     It has two names, `fp32_precision` and the older `allow_tf32`, which raises where they differ. torch.compile reads
     the older one, so that both are set.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
     operations = (matmul, cudnn.conv, cudnn.rnn)
 
     def write(precisions: Sequence[str]) -> None:
