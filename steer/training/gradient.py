@@ -75,7 +75,7 @@ def reference_of(
 
     def keep(t: int, kernel: Kernel, x_s: Tensor) -> None:
         log_probs.append(kernel.log_prob(x_s).cpu())
-        deviations.append(kernel.level.cpu())
+        deviations.append(kernel.scale.cpu())
         if dtype is not None:
             residuals.append(kernel.statistics(x_s).to(dtype).cpu())
 
