@@ -73,9 +73,8 @@ class RewardSignal:
         return self.constraints.signal(rewards, bounded)
 
     def objectives(self, scored: Scored) -> Tensor:
-        """Return the components of the trained reward (B, K, M)."""
-        bounded = {one.name for one in self.bounded}
-        return torch.stack([values for name, values in scored.components.items() if name not in bounded], -1)
+        """Return the weighted components of the trained sum (B, K, M): the higher, the better."""
+        return torch.stack([weight * scored.components[name] for name, weight in (self.weights or {}).items()], -1)
 
 
 def unwrapped(reward: Reward) -> Reward:
@@ -86,6 +85,9 @@ def unwrapped(reward: Reward) -> Reward:
 
 
 def check_pareto(reward: Reward, pareto: bool) -> None:
-    """Raise InputError where a reward has no components to compare."""
-    if pareto and not isinstance(unwrapped(reward), CompositeReward):
-        raise InputError(f"pareto compares the components of a reward, and {reward.name!r} has none: leave it out")
+    """Raise InputError where a reward is no weighted sum, whose components can be compared."""
+    plain = unwrapped(reward)
+    if pareto and not (isinstance(plain, CombinedReward) and plain.weights):
+        raise InputError(
+            f"pareto compares the components of a weighted sum of rewards, and {reward.name!r} is none: leave it out"
+        )
