@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from steer.arguments import is_number
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
-from steer.reward import Metadata, Reward, RewardError, compares_images, score_components, takes_videos
+from steer.reward import Metadata, Reward, RewardError, WrappedReward, compares_images, score_components, takes_videos
 from steer.rewards.grammar import NUMBER, PLUS, format_number, split
 from steer.rewards.inputs import rows_by_prompt, takes_any_samples
 from steer.rewards.names import takes_number
@@ -106,6 +106,15 @@ class CompositeReward(ABC):
     @takes_any_samples
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
         return self.total(self.components(images, prompts, metadata), prompts)
+
+
+def plain_rewards(reward: Reward) -> dict[str, Reward]:
+    """Return the components of a reward that are no composed rewards, by name, without timeouts and metadata."""
+    if isinstance(reward, WrappedReward):
+        return plain_rewards(reward.reward)
+    if isinstance(reward, CompositeReward):
+        return {name: one for part in reward.parts.values() for name, one in plain_rewards(part).items()}
+    return {reward.name: reward}
 
 
 Aggregate = Callable[[Tensor], Tensor]

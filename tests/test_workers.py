@@ -23,12 +23,12 @@ from steer.pipelines.training import config as config_module
 from steer.pipelines.training import workers as workers_module
 from steer.pipelines.training.workers import (
     num_workers,
-    plain_rewards,
     store,
     with_workers,
     worker_processes,
 )
 from steer.reward import score_components, takes_videos, with_metadata, with_timeout
+from steer.rewards.compose import plain_rewards
 
 SMALL = SHORT | {"warmup_steps": 0, "max_steps": 3, "eval_steps": 9, "ema_decay": 0.0, "micro_batch": 2}
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")

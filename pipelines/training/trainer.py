@@ -47,6 +47,7 @@ from steer.pipelines.training.state import RunFolder, RunState, checkpoint_to_re
 from steer.pipelines.training.tracking import log_samples, scalars, trackers
 from steer.pipelines.training.workers import worker_processes
 from steer.reward import Reward, warn_if_pipeline_truncates, with_metadata
+from steer.rewards.compose import plain_rewards
 from steer.rewards.parser import load_reward
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
@@ -139,9 +140,13 @@ class Trainer(TrainingMethod[ConfigT]):
         self.conditions, self.eval_conditions = conditions, eval_conditions
         self.callbacks, self.on_question, self.run_config = tuple(callbacks), on_question, run_config
         self._run: TrainingRun | None = None
-        names = [one.name for one in self._rewards()]
+        names, trained = [one.name for one in self.eval_rewards], plain_rewards(self.reward).keys()
         if twice := [name for place, name in enumerate(names) if name in names[:place]]:
-            raise InputError(f"eval_rewards: {twice[0]!r} is given twice or is the trained reward: take another one")
+            raise InputError(f"eval_rewards: {twice[0]!r} is given twice: take another one")
+        if shared := [one.name for one in self.eval_rewards if plain_rewards(one).keys() & trained]:
+            raise InputError(
+                f"eval_rewards hold {shared[0]!r}, which is trained on: take one that is not part of the reward"
+            )
         check_tokens(pipe, self.config, self.trains_tokens or (self.log_probs and isinstance(self.config, LossConfig)))
         self.check()
 

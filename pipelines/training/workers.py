@@ -23,7 +23,7 @@ from steer.pipelines.training.method import OnChunk, Samples, TrainingMethod, sa
 from steer.pipelines.training.preparation import accelerator_of, trainable_of
 from steer.registry import nearest
 from steer.reward import Metadata, Reward, WrappedReward, compares_images, score, takes_videos
-from steer.rewards.compose import CompositeReward
+from steer.rewards.compose import CompositeReward, plain_rewards
 from steer.training.rollout import Rows, StepWindow
 from steer.training.trainable import set_parameter
 
@@ -192,15 +192,6 @@ def with_workers(reward: Reward, workers: Mapping[str, Reward]) -> Reward:
     else:
         return reward
     return changed
-
-
-def plain_rewards(reward: Reward) -> dict[str, Reward]:
-    """Return the components of a reward that are no composed rewards, by name, without timeouts and metadata."""
-    if isinstance(reward, WrappedReward):
-        return plain_rewards(reward.reward)
-    if isinstance(reward, CompositeReward):
-        return {name: one for part in reward._rewards for name, one in plain_rewards(part).items()}
-    return {reward.name: reward}
 
 
 def num_workers(reward: Reward) -> int:
