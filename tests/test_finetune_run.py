@@ -381,9 +381,7 @@ def test_the_forms_of_d3po_are_different_runs_and_pareto_needs_parts(pipe: Any, 
     train("d3po", pipe, tmp_path, config)
     with pytest.raises(InputError, match=r"another trajectory \(False there, True here\)"):
         train("d3po", fresh(), tmp_path, replace(config, trajectory=True))
-    with pytest.raises(
-        InputError, match="pareto compares the components of a weighted sum of rewards, and 'bright"
-    ):
+    with pytest.raises(InputError, match="pareto compares the components of a weighted sum of rewards, and 'bright"):
         train("d3po", pipe, tmp_path / "other", replace(config, pareto=True))
 
 
