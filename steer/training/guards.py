@@ -113,8 +113,8 @@ class EarlyStopping:
         """Return the state after one more evaluation."""
         if self.best_step is None or held_out > self.best[1]:
             return replace(self, best_step=step, best=(proxy, held_out), num_overoptimized=0)
-        num_overoptimized = proxy > self.best[0] and held_out < self.best[1]
-        return replace(self, num_overoptimized=self.num_overoptimized + 1 if num_overoptimized else 0)
+        overoptimized = proxy > self.best[0] and held_out < self.best[1]
+        return replace(self, num_overoptimized=self.num_overoptimized + 1 if overoptimized else 0)
 
     def stop(self) -> bool:
         """Return whether only the trained reward has been rising for `patience` evaluations."""
