@@ -47,7 +47,7 @@ from steer.pipelines.training.state import RunFolder, RunState, checkpoint_to_re
 from steer.pipelines.training.tracking import log_samples, scalars, trackers
 from steer.pipelines.training.workers import worker_processes
 from steer.reward import Reward, warn_if_pipeline_truncates, with_metadata
-from steer.rewards.compose import plain_rewards
+from steer.rewards.compose import plain_rewards, with_media_rates
 from steer.rewards.parser import load_reward
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
@@ -168,6 +168,9 @@ class Trainer(TrainingMethod[ConfigT]):
 
         Ctrl-C and SIGTERM end it with a checkpoint. Raises InputError for bad arguments, before anything is sampled.
         """
+        rewards = (self.reward, *self.eval_rewards)
+        self.reward, *others = (with_media_rates(one, self.pipe, self.config.call_kwargs) for one in rewards)
+        self.eval_rewards = tuple(others)
         with worker_processes(self):
             self._run = TrainingRun(self, self.rollout_source(), self.evaluator(), resume_from_checkpoint)
             return self._run.train()
