@@ -9,7 +9,7 @@ from torch import Tensor
 from steer.errors import InputError
 from steer.pipelines.training.config import LossConfig
 from steer.pipelines.training.method import Scored
-from steer.reward import Composite, Metadata, Reward, score_components, with_metadata
+from steer.reward import Composite, Metadata, Reward, WrappedReward, score_components, with_metadata
 from steer.rewards.compose import CombinedReward, CompositeReward
 from steer.rewards.parser import load_reward
 from steer.training.constraints import Constraints, read_bounds
@@ -78,9 +78,9 @@ class RewardSignal:
 
 
 def unwrapped(reward: Reward) -> Reward:
-    """Return a reward without metadata, time limits and other wrappers."""
-    while not isinstance(reward, CompositeReward) and (inner := getattr(reward, "reward", None)) is not None:
-        reward = inner
+    """Return a reward without metadata and time limits."""
+    while isinstance(reward, WrappedReward):
+        reward = reward.reward
     return reward
 
 
