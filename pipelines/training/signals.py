@@ -16,7 +16,7 @@ from steer.training.constraints import Constraints, read_bounds
 from steer.training.signals import normalized_sum
 
 
-class BoundedReward(CompositeReward):
+class RewardWithConstraints(CompositeReward):
     """A trained reward, with the rewards of constraints among its components."""
 
     def __init__(self, reward: Reward, bounded: Sequence[Reward]) -> None:
@@ -59,7 +59,7 @@ class RewardSignal:
 
     def scored_reward(self, reward: Reward) -> Reward:
         """Return the reward of the training samples, with the components that constraints need."""
-        return BoundedReward(reward, self.bounded) if self.bounded else reward
+        return RewardWithConstraints(reward, self.bounded) if self.bounded else reward
 
     def __call__(self, scored: Scored) -> Tensor:
         """Return the signal (B, K) of an update, after moving the multipliers by its means."""
