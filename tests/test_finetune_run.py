@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from steer import D3POTrainer, TrainingConfig
 from steer.errors import InputError
 from steer.pipelines.training.evaluation import diversity, interval
-from steer.pipelines.training.method import chosen_steps, prompts_at, rows_of
+from steer.pipelines.training.method import chosen_steps, prompts_at, rows_of, shuffled_at
 from steer.pipelines.training.rollouts import batch_order
 from steer.training.gradient import Batch, reference_of, reward_gradient
 from steer.training.guards import kl
@@ -252,6 +252,8 @@ def test_every_turn_goes_over_all_prompts_in_a_new_order() -> None:
     assert all(sorted(turn) == prompts for turn in turns)
     assert len(set(turns)) == 20
     assert prompts_at(5, 6, prompts, 3) == turns[0][5:] + turns[1][:4], "batches run over the end of a turn"
+    assert shuffled_at(5, 20, 7, 3) == [int(one) for turn in turns[:4] for one in turn][5:25]
+    assert [shuffled_at(place, 1, 7, 3) for place in (13, 14)] == [[int(turns[1][6])], [int(turns[2][0])]]
 
 
 def test_steps_are_chosen_evenly_over_the_updates() -> None:
