@@ -84,10 +84,10 @@ def unwrapped(reward: Reward) -> Reward:
     return reward
 
 
-def check_pareto(reward: Reward, pareto: bool) -> None:
+def check_pareto(reward: Reward) -> None:
     """Raise InputError where a reward is no weighted sum, whose components can be compared."""
     plain = unwrapped(reward)
-    if pareto and not (isinstance(plain, CombinedReward) and plain.weights):
+    if not (isinstance(plain, CombinedReward) and plain.weights):
         raise InputError(
             f"pareto compares the components of a weighted sum of rewards, and {reward.name!r} is none: leave it out"
         )

@@ -20,7 +20,7 @@ from steer.diffusion.views import plain_values
 from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines.training.asking import REFUSED, UNANSWERED, OnQuestion, ask, question_of
-from steer.pipelines.training.config import LossConfig, TrainingConfig
+from steer.pipelines.training.config import LossConfig, ParetoConfig, TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.evaluation import Evaluator
 from steer.pipelines.training.events import Events, Stopped, StopRequest, stop_request
@@ -297,7 +297,8 @@ class LossTrainer(Trainer[LossConfigT]):
             raise InputError(
                 "constraints, normalize_components and sample_filter are for rewards, and preferences have none"
             )
-        check_pareto(self.reward, getattr(self.config, "pareto", False))
+        if isinstance(self.config, ParetoConfig) and self.config.pareto:
+            check_pareto(self.reward)
         self.reward_signal  # noqa: B018  reads its options
 
     def scored_reward(self) -> Reward:
@@ -339,7 +340,7 @@ class LossTrainer(Trainer[LossConfigT]):
     @property
     def needs_reference(self) -> bool:
         """Whether the loss, a penalty or the control of the KL depends on the reference policy."""
-        return getattr(self.config.loss(), "uses_reference", True) or self.config.needs_divergence
+        return self.config.loss().uses_reference or self.config.needs_divergence
 
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Add the gradient of one update; see `steer.training.gradient.two_pass_gradient`."""
@@ -539,7 +540,7 @@ class TrainingRun:
         dtype = half_precision(self.state.trainable.denoiser, self.config)
         as_model = self.config.log_prob_precision == "model"
         # Samples that a filter keeps are in batches of another shape than they were drawn in.
-        factor = 10.0 if getattr(self.config, "sample_filter", "none") != "none" else 1.0
+        factor = 10.0 if self.config.kept_generations < self.config.num_generations else 1.0
         check_replay(self.sampler, batch.chunks[0], (dtype if as_model else None) or torch.float32, factor)
         if as_model and (dtype or self.trainer.pipe.device.type == "cuda"):  # where TF32 may be on
             exact = self._sampler("float32")

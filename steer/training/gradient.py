@@ -241,7 +241,7 @@ def _pass_one(
 
     # Pass 1 is skipped where every chunk, in every process, has all samples of its prompts.
     whole = all(len(chunk.rows) % batch.rewards.shape[1] == 0 for chunk in batch.chunks)
-    if not on_policy and getattr(loss, "stepwise", False) and all(context.gather([whole])):
+    if not on_policy and loss.stepwise and all(context.gather([whole])):
         return stepwise_coefficient, lambda: differentiate(batch.matrix(new, context))[:2]
     if not on_policy:
         for chunk, values in zip(batch.chunks, new, strict=True):
