@@ -202,7 +202,7 @@ def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
     ("reward", "held_out"),
     [
         ("brightness", "brightness"),
-        ("brightness:2 + jpeg:0.5", "brightness:2"),
+        ("jpeg:2 + brightness", "jpeg:2"),
         ("brightness + jpeg", "brightness"),
         ("min(jpeg, brightness)", "brightness + colour:red"),
         ("product(brightness > 0.3, jpeg > -9)", "brightness"),
