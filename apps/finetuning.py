@@ -112,11 +112,6 @@ class FinetuneJob:
             raise InputError("eval_rewards need eval_prompts, and there are none: give both")
         if self.eval_prompts is not None and not (self.reward or self.eval_rewards):
             raise InputError("eval_prompts need a reward to evaluate their images: give eval_rewards")
-        terms = {re.sub(r":[-+.0-9e]+$", "", term) for term in re.split(r"\s\+\s|,\s|[()]", self.reward or "")}
-        if trained := [one for one in self.eval_rewards if one.strip() in {self.reward, *map(str.strip, terms)}]:
-            raise InputError(
-                f"eval_rewards hold {trained[0]!r}, which is trained on: take one that is not part of the reward"
-            )
 
     @property
     def trained_reward(self) -> str | None:

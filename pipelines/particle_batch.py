@@ -4,7 +4,6 @@ import hashlib
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
 from steer.arguments import IMAGES_PER_PROMPT, annotations_of, coerce_value
-from steer.audio import AudioReward, check_media, is_audio, sample_rate_of
+from steer.audio import check_media, is_audio
 from steer.diffusion.batching import ActiveRows
 from steer.diffusion.glass import correlation, glass_transition
 from steer.diffusion.lookahead import Adapter, LookAhead
@@ -27,8 +26,8 @@ from steer.diffusion.views import OutputShapes, cache_text_encoding
 from steer.errors import InputError
 from steer.pipelines.base import Cost, ResamplingInfo, SteeringOutput
 from steer.reward import Reward, compares_images, mean_over_frames, score_components, warn_if_pipeline_truncates
+from steer.rewards.compose import plain_rewards, with_media_rates
 from steer.smc.particles import Particles
-from steer.video import VideoReward, frame_rate
 
 
 def _best(order: Tensor, log_weights: Tensor, generator: Generator) -> Tensor:
@@ -70,10 +69,7 @@ class ParticleBatch:
             raise InputError(f"num_particles must be at least 1, got {size}")
         if chunk_size < 1:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
-        if isinstance(reward, AudioReward):
-            reward = replace(reward, sample_rate=sample_rate_of(pipe))
-        if isinstance(reward, VideoReward) and reward.fps is None:
-            reward = replace(reward, fps=frame_rate(pipe, call))
+        reward = with_media_rates(reward, pipe, call)
         self.pipe, self.reward, self.size, self.chunk_size = cache_text_encoding(pipe), reward, size, chunk_size
         self.live, self.alive = live or ActiveRows(), size  # particles of a prompt that are left, in its first slots
         call = dict(call)
@@ -188,7 +184,8 @@ class ParticleBatch:
         Images with a graph give rewards with one.
         Raises InputError for audio and a reward of images, and the other way round.
         """
-        check_media(self.pipe, self.reward, images)
+        for one in plain_rewards(self.reward).values():
+            check_media(self.pipe, one, images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
             return mean_over_frames(images, self._score, self.reward)
 

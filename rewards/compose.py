@@ -5,11 +5,12 @@ combine([a, b], aggregate=worst)                                min_m r_m
 ProductReward([Constraint(a, ">", 0.3), Constraint(b, ">", 0.5)])     Π_m σ((r_m − c_m) / temperature)
 """
 
+import copy
 import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from steer.arguments import is_number
+from steer.audio import AudioReward, sample_rate_of
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
-from steer.reward import Metadata, Reward, RewardError, compares_images, score_components, takes_videos
+from steer.reward import Metadata, Reward, RewardError, WrappedReward, compares_images, score_components, takes_videos
 from steer.rewards.grammar import NUMBER, PLUS, format_number, split
 from steer.rewards.inputs import rows_by_prompt, takes_any_samples
 from steer.rewards.names import takes_number
 from steer.rewards.remote import is_remote, read_weight
+from steer.video import VideoReward, frame_rate
 
 
 def read_term(text: str, takes: Callable[[str], bool] = takes_number) -> tuple[str, float]:
@@ -106,6 +109,38 @@ class CompositeReward(ABC):
     @takes_any_samples
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
         return self.total(self.components(images, prompts, metadata), prompts)
+
+
+def plain_rewards(reward: Reward) -> dict[str, Reward]:
+    """Return the components of a reward that are no composed rewards, by name, without timeouts and metadata."""
+    if isinstance(reward, WrappedReward):
+        return plain_rewards(reward.reward)
+    if isinstance(reward, CompositeReward):
+        return {name: one for part in reward.parts.values() for name, one in plain_rewards(part).items()}
+    return {reward.name: reward}
+
+
+def map_plain(reward: Reward, change: Callable[[Reward], Reward]) -> Reward:
+    """Return a reward with its components that are no composed rewards changed; the reward itself stays as it is."""
+    if not isinstance(reward, WrappedReward | CompositeReward):
+        return change(reward)
+    copied = copy.copy(reward)
+    if isinstance(copied, WrappedReward):
+        copied.reward = map_plain(copied.reward, change)
+    else:
+        copied._rewards = tuple(map_plain(one, change) for one in copied._rewards)
+    return copied
+
+
+def with_media_rates(reward: Reward, pipe: Any, call: Mapping[str, Any]) -> Reward:
+    """Give rewards of audio and of videos the sample rate and the frames per second of a pipeline's call."""
+
+    def change(one: Reward) -> Reward:
+        if isinstance(one, AudioReward):
+            return replace(one, sample_rate=sample_rate_of(pipe))
+        return replace(one, fps=frame_rate(pipe, call)) if isinstance(one, VideoReward) and one.fps is None else one
+
+    return map_plain(reward, change)
 
 
 Aggregate = Callable[[Tensor], Tensor]

@@ -18,6 +18,7 @@ from steer.reward import (
     Metadata,
     Reward,
     RewardError,
+    RewardProxy,
     _validated_scores,
     attribute,
     evaluate,
@@ -27,12 +28,11 @@ from steer.rewards import REWARDS
 from steer.rewards.inputs import takes_any_samples
 
 
-class _FunctionReward:
+class _FunctionReward(RewardProxy):
     """A reward from a function or another callable; gradients flow where its attribute `differentiable` is true."""
 
-    images = "pt"  # `evaluate` converts them to the form that the function takes
-
     def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
         self._function = _in_standard_order(function)
         name = attribute(function, "name", None)
         self.name = name if isinstance(name, str) else attribute(function, "__name__", type(function).__name__)

@@ -23,6 +23,7 @@ class AudioReward:
     name: str = "audio"
     differentiable: bool = False
     sample_rate: int | None = None
+    takes_audio: bool = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score waveforms."""
@@ -46,7 +47,7 @@ def sample_rate_of(pipe: Any) -> int | None:
 
 def check_media(pipe: Any, reward: Any, media: Tensor) -> None:
     """Raise InputError where a reward of images meets audio, or a reward of audio meets images."""
-    if is_audio(media) == isinstance(reward, AudioReward):
+    if is_audio(media) == getattr(reward, "takes_audio", False):
         return
     name, shape = type(pipe).__name__, tuple(media.shape)
     if is_audio(media):

@@ -408,7 +408,22 @@ def has_abandoned_calls() -> bool:
     return any(isinstance(thread, TimedThread) for thread in threading.enumerate())
 
 
-class WrappedReward:
+class RewardProxy:
+    """A reward that stands for another one, whose attributes it has but for its own."""
+
+    images = "pt"  # `evaluate` converts them to the form that the other one takes
+
+    def __init__(self, reward: Any) -> None:
+        self.reward = reward
+
+    def __getattr__(self, name: str) -> Any:
+        # `reward` is missing in a copy that has no attributes yet.
+        if name == "reward" or name.startswith("__") or (value := attribute(self.reward, name, self)) is self:
+            raise AttributeError(name)
+        return value
+
+
+class WrappedReward(RewardProxy):
     """A reward with a timeout on every call, or with the metadata of each prompt from a table.
 
     With a timeout, each call runs in its own thread. Python cannot end a thread: one that hangs is abandoned and ends
@@ -418,14 +433,12 @@ class WrappedReward:
     metadata  a row for each prompt, in place of the caller's rows; None: the caller's
     """
 
-    images = "pt"
-
     def __init__(
         self, reward: Any, seconds: float | None = None, metadata: Mapping[str, Mapping[str, Any]] | None = None
     ) -> None:
+        super().__init__(reward)
         self.name, self.differentiable = reward.name, reward.differentiable
-        self.reward, self.metadata, self._seconds = reward, metadata, seconds
-        self.compares_images, self.takes_videos = compares_images(reward), takes_videos(reward)
+        self.metadata, self._seconds = metadata, seconds
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
         rows = self._rows(prompts, metadata)

@@ -282,8 +282,11 @@ def test_what_cannot_be_is_refused_in_a_line(studio: Studio, change: dict[str, A
 
 def test_a_term_of_the_trained_reward_cannot_be_held_out(studio: Studio, tmp_path: Path) -> None:
     asked = training_request(FIELD_VALUES | {"reward": "scene + brightness", "held_out": "scene"}, studio)
+    (other := tmp_path / "run-1" / "checkpoints").mkdir(parents=True)
+    work: Any = training(asked, tmp_path / "run-2", studio, resume=False)
     with pytest.raises(InputError, match="hold 'scene', which is trained on"):
-        training(asked, tmp_path, studio, resume=False)
+        work(None)
+    assert other.exists(), "the run before can still be resumed"
 
 
 def test_without_labels_there_is_nothing_to_learn_from(studio: Studio, tmp_path: Path) -> None:

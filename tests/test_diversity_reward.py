@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import cached_pipe
 from rollouts import fresh_pipe
 from torch import Tensor
 
-from steer import GRPOConfig, GRPOTrainer, load_reward, score
+from steer import GRPOConfig, GRPOTrainer, TrainingConfig, load_reward, score
+from steer.apps.evaluation.spec import score_in_batches
+from steer.errors import InputError
+from steer.pipelines.training.evaluation import Evaluator
 from steer.reward import RewardError, compares_images
+from steer.training.distributed import SINGLE_PROCESS
 from steer.training.losses import GRPO, LogProbs
 
 
@@ -96,6 +101,22 @@ def test_a_run_learns_from_it_and_logs_it(tmp_path: Path) -> None:
     result = GRPOTrainer(fresh_pipe("sd"), reward, config, train_prompts=["a star", "a circle"]).train()
     record = result.records[0]
     assert record["grad_norm"] > 0 and any("diversity" in name for name in record)
+
+
+def test_evaluations_score_all_images_of_a_prompt_together() -> None:
+    """Of three equal images each has 1 − 1/4 of the inverse; chunks of 4 and 8 rows would tear the prompts apart."""
+    truth, prompts = pytest.approx([math.log(4 / 3)] * 12, rel=1e-4), ("a", "b", "c", "d")
+    reward = load_reward("diversity")
+    evaluator = Evaluator(prompts, reward, [], lambda sampler, rows: (None, grey(*[0.5] * len(rows))))
+    for micro_batch in (3, 4, 8):
+        config = TrainingConfig(num_generations_eval=3, micro_batch=micro_batch)
+        result = evaluator.evaluate(cached_pipe("sd"), config, 0, None, lambda: None, SINGLE_PROCESS)
+        assert result.rewards["diversity"].flatten().tolist() == truth
+    with pytest.raises(InputError, match="micro_batch must be at least num_generations_eval, 3, got 2"):
+        config = TrainingConfig(num_generations_eval=3, micro_batch=2)
+        evaluator.evaluate(cached_pipe("sd"), config, 0, None, lambda: None, SINGLE_PROCESS)
+    scores, _ = score_in_batches(reward, grey(*[0.5] * 12), [prompt for prompt in prompts for _ in range(3)])
+    assert scores.tolist() == truth
 
 
 @pytest.mark.parametrize("option", ["width=0", "width=-1", "width=x"])

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,9 @@ from steer.apps.prompts import load_prompts
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
 from steer.errors import InputError
+from steer.pipelines.training.d3po_prdp import PRDPTrainer
+from steer.reward import with_timeout
+from steer.rewards.compose import RewardStatistics, StandardisedReward
 from steer.rewards.names import reward_names
 from steer.rewards.parser import load_reward
 
@@ -131,7 +135,6 @@ BAD = [
     ("call: [1]\n", "call must be a mapping of keys to values, got [1]"),
     ("eval_prompts: e.txt\neval_prompts_count: 0\n", "eval_prompts_count must be at least 1, got 0"),
     ("eval_rewards: [jpeg]\n", "eval_rewards need eval_prompts"),
-    ("eval_prompts: e\neval_rewards: [brightness]\n", "eval_rewards hold 'brightness', which is trained on"),
     ("preferences: folder\n", "prompts or preferences: give one of the two"),
     ("seed: 1\nseed: 2\n", "c.yaml, line 6: 'seed' is repeated"),
     ("seed: 1\n  x: 2\n", "c.yaml, line 6: mapping values are not allowed here"),
@@ -195,12 +198,23 @@ def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
         read_config(written(tmp_path, LEAST.replace("output_dir: out\n", "")))
 
 
-@pytest.mark.parametrize("reward", ["scene:2 + jpeg:0.5", "min(jpeg, scene)", "z(scene, from=c.json) + jpeg"])
-def test_a_part_of_the_trained_reward_is_no_hold_out(reward: str, tmp_path: Path) -> None:
-    changes = {"reward": reward, "eval_prompts": "e", "eval_rewards": "[brightness, scene]"}
-    with pytest.raises(InputError, match="--eval-rewards hold 'scene', which is trained on"):
-        read_config(written(tmp_path, LEAST), changes)
-    assert read_config(written(tmp_path, LEAST), changes | {"eval_rewards": "[scene-soft]"}).job.reward == reward
+@pytest.mark.parametrize(
+    ("reward", "held_out"),
+    [
+        ("brightness", "brightness"),
+        ("jpeg:2 + brightness", "jpeg:2"),
+        ("brightness + jpeg", "brightness"),
+        ("min(jpeg, brightness)", "brightness + colour:red"),
+        ("product(brightness > 0.3, jpeg > -9)", "brightness"),
+        (StandardisedReward(load_reward("brightness"), RewardStatistics(0.5, 0.1, 9, {})), "brightness"),
+        (with_timeout(load_reward({"brightness": 2}), 9), "brightness"),
+    ],
+)
+def test_a_component_of_the_trained_reward_is_no_hold_out(reward: Any, held_out: str) -> None:
+    with pytest.raises(InputError, match=r"eval_rewards hold '.*', which is trained on") as error:
+        PRDPTrainer(None, reward, eval_rewards=["colour:blue", held_out])
+    assert load_reward(held_out).name in str(error.value)
+    assert PRDPTrainer(None, reward, eval_rewards=["colour:blue"]).eval_rewards
 
 
 @pytest.mark.parametrize("method", METHODS)

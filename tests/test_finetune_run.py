@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from steer import D3POTrainer, TrainingConfig
 from steer.errors import InputError
 from steer.pipelines.training.evaluation import diversity, interval
-from steer.pipelines.training.method import chosen_steps, prompts_at, rows_of
+from steer.pipelines.training.method import chosen_steps, prompts_at, rows_of, shuffled_at
 from steer.pipelines.training.rollouts import batch_order
 from steer.training.gradient import Batch, reference_of, reward_gradient
 from steer.training.guards import kl
@@ -252,6 +252,8 @@ def test_every_turn_goes_over_all_prompts_in_a_new_order() -> None:
     assert all(sorted(turn) == prompts for turn in turns)
     assert len(set(turns)) == 20
     assert prompts_at(5, 6, prompts, 3) == turns[0][5:] + turns[1][:4], "batches run over the end of a turn"
+    assert shuffled_at(5, 20, 7, 3) == [int(one) for turn in turns[:4] for one in turn][5:25]
+    assert [shuffled_at(place, 1, 7, 3) for place in (13, 14)] == [[int(turns[1][6])], [int(turns[2][0])]]
 
 
 def test_steps_are_chosen_evenly_over_the_updates() -> None:
@@ -351,8 +353,8 @@ def test_what_was_learnt_outlives_an_observer_that_fails(pipe: Any, tmp_path: Pa
 
 
 def test_two_held_out_rewards_of_one_name_are_refused(pipe: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="eval_rewards: 'brightness' is given twice or is"):
-        train("grpo", pipe, tmp_path, config_of("grpo", **SHORT), eval_rewards=["brightness"])
+    with pytest.raises(InputError, match="eval_rewards: 'jpeg' is given twice"):
+        train("grpo", pipe, tmp_path, config_of("grpo", **SHORT), eval_rewards=["jpeg", "jpeg"])
     with pytest.raises(InputError, match="early_stopping_patience compares a held-out reward"):
         train("grpo", pipe, tmp_path, config_of("grpo", **SHORT | {"early_stopping_patience": 2}), eval_rewards=[])
 
@@ -381,7 +383,7 @@ def test_the_forms_of_d3po_are_different_runs_and_pareto_needs_parts(pipe: Any, 
     train("d3po", pipe, tmp_path, config)
     with pytest.raises(InputError, match=r"another trajectory \(False there, True here\)"):
         train("d3po", fresh(), tmp_path, replace(config, trajectory=True))
-    with pytest.raises(InputError, match="pareto compares the components of a reward, and 'brightness' has none"):
+    with pytest.raises(InputError, match="pareto compares the components of a weighted sum of rewards, and 'bright"):
         train("d3po", pipe, tmp_path / "other", replace(config, pareto=True))
 
 

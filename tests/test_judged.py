@@ -226,7 +226,7 @@ def test_what_a_judge_cannot_do_is_refused_in_one_line(tmp_path: Path) -> None:
         SPOConfig(micro_batch=6)
     with pytest.raises(InputError, match="reward and judge: give one of the two"):
         FinetuneJob("spo", "brightness", "brightness", prompts="p")
-    with pytest.raises(InputError, match="pareto compares the components of a reward"):
+    with pytest.raises(InputError, match="pareto compares the components of a weighted sum"):
         SPOTrainer(None, Redder(), SPOConfig(pareto=True), train_prompts=PROMPTS)
 
 

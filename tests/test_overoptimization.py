@@ -11,10 +11,8 @@ from steer.pipelines.training.evaluation import EvalResult
 from steer.training.overoptimization import (
     RewardCurve,
     best_of_n_kl,
-    chi_square_of_trajectories,
     find_hacking,
     fit_reward_curve,
-    guaranteed_gain,
     point_of_usefulness,
 )
 
@@ -49,22 +47,6 @@ def test_kl_of_best_of_n() -> None:
     u = (torch.arange(200_000).double() + 0.5) / 200_000
     ratio = 8 * u**7
     assert best_of_n_kl(8) == pytest.approx((ratio * ratio.log()).mean().item(), rel=1e-4)
-
-
-def test_a_tilted_gaussian() -> None:
-    """N(λ, 1) against N(0, 1): KL = λ²/2, χ² = e^{λ²} − 1, the proxy gains λ and a truth of correlation ρ gains ρλ."""
-    lam, rho = 0.6, 0.8
-    proxy = lam + torch.randn(200_000, generator=Generator().manual_seed(0)).double()
-    log_ratios = lam * proxy - lam**2 / 2
-    error = log_ratios.std() / len(proxy) ** 0.5
-    assert abs(log_ratios.mean() - lam**2 / 2) < 3 * error
-    chi_square, size = chi_square_of_trajectories(log_ratios)
-    assert chi_square == pytest.approx(math.exp(lam**2) - 1, rel=0.02)
-    assert 1000 < size < len(proxy)
-    assert guaranteed_gain(lam, rho, chi_square) <= rho * lam
-    assert guaranteed_gain(lam, 1.0, chi_square) == lam  # a perfect proxy is the truth
-    with pytest.raises(InputError, match="correlation must be above 0"):
-        guaranteed_gain(1.0, -0.1, 1.0)
 
 
 def evaluation(step: int, trained: list[list[float]], held_out: list[list[float]]) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """The contract of rewards: checks of every call, forms of inputs and results, timeouts, truncated prompts."""
 
+import copy
 import functools
 import threading
 import time
@@ -13,6 +14,7 @@ import torch
 from conftest import PROMPT, cached_pipe, sd
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from soft_rewards import own_kwargs
 from torch import Tensor, nn
 
 from steer import BestOfNPipeline, FKSteeringPipeline, ReNOPipeline, RewardBackpropTrainer, TrainingConfig
@@ -233,6 +235,56 @@ def test_a_limit_changes_no_score_and_keeps_the_parts() -> None:
     assert len(components) == 4
     assert not isinstance(with_timeout(Brightness(), 1), Composite)
     assert with_timeout(plain, None) is plain
+
+
+WHOLE = ("compares_images", "takes_videos", "takes_audio", "prompt_limit", "cost", "checklist", "relaxed")
+
+
+class Whole(Made):
+    """With attributes that some callers read."""
+
+    compares_images, takes_videos, takes_audio, prompt_limit, cost = True, True, True, 77, 0.5
+
+    def __init__(self) -> None:
+        super().__init__(lambda images, prompts: images.mean((1, 2, 3)))
+
+    def checklist(self, images: Tensor, prompts: Sequence[str]) -> list[dict[str, bool]]:
+        return [{prompt: True} for prompt in prompts]
+
+    def relaxed(self, p: Tensor, prompts: Sequence[str]) -> Tensor:
+        return p.sum((1, 2))
+
+
+def test_a_wrapper_has_the_attributes_of_its_reward() -> None:
+    plain, metadata = Whole(), {"a": {"red": 1}}
+
+    def whole(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    vars(whole).update({name: getattr(plain, name) for name in WHOLE})
+    timed = with_timeout(plain, 9)
+    wrapped = [timed, with_metadata(timed, metadata), copy.deepcopy(timed)]
+    functions = [load_reward(whole), with_timeout(load_reward(whole), 9), load_reward(functools.partial(whole))]
+    for one in [*wrapped, *functions]:
+        reward: Any = one
+        assert [getattr(reward, name) for name in WHOLE[:-2]] == [True, True, True, 77, 0.5]
+        assert reward.checklist(IMAGES, PROMPTS)[0] == {"a": True}
+        assert torch.equal(reward.relaxed(IMAGES, PROMPTS), IMAGES.sum((1, 2)))
+        assert not hasattr(reward, "other") and not isinstance(reward, Composite)
+    assert wrapped[1].metadata == metadata  # type: ignore[attr-defined]
+
+
+def test_a_function_that_compares_images_gets_all_of_a_prompt() -> None:
+    sizes: list[int] = []
+
+    def rank(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        sizes.append(len(images))
+        return images.mean((1, 2, 3))
+
+    rank.compares_images = True  # type: ignore[attr-defined]
+    call = own_kwargs("sd") | {"prompt": PROMPT}
+    BestOfNPipeline(cached_pipe("sd"), rank)(num_particles=3, chunk_size=2, **call)
+    assert sizes == [3]
 
 
 @pytest.mark.parametrize(

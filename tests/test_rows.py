@@ -15,6 +15,7 @@ from steer.diffusion.rows import RandomState, RowsCall, forms
 from steer.diffusion.step_hooks import SolverStep
 from steer.diffusion.views import OutputShapes, zero_proxies
 from steer.errors import InputError, UnsupportedPipelineError
+from steer.reward import with_metadata, with_timeout
 
 ROWS = 3
 CALL = {name: value for name, value in call_kwargs("sd", ROWS).items() if name != "num_images_per_prompt"}
@@ -174,7 +175,8 @@ def test_a_silent_denoiser_answers_in_the_form_of_its_own_answers(name: str) -> 
 
 def test_audio_needs_a_reward_of_audio() -> None:
     reward = AudioReward(lambda waveforms, prompts, rate: waveforms.mean((1, 2)), "mean")
-    check_media(None, reward, torch.zeros(2, 1, 100))
+    for one in (reward, with_timeout(reward, 9), with_metadata(reward, {PROMPT: {}})):
+        check_media(None, one, torch.zeros(2, 1, 100))
     check_media(None, load_reward("brightness"), torch.zeros(2, 3, 8, 8))
     with pytest.raises(InputError, match="makes images, which reward 'mean' does not score: use a reward of images"):
         check_media(None, reward, torch.zeros(2, 3, 8, 8))

@@ -11,7 +11,10 @@ from soft_rewards import Soft
 from steer.errors import InputError
 from steer.pipelines.training.d3po_prdp import D3POConfig, D3POTrainer, PRDPConfig, PRDPTrainer
 from steer.pipelines.training.ddpo_grpo import DDPOConfig, DDPOTrainer, GRPOConfig, GRPOTrainer
+from steer.pipelines.training.method import Scored
 from steer.pipelines.training.signals import RewardSignal
+from steer.reward import score_components
+from steer.rewards.compose import Constraint, ProductReward, worst
 from steer.rewards.parser import combine
 from steer.training.losses import DDPO, GRPO
 from steer.training.trainable import get_denoiser
@@ -72,9 +75,24 @@ def test_pareto_trains_policy_gradients(trainer: Any, config: Any, tmp_path: Pat
     assert result.records[0]["grad_norm"] > 0 and {"reward/red", "reward/blue"} <= set(result.records[0])
 
 
-def test_a_sum_is_normalised_by_component() -> None:
-    from steer.pipelines.training.method import Scored
+def test_pareto_compares_weighted_components_of_the_sum_alone() -> None:
+    """red − 2 blue: more blue is worse; of red and min(red, blue) the components of the minimum count once."""
+    red, blue = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[1.0, 1.0, 3.0]])
+    scored = Scored(("a",), (), red - 2 * blue, {"red": red, "blue": blue})
+    objectives = RewardSignal(combine({RED: 1.0, BLUE: -2.0}), D3POConfig(pareto=True)).objectives(scored)
+    assert objectives.tolist() == [[[0.0, -2.0], [1.0, -2.0], [2.0, -6.0]]]
+    worse = combine([RED, BLUE], worst)
+    nested = combine({RED: 1.0, worse: 3.0})
+    scores, components = score_components(nested, torch.rand(3, 3, 4, 4), ["a"] * 3)
+    scored = Scored(("a",), (), scores[None], {name: values[None] for name, values in components.items()})
+    objectives = RewardSignal(nested, D3POConfig(pareto=True)).objectives(scored)
+    torch.testing.assert_close(objectives[0], torch.stack([components["red"], 3 * components[worse.name]], 1))
+    for other in (worse, ProductReward([Constraint(RED, "<", 0.5)])):
+        with pytest.raises(InputError, match="pareto compares the components of a weighted sum"):
+            D3POTrainer(None, other, D3POConfig(pareto=True), train_prompts=PROMPTS)
 
+
+def test_a_sum_is_normalised_by_component() -> None:
     red, blue = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2000.0, 1000.0, 0.0]])
     scored = Scored(("a",), (), red - 2 * blue, {"red": red, "blue": blue})
     signal = RewardSignal(combine({RED: 1.0, BLUE: -2.0}), GRPOConfig(normalize_components=True))(scored)
@@ -86,7 +104,7 @@ def test_a_sum_is_normalised_by_component() -> None:
     [
         ({"normalize_components": True}, "normalize_components is for a weighted sum of rewards, and 'red' is none"),
         ({"constraints": {"nonsense": "<= 1"}}, "nonsense"),
-        ({"pareto": True}, "pareto compares the components of a reward, and 'red' has none"),
+        ({"pareto": True}, "pareto compares the components of a weighted sum of rewards, and 'red' is none"),
     ],
 )
 def test_options_that_do_not_fit_the_reward_are_refused(options: Any, message: str) -> None:

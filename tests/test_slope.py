@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,24 +16,68 @@ from torch import Tensor
 from steer import ReNOPipeline
 from steer.errors import InputError
 from steer.pipelines.training.reward_backprop import RewardBackpropConfig
+from steer.training.distributed import SINGLE_PROCESS
+from steer.training.gradient import reward_gradient
 from steer.training.guards import SlopeLimit
+from steer.training.rollout import Rows
 
 
 def test_a_limit_scales_each_image_by_itself() -> None:
-    """Gradients of norms 1, 2, 3 and 40: the median (of torch, the lower one) is 2, κ = 3 leaves norms up to 6."""
-    limit = SlopeLimit(3.0)
+    """κ = 3 and s₀ = 2 leave norms of the sum up to 6."""
+    limit = SlopeLimit(3.0, base=2.0)
     for norms, bounded in (
         ([1.0, 2.0, 3.0, 40.0], [1.0, 2.0, 3.0, 6.0]),
         ([50.0, 7.0, 6.0, 0.0], [6.0, 6.0, 6.0, 0.0]),
     ):
         x = torch.zeros(4, 3, 2, 2, requires_grad=True)
         direction = torch.tensor(norms).view(-1, 1, 1, 1) * torch.ones(4, 3, 2, 2) / math.sqrt(12)
-        (gradient,) = torch.autograd.grad((limit.apply(x * 1) * direction).sum(), x)
+        (gradient,) = torch.autograd.grad((limit.apply(x * 1, 1) * direction).sum(), x)
         torch.testing.assert_close(gradient.flatten(1).norm(dim=1), torch.tensor(bounded))
-        assert limit.base == pytest.approx(2.0)  # of the first update
+        assert limit.base == 2.0
     free = SlopeLimit(None)
     x = torch.ones(1, 3, 1, 1, requires_grad=True)
-    assert torch.equal(torch.autograd.grad((100 * free.apply(x * 1)).sum(), x)[0], torch.full((1, 3, 1, 1), 100.0))
+    assert torch.equal(torch.autograd.grad((100 * free.apply(x * 1, 1)).sum(), x)[0], torch.full((1, 3, 1, 1), 100.0))
+
+
+@dataclass
+class OtherProcess:
+    """The context of one of two processes: the slopes that the other one has are known."""
+
+    rank: int
+    others: list[Tensor]
+    world_size = 2
+
+    def gather(self, items: Sequence[Any]) -> list[Any]:
+        return [*items, *self.others] if torch.is_tensor(items[0]) else list(items) * 2
+
+
+def slope_gradient(slopes: Sequence[Sequence[float]], limit: SlopeLimit, context: Any = SINGLE_PROCESS) -> float:
+    """d(mean reward)/dθ of images θ u, ‖u‖ = 1, in chunks of these slopes: the rewards are slope · Σ u x."""
+    theta, u = torch.ones((), requires_grad=True), torch.ones(3, 2, 2) / math.sqrt(12)
+    rows = [Rows(tuple(map(str, some)), (0,) * len(some), (0,) * len(some)) for some in slopes]
+
+    def steep(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([float(one) for one in prompts]) * (images * u).sum((1, 2, 3))
+
+    sampler: Any = SimpleNamespace(several=False, finish=lambda chunk, last: theta * u.expand(len(chunk.rows), 3, 2, 2))
+    batch: Any = SimpleNamespace(chunks=[SimpleNamespace(rows=one) for one in rows], steps=(0,), references=())
+    reward_gradient(
+        sampler, batch, Soft(steep, "steep"), 1, limit=limit, penalties={}, on_policy=True,
+        backward=Tensor.backward, on_chunk=lambda: None, context=context,
+    )  # fmt: skip
+    assert theta.grad is not None
+    return -theta.grad.item()
+
+
+@pytest.mark.parametrize("chunks", [[[1, 2, 3, 40]], [[40], [1, 2, 3]], [[3, 40], [2, 1]]])
+def test_the_unit_of_a_limit_is_that_of_the_whole_first_update(chunks: list[list[float]]) -> None:
+    """Slopes 1, 2, 3 and 40 have the median (of torch, the lower one) 2; κ = 3: (1 + 2 + 3 + 6)/4, in any chunks."""
+    limit = SlopeLimit(3.0)
+    assert slope_gradient(chunks, limit) == pytest.approx(3.0) and limit.base == pytest.approx(2.0)
+    assert slope_gradient([[50, 6]], limit) == pytest.approx(6.0)  # of the first update, whatever the number of images
+    shares = [slope_gradient([own], SlopeLimit(3.0), OtherProcess(rank, [torch.tensor(rest)]))
+              for rank, (own, rest) in enumerate([([1.0, 2.0], [3.0, 40.0]), ([3.0, 40.0], [1.0, 2.0])])]  # fmt: skip
+    assert sum(shares) / 2 == pytest.approx(3.0)  # the mean over processes is the gradient
 
 
 def hackable(start: float) -> Any:

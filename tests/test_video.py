@@ -1,15 +1,18 @@
 """Rewards of whole videos: all frames and the frames per second, beside rewards of single frames."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from steer import VideoReward, load_reward, score, score_components, with_timeout
+from steer import AudioReward, GRPOTrainer, VideoReward, load_reward, score, score_components, with_timeout
+from steer.pipelines.training.trainer import Trainer
 from steer.reward import RewardError, mean_over_frames
 from steer.reward import score_components as reward_components
+from steer.rewards.compose import with_media_rates
 from steer.video import frame_rate
 
 VIDEOS = torch.rand(2, 12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -61,10 +64,38 @@ def test_pipelines_and_trainers_give_whole_videos_and_gradients() -> None:
         score(VIDEOS, PROMPTS, broken)
 
 
-def test_the_frame_rate_is_that_of_the_call() -> None:
-    class WithRate:
-        def __call__(self, prompt: str, frame_rate: float = 24.0) -> None: ...
+class WithRate:
+    scheduler, vocoder = None, SimpleNamespace(sampling_rate=16_000)
 
+    def __call__(self, prompt: str, frame_rate: float = 24.0) -> None: ...
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_components_and_trained_rewards_get_the_rates_of_the_pipeline(
+    timeout: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[int | None] = []
+    audio = AudioReward(lambda waveforms, prompts, rate: rates.append(rate) or waveforms.mean(1))  # type: ignore[func-returns-value]
+    video = VideoReward(motion, name="motion")
+    own = {video: 2, VideoReward(motion, name="own", fps=8): 1, "brightness": 1}
+    reward = with_timeout(load_reward(own), timeout)
+    components = reward_components(with_media_rates(reward, WithRate(), {"frame_rate": 12}), VIDEOS, PROMPTS)[1]
+    assert torch.allclose(components["motion"], by_hand(12)) and torch.allclose(components["own"], by_hand(8))
+    assert torch.allclose(reward_components(reward, VIDEOS, PROMPTS)[1]["motion"], by_hand(1))  # it is not changed
+    reward_components(with_media_rates(load_reward({audio: 1}), WithRate(), {}), torch.rand(2, 9), PROMPTS)
+    assert rates == [16_000]
+    for name in ("rollout_source", "evaluator"):
+        monkeypatch.setattr(Trainer, name, lambda self: None)
+    monkeypatch.setattr("steer.pipelines.training.trainer.TrainingRun", lambda *_: SimpleNamespace(train=list))
+    trainer = GRPOTrainer(
+        WithRate(), reward, train_prompts=PROMPTS, eval_rewards=[VideoReward(motion, name="held-out")]
+    )
+    trainer.train()
+    assert torch.allclose(reward_components(trainer.reward, VIDEOS, PROMPTS)[1]["motion"], by_hand(24))
+    assert torch.allclose(reward_components(trainer.eval_rewards[0], VIDEOS, PROMPTS)[0], by_hand(24))
+
+
+def test_the_frame_rate_is_that_of_the_call() -> None:
     class Without:
         def __call__(self, prompt: str) -> None: ...
 

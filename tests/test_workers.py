@@ -23,12 +23,11 @@ from steer.pipelines.training import config as config_module
 from steer.pipelines.training import workers as workers_module
 from steer.pipelines.training.workers import (
     num_workers,
-    plain_rewards,
     store,
-    with_workers,
     worker_processes,
 )
 from steer.reward import score_components, takes_videos, with_metadata, with_timeout
+from steer.rewards.compose import map_plain, plain_rewards
 
 SMALL = SHORT | {"warmup_steps": 0, "max_steps": 3, "eval_steps": 9, "ema_decay": 0.0, "micro_batch": 2}
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
@@ -48,7 +47,7 @@ def test_workers_take_the_place_of_a_component() -> None:
     reward = combine({"brightness": 2, "jpeg": 0.5})
     wrapped = with_metadata(with_timeout(reward, 60), {"a": {}})
     assert set(plain_rewards(wrapped)) == {"brightness", "jpeg"}
-    replaced = with_workers(wrapped, {"jpeg": Constant()})
+    replaced = map_plain(wrapped, lambda one: Constant() if one.name == "jpeg" else one)
     total, components = score_components(replaced, images, prompts)
     own, before = score_components(wrapped, images, prompts)
     assert components["jpeg"].tolist() == [7.0, 7.0] and torch.equal(components["brightness"], before["brightness"])

@@ -146,13 +146,14 @@ def training(request: TrainingRequest, folder: Path, studio: Studio, resume: boo
     config = configured(request, folder, studio)
 
     def work(ticket: Ticket) -> None:
-        for other in folder.parent.glob("*/checkpoints"):
-            if other.parent != folder:
-                shutil.rmtree(other, ignore_errors=True)
         if request.choices is not None and not resume:
             copy = copy_table if request.method == "pairs" else _copy_choices
             copy(request.choices, folder / CHOICES_COPY)
-        train(config, resume, ticket)
+        data = load_data(config, resume)  # raises before anything is removed
+        for other in folder.parent.glob("*/checkpoints"):
+            if other.parent != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        train(config, data, resume, ticket)
 
     return work
 
@@ -165,14 +166,13 @@ def _copy_choices(source: Path, to: Path) -> None:
         shutil.copyfile(one, copy)
 
 
-def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
+def train(config: FinetuneConfig, data: dict[str, Any], resume: bool, ticket: Ticket) -> None:
     """Train in the folder of the configuration; sends Loading, Evaluation, Update and, unless stopped, Trained events.
 
     A stop acts within one call of the denoiser and leaves a checkpoint; `resume` continues to the same weights as an
     uninterrupted training. Raises InputError; the latest checkpoint is kept.
     """
     job = config.job
-    data = load_data(config, resume)
     ticket.say(Loading(job.model))
     pipe = load_pipeline(job.model, job.device, job.dtype)  # not the shared one: training changes it
     get_denoiser(pipe)[1].register_forward_pre_hook(lambda module, given: ticket.check())

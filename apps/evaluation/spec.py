@@ -29,7 +29,7 @@ from steer.files import atomic_write, write_text
 from steer.pipelines.base import Cost, SteeringOutput, route_eta
 from steer.pipelines.training.evaluation import diversity
 from steer.registry import choose, nearest
-from steer.reward import Reward, Scores, mean_over_frames, score_components
+from steer.reward import Reward, Scores, compares_images, mean_over_frames, score_components
 
 BASE_METHOD = "base"  # plain sampling without a reward: one image per run
 # Methods whose runs share no random numbers, so that one call may sample several.
@@ -435,9 +435,9 @@ class ContenderRunner:
 @torch.no_grad()
 def score_in_batches(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scores:
     """Score images (N, 3, H, W) or videos (N, F, 3, H, W) in batches by a reward and its components: (N,) each."""
-    scored = []
-    for start in range(0, len(images), SCORE_BATCH):
-        cut = slice(start, start + SCORE_BATCH)
+    scored, size = [], len(images) if compares_images(reward) else SCORE_BATCH
+    for start in range(0, len(images), size):
+        cut = slice(start, start + size)
         score: Callable[[Tensor], Scores] = partial(score_components, reward, prompts=prompts[cut])
         scored.append(mean_over_frames(images[cut].float().clamp(0, 1), score, reward))
     totals, components = zip(*scored, strict=True)

@@ -215,6 +215,11 @@ class TrainingConfig(Settings):
         return self.dynamics != "ddim" or self.step_window(0) is not None
 
     @property
+    def kept_generations(self) -> int:
+        """Samples of a prompt that losses take."""
+        return self.num_generations
+
+    @property
     def call_kwargs(self) -> dict[str, Any]:
         """The arguments of the pipeline's call, the same for every row."""
         sampling = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
@@ -254,7 +259,6 @@ class LossConfig(TrainingConfig):
 
     @property
     def kept_generations(self) -> int:
-        """Samples of a prompt that losses take."""
         if self.sample_filter == "none":
             return self.num_generations
         return self.num_generations // 2 if self.filter_keep is None else self.filter_keep
@@ -286,3 +290,14 @@ class LossConfig(TrainingConfig):
                 f"filter_keep must be from {self.min_generations} to num_generations = {self.num_generations}, got "
                 f"{self.kept_generations}"
             )
+
+
+@dataclass(frozen=True)
+class ParetoConfig(LossConfig):
+    """LossConfig of a method that can compare the components of a weighted sum.
+
+    pareto  of a weighted sum of rewards: only the Pareto front of a prompt's samples has a gradient, with the sum of
+            its standardised components as advantage (`steer.training.signals.pareto_advantages`)
+    """
+
+    pareto: bool = False

@@ -5,19 +5,19 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from steer.pipelines.training.config import LossConfig
+from steer.pipelines.training.config import LossConfig, ParetoConfig
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.trainer import LossTrainer
 from steer.training.losses import D3PO, PRDP, BRAIn, D3POTrajectory
 
 
 @dataclass(frozen=True)
-class D3POConfig(LossConfig):
+class D3POConfig(ParetoConfig):
     """TrainingConfig with the options of D3PO.
 
     beta        β of the implicit reward β log pθ/p_ref, for log-probabilities per latent element; published 0.1
     trajectory  one comparison of whole trajectories in place of one per step
-    pareto      of a composed reward: prefer the sample that is better by one component and worse by none
+    pareto      of a weighted sum of rewards: prefer the sample that is better by one component and worse by none
     """
 
     title: ClassVar[str] = "D3PO"
@@ -28,7 +28,6 @@ class D3POConfig(LossConfig):
 
     beta: float = D3PO.beta
     trajectory: bool = False
-    pareto: bool = False
 
     def loss(self) -> D3PO | D3POTrajectory:
         return D3POTrajectory(beta=self.beta) if self.trajectory else D3PO(beta=self.beta)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from steer.pipelines.training.config import LossConfig
+from steer.pipelines.training.config import LossConfig, ParetoConfig
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.trainer import LossTrainer
 from steer.training.losses import DDPO, GRPO, Filtered, PerPromptStatTracker, group_advantages
@@ -16,15 +16,13 @@ from steer.training.signals import pareto_advantages
 
 
 @dataclass(frozen=True)
-class DDPOConfig(LossConfig):
+class DDPOConfig(ParetoConfig):
     """TrainingConfig with the options of DDPO.
 
     clip            ε of the ratio, for log-probabilities per latent element; published 1e-4
     advantage_clip  advantages are clipped to ± this
     history         rewards remembered per prompt
     min_history     rewards of a prompt before they are used in place of the batch's
-    pareto          of a composed reward: only the Pareto front of a prompt's samples has a gradient, with the sum of
-                    its standardised components as advantage (`steer.training.signals.pareto_advantages`)
     """
 
     title: ClassVar[str] = "DDPO"
@@ -35,7 +33,6 @@ class DDPOConfig(LossConfig):
     advantage_clip: float = DDPO.advantage_clip
     history: int = 16
     min_history: int = 16
-    pareto: bool = False
 
     def loss(self) -> DDPO:
         return DDPO(clip=self.clip, advantage_clip=self.advantage_clip)
@@ -74,13 +71,11 @@ class DDPOTrainer(LossTrainer[DDPOConfig]):
 
 
 @dataclass(frozen=True)
-class GRPOConfig(LossConfig):
+class GRPOConfig(ParetoConfig):
     """TrainingConfig with the options of GRPO.
 
     clip           ε of the ratio, for log-probabilities per latent element; published 1e-4
     scale_rewards  divide by the standard deviation of a prompt's rewards; False: Dr. GRPO
-    pareto         of a composed reward: only the Pareto front of a prompt's samples has a gradient, with the sum of
-                   its standardised components as advantage (`steer.training.signals.pareto_advantages`)
     """
 
     title: ClassVar[str] = "GRPO"
@@ -88,7 +83,6 @@ class GRPOConfig(LossConfig):
 
     clip: float = GRPO.clip
     scale_rewards: bool = GRPO.scale
-    pareto: bool = False
 
     @property
     def takes_advantages(self) -> bool:

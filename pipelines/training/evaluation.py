@@ -1,7 +1,7 @@
 """Evaluation on held-out prompts at fixed seeds: the trained reward, held-out rewards, and diversity."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import OnChunk, rows_of, sampler_of
 from steer.pipelines.training.signals import unwrapped
-from steer.reward import Reward, Scores, Texts, compare, mean_over_frames, score_components
+from steer.reward import Reward, Scores, Texts, compare, compares_images, mean_over_frames, score_components
 from steer.rewards.judges import Tournament
 from steer.rewards.learned import LearnedReward
 from steer.training.distributed import DistributedContext
@@ -96,8 +97,9 @@ class Evaluator:
     ) -> EvalResult:
         """Evaluate the same prompts and seeds at every step; the processes take turns with chunks of them."""
         size, sampler = config.num_generations_eval, sampler_of(pipe, config, prepared, "model", self.conditions)
-        chunks = rows_of(self.prompts, size, config.seed, "evaluation", shared_start=False).split(config.micro_batch)
         rewards = {reward.name: reward for reward in (self.trained, *self.held_out)}
+        rows = rows_of(self.prompts, size, config.seed, "evaluation", shared_start=False)
+        chunks = rows.split(_chunk_size(rewards.values(), config))
         ensemble = isinstance(unwrapped(self.trained), LearnedReward)
         judged = any(isinstance(unwrapped(one), Tournament) for one in rewards.values())
         collected: list[tuple[int, Any, dict[str, Tensor], dict[str, Tensor]]] = []
@@ -142,6 +144,19 @@ class Evaluator:
             return compare(tournament.judge, own, base, prompts), {}
 
         return mean_over_frames(torch.cat([images, self.base[number]]), win_rates)
+
+
+def _chunk_size(rewards: Iterable[Reward], config: TrainingConfig) -> int:
+    """Return the rows of a chunk: `micro_batch`, of whole prompts where a reward compares the images of one."""
+    chunk, size = config.micro_batch, config.num_generations_eval
+    # A tournament compares each image with its own base image.
+    comparing = [one for one in rewards if compares_images(one) and not isinstance(unwrapped(one), Tournament)]
+    if comparing and chunk < size:
+        raise InputError(
+            f"reward {comparing[0].name!r} compares the images of a prompt: micro_batch must be at least "
+            f"num_generations_eval, {size}, got {chunk}"
+        )
+    return chunk // size * size if comparing else chunk
 
 
 def policy_kl(sampler: Sampler, rows: Rows, reference: Policy, other: Sampler | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
 from steer.files import atomic_write_with_checksums, read_image, verify_checksums
 from steer.pipelines.training.config import TrainingConfig
-from steer.pipelines.training.method import OnChunk, chosen_steps, process_shard, prompts_at, sampler_of
+from steer.pipelines.training.method import OnChunk, chosen_steps, process_shard, sampler_of, shuffled_at
 from steer.pipelines.training.rollouts import RolloutBuffer, batch_order
 from steer.rewards.preference_pairs import Pairs, read_pairs
 from steer.training.distributed import DistributedContext
@@ -88,7 +88,7 @@ class ImagePairs:
         config, size, updates = self.config, self.config.train_batch_size, self.config.steps_per_generation
         batches, metrics = [], []
         for update in range(number * updates, (number + 1) * updates):
-            chosen = self._pairs_at(update * size, size)
+            chosen = shuffled_at(update * size, size, len(self.pairs), config.seed)
             own = process_shard(range(size), context)
             chunks = self._chunks(chosen[own.start : own.stop], update, own.start)
             total = max(1, len(self.usable) - (config.skip_low_noise_steps or 0))
@@ -99,10 +99,6 @@ class ImagePairs:
         order = batch_order(len(batches), config.num_iterations, config.seed, number)
         rewards = tuple(batch.rewards for batch in batches)
         return RolloutBuffer(number, tuple(batches), rewards, tuple(metrics), order)
-
-    def _pairs_at(self, position: int, count: int) -> list[int]:
-        numbers = [str(number) for number in range(len(self.pairs))]
-        return [int(one) for one in prompts_at(position, count, numbers, self.config.seed)]
 
     def _chunks(self, chosen: Sequence[int], update: int, first: int) -> list[Trajectories]:
         """Return both images of each pair, pair after pair, in chunks for the denoiser."""

@@ -48,14 +48,19 @@ class Scored:
     seconds: float = 0.0
 
 
+def shuffled_at(position: int, count: int, size: int, seed: int) -> list[int]:
+    """Return `count` numbers from a position on of a stream of shuffled passes over 0 … size − 1."""
+    first, last = position // size, (position + count - 1) // size
+    order: list[int] = []
+    for turn in range(first, last + 1):
+        generator = Generator().manual_seed(derived_seed(seed, f"order {turn}"))
+        order += torch.randperm(size, generator=generator).tolist()
+    return order[position - first * size :][:count]
+
+
 def prompts_at(position: int, count: int, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
     """Return `count` prompts from a position on of a stream of shuffled passes over all of them."""
-    result = []
-    for place in range(position, position + count):
-        turn, index = divmod(place, len(prompts))
-        generator = Generator().manual_seed(derived_seed(seed, f"order {turn}"))
-        result.append(prompts[int(torch.randperm(len(prompts), generator=generator)[index])])
-    return tuple(result)
+    return tuple(prompts[number] for number in shuffled_at(position, count, len(prompts), seed))
 
 
 def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_start: bool) -> Rows:

@@ -26,8 +26,8 @@ from steer.pipelines.training.method import (
     half_precision,
     num_training_steps_of,
     process_shard,
-    prompts_at,
     sampler_of,
+    shuffled_at,
 )
 from steer.pipelines.training.preference_files import (
     GROUPS,
@@ -295,8 +295,8 @@ class PreferenceDataset:
 
 
 def _preferences_at(records: PreferenceRecords, config: TrainingConfig, position: int, count: int) -> list[Preference]:
-    numbers = [str(number) for number in range(len(records.preferences))]
-    return [records.preferences[int(one)] for one in prompts_at(position, count, numbers, config.seed)]
+    size = len(records.preferences)
+    return [records.preferences[number] for number in shuffled_at(position, count, size, config.seed)]
 
 
 def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfig) -> None:

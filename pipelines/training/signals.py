@@ -9,14 +9,14 @@ from torch import Tensor
 from steer.errors import InputError
 from steer.pipelines.training.config import LossConfig
 from steer.pipelines.training.method import Scored
-from steer.reward import Composite, Metadata, Reward, score_components, with_metadata
+from steer.reward import Composite, Metadata, Reward, WrappedReward, score_components, with_metadata
 from steer.rewards.compose import CombinedReward, CompositeReward
 from steer.rewards.parser import load_reward
 from steer.training.constraints import Constraints, read_bounds
 from steer.training.signals import normalized_sum
 
 
-class BoundedReward(CompositeReward):
+class RewardWithConstraints(CompositeReward):
     """A trained reward, with the rewards of constraints among its components."""
 
     def __init__(self, reward: Reward, bounded: Sequence[Reward]) -> None:
@@ -59,7 +59,7 @@ class RewardSignal:
 
     def scored_reward(self, reward: Reward) -> Reward:
         """Return the reward of the training samples, with the components that constraints need."""
-        return BoundedReward(reward, self.bounded) if self.bounded else reward
+        return RewardWithConstraints(reward, self.bounded) if self.bounded else reward
 
     def __call__(self, scored: Scored) -> Tensor:
         """Return the signal (B, K) of an update, after moving the multipliers by its means."""
@@ -73,19 +73,21 @@ class RewardSignal:
         return self.constraints.signal(rewards, bounded)
 
     def objectives(self, scored: Scored) -> Tensor:
-        """Return the components of the trained reward (B, K, M)."""
-        bounded = {one.name for one in self.bounded}
-        return torch.stack([values for name, values in scored.components.items() if name not in bounded], -1)
+        """Return the weighted components of the trained sum (B, K, M): the higher, the better."""
+        return torch.stack([weight * scored.components[name] for name, weight in (self.weights or {}).items()], -1)
 
 
 def unwrapped(reward: Reward) -> Reward:
-    """Return a reward without metadata, time limits and other wrappers."""
-    while not isinstance(reward, CompositeReward) and (inner := getattr(reward, "reward", None)) is not None:
-        reward = inner
+    """Return a reward without metadata and time limits."""
+    while isinstance(reward, WrappedReward):
+        reward = reward.reward
     return reward
 
 
-def check_pareto(reward: Reward, pareto: bool) -> None:
-    """Raise InputError where a reward has no components to compare."""
-    if pareto and not isinstance(unwrapped(reward), CompositeReward):
-        raise InputError(f"pareto compares the components of a reward, and {reward.name!r} has none: leave it out")
+def check_pareto(reward: Reward) -> None:
+    """Raise InputError where a reward is no weighted sum, whose components can be compared."""
+    plain = unwrapped(reward)
+    if not (isinstance(plain, CombinedReward) and plain.weights):
+        raise InputError(
+            f"pareto compares the components of a weighted sum of rewards, and {reward.name!r} is none: leave it out"
+        )

@@ -20,7 +20,7 @@ from steer.diffusion.views import plain_values
 from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines.training.asking import REFUSED, UNANSWERED, OnQuestion, ask, question_of
-from steer.pipelines.training.config import LossConfig, TrainingConfig
+from steer.pipelines.training.config import LossConfig, ParetoConfig, TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.evaluation import Evaluator
 from steer.pipelines.training.events import Events, Stopped, StopRequest, stop_request
@@ -47,6 +47,7 @@ from steer.pipelines.training.state import RunFolder, RunState, checkpoint_to_re
 from steer.pipelines.training.tracking import log_samples, scalars, trackers
 from steer.pipelines.training.workers import worker_processes
 from steer.reward import Reward, warn_if_pipeline_truncates, with_metadata
+from steer.rewards.compose import plain_rewards, with_media_rates
 from steer.rewards.parser import load_reward
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
@@ -139,9 +140,13 @@ class Trainer(TrainingMethod[ConfigT]):
         self.conditions, self.eval_conditions = conditions, eval_conditions
         self.callbacks, self.on_question, self.run_config = tuple(callbacks), on_question, run_config
         self._run: TrainingRun | None = None
-        names = [one.name for one in self._rewards()]
+        names, trained = [one.name for one in self.eval_rewards], plain_rewards(self.reward).keys()
         if twice := [name for place, name in enumerate(names) if name in names[:place]]:
-            raise InputError(f"eval_rewards: {twice[0]!r} is given twice or is the trained reward: take another one")
+            raise InputError(f"eval_rewards: {twice[0]!r} is given twice: take another one")
+        if shared := [one.name for one in self.eval_rewards if plain_rewards(one).keys() & trained]:
+            raise InputError(
+                f"eval_rewards hold {shared[0]!r}, which is trained on: take one that is not part of the reward"
+            )
         check_tokens(pipe, self.config, self.trains_tokens or (self.log_probs and isinstance(self.config, LossConfig)))
         self.check()
 
@@ -163,6 +168,9 @@ class Trainer(TrainingMethod[ConfigT]):
 
         Ctrl-C and SIGTERM end it with a checkpoint. Raises InputError for bad arguments, before anything is sampled.
         """
+        rewards = (self.reward, *self.eval_rewards)
+        self.reward, *others = (with_media_rates(one, self.pipe, self.config.call_kwargs) for one in rewards)
+        self.eval_rewards = tuple(others)
         with worker_processes(self):
             self._run = TrainingRun(self, self.rollout_source(), self.evaluator(), resume_from_checkpoint)
             return self._run.train()
@@ -289,7 +297,8 @@ class LossTrainer(Trainer[LossConfigT]):
             raise InputError(
                 "constraints, normalize_components and sample_filter are for rewards, and preferences have none"
             )
-        check_pareto(self.reward, getattr(self.config, "pareto", False))
+        if isinstance(self.config, ParetoConfig) and self.config.pareto:
+            check_pareto(self.reward)
         self.reward_signal  # noqa: B018  reads its options
 
     def scored_reward(self) -> Reward:
@@ -331,7 +340,7 @@ class LossTrainer(Trainer[LossConfigT]):
     @property
     def needs_reference(self) -> bool:
         """Whether the loss, a penalty or the control of the KL depends on the reference policy."""
-        return getattr(self.config.loss(), "uses_reference", True) or self.config.needs_divergence
+        return self.config.loss().uses_reference or self.config.needs_divergence
 
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Add the gradient of one update; see `steer.training.gradient.two_pass_gradient`."""
@@ -531,7 +540,7 @@ class TrainingRun:
         dtype = half_precision(self.state.trainable.denoiser, self.config)
         as_model = self.config.log_prob_precision == "model"
         # Samples that a filter keeps are in batches of another shape than they were drawn in.
-        factor = 10.0 if getattr(self.config, "sample_filter", "none") != "none" else 1.0
+        factor = 10.0 if self.config.kept_generations < self.config.num_generations else 1.0
         check_replay(self.sampler, batch.chunks[0], (dtype if as_model else None) or torch.float32, factor)
         if as_model and (dtype or self.trainer.pipe.device.type == "cuda"):  # where TF32 may be on
             exact = self._sampler("float32")

@@ -4,7 +4,6 @@ Samples depend on the weights and on the rows' seeds alone, so that any actor dr
 Ray starts a dead actor again and repeats its work.
 """
 
-import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +21,8 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import OnChunk, Samples, TrainingMethod, sampler_of
 from steer.pipelines.training.preparation import accelerator_of, trainable_of
 from steer.registry import nearest
-from steer.reward import Metadata, Reward, WrappedReward, compares_images, score, takes_videos
-from steer.rewards.compose import CompositeReward
+from steer.reward import Metadata, Reward, compares_images, score, takes_videos
+from steer.rewards.compose import map_plain, plain_rewards
 from steer.training.rollout import Rows, StepWindow
 from steer.training.trainable import set_parameter
 
@@ -180,29 +179,6 @@ def gpu_share(device: str, count: int) -> float:
     return 1 / math.ceil(count / gpus)
 
 
-def with_workers(reward: Reward, workers: Mapping[str, Reward]) -> Reward:
-    """Return a reward that is computed by workers, or whose components of their names are."""
-    if not isinstance(reward, WrappedReward) and reward.name in workers:
-        return workers[reward.name]
-    changed = copy.copy(reward)
-    if isinstance(changed, WrappedReward):
-        changed.reward = with_workers(changed.reward, workers)
-    elif isinstance(changed, CompositeReward):
-        changed._rewards = tuple(with_workers(one, workers) for one in changed._rewards)
-    else:
-        return reward
-    return changed
-
-
-def plain_rewards(reward: Reward) -> dict[str, Reward]:
-    """Return the components of a reward that are no composed rewards, by name, without timeouts and metadata."""
-    if isinstance(reward, WrappedReward):
-        return plain_rewards(reward.reward)
-    if isinstance(reward, CompositeReward):
-        return {name: one for part in reward._rewards for name, one in plain_rewards(part).items()}
-    return {reward.name: reward}
-
-
 def num_workers(reward: Reward) -> int:
     """Return how many calls of a reward may run at once: the fewest workers of a component, 0 where one has none."""
     return min(len(one.actors) if isinstance(one, RayReward) else 0 for one in plain_rewards(reward).values())
@@ -231,7 +207,7 @@ def worker_processes(trainer: TrainingMethod[Any]) -> Iterator[None]:
         rewards = {name: RayReward(known[name], count, device, share) for name, count in config.reward_workers.items()}
         actors = [actor for reward in rewards.values() for actor in reward.actors]
         try:
-            trainer.reward, *others = (with_workers(one, rewards) for one in own)
+            trainer.reward, *others = (map_plain(one, lambda part: rewards.get(part.name, part)) for one in own)
             trainer.eval_rewards = tuple(others)
             if config.rollout_workers:
                 trainer.workers = RayRollouts(trainer.pipe, config, trainer.draw, share)

@@ -241,7 +241,7 @@ def _pass_one(
 
     # Pass 1 is skipped where every chunk, in every process, has all samples of its prompts.
     whole = all(len(chunk.rows) % batch.rewards.shape[1] == 0 for chunk in batch.chunks)
-    if not on_policy and getattr(loss, "stepwise", False) and all(context.gather([whole])):
+    if not on_policy and loss.stepwise and all(context.gather([whole])):
         return stepwise_coefficient, lambda: differentiate(batch.matrix(new, context))[:2]
     if not on_policy:
         for chunk, values in zip(batch.chunks, new, strict=True):
@@ -308,7 +308,7 @@ def reward_gradient(
     it. Returns −mean reward and, where the batch has references, the penalties of these steps with `kl`, in nats. The
     graph holds k denoiser calls and the decoder. The options are those of `two_pass_gradient`.
 
-    limit  a bound on the slope of the reward at each image
+    limit  a bound on the slope of the reward at each image; its unit is measured in the first update, before all else
 
     Raises InputError where the weights are no longer those that drew the batch.
     """
@@ -319,10 +319,14 @@ def reward_gradient(
     value, totals = 0.0, dict.fromkeys(weights, 0.0)
     count_all = len(batch.chunks) * (1 + len(steps) * bool(penalties))
     backward = past_untrained(counted(backward, count_all, before_last), sampler)
+    limit = limit or SlopeLimit(None)
+    if limit.factor is not None and limit.base is None:
+        slopes = [reward_slopes(sampler.finish(chunk, last_steps), reward, chunk) for chunk in batch.chunks]
+        limit.base = torch.cat(context.gather(slopes)).median().item()
     for number, chunk in enumerate(batch.chunks):
         on_chunk()
-        images = (limit or SlopeLimit(None)).apply(sampler.finish(chunk, last_steps))
-        rewards, _ = mean_over_frames(images, partial(score_components, reward, prompts=chunk.rows.prompts), reward)
+        images = limit.apply(sampler.finish(chunk, last_steps), count)
+        rewards = _rewards(images, reward, chunk)
         if sampler.several and not rewards.requires_grad:
             raise InputError(f"no denoiser that is trained is called in the last {last_steps} steps: raise last_steps")
         value -= rewards.sum().item() / count
@@ -341,3 +345,15 @@ def reward_gradient(
     value, *costs = (one / context.world_size for one in sum_over_processes(context, [value, *totals.values()]))
     penalty_means = {penalty.__name__: cost for penalty, cost in zip(weights, costs, strict=True)}
     return value, per_step(penalty_means, len(steps))
+
+
+def _rewards(images: Tensor, reward: Reward, chunk: Trajectories) -> Tensor:
+    """Return the rewards (n,) of the images of a chunk, with a graph."""
+    return mean_over_frames(images, partial(score_components, reward, prompts=chunk.rows.prompts), reward)[0]
+
+
+def reward_slopes(images: Tensor, reward: Reward, chunk: Trajectories) -> Tensor:
+    """Return ‖∂r/∂x‖ (n,) at the images of a chunk, on the CPU."""
+    leaf = images.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(_rewards(leaf, reward, chunk).sum(), leaf)
+    return gradient.float().flatten(1).norm(dim=1).cpu()

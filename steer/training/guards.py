@@ -77,24 +77,23 @@ class SlopeLimit:
     gradient is scaled down to the bound, so that no image outweighs the others.
 
     factor  κ ≥ 1; None: no bound
-    base    s₀ once it is known
+    base    s₀ once it is known, in the reward's unit: independent of chunks and processes
     """
 
     factor: float | None
     base: float | None = None
 
-    def apply(self, images: Tensor) -> Tensor:
-        """Bound the gradient that flows back into images (N, …); return the images."""
-        if self.factor is not None and images.requires_grad:
-            images.register_hook(self._bounded)
+    def apply(self, images: Tensor, count: int) -> Tensor:
+        """Bound the gradient of the mean reward of `count` images that flows back into images (N, …); return them."""
+        if self.factor is not None and self.base is not None and images.requires_grad:
+            bound = self.factor * self.base / count
+            images.register_hook(lambda gradient: _bounded(gradient, bound))
         return images
 
-    def _bounded(self, gradient: Tensor) -> Tensor:
-        slopes = gradient.float().flatten(1).norm(dim=1)
-        if self.base is None:
-            self.base = slopes.median().item()
-        scale = ((self.factor or math.inf) * self.base / slopes.clamp(min=1e-30)).clamp(max=1)
-        return gradient * scale.view(-1, *[1] * (gradient.dim() - 1)).to(gradient.dtype)
+
+def _bounded(gradient: Tensor, bound: float) -> Tensor:
+    scale = (bound / gradient.float().flatten(1).norm(dim=1).clamp(min=1e-30)).clamp(max=1)
+    return gradient * scale.view(-1, *[1] * (gradient.dim() - 1)).to(gradient.dtype)
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,8 @@ class EarlyStopping:
         """Return the state after one more evaluation."""
         if self.best_step is None or held_out > self.best[1]:
             return replace(self, best_step=step, best=(proxy, held_out), num_overoptimized=0)
-        num_overoptimized = proxy > self.best[0] and held_out < self.best[1]
-        return replace(self, num_overoptimized=self.num_overoptimized + 1 if num_overoptimized else 0)
+        overoptimized = proxy > self.best[0] and held_out < self.best[1]
+        return replace(self, num_overoptimized=self.num_overoptimized + 1 if overoptimized else 0)
 
     def stop(self) -> bool:
         """Return whether only the trained reward has been rising for `patience` evaluations."""

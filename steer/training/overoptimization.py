@@ -166,27 +166,3 @@ def find_hacking(evaluations: Sequence[Mapping[str, Any]], step: int | None = No
         if first > 0 and after < before and base is not now:
             return Hacking(name, before, after, first, last)
     return None
-
-
-def chi_square_of_trajectories(log_ratios: Tensor) -> tuple[float, float]:
-    """Return χ²(π ‖ π₀) = E_π[π/π₀] − 1 of whole trajectories, and the effective sample size of the estimate.
-
-    log_ratios  (N,) Σ_t log π/π₀ of samples of π, nats
-
-    The estimate is dominated by few samples where the effective sample size is small (usual from 5 nats on): below 10
-    it means little.
-    """
-    values = log_ratios.double()
-    estimate = math.exp(min((values.logsumexp(0) - math.log(len(values))).item(), 700.0)) - 1
-    return estimate, (2 * values.logsumexp(0) - (2 * values).logsumexp(0)).exp().item()
-
-
-def guaranteed_gain(proxy_gain: float, correlation: float, chi_square: float) -> float:
-    """Return a lower bound of the gain in the true reward, in its base deviations (arXiv 2403.03185, theorem 5.1).
-
-    r⁻¹ [g − √((1 − r²) χ²)] for a proxy's gain g in its own base deviations, and 0 < r ≤ 1; at or below 0 there is no
-    guarantee.
-    """
-    if not 0 < correlation <= 1:
-        raise InputError(f"correlation must be above 0 and at most 1, got {correlation}: there is no bound")
-    return (proxy_gain - math.sqrt((1 - correlation**2) * chi_square)) / correlation

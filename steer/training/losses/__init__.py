@@ -72,14 +72,15 @@ class LogProbs:
 class Loss(Protocol):
     """A loss of finetuning: a frozen dataclass of its hyperparameters, called once per update.
 
-    whole_trajectory: it couples all steps of a sample, and cannot be computed from some of them.
-
-    A loss whose derivative w.r.t. a step of a prompt's samples depends on that step of these samples alone may set the
-    class attribute `stepwise = True`: then the gradient needs no first pass over all steps. One that does not depend on
-    `log_probs.reference` may set `uses_reference = False`: then the reference is evaluated only for penalties and logs.
+    whole_trajectory  it couples all steps of a sample, and cannot be computed from some of them
+    stepwise          its derivative w.r.t. a step of a prompt's samples depends on that step of these samples alone:
+                      the gradient needs no first pass over all steps
+    uses_reference    it depends on `log_probs.reference`; otherwise that is evaluated for penalties and logs alone
     """
 
-    whole_trajectory: ClassVar[bool]
+    whole_trajectory: ClassVar[bool] = False
+    stepwise: ClassVar[bool] = False
+    uses_reference: ClassVar[bool] = True
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         """Return the loss, a scalar differentiable w.r.t. `log_probs.new` alone, and metrics, plain numbers.
@@ -156,7 +157,7 @@ def preference_metrics(log_probs: LogProbs, better: Tensor) -> Metrics:
 
 
 @dataclass(frozen=True)
-class D3PO(Settings):
+class D3PO(Settings, Loss):
     """D3PO as published: every step of the winner is preferred to the same step of the loser.
 
     beta  > 0, per `unit`; published 0.1 for log-probabilities averaged over the elements
@@ -168,7 +169,6 @@ class D3PO(Settings):
 
     beta: float = argument(0.1, "(0, inf)")
     unit: Unit = "element"
-    whole_trajectory: ClassVar[bool] = False
     stepwise: ClassVar[bool] = True
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
@@ -205,7 +205,7 @@ class D3POTrajectory(D3PO):
 
 
 @dataclass(frozen=True)
-class PRDP(Settings):
+class PRDP(Settings, Loss):
     """PRDP, in nats summed over elements and steps; the reductions of the published β and ε are not documented.
 
     beta  > 0, reward per nat. Start from std(r)/10: trajectories with rewards a standard deviation apart then differ
@@ -224,7 +224,6 @@ class PRDP(Settings):
     beta: float = argument(0.1, "(0, inf)")
     clip: float = argument(0.1, "(0, inf]")
     whole_trajectory: ClassVar[bool] = True
-    stepwise: ClassVar[bool] = False
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         rewards = checked_rewards(log_probs, rewards, group=2)
@@ -259,7 +258,7 @@ def _differences(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DNO(Settings):
+class DNO(Settings, Loss):
     """Direct Nash optimisation: differences of win rates as soft labels, about the policy that drew the samples.
 
     beta         > 0, per `unit`, as of D3POTrajectory: the smaller, the further a rollout moves the policy
@@ -274,7 +273,6 @@ class DNO(Settings):
     temperature: float = argument(1.0, "(0, inf)")
     unit: Unit = "element"
     whole_trajectory: ClassVar[bool] = True
-    stepwise: ClassVar[bool] = False
     uses_reference: ClassVar[bool] = False
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
@@ -300,7 +298,7 @@ class DNO(Settings):
 
 
 @dataclass(frozen=True)
-class BRAIn(Settings):
+class BRAIn(Settings, Loss):
     """BRAIn: all samples of a prompt at once, towards the reference conditioned on being good.
 
     gamma  γ > 0, in the unit of the reward: differences of γ are a factor e in p(G | τ)
@@ -319,7 +317,6 @@ class BRAIn(Settings):
     clip: float = argument(0.1, "(0, inf]")
     unit: Unit = "element"
     whole_trajectory: ClassVar[bool] = True
-    stepwise: ClassVar[bool] = False
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         rewards = checked_rewards(log_probs, rewards, group=2)
@@ -367,7 +364,7 @@ def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DDPO(Settings):
+class DDPO(Settings, Loss):
     """DDPO's importance-sampling estimator, one ratio per step.
 
     clip            ε > 0, inf for none; published 1e-4 for log-probabilities averaged over the elements
@@ -380,7 +377,6 @@ class DDPO(Settings):
     clip: float = argument(1e-4, "(0, inf]")
     unit: Unit = "element"
     advantage_clip: float = argument(5.0, "(0, inf]")
-    whole_trajectory: ClassVar[bool] = False
     stepwise: ClassVar[bool] = True
     uses_reference: ClassVar[bool] = False
 
@@ -390,7 +386,7 @@ class DDPO(Settings):
 
 
 @dataclass(frozen=True)
-class GRPO(Settings):
+class GRPO(Settings, Loss):
     """GRPO: the samples of a prompt are each other's baseline.
 
     clip   ε > 0, inf for none; 1e-4 in the authors' Flow-GRPO code (1e-5 to 1e-3 by task), averaged over the elements
@@ -404,7 +400,6 @@ class GRPO(Settings):
     clip: float = argument(1e-4, "(0, inf]")
     unit: Unit = "element"
     scale: bool = True
-    whole_trajectory: ClassVar[bool] = False
     stepwise: ClassVar[bool] = True
     uses_reference: ClassVar[bool] = False
 
@@ -460,7 +455,7 @@ class PerPromptStatTracker:
 
 
 @dataclass(frozen=True)
-class Filtered(Settings):
+class Filtered(Settings, Loss):
     """Reward-filtered finetuning: the likelihood of each prompt's best samples (RAFT, arXiv 2304.06767).
 
     loss = − mean over the best n = max(1, keep·K rounded) samples of each prompt and all steps of (1/D) log π(x_s|x_t)
@@ -474,7 +469,6 @@ class Filtered(Settings):
     """
 
     keep: float = argument(0.25, "(0, 1]")
-    whole_trajectory: ClassVar[bool] = False
     stepwise: ClassVar[bool] = True
     uses_reference: ClassVar[bool] = False
 
