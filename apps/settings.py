@@ -74,7 +74,8 @@ class SamplingConfig(Settings):
     expand            text model that continues each prompt before it is sampled; the reward reads the original
     reward            NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards`
                       lists names
-    particles         K, images for each prompt
+    particles         K, images for each prompt; by default the method's own: 12 starts of race, 1 search of reno and
+                      noise-search, else 4
     steps             solver steps; by default the pipeline's own number, for reno 1
     guidance          guidance scale; by default the pipeline's own, for reno 0
     negative_prompt   what the images should not show, for pipelines that take one
@@ -103,7 +104,7 @@ class SamplingConfig(Settings):
     expand: str | None = option(None)
     original: float | None = option(None, "[0, 1]")
     reward: str = option("scene-soft")
-    particles: int = option(4, "[1, inf]", flags=("--particles", "--seeds"), slider=(1, 16, 1))
+    particles: int = option(None, "[1, inf]", flags=("--particles", "--seeds"), slider=(1, 16, 1))  # a number once made
     steps: int | None = option(None, "[1, inf]", slider=(1, 100, 1))
     guidance: float | None = option(None, "(-inf, inf)", slider=(0, 30, 0.5))
     negative_prompt: str | None = option(None)
@@ -120,6 +121,9 @@ class SamplingConfig(Settings):
     options: Any = option(None)
 
     def __post_init__(self) -> None:
+        if self.particles is None and self.method in [*METHOD_OPTIONS]:  # an unknown method is refused below
+            own = getattr(self.options, "num_particles", default_of(self.method, "num_particles"))
+            object.__setattr__(self, "particles", own)
         super().__post_init__()
         object.__setattr__(self, "call", _call_text(self.call))
         options = self.options
@@ -217,8 +221,6 @@ def choose_method(values: Mapping[str, Any], purpose: str | None = None, texts: 
     chosen = choose("purpose", purpose or ("samples" if texts or only_fk & given.keys() else "picture"), PURPOSES)
     if texts and chosen != "fk":
         raise InputError("purpose: a text has no search by look-ahead, use samples, or --method beam")
-    if chosen == "race" and "budget" not in given:
-        given = {"particles": RacingSettings.field("num_particles").default, **given}
     return {"method": chosen, **given}
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("gradio")
 from steer.apps.demo.estimate import Paces, evaluations
 from steer.apps.demo.progress import Progress, duration
 from steer.apps.demo.run_view import run_view
-from steer.apps.demo.steer_tab import METHOD_HINTS, METHODS, archive_of, prompt_info, settings_of
+from steer.apps.demo.steer_tab import METHOD_HINTS, METHODS, archive_of, defaults_of, prompt_info, settings_of
 from steer.apps.demo.steering import PromptResult, Step, steer_all
 from steer.apps.models import load_pipeline
 from steer.apps.reward_specs import resolve_reward
@@ -76,6 +76,11 @@ def test_seconds_follow_from_the_last_run_of_the_same_model_and_method() -> None
 
 def test_every_method_can_be_chosen_and_has_a_hint() -> None:
     assert {*METHODS.values()} == {*METHOD_OPTIONS} == {*METHOD_HINTS}
+
+
+def test_the_particles_follow_the_method() -> None:
+    numbers = {name: defaults_of(name, ["scenes"])["particles"] for name in METHOD_OPTIONS}
+    assert numbers == dict.fromkeys(METHOD_OPTIONS, 4) | {"race": 12, "reno": 1, "noise-search": 1}
 
 
 def test_the_hint_of_the_prompt_is_about_the_model() -> None:

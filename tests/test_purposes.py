@@ -33,8 +33,8 @@ def test_a_purpose_chooses_the_method(given: dict[str, Any], purpose: str | None
 
 
 def test_the_search_has_twelve_starts_unless_others_are_given() -> None:
-    assert choose_method({})["particles"] == 12 and choose_method({"particles": 8})["particles"] == 8
-    assert "particles" not in choose_method({"budget": 160}) and "particles" not in choose_method({}, "samples")
+    assert SamplingConfig.of(**choose_method({})).particles == 12
+    assert SamplingConfig.of(**choose_method({"particles": 8})).particles == 8
 
 
 @pytest.mark.parametrize(

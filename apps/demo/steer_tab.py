@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.demo.estimate import Paces
-from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, STARTS, Defaults, check_limits, label_of, setting_field
+from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, Defaults, check_limits, label_of, setting_field
 from steer.apps.demo.history import STOPPED, as_png
 from steer.apps.demo.markup import RUN_SCRIPT, table
 from steer.apps.demo.run_view import RunView, run_view
@@ -33,7 +33,7 @@ from steer.apps.demo.studio import (
 from steer.apps.plots import short
 from steer.apps.recipes import Recipe, read_metadata
 from steer.apps.sampling import SavedImage
-from steer.apps.settings import ALL_OPTIONS, SamplingConfig, option_names
+from steer.apps.settings import ALL_OPTIONS, SamplingConfig, default_of, option_names
 from steer.assets import MODELS
 from steer.errors import InputError
 from steer.pipelines.base import Cost
@@ -109,7 +109,8 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
     }
     for names in (("particles", "lam"), ("steps", "guidance")):
         with gr.Row():
-            own: dict[str, dict[str, Any]] = {"lam": {"visible": False}, "particles": {"value": STARTS}}
+            own: dict[str, dict[str, Any]] = {"lam": {"visible": False}}
+            own["particles"] = {"value": default_of("race", "num_particles")}
             fields |= {name: setting_field(name, **own.get(name, {})) for name in names}
     fields["auto"] = gr.Checkbox(
         True, label="Choose the strength by the first rewards", visible=False, elem_id="steer-auto"
@@ -201,12 +202,13 @@ def defaults_of(method: str, models: Sequence[str], weights: Weights | None = No
 
     The other methods use finetuned weights where some are loaded.
     """
+    own = {"particles": default_of(method, "num_particles")}
     if method in ONE_STEP_METHODS:
         model = weights.model if weights else models[0]
-        return {"steps": 1, "guidance": 0, "model": ONE_STEP if ONE_STEP in models else model, "adapter": False}
+        return own | {"steps": 1, "guidance": 0, "model": ONE_STEP if ONE_STEP in models else model, "adapter": False}
     if weights:
-        return {"steps": weights.steps, "guidance": weights.guidance, "model": weights.model, "adapter": True}
-    return {"steps": DEFAULTS["steps"], "guidance": DEFAULTS["guidance"], "model": models[0], "adapter": False}
+        return own | {"steps": weights.steps, "guidance": weights.guidance, "model": weights.model, "adapter": True}
+    return own | {"steps": DEFAULTS["steps"], "guidance": DEFAULTS["guidance"], "model": models[0], "adapter": False}
 
 
 def visible_fields(method: str, weights: Weights | None = None) -> dict[str, bool]:
