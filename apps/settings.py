@@ -135,11 +135,13 @@ class SamplingConfig(Settings):
             options = replace(options, num_particles=self.particles)
         object.__setattr__(self, "options", options)
         if self.original is not None and self.expand is None:
-            raise InputError("original is a share of the guidance of an expanded prompt: give expand too")
+            raise InputError(
+                "original is a share of the guidance of an expanded prompt: give expand too", "original", "expand"
+            )
         if self.best_of is not None and not self.compare:
-            raise InputError("best_of is an image beside the base images: leave it out, or compare")
+            raise InputError("best_of is an image beside the base images: leave it out, or compare", "best_of")
         if self.noise_candidates is not None and self.noise_candidates < self.particles:
-            raise InputError(f"noise_candidates must be at least the particles, {self.particles}")
+            raise InputError(f"noise_candidates must be at least the particles, {self.particles}", "noise_candidates")
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -183,7 +185,8 @@ def _call_text(given: Any) -> str | None:
         arguments = given
     if not isinstance(arguments, Mapping | None):
         raise InputError(
-            f"call must be arguments of the pipeline by name, such as {{guidance_rescale: 0.7}}, got {given!r:.60}"
+            f"call must be arguments of the pipeline by name, such as {{guidance_rescale: 0.7}}, got {given!r:.60}",
+            "call",
         )
     return json.dumps(dict(arguments)) if arguments else None
 
@@ -199,7 +202,7 @@ def method_settings(method: str, values: Mapping[str, Any], particles: int) -> C
     for name in values:
         if name not in names:
             if owners := methods_with(name):
-                raise InputError(f"{name} is an option of {' and '.join(owners)}, not of {method}: leave it out")
+                raise InputError(f"{name} is an option of {' and '.join(owners)}, not of {method}: leave it out", name)
             raise InputError(f"unknown option {name!r}: did you mean {nearest(name, [*SHARED, *names])}?")
     return settings(**{**defaults, **values, "num_particles": particles})
 
@@ -277,21 +280,14 @@ def _sentence(text: str) -> str:
     return text.split(". ")[0].rstrip(".")
 
 
-def as_flags(message: str) -> str:
-    """Return a message with flags in place of the names of settings: a first word, or one with an underscore."""
-
-    def flag(word: re.Match[str]) -> str:
-        name = "particles" if word[0] == "num_particles" else word[0]
-        known = name in SHARED or name in ALL_OPTIONS
-        return flags_of(name)[0].partition("/")[0] if known and (word.start() == 0 or "_" in word[0]) else word[0]
-
-    return re.sub(r"\w+", flag, message)
-
-
 @contextmanager
 def errors_with_flags() -> Iterator[None]:
     """Raise an InputError of the block with the flags of the command line in place of the names of settings."""
     try:
         yield
     except InputError as error:
-        raise InputError(as_flags(str(error))) from error
+        message = str(error)
+        for name in error.fields:
+            flag = flags_of("particles" if name == "num_particles" else name)[0].partition("/")[0]
+            message = re.sub(rf"\b{name}\b", flag, message, count=1)
+        raise InputError(message) from error
