@@ -172,7 +172,7 @@ class Run:
         self.algorithm, self.particle_batch = algorithm, particle_batch
         self.schedule, self.observer, self.preview_steps = schedule, observer, frozenset(preview_steps or ())
         self.eta, self.resampling_eta = eta, resampling_eta
-        self.steps: frozenset[int] = frozenset()  # with intermediate rewards; known at the first solver step
+        self.steps: frozenset[int] = frozenset()  # with intermediate rewards; set by `begin`
         self.target_reached = self.from_search = False  # a particle met the target; particles were selected by reward
         self.particles = Particles.start(particle_batch.groups, particle_batch.size)
         self.history: list[ResamplingInfo] = []
@@ -187,8 +187,24 @@ class Run:
         return self.particle_batch.sample(self.on_solver_step)
 
     def on_solver_step(self, solver_step: SolverStep) -> StepOverride:
-        """Reweight and resample the particles at one solver step: ancestors of the slots, and their next latents."""
-        if not self._evaluates_at(solver_step):
+        """Begin the run at its first solver step, and make each: ancestors of the slots, and their next latents."""
+        if solver_step.k == 0:
+            self.begin(solver_step.total, solver_step.scheduler)
+        return self._make_step(solver_step)
+
+    def begin(self, total: int, scheduler: Any) -> None:
+        """Set the steps with intermediate rewards. Raises InputError for steps that a run of `total` does not have."""
+        # Copies diverge by the noise of a later step; the last step has none.
+        last = total - self.reward_delay - (2 if self._resamples_noise(scheduler) else 3)
+        self.steps = self.schedule.steps(self._default_steps(total), self.first, last, total, self.steps_argument)
+        if not self.steps and self._needs_resampling():
+            raise UnsupportedPipelineError(
+                f"a run of {total} steps has none to resample at: use best-of-N, or more steps"
+            )
+
+    def _make_step(self, solver_step: SolverStep) -> StepOverride:
+        """Reweight and resample the particles, and draw their next latents."""
+        if not self._evaluates_at(solver_step.k):
             self._notify(StepReport(solver_step.k, solver_step.total, previews=self._observed(solver_step)))
             return None, self._next_latents(solver_step, None, None)
         intermediate = self._intermediate_rewards(solver_step)
@@ -276,18 +292,9 @@ class Run:
     def _resamples_noise(self, scheduler: Any) -> bool:
         return self.eta is not None or matches_gaussian_kernel(scheduler)
 
-    def _evaluates_at(self, solver_step: SolverStep) -> bool:
-        """Return whether a step has intermediate rewards. The steps are set at the first one."""
-        if solver_step.k == 0:
-            # Copies diverge by the noise of a later step; the last step has none.
-            last = solver_step.total - self.reward_delay - (2 if self._resamples_noise(solver_step.scheduler) else 3)
-            default_steps = self._default_steps(solver_step.total)
-            self.steps = self.schedule.steps(default_steps, self.first, last, solver_step.total, self.steps_argument)
-            if not self.steps and self._needs_resampling():
-                raise UnsupportedPipelineError(
-                    f"a run of {solver_step.total} steps has none to resample at: use best-of-N, or more steps"
-                )
-        return solver_step.k in self.steps and not self.target_reached
+    def _evaluates_at(self, step: int) -> bool:
+        """Return whether a step has intermediate rewards."""
+        return step in self.steps and not self.target_reached
 
     def _default_steps(self, total: int) -> Iterable[int]:
         return (round(share * total) for share in DEFAULT_STEPS)
@@ -318,7 +325,7 @@ class AsynchronousRun(Run):
         with self.background(torch.device(self.particle_batch.pipe.device)) as self.submit:
             return super().sample()
 
-    def on_solver_step(self, solver_step: SolverStep) -> StepOverride:
+    def _make_step(self, solver_step: SolverStep) -> StepOverride:
         """Resample by the rewards of the step before, and submit x̂0 of this one to the background."""
         rows: Tensor | None = None
         intermediate: IntermediateRewards | None = None
@@ -327,7 +334,7 @@ class AsynchronousRun(Run):
         else:
             intermediate, self.pending = self.pending(), None
             rows = self._reweight_and_resample(intermediate, solver_step.k - self.reward_delay, solver_step)
-        if self._evaluates_at(solver_step):
+        if self._evaluates_at(solver_step.k):
             x0 = solver_step.x0() if rows is None else solver_step.x0()[rows]
             self.pending = self.submit(lambda: self._score_x0(x0))
         return rows, self._next_latents(solver_step, rows, intermediate)
@@ -393,9 +400,7 @@ class GuidedRun(Run):
             moved, log_ratio = draw_guided(kernel, self._strengths(gradient) * gradient, self.particle_batch.rng)
             alive_log_ratio = self.particle_batch.live.of(log_ratio).cpu().view_as(self.particles.log_weights)
             self.particles = self.particles.correct(alive_log_ratio)
-        return moved.to(solver_step.prev.dtype).requires_grad_(
-            solver_step.k + 1 in self.steps and not self.target_reached
-        )
+        return moved.to(solver_step.prev.dtype).requires_grad_(self._evaluates_at(solver_step.k + 1))
 
     def _strengths(self, like: Tensor) -> Tensor:
         """Return γ λ_j of every row, (B·K, 1, …)."""

@@ -187,17 +187,14 @@ class RacingRun(SelectionRun):
         super().__init__(Selection(1), particle_batch, eta, resampling_eta, *own)
         self.rungs, self.branches, self.evaluations = rungs, settings.branches, settings.evaluations
 
-    def _evaluates_at(self, solver_step: SolverStep) -> bool:
-        """Return whether a step is a rung. The default rungs are set at the first step."""
-        if solver_step.k == 0:
-            total = solver_step.total
-            if self.rungs is None:
-                self.rungs = default_rungs(self.particle_batch.size, total, self.branches, self.evaluations)
-            last = total - (1 if self.branches == 1 else 2)  # children diverge by the noise of a later step
-            if wrong := sorted(step for step in self.rungs if not 0 <= step <= last):
-                raise InputError(f"rungs: {wrong[0]} is not from 0 to {last}, in a run of {total} steps")
-            self.steps = frozenset(self.rungs)
-        return solver_step.k in self.steps
+    def begin(self, total: int, scheduler: Any) -> None:
+        """Set the rungs. Raises InputError for rungs that a run of `total` steps does not have."""
+        if self.rungs is None:
+            self.rungs = default_rungs(self.particle_batch.size, total, self.branches, self.evaluations)
+        last = total - (1 if self.branches == 1 else 2)  # children diverge by the noise of a later step
+        if wrong := sorted(step for step in self.rungs if not 0 <= step <= last):
+            raise InputError(f"rungs: {wrong[0]} is not from 0 to {last}, in a run of {total} steps")
+        self.steps = frozenset(self.rungs)
 
     def _select(self, reweighted: Particles, step: int) -> ResampleResult:
         """Select the survivors of a rung, with their children."""
