@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from steer.diffusion.batching import ActiveRows, is_offloaded
 from steer.diffusion.differentiable import computes_in_fp16, differentiable, per_sample_gradients
-from steer.diffusion.lookahead import Adapter, coarse_steps, few_step_adapter
+from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
 from steer.diffusion.step_hooks import SolverStep, StepOverride
@@ -18,7 +18,7 @@ from steer.diffusion.value import Value, load_value
 from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.particle_batch import ParticleBatch
-from steer.pipelines.settings import FKSettings, IntermediateSettings, Prompts
+from steer.pipelines.settings import FKSettings, IntermediateSettings, Prompts, StepSettings
 from steer.pipelines.token_batch import batch_class
 from steer.reward import Reward, RewardError, Submit, run_in_background
 from steer.smc.particles import FeynmanKac, Particles
@@ -250,8 +250,9 @@ class Run:
             self.algorithm, self.auto_strength = self.algorithm.at_half_ess(self.particles, rewards, progress), False
 
     def finish(self, rewards: Tensor) -> Particles:
-        """Return the particles with the terminal factor, by rewards (B, K) of the finished images."""
-        assert isinstance(self.algorithm, FeynmanKac)
+        """Return the particles, those of Feynman–Kac steering with the terminal factor, by the final rewards (B, K)."""
+        if not isinstance(self.algorithm, FeynmanKac):
+            return self.particles
         self._choose_strength(rewards, 1.0)
         if self.from_search:  # particles selected by reward are draws from no known distribution
             return Particles.start(*rewards.shape)
@@ -423,6 +424,41 @@ def check_guidance(scheduler: Any, reward: Reward, eta: float) -> None:
     check_verified(scheduler)
 
 
+def run_particles(
+    pipeline: SteeringPipeline,
+    prompt: Prompts,
+    s: StepSettings,
+    call: dict[str, Any],
+    make_run: Callable[[ParticleBatch], Run],
+    *,
+    pipe: Any = None,
+    size: int | None = None,
+    lookahead: int | str = 1,
+    draw: str = "best",
+    **options: Any,
+) -> SteeringOutput:
+    """Sample the particles of one call by a run, and score them.
+
+    pipe     copy of the pipeline to call in its place
+    size     K, where it is not that of the settings
+    options  `preview` and `live` of `ParticleBatch`
+    """
+    pipe = pipeline.pipe if pipe is None else pipe
+    with few_step_adapter(pipeline.pipe, lookahead) as adapter:
+        particle_batch = batch_class(pipe)(
+            *(pipe, pipeline.reward, prompt, size or s.num_particles, call, s.reward_prompt, s.chunk_size),
+            lookahead=coarse_steps(lookahead),
+            adapter=adapter,
+            **options,
+        )
+        run = make_run(particle_batch)
+        images = run.sample()
+    rewards, components = particle_batch.score(images)
+    particles = run.finish(rewards)
+    output = particle_batch.output(images, rewards, components, particles, run.history, s.output_type, draw)
+    return replace(output, lam=run.algorithm.lam) if isinstance(run.algorithm, FeynmanKac) else output
+
+
 __all__ = ["FKSettings", "FKSteeringPipeline", "StepReport"]
 
 
@@ -444,28 +480,14 @@ class FKSteeringPipeline(SteeringPipeline):
         Raises InputError for arguments that do not fit, UnsupportedPipelineError (an InputError) for a pipeline or
         scheduler that cannot be steered, RewardError (an InputError) for a reward that breaks its contract.
         """
+        s, pipe, live, eta = settings, self.pipe, ActiveRows(), settings.eta
         algorithm = FeynmanKac(
-            1.0 if settings.lam == "auto" else float(settings.lam),
-            settings.implementation("potential"),
-            settings.implementation("resampler"),
-            settings.implementation("tempering"),
-            settings.ess_threshold,
+            1.0 if s.lam == "auto" else float(s.lam),
+            s.implementation("potential"),
+            s.implementation("resampler"),
+            s.implementation("tempering"),
+            s.ess_threshold,
         )
-        with few_step_adapter(self.pipe, settings.lookahead) as adapter:
-            run = self._run(algorithm, prompt, settings, call, adapter)
-            images = run.sample()
-        rewards, components = run.particle_batch.score(images)
-        particles = run.finish(rewards)
-        output = run.particle_batch.output(
-            images, rewards, components, particles, run.history, settings.output_type, settings.draw
-        )
-        return replace(output, lam=run.algorithm.lam)
-
-    def _run(
-        self, algorithm: FeynmanKac, prompt: Prompts, s: FKSettings, call: dict[str, Any], adapter: Adapter | None
-    ) -> Run:
-        """Prepare the particles and their run. Raises InputError for what this pipeline cannot do."""
-        pipe, active_rows, eta = self.pipe, ActiveRows(), s.eta
         schedule = ResamplingSchedule(
             s.resample_steps, s.particle_schedule or {}, s.particle_schedule_rule, s.target_reward
         )
@@ -475,19 +497,17 @@ class FKSteeringPipeline(SteeringPipeline):
             pipe = differentiable(pipe, one_call=True)
         else:
             call, eta = route_kernel_eta(pipe, call, s)
-        pipe = active_rows.view(pipe) if schedule.reduces_particles else pipe
-        particle_batch = batch_class(pipe)(
-            *(pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size),
-            preview=s.preview,
-            live=active_rows,
-            lookahead=coarse_steps(s.lookahead),
-            adapter=adapter,
-        )
-        if s.target_reward is not None and particle_batch.groups > 1:
-            raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
+        pipe = live.view(pipe) if schedule.reduces_particles else pipe
         kind = GuidedRun if s.reward_guidance else AsynchronousRun if s.asynchronous_rewards else Run
-        # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
-        run: Run = kind(algorithm, particle_batch, eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps)
-        run.auto_strength = s.lam == "auto"
-        run.configure(s, self.pipe)
-        return run
+
+        def make_run(particle_batch: ParticleBatch) -> Run:
+            if s.target_reward is not None and particle_batch.groups > 1:
+                raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
+            # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
+            run: Run = kind(algorithm, particle_batch, eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps)
+            run.auto_strength = s.lam == "auto"
+            run.configure(s, self.pipe)
+            return run
+
+        batch: dict[str, Any] = {"pipe": pipe, "live": live, "lookahead": s.lookahead, "preview": s.preview}
+        return run_particles(self, prompt, s, call, make_run, **batch, draw=s.draw)

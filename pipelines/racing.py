@@ -8,13 +8,12 @@ from typing import Any, NoReturn
 from torch import Generator
 
 from steer.diffusion.batching import ActiveRows
-from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.seeds import spread_generators
 from steer.diffusion.step_hooks import RunEnded, SolverStep
 from steer.diffusion.views import with_modules, without_side_effects, zero_proxies
 from steer.errors import InputError
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, steering_call
-from steer.pipelines.fk_steering import ResampleResult, ResamplingSchedule, route_kernel_eta
+from steer.pipelines.fk_steering import ResampleResult, ResamplingSchedule, Run, route_kernel_eta, run_particles
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.selection import Selection, SelectionRun
 from steer.pipelines.settings import Prompts, RacingSettings
@@ -48,18 +47,15 @@ class RacingPipeline(SteeringPipeline):
         race, call = self._race(prompt, s, call)
         live = ActiveRows()
         pipe = self.pipe if race.rungs == {} else live.view(self.pipe)
-        lookahead = s.lookahead if s.value is None else 1
-        with few_step_adapter(self.pipe, lookahead) as adapter:
-            particle_batch = ParticleBatch(
-                *(pipe, self.reward, prompt, race.starts, call, s.reward_prompt, s.chunk_size, s.preview, live),
-                lookahead=coarse_steps(lookahead),
-                adapter=adapter,
-            )
+
+        def make_run(particle_batch: ParticleBatch) -> Run:
             run = RacingRun(particle_batch, kernel_eta, s.eta or 1.0, race.rungs, s)
             run.configure(s, self.pipe)
-            images = run.sample()
-        rewards, components = particle_batch.score(images)
-        return particle_batch.output(images, rewards, components, run.particles, run.history, s.output_type)
+            return run
+
+        batch: dict[str, Any] = {"pipe": pipe, "size": race.starts, "preview": s.preview, "live": live}
+        lookahead = s.lookahead if s.value is None else 1
+        return run_particles(self, prompt, s, call, make_run, lookahead=lookahead, **batch)
 
     def _race(self, prompt: Prompts, s: RacingSettings, call: dict[str, Any]) -> tuple["Race", dict[str, Any]]:
         """Return the race, and the call with a generator for each of its starts where there are several."""
