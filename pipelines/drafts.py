@@ -124,9 +124,7 @@ class RestartedRun(PreviewRun):
     def __init__(
         self, x: Tensor, scale: Any, particle_batch: ParticleBatch, eta: float | None, settings: RenoiseSettings
     ) -> None:
-        size = settings.num_particles
-        own = ResamplingSchedule(()), settings.on_step, settings.preview_steps
-        super().__init__(Selection(size), particle_batch, eta, 1.0, *own)
+        super().__init__(Selection(settings.num_particles), particle_batch, eta, ResamplingSchedule(()), settings)
         self.x, self.scale = x, scale
 
     def sample(self) -> Tensor:

@@ -139,6 +139,11 @@ def route_kernel_eta(pipe: Any, call: dict[str, Any], s: IntermediateSettings) -
     return route_eta(pipe, call, s.eta) if s.kernel == "gaussian" else (call, s.eta)
 
 
+def learned_value(s: IntermediateSettings, pipe: Any) -> Value | None:
+    """Return the learned value of the settings, if any. Raises InputError for one that does not fit the pipeline."""
+    return None if s.value is None else load_value(s.value, pipe)
+
+
 class Run:
     """K particles for each prompt in one call of the pipeline (Algorithm 1 of arXiv 2501.06848).
 
@@ -152,9 +157,6 @@ class Run:
 
     first = 0  # first step that may have intermediate rewards
     reward_delay = 0  # steps from an evaluation to its resampling
-    auto_strength = False  # whether λ is to be chosen by the first rewards
-    value: Value | None = None  # in place of intermediate rewards
-    glass_steps = 0  # inner steps of a GLASS transition in place of the Gaussian kernel
     steps_argument = "resample_steps"  # the caller's name of the steps with intermediate rewards
 
     def __init__(
@@ -162,25 +164,23 @@ class Run:
         algorithm: Algorithm,
         particle_batch: ParticleBatch,
         eta: float | None,
-        resampling_eta: float,
         schedule: ResamplingSchedule,
-        observer: Callable[[StepReport], None] | None,
-        preview_steps: Iterable[int] | None = (),
+        s: StepSettings,
+        value: Value | None = None,
     ) -> None:
-        """`eta`: noise of every step, None for the solver's own; `resampling_eta`: of steps that may resample;
-        `preview_steps`: further steps at which the observer gets previews."""
-        self.algorithm, self.particle_batch = algorithm, particle_batch
-        self.schedule, self.observer, self.preview_steps = schedule, observer, frozenset(preview_steps or ())
-        self.eta, self.resampling_eta = eta, resampling_eta
+        """`eta`: noise of every step that the kernel draws, None for the solver's own; `value`: in place of
+        intermediate rewards; `s`: the observer, its previews, λ and the kernel."""
+        self.algorithm, self.particle_batch, self.schedule, self.value = algorithm, particle_batch, schedule, value
+        self.observer, self.preview_steps = s.on_step, frozenset(s.preview_steps or ())
+        # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
+        self.eta, self.resampling_eta = eta, s.eta or 1.0
+        self.auto_strength = isinstance(s, FKSettings) and s.lam == "auto"  # λ is to be chosen by the first rewards
+        # Inner steps of a GLASS transition in place of the Gaussian kernel.
+        self.glass_steps = s.glass_steps if isinstance(s, IntermediateSettings) and s.kernel == "glass" else 0
         self.steps: frozenset[int] = frozenset()  # with intermediate rewards; set by `begin`
         self.target_reached = self.from_search = False  # a particle met the target; particles were selected by reward
         self.particles = Particles.start(particle_batch.groups, particle_batch.size)
         self.history: list[ResamplingInfo] = []
-
-    def configure(self, s: IntermediateSettings, pipe: Any) -> None:
-        """Take a learned value and the kernel from the settings. Raises InputError for a value that does not fit."""
-        self.value = None if s.value is None else load_value(s.value, pipe)
-        self.glass_steps = s.glass_steps if s.kernel == "glass" else 0
 
     def sample(self) -> Tensor:
         """Run the pipeline: the finished images (B·K, 3, H, W) of the K particles that are left."""
@@ -359,11 +359,16 @@ class GuidedRun(Run):
 
     first = 1  # x_T comes out of the pipeline without a graph
 
-    def configure(self, s: IntermediateSettings, pipe: Any) -> None:
-        """Take γ and the settings of all runs."""
-        super().configure(s, pipe)
-        assert isinstance(s, FKSettings)
-        self.guidance, self.half = s.reward_guidance, computes_in_fp16(self.particle_batch.pipe)
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        particle_batch: ParticleBatch,
+        eta: float | None,
+        schedule: ResamplingSchedule,
+        s: FKSettings,
+    ) -> None:
+        super().__init__(algorithm, particle_batch, eta, schedule, s)
+        self.guidance, self.half = s.reward_guidance, computes_in_fp16(particle_batch.pipe)
 
     def sample(self) -> Tensor:
         """Run the pipeline: the finished images (B·K, 3, H, W) of the K particles that are left."""
@@ -498,16 +503,14 @@ class FKSteeringPipeline(SteeringPipeline):
         else:
             call, eta = route_kernel_eta(pipe, call, s)
         pipe = live.view(pipe) if schedule.reduces_particles else pipe
-        kind = GuidedRun if s.reward_guidance else AsynchronousRun if s.asynchronous_rewards else Run
 
         def make_run(particle_batch: ParticleBatch) -> Run:
             if s.target_reward is not None and particle_batch.groups > 1:
                 raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
-            # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
-            run: Run = kind(algorithm, particle_batch, eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps)
-            run.auto_strength = s.lam == "auto"
-            run.configure(s, self.pipe)
-            return run
+            if s.reward_guidance:
+                return GuidedRun(algorithm, particle_batch, eta, schedule, s)
+            kind = AsynchronousRun if s.asynchronous_rewards else Run
+            return kind(algorithm, particle_batch, eta, schedule, s, learned_value(s, self.pipe))
 
         batch: dict[str, Any] = {"pipe": pipe, "live": live, "lookahead": s.lookahead, "preview": s.preview}
         return run_particles(self, prompt, s, call, make_run, **batch, draw=s.draw)

@@ -10,10 +10,18 @@ from torch import Generator
 from steer.diffusion.batching import ActiveRows
 from steer.diffusion.seeds import spread_generators
 from steer.diffusion.step_hooks import RunEnded, SolverStep
+from steer.diffusion.value import Value
 from steer.diffusion.views import with_modules, without_side_effects, zero_proxies
 from steer.errors import InputError
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, steering_call
-from steer.pipelines.fk_steering import ResampleResult, ResamplingSchedule, Run, route_kernel_eta, run_particles
+from steer.pipelines.fk_steering import (
+    ResampleResult,
+    ResamplingSchedule,
+    Run,
+    learned_value,
+    route_kernel_eta,
+    run_particles,
+)
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.selection import Selection, SelectionRun
 from steer.pipelines.settings import Prompts, RacingSettings
@@ -49,9 +57,7 @@ class RacingPipeline(SteeringPipeline):
         pipe = self.pipe if race.rungs == {} else live.view(self.pipe)
 
         def make_run(particle_batch: ParticleBatch) -> Run:
-            run = RacingRun(particle_batch, kernel_eta, s.eta or 1.0, race.rungs, s)
-            run.configure(s, self.pipe)
-            return run
+            return RacingRun(particle_batch, kernel_eta, race.rungs, s, learned_value(s, self.pipe))
 
         batch: dict[str, Any] = {"pipe": pipe, "size": race.starts, "preview": s.preview, "live": live}
         lookahead = s.lookahead if s.value is None else 1
@@ -174,14 +180,13 @@ class RacingRun(SelectionRun):
         self,
         particle_batch: ParticleBatch,
         eta: float | None,
-        resampling_eta: float,
         rungs: Mapping[int, int] | None,
-        settings: RacingSettings,
+        s: RacingSettings,
+        value: Value | None,
     ) -> None:
-        """`rungs`: of the race, None for the default ones; see `Run` for the noise of the steps."""
-        own = ResamplingSchedule(()), settings.on_step, settings.preview_steps
-        super().__init__(Selection(1), particle_batch, eta, resampling_eta, *own)
-        self.rungs, self.branches, self.evaluations = rungs, settings.branches, settings.evaluations
+        """`rungs`: of the race, None for the default ones; see `Run` for the others."""
+        super().__init__(Selection(1), particle_batch, eta, ResamplingSchedule(()), s, value)
+        self.rungs, self.branches, self.evaluations = rungs, s.branches, s.evaluations
 
     def begin(self, total: int, scheduler: Any) -> None:
         """Set the rungs. Raises InputError for rungs that a run of `total` steps does not have."""

@@ -15,6 +15,7 @@ from steer.pipelines.fk_steering import (
     IntermediateRewards,
     ResamplingSchedule,
     Run,
+    learned_value,
     route_kernel_eta,
     run_particles,
     top_k_indices,
@@ -45,11 +46,7 @@ class SelectionPipeline(SteeringPipeline):
         selection, schedule = Selection(s.beams, s.lam), ResamplingSchedule(s.select_steps)
 
         def make_run(particle_batch: ParticleBatch) -> Run:
-            run = SelectionRun(
-                selection, particle_batch, kernel_eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps
-            )
-            run.configure(s, self.pipe)
-            return run
+            return SelectionRun(selection, particle_batch, kernel_eta, schedule, s, learned_value(s, self.pipe))
 
         return run_particles(self, prompt, s, call, make_run, lookahead=s.lookahead, preview=s.preview)
 
@@ -141,7 +138,7 @@ class BestOfNPipeline(SteeringPipeline):
         selection, schedule = Selection(s.num_particles), ResamplingSchedule(s.preview_steps)
 
         def make_run(particle_batch: ParticleBatch) -> Run:
-            return PreviewRun(selection, particle_batch, kernel_eta, 1.0, schedule, s.on_step)
+            return PreviewRun(selection, particle_batch, kernel_eta, schedule, s)
 
         return run_particles(self, prompt, s, call, make_run, lookahead=s.lookahead)
 
