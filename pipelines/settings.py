@@ -1,4 +1,4 @@
-"""Settings of the steering methods: one dataclass per method.
+"""Settings of the steering methods: one dataclass per method; and of the training of a learned value.
 
 A field, its type, range, default and help stand here alone. The signature of the pipeline's call, the options of
 `steer sample` and `steer evaluate`, the recipe inside a PNG and the fields of the demo are derived from them.
@@ -394,6 +394,30 @@ class MapElitesSettings(IterationSettings):
     def shape(self) -> tuple[int, ...]:
         """The intervals of each descriptor."""
         return tuple(int(size) for size in self.cells.split("x"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueConfig(Settings):
+    """Settings of the training of a learned value.
+
+    rollouts       images of the pipeline whose steps and rewards are learned from
+    num_particles  images of each prompt in one call
+    updates        optimiser steps
+    batch_size     latents of one optimiser step
+    learning_rate  step size of AdamW
+    width          channels of the first convolution
+    held_out       share of the rollouts, the last ones, for R² by step
+    seed           random seed of the rollouts and the training
+    """
+
+    rollouts: int = option(4000, "[16, inf]")
+    num_particles: int = option(4, "[1, inf]", flags=("--particles",))
+    updates: int = option(4000, "[1, inf]")
+    batch_size: int = option(256, "[1, inf]")
+    learning_rate: float = option(1e-3, "(0, inf)")
+    width: int = option(64, "[1, 1024]")
+    held_out: float = option(0.1, "(0, 0.5]")
+    seed: int = option(0, "[0, inf]")
 
 
 def read_arguments(kind: type[Settings], arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

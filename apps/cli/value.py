@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from steer.apps.cli.options import DEVICE, Group
+from steer.apps.cli.options import DEVICE, Group, options_of
 from steer.apps.cli.sample import SPEC, TIMEOUT
+from steer.pipelines.settings import ValueConfig
 
 
 @click.group(cls=Group)
@@ -20,14 +21,7 @@ def value() -> None:
 @TIMEOUT
 @click.option("--prompts", required=True, help="Embedded list, file (as in `steer sample`), or data set.")
 @click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
-@click.option("--rollouts", default=4000, help="Images whose steps and rewards are learned from.")
-@click.option("--particles", "num_particles", default=4, help="Images of each prompt in one call.")
-@click.option("--updates", default=4000, help="Optimiser steps.")
-@click.option("--batch-size", default=256)
-@click.option("--learning-rate", default=1e-3)
-@click.option("--width", default=64, help="Channels of the first convolution.")
-@click.option("--held-out", default=0.1, help="Share of the rollouts for R² by step.")
-@click.option("--seed", default=0)
+@options_of(ValueConfig)
 @click.option("--steps", type=click.IntRange(2), help="Solver steps of a run; by default the pipeline's own number.")
 @click.option("--guidance", type=float, help="Guidance scale; by default the pipeline's own.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the value; a run is resumed.")
@@ -52,7 +46,7 @@ def train(
     from steer.apps.models import default_device, load_pipeline
     from steer.apps.prompts import load_prompts
     from steer.apps.reward_specs import resolve_reward
-    from steer.pipelines.training.value import ValueConfig, train_value
+    from steer.pipelines.training.value import train_value
 
     config = ValueConfig(**options)
     texts, scorer = load_prompts(prompts, prompt_column), resolve_reward(reward, reward_timeout)
