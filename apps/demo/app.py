@@ -13,10 +13,11 @@ from steer.apps.demo.history_tab import TOKEN, HistoryTab
 from steer.apps.demo.label_tab import LabelTab
 from steer.apps.demo.presets import Presets
 from steer.apps.demo.rewards_tab import RewardsTab
-from steer.apps.demo.steer_tab import METHODS, SteerTab, prompts_of, settings_of
+from steer.apps.demo.steer_tab import SteerTab, prompts_of, settings_of
 from steer.apps.demo.steering import PromptResult, steering
 from steer.apps.demo.studio import PRIVATE, Studio, line, public
 from steer.apps.demo.text_tab import TextTab
+from steer.apps.methods import METHODS
 from steer.apps.settings import default_of
 from steer.errors import InputError
 
@@ -29,7 +30,7 @@ class PublicApi:
         with gr.Row(visible=False):
             inputs = [
                 gr.Textbox(label="prompt"),
-                gr.Radio([*METHODS.values()], value="race", label="method"),
+                gr.Radio([*METHODS], value="race", label="method"),
                 gr.Textbox("scene-soft", label="reward"),
                 gr.Number(0, label="particles", precision=0),
                 *(setting_field(name, label=name) for name in ("steps", "guidance")),
