@@ -171,7 +171,7 @@ class Run:
         """`eta`: noise of every step that the kernel draws, None for the solver's own; `value`: in place of
         intermediate rewards; `s`: the observer, its previews, λ and the kernel."""
         self.algorithm, self.particle_batch, self.schedule, self.value = algorithm, particle_batch, schedule, value
-        self.observer, self.preview_steps = s.on_step, frozenset(s.preview_steps or ())
+        self.settings, self.preview_steps = s, frozenset(s.preview_steps or ())
         # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
         self.eta, self.resampling_eta = eta, s.eta or 1.0
         self.auto_strength = isinstance(s, FKSettings) and s.lam == "auto"  # λ is to be chosen by the first rewards
@@ -260,7 +260,7 @@ class Run:
 
     def _observed(self, solver_step: SolverStep) -> Tensor | None:
         """Return previews for the observer alone, at the steps that it asked for."""
-        if self.observer is None or solver_step.k not in self.preview_steps:
+        if self.settings.on_step is None or solver_step.k not in self.preview_steps:
             return None
         with torch.no_grad():
             return self.particle_batch.preview(self.particle_batch.predict(solver_step, PREVIEW_LOOKAHEAD)).detach()
@@ -304,8 +304,8 @@ class Run:
         return self.particle_batch.size > 1 and self.algorithm.lam != 0
 
     def _notify(self, report: StepReport) -> None:
-        if self.observer:
-            self.observer(report)
+        if self.settings.on_step:
+            self.settings.on_step(report)
 
 
 class AsynchronousRun(Run):
@@ -359,16 +359,7 @@ class GuidedRun(Run):
 
     first = 1  # x_T comes out of the pipeline without a graph
 
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        particle_batch: ParticleBatch,
-        eta: float | None,
-        schedule: ResamplingSchedule,
-        s: FKSettings,
-    ) -> None:
-        super().__init__(algorithm, particle_batch, eta, schedule, s)
-        self.guidance, self.half = s.reward_guidance, computes_in_fp16(particle_batch.pipe)
+    settings: FKSettings
 
     def sample(self) -> Tensor:
         """Run the pipeline: the finished images (B·K, 3, H, W) of the K particles that are left."""
@@ -385,7 +376,8 @@ class GuidedRun(Run):
         return IntermediateRewards(previews.detach(), rewards.detach(), self._gradient(solver_step, rewards))
 
     def _gradient(self, solver_step: SolverStep, rewards: Tensor) -> Tensor:
-        name, gradient = self.particle_batch.reward.name, per_sample_gradients(rewards, solver_step.x, self.half)
+        half, name = computes_in_fp16(self.particle_batch.pipe), self.particle_batch.reward.name
+        gradient = per_sample_gradients(rewards, solver_step.x, half)
         if gradient is None:
             raise RewardError(f"reward {name!r} is declared differentiable, but has no gradients")
         if not gradient.isfinite().all():
@@ -410,7 +402,9 @@ class GuidedRun(Run):
 
     def _strengths(self, like: Tensor) -> Tensor:
         """Return γ λ_j of every row, (B·K, 1, …)."""
-        strengths = self.guidance * self.history[-1].strength.repeat_interleave(self.particle_batch.size, dim=0)
+        strengths = self.settings.reward_guidance * self.history[-1].strength.repeat_interleave(
+            self.particle_batch.size, dim=0
+        )
         return strengths.to(like).view(-1, *[1] * (like.dim() - 1))
 
     def _default_steps(self, total: int) -> Iterable[int]:
@@ -507,9 +501,7 @@ class FKSteeringPipeline(SteeringPipeline):
         def make_run(particle_batch: ParticleBatch) -> Run:
             if s.target_reward is not None and particle_batch.groups > 1:
                 raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
-            if s.reward_guidance:
-                return GuidedRun(algorithm, particle_batch, eta, schedule, s)
-            kind = AsynchronousRun if s.asynchronous_rewards else Run
+            kind: type[Run] = GuidedRun if s.reward_guidance else AsynchronousRun if s.asynchronous_rewards else Run
             return kind(algorithm, particle_batch, eta, schedule, s, learned_value(s, self.pipe))
 
         batch: dict[str, Any] = {"pipe": pipe, "live": live, "lookahead": s.lookahead, "preview": s.preview}

@@ -175,6 +175,7 @@ class RacingRun(SelectionRun):
     """
 
     steps_argument = "rungs"
+    settings: RacingSettings
 
     def __init__(
         self,
@@ -186,13 +187,14 @@ class RacingRun(SelectionRun):
     ) -> None:
         """`rungs`: of the race, None for the default ones; see `Run` for the others."""
         super().__init__(Selection(1), particle_batch, eta, ResamplingSchedule(()), s, value)
-        self.rungs, self.branches, self.evaluations = rungs, s.branches, s.evaluations
+        self.rungs = rungs
 
     def begin(self, total: int, scheduler: Any) -> None:
         """Set the rungs. Raises InputError for rungs that a run of `total` steps does not have."""
         if self.rungs is None:
-            self.rungs = default_rungs(self.particle_batch.size, total, self.branches, self.evaluations)
-        last = total - (1 if self.branches == 1 else 2)  # children diverge by the noise of a later step
+            branches, evaluations = self.settings.branches, self.settings.evaluations
+            self.rungs = default_rungs(self.particle_batch.size, total, branches, evaluations)
+        last = total - (1 if self.settings.branches == 1 else 2)  # children diverge by the noise of a later step
         if wrong := sorted(step for step in self.rungs if not 0 <= step <= last):
             raise InputError(f"rungs: {wrong[0]} is not from 0 to {last}, in a run of {total} steps")
         self.steps = frozenset(self.rungs)
@@ -201,4 +203,4 @@ class RacingRun(SelectionRun):
         """Select the survivors of a rung, with their children."""
         assert self.rungs is not None, "set at the first step"
         count = self.rungs[step]
-        return Selection(count // self.branches).select(reweighted, self.particle_batch.rng, count)
+        return Selection(count // self.settings.branches).select(reweighted, self.particle_batch.rng, count)
