@@ -170,7 +170,7 @@ class Method:
     """All of a method but its settings, which are in `steer.apps.settings.METHOD_OPTIONS`.
 
     pipeline        class of the steering pipeline
-    label           its name in the app; hint: what it does, in a sentence; phase: what a run of it is doing
+    label           its name in the app; phase: what a run of it is doing; hint: what it does, in a sentence
     check           raises InputError for a reward that the method cannot use, before any model is loaded
     defaults        arguments of the pipeline's call, and of the base beside it, where the user gives none
     is_iterative    whether it optimises the noise iteration by iteration, with a trace
@@ -180,8 +180,8 @@ class Method:
 
     pipeline: Callable[[Any, Reward], Any]
     label: str
-    hint: str
     phase: str
+    hint: str
     check: Callable[[SamplingConfig, Reward], None] = _accept_any_reward
     defaults: Mapping[str, Any] = field(default_factory=dict)
     is_iterative: bool = False
@@ -213,76 +213,62 @@ class Method:
 METHODS = {  # in the order of the app
     "race": Method(
         RacingPipeline,
-        label="Best picture (search)",
-        hint="Drafts many images in a few steps each, and finishes the best sixth of them.",
-        phase="Searching",
+        "Best picture (search)",
+        "Searching",
+        "Drafts many images in a few steps each, and finishes the best sixth of them.",
         has_starts=True,
     ),
     "fk": Method(
         FKSteeringPipeline,
-        label="Samples (Feynman–Kac)",
-        hint="Copies promising images during the run and drops others: draws from the model, tilted to the reward.",
-        phase="Steering",
+        "Samples (Feynman–Kac)",
+        "Steering",
+        "Copies promising images during the run and drops others: draws from the model, tilted to the reward.",
         check=_check_guidance,
     ),
-    "best-of-n": Method(
-        BestOfNPipeline,
-        label="Best of N",
-        hint="Samples as usual and sorts by the reward.",
-        phase="Sampling",
-    ),
+    "best-of-n": Method(BestOfNPipeline, "Best of N", "Sampling", "Samples as usual and sorts by the reward."),
     "reno": Method(
         ReNOPipeline,
-        label="Optimised noise (ReNO)",
-        hint="Follows the gradient of the reward to a better starting noise. For one-step models.",
-        phase="Optimising the noise",
+        "Optimised noise (ReNO)",
+        "Optimising the noise",
+        "Follows the gradient of the reward to a better starting noise. For one-step models.",
         check=_check_noise_gradient,
         defaults=ONE_STEP,
         is_iterative=True,
     ),
     "base": Method(
-        BestOfNPipeline,
-        label="Plain sampling",
-        hint="The model alone, scored but not steered.",
-        phase="Sampling",
-        in_slot_order=True,
+        BestOfNPipeline, "Plain sampling", "Sampling", "The model alone, scored but not steered.", in_slot_order=True
     ),
     "svdd": Method(
         SelectionPipeline,
-        label="Best of each step (SVDD)",
-        hint="Continues every step from the single best candidate: high reward, little variety.",
-        phase="Selecting",
+        "Best of each step (SVDD)",
+        "Selecting",
+        "Continues every step from the single best candidate: high reward, little variety.",
     ),
-    "beam": Method(
-        SelectionPipeline,
-        label="Beam search",
-        hint="Continues every step from the two best candidates.",
-        phase="Searching",
-    ),
+    "beam": Method(SelectionPipeline, "Beam search", "Searching", "Continues every step from the two best candidates."),
     "drafts": Method(
         DraftsPipeline,
-        label="Best drafts, finished",
-        hint="Makes 16 images of 5 steps and finishes the best in full.",
-        phase="Finishing the best drafts",
+        "Best drafts, finished",
+        "Finishing the best drafts",
+        "Makes 16 images of 5 steps and finishes the best in full.",
     ),
     "renoise": Method(
         RenoisePipeline,
-        label="Best draft, varied",
-        hint="Makes 16 images of 5 steps, adds noise to the best and finishes it in several ways.",
-        phase="Finishing the best drafts",
+        "Best draft, varied",
+        "Finishing the best drafts",
+        "Makes 16 images of 5 steps, adds noise to the best and finishes it in several ways.",
     ),
     "noise-search": Method(
         NoiseSearchPipeline,
-        label="Best noise (search)",
-        hint="Tries neighbours of the best starting noise; needs no gradient.",
-        phase="Searching the noise",
+        "Best noise (search)",
+        "Searching the noise",
+        "Tries neighbours of the best starting noise; needs no gradient.",
         is_iterative=True,
     ),
     "map-elites": Method(
         MapElitesPipeline,
-        label="A diverse set (MAP-Elites)",
-        hint="Keeps the best image of each brightness and complexity, for a set that differs.",
-        phase="Collecting elites",
+        "A diverse set (MAP-Elites)",
+        "Collecting elites",
+        "Keeps the best image of each brightness and complexity, for a set that differs.",
         is_iterative=True,
     ),
 }

@@ -218,7 +218,9 @@ class RacingSettings(IntermediateSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None and self.rungs is not None:
-            raise InputError("budget and rungs exclude each other: rungs follow from a budget", "budget", "rungs")
+            raise InputError(
+                "budget and rungs exclude each other: rungs follow from a budget, leave one out", "budget", "rungs"
+            )
         before = self.num_particles
         for step, count in sorted((self.rungs or {}).items()):
             if not 1 <= count <= before - (self.branches == 1):
