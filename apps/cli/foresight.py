@@ -42,8 +42,8 @@ def foresight(
     from steer.apps.reward_specs import resolve_reward
 
     judged = None if judge is None else resolve_reward(judge, runs.reward_timeout)
-    options = lookaheads, _steps(at), particles, judged, runs.call, values
-    figures = analysis.foresight(*runs.load(), *options)
+    steps = _steps(at)
+    figures = analysis.foresight(*runs.load(), lookaheads, steps, particles, judged, runs.call, values)
     analysis.write(figures, out)
     click.echo(f"{analysis.table(figures)}\n→ {out / 'foresight.png'}")
 
