@@ -288,6 +288,7 @@ def errors_with_flags() -> Iterator[None]:
     except InputError as error:
         message = str(error)
         for name in error.fields:
-            flag = flags_of("particles" if name == "num_particles" else name)[0].partition("/")[0]
-            message = re.sub(rf"\b{name}\b", flag, message, count=1)
+            option = "particles" if name == "num_particles" else name
+            if option in (*SHARED, *ALL_OPTIONS):
+                message = re.sub(rf"\b{name}\b", flags_of(option)[0].partition("/")[0], message, count=1)
         raise InputError(message) from error

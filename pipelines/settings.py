@@ -74,11 +74,9 @@ class IntermediateSettings(StepSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.lookahead, str) and not (self.lookahead.startswith(ADAPTER) and self.lookahead != ADAPTER):
-            raise InputError(
-                f"lookahead must be a number of steps, or {ADAPTER}PATH, got {self.lookahead!r}", "lookahead"
-            )
+            raise self.error(f"lookahead must be a number of steps, or {ADAPTER}PATH, got {self.lookahead!r}")
         if self.value is not None and self.lookahead not in (1, self.field("lookahead").default):
-            raise InputError("value and lookahead exclude each other: leave one out", "value", "lookahead")
+            raise self.error("value and lookahead exclude each other: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,27 +128,22 @@ class FKSettings(IntermediateSettings):
         pairs = [(name, other) for name in ("reward_guidance", "asynchronous_rewards") for other in given]
         for name, other in [*pairs, ("target_reward", "value")]:
             if given[other] and getattr(self, name):
-                raise InputError(f"{name} and {other} exclude each other: leave one out", name, other.partition("=")[0])
+                raise self.error(f"{name} and {other} exclude each other: leave one out")
         if self.lam == "auto" and self.tempering == "ess":
-            raise InputError("lam='auto' and tempering='ess' both choose λ by the ESS: give lam a number", "lam")
+            raise self.error("lam='auto' and tempering='ess' both choose λ by the ESS: give lam a number")
         if self.draw != "best" and self.is_search:
-            raise InputError(
+            raise self.error(
                 f"draw={self.draw!r}: target_reward and particle_schedule_rule='top_k' leave no weights: "
-                "use draw='best'",
-                *("draw", "target_reward", "particle_schedule_rule"),
+                "use draw='best'"
             )
         if self.asynchronous_rewards and self.reward_guidance:
-            raise InputError(
-                "asynchronous_rewards: reward_guidance needs the gradient in the step: leave one out",
-                *("asynchronous_rewards", "reward_guidance"),
-            )
+            raise self.error("asynchronous_rewards: reward_guidance needs the gradient in the step: leave one out")
         before = self.num_particles
         for step, count in sorted((self.particle_schedule or {}).items()):
             if not 1 <= count < before:
-                raise InputError(
+                raise self.error(
                     f"particle_schedule: {count} particles from step {step} on, of {before}: they must be fewer and "
-                    "fewer, and at least 1",
-                    "particle_schedule",
+                    "fewer, and at least 1"
                 )
             before = count
 
@@ -181,9 +174,7 @@ class SelectionSettings(IntermediateSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_particles % self.beams:
-            raise InputError(
-                f"beams must divide num_particles, got {self.beams} of {self.num_particles}", "beams", "num_particles"
-            )
+            raise self.error(f"beams must divide num_particles, got {self.beams} of {self.num_particles}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,21 +209,16 @@ class RacingSettings(IntermediateSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None and self.rungs is not None:
-            raise InputError(
-                "budget and rungs exclude each other: rungs follow from a budget, leave one out", "budget", "rungs"
-            )
+            raise self.error("budget and rungs exclude each other: rungs follow from a budget, leave one out")
         before = self.num_particles
         for step, count in sorted((self.rungs or {}).items()):
             if not 1 <= count <= before - (self.branches == 1):
-                raise InputError(
+                raise self.error(
                     f"rungs: {count} particles from step {step} on, of {before}: they must be fewer and fewer (with "
-                    "branches, no more), and at least 1",
-                    "rungs",
+                    "branches, no more), and at least 1"
                 )
             if count % self.branches:
-                raise InputError(
-                    f"branches must divide the particles of each rung, got {self.branches} of {count}", "branches"
-                )
+                raise self.error(f"branches must divide the particles of each rung, got {self.branches} of {count}")
             before = count
 
 
@@ -253,10 +239,7 @@ class DraftsSettings(StepSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.drafts < self.num_particles:
-            raise InputError(
-                f"drafts must be at least num_particles, {self.num_particles}, got {self.drafts}",
-                *("drafts", "num_particles"),
-            )
+            raise self.error(f"drafts must be at least num_particles, {self.num_particles}, got {self.drafts}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,12 +261,9 @@ class RenoiseSettings(StepSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_particles % self.parents:
-            raise InputError(
-                f"parents must divide num_particles, got {self.parents} of {self.num_particles}",
-                *("parents", "num_particles"),
-            )
+            raise self.error(f"parents must divide num_particles, got {self.parents} of {self.num_particles}")
         if self.drafts < self.parents:
-            raise InputError(f"drafts must be at least parents, {self.parents}, got {self.drafts}", "drafts", "parents")
+            raise self.error(f"drafts must be at least parents, {self.parents}, got {self.drafts}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,11 +327,9 @@ class ReNOSettings(IterationSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.restarts and self.patience is None:
-            raise InputError(
-                f"restarts must be at least 0, and need a patience, got {self.restarts}", "restarts", "patience"
-            )
+            raise self.error(f"restarts must be at least 0, and need a patience, got {self.restarts}")
         if self.gradient_checkpointing not in ("auto", True, False):
-            raise InputError(f"gradient_checkpointing must be true, false or auto, got {self.gradient_checkpointing!r}")
+            raise self.error(f"gradient_checkpointing must be true, false or auto, got {self.gradient_checkpointing!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,9 +366,7 @@ class MapElitesSettings(IterationSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2})?", self.cells):
-            raise InputError(
-                f"cells must be a number such as 8, or two such as 8x8, up to 999, got {self.cells!r:.40}", "cells"
-            )
+            raise self.error(f"cells must be a number such as 8, or two such as 8x8, up to 999, got {self.cells!r:.40}")
 
     @property
     def shape(self) -> tuple[int, ...]:

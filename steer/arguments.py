@@ -217,6 +217,11 @@ class Settings:
                     raise InputError(f"{name} must be a number, or {' or '.join(_table(choices))}, got {value!r}", name)
                 choose(name, value, _table(choices))  # raises
 
+    def error(self, message: str) -> InputError:
+        """Return an InputError about the settings that the message names, up to its first quoted value."""
+        words = dict.fromkeys(re.findall(r"\w+", message.partition("'")[0]))
+        return InputError(message, *(word for word in words if word in self.hints()))
+
     def implementation(self, name: str) -> Any:
         """Return what the value of a field with choices stands for: the function of a name, or the function itself."""
         return choose(name, getattr(self, name), _table(type(self).field(name).metadata["choices"]))
