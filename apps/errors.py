@@ -63,13 +63,11 @@ def exit_now(code: int) -> None:
 
 def check_writable(out: Path, place: str = "") -> None:
     """Create a folder. Raises InputError, which begins with `place` (--out by default), where it cannot be written."""
-    from steer.files import write_text
+    from steer.files import write_errors, write_text
 
-    try:
+    with write_errors(place or f"--out {out}", "choose another folder"):
         write_text(out / ".writable", "")
         (out / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"{place or f'--out {out}'}: cannot write there ({error.strerror})") from error
 
 
 @contextmanager

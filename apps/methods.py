@@ -167,9 +167,10 @@ def _check_noise_gradient(settings: SamplingConfig, reward: Reward) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """The implementation of a method of `steer.apps.settings.METHOD_OPTIONS`.
+    """All of a method but its settings, which are in `steer.apps.settings.METHOD_OPTIONS`.
 
     pipeline        class of the steering pipeline
+    label           its name in the app; phase: what a run of it is doing; hint: what it does, in a sentence
     check           raises InputError for a reward that the method cannot use, before any model is loaded
     defaults        arguments of the pipeline's call, and of the base beside it, where the user gives none
     is_iterative    whether it optimises the noise iteration by iteration, with a trace
@@ -178,11 +179,19 @@ class Method:
     """
 
     pipeline: Callable[[Any, Reward], Any]
+    label: str
+    phase: str
+    hint: str
     check: Callable[[SamplingConfig, Reward], None] = _accept_any_reward
     defaults: Mapping[str, Any] = field(default_factory=dict)
     is_iterative: bool = False
     in_slot_order: bool = False
     has_starts: bool = False
+
+    @property
+    def is_independent(self) -> bool:
+        """Whether its images share no random numbers and have no use for previews: one call may make several runs."""
+        return self.pipeline is BestOfNPipeline
 
     def run(self, job: Job) -> SteeringOutput:
         """Make the images of a job's prompt."""
@@ -196,24 +205,72 @@ class Method:
             hooks: dict[str, Any] = {"state_file": job.state_file, "on_iteration": job.on_iteration}
         else:
             hooks = {"on_step": job.on_step}
-            scored = self.pipeline is BestOfNPipeline
-            hooks["preview_steps"] = job.preview_steps if scored else job.early_previews
+            hooks["preview_steps"] = job.preview_steps if self.is_independent else job.early_previews
         output: SteeringOutput = self.pipeline(job.pipe, job.reward)(job.prompt, **options, **hooks, **job.call)
         return output.in_slot_order() if self.in_slot_order else output
 
 
-METHODS = {
-    "fk": Method(FKSteeringPipeline, check=_check_guidance),
-    "svdd": Method(SelectionPipeline),
-    "beam": Method(SelectionPipeline),
-    "race": Method(RacingPipeline, has_starts=True),
-    "drafts": Method(DraftsPipeline),
-    "renoise": Method(RenoisePipeline),
-    "best-of-n": Method(BestOfNPipeline),
-    "base": Method(BestOfNPipeline, in_slot_order=True),
-    "reno": Method(ReNOPipeline, check=_check_noise_gradient, defaults=ONE_STEP, is_iterative=True),
-    "noise-search": Method(NoiseSearchPipeline, is_iterative=True),
-    "map-elites": Method(MapElitesPipeline, is_iterative=True),
+METHODS = {  # in the order of the app
+    "race": Method(
+        RacingPipeline,
+        "Best picture (search)",
+        "Searching",
+        "Drafts many images in a few steps each, and finishes the best sixth of them.",
+        has_starts=True,
+    ),
+    "fk": Method(
+        FKSteeringPipeline,
+        "Samples (Feynman–Kac)",
+        "Steering",
+        "Copies promising images during the run and drops others: draws from the model, tilted to the reward.",
+        check=_check_guidance,
+    ),
+    "best-of-n": Method(BestOfNPipeline, "Best of N", "Sampling", "Samples as usual and sorts by the reward."),
+    "reno": Method(
+        ReNOPipeline,
+        "Optimised noise (ReNO)",
+        "Optimising the noise",
+        "Follows the gradient of the reward to a better starting noise. For one-step models.",
+        check=_check_noise_gradient,
+        defaults=ONE_STEP,
+        is_iterative=True,
+    ),
+    "base": Method(
+        BestOfNPipeline, "Plain sampling", "Sampling", "The model alone, scored but not steered.", in_slot_order=True
+    ),
+    "svdd": Method(
+        SelectionPipeline,
+        "Best of each step (SVDD)",
+        "Selecting",
+        "Continues every step from the single best candidate: high reward, little variety.",
+    ),
+    "beam": Method(SelectionPipeline, "Beam search", "Searching", "Continues every step from the two best candidates."),
+    "drafts": Method(
+        DraftsPipeline,
+        "Best drafts, finished",
+        "Finishing the best drafts",
+        "Makes 16 images of 5 steps and finishes the best in full.",
+    ),
+    "renoise": Method(
+        RenoisePipeline,
+        "Best draft, varied",
+        "Finishing the best drafts",
+        "Makes 16 images of 5 steps, adds noise to the best and finishes it in several ways.",
+    ),
+    "noise-search": Method(
+        NoiseSearchPipeline,
+        "Best noise (search)",
+        "Searching the noise",
+        "Tries neighbours of the best starting noise; needs no gradient.",
+        is_iterative=True,
+    ),
+    "map-elites": Method(
+        MapElitesPipeline,
+        "A diverse set (MAP-Elites)",
+        "Collecting elites",
+        "Keeps the best image of each brightness and complexity, for a set that differs.",
+        is_iterative=True,
+    ),
 }
 
 

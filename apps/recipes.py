@@ -238,7 +238,7 @@ def _checked(data: Any) -> Recipe:
     recipe = Recipe(**values, settings=settings, components=scores, arguments=arguments)
     if not recipe.prompt.strip() or "\0" in recipe.prompt:
         raise InputError("the prompt is empty, or holds a null character")
-    if recipe.rank >= settings.particles:
+    if recipe.rank >= settings.particles and settings.plain().get("budget") is None:  # whose starts follow from it
         raise InputError(f"rank {recipe.rank} is out of range for {settings.particles} particles")
     if not re.fullmatch("[0-9a-f]{64}", recipe.pixels):
         raise InputError("pixels: expected a hash")

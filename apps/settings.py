@@ -74,7 +74,8 @@ class SamplingConfig(Settings):
     expand            text model that continues each prompt before it is sampled; the reward reads the original
     reward            NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards`
                       lists names
-    particles         K, images for each prompt
+    particles         K, images for each prompt; by default the method's own: 12 starts of race, 1 search of reno and
+                      noise-search, else 4
     steps             solver steps; by default the pipeline's own number, for reno 1
     guidance          guidance scale; by default the pipeline's own, for reno 0
     negative_prompt   what the images should not show, for pipelines that take one
@@ -103,7 +104,7 @@ class SamplingConfig(Settings):
     expand: str | None = option(None)
     original: float | None = option(None, "[0, 1]")
     reward: str = option("scene-soft")
-    particles: int = option(4, "[1, inf]", flags=("--particles", "--seeds"), slider=(1, 16, 1))
+    particles: int = option(None, "[1, inf]", flags=("--particles", "--seeds"), slider=(1, 16, 1))  # a number once made
     steps: int | None = option(None, "[1, inf]", slider=(1, 100, 1))
     guidance: float | None = option(None, "(-inf, inf)", slider=(0, 30, 0.5))
     negative_prompt: str | None = option(None)
@@ -120,6 +121,9 @@ class SamplingConfig(Settings):
     options: Any = option(None)
 
     def __post_init__(self) -> None:
+        if self.particles is None and self.method in [*METHOD_OPTIONS]:  # an unknown method is refused below
+            own = getattr(self.options, "num_particles", default_of(self.method, "num_particles"))
+            object.__setattr__(self, "particles", own)
         super().__post_init__()
         object.__setattr__(self, "call", _call_text(self.call))
         options = self.options
@@ -131,11 +135,13 @@ class SamplingConfig(Settings):
             options = replace(options, num_particles=self.particles)
         object.__setattr__(self, "options", options)
         if self.original is not None and self.expand is None:
-            raise InputError("original is a share of the guidance of an expanded prompt: give expand too")
+            raise InputError(
+                "original is a share of the guidance of an expanded prompt: give expand too", "original", "expand"
+            )
         if self.best_of is not None and not self.compare:
-            raise InputError("best_of is an image beside the base images: leave it out, or compare")
+            raise InputError("best_of is an image beside the base images: leave it out, or compare", "best_of")
         if self.noise_candidates is not None and self.noise_candidates < self.particles:
-            raise InputError(f"noise_candidates must be at least the particles, {self.particles}")
+            raise InputError(f"noise_candidates must be at least the particles, {self.particles}", "noise_candidates")
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -179,7 +185,8 @@ def _call_text(given: Any) -> str | None:
         arguments = given
     if not isinstance(arguments, Mapping | None):
         raise InputError(
-            f"call must be arguments of the pipeline by name, such as {{guidance_rescale: 0.7}}, got {given!r:.60}"
+            f"call must be arguments of the pipeline by name, such as {{guidance_rescale: 0.7}}, got {given!r:.60}",
+            "call",
         )
     return json.dumps(dict(arguments)) if arguments else None
 
@@ -195,7 +202,7 @@ def method_settings(method: str, values: Mapping[str, Any], particles: int) -> C
     for name in values:
         if name not in names:
             if owners := methods_with(name):
-                raise InputError(f"{name} is an option of {' and '.join(owners)}, not of {method}: leave it out")
+                raise InputError(f"{name} is an option of {' and '.join(owners)}, not of {method}: leave it out", name)
             raise InputError(f"unknown option {name!r}: did you mean {nearest(name, [*SHARED, *names])}?")
     return settings(**{**defaults, **values, "num_particles": particles})
 
@@ -217,8 +224,6 @@ def choose_method(values: Mapping[str, Any], purpose: str | None = None, texts: 
     chosen = choose("purpose", purpose or ("samples" if texts or only_fk & given.keys() else "picture"), PURPOSES)
     if texts and chosen != "fk":
         raise InputError("purpose: a text has no search by look-ahead, use samples, or --method beam")
-    if chosen == "race" and "budget" not in given:
-        given = {"particles": RacingSettings.field("num_particles").default, **given}
     return {"method": chosen, **given}
 
 
@@ -275,21 +280,15 @@ def _sentence(text: str) -> str:
     return text.split(". ")[0].rstrip(".")
 
 
-def as_flags(message: str) -> str:
-    """Return a message with flags in place of the names of settings: a first word, or one with an underscore."""
-
-    def flag(word: re.Match[str]) -> str:
-        name = "particles" if word[0] == "num_particles" else word[0]
-        known = name in SHARED or name in ALL_OPTIONS
-        return flags_of(name)[0].partition("/")[0] if known and (word.start() == 0 or "_" in word[0]) else word[0]
-
-    return re.sub(r"\w+", flag, message)
-
-
 @contextmanager
 def errors_with_flags() -> Iterator[None]:
     """Raise an InputError of the block with the flags of the command line in place of the names of settings."""
     try:
         yield
     except InputError as error:
-        raise InputError(as_flags(str(error))) from error
+        message = str(error)
+        for name in error.fields:
+            option = "particles" if name == "num_particles" else name
+            if option in (*SHARED, *ALL_OPTIONS):
+                message = re.sub(rf"\b{name}\b", flags_of(option)[0].partition("/")[0], message, count=1)
+        raise InputError(message) from error

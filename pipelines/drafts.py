@@ -17,7 +17,7 @@ from steer.diffusion.step_hooks import SolverStep, StepOverride, scheduler_of
 from steer.diffusion.views import replace_parts
 from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta, steering_call
-from steer.pipelines.fk_steering import ResamplingSchedule
+from steer.pipelines.fk_steering import ResamplingSchedule, Run, run_particles
 from steer.pipelines.initial_noise import RESERVED_ARGUMENTS, screen_initial_noise
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.racing import first_solver_step
@@ -106,28 +106,33 @@ class RenoisePipeline(SteeringPipeline):
         call, kernel_eta = route_eta(self.pipe, call, s.eta)
         scheduler = scheduler_of(self.pipe)
         pipe = replace_parts(self.pipe, {id(scheduler): starting_at(scheduler, first)})
-        batch = ParticleBatch(pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size)
-        at, _ = first_solver_step(pipe, self.reward, prompt, call, s.reward_prompt)
-        before, _ = step_levels(at.scheduler, at.t, at.index)
-        scale = getattr(at.scheduler, "init_noise_sigma", 1.0)
-        copies = x0.repeat_interleave(s.num_particles // s.parents, 0)
-        noise = seeded_normal(batch.seeds, copies, ["renoise"] * len(copies))
-        x = before.alpha.to(copies) * copies + before.sigma.to(copies) * noise
-        own = [Generator().manual_seed(derived_seed(seed, "solver after renoising")) for seed in batch.seeds]
-        run = RestartedRun(x, batch, kernel_eta, s)
-        images = batch.sample(run.on_solver_step, latents=x / scale, generator=own)
-        rewards, components = batch.score(images)
-        return batch.output(images, rewards, components, run.particles, run.history, s.output_type)
+
+        def make_run(batch: ParticleBatch) -> Run:
+            at, _ = first_solver_step(pipe, self.reward, prompt, call, s.reward_prompt)
+            before, _ = step_levels(at.scheduler, at.t, at.index)
+            copies = x0.repeat_interleave(s.num_particles // s.parents, 0)
+            noise = seeded_normal(batch.seeds, copies, ["renoise"] * len(copies))
+            x = before.alpha.to(copies) * copies + before.sigma.to(copies) * noise
+            return RestartedRun(x, getattr(at.scheduler, "init_noise_sigma", 1.0), batch, kernel_eta, s)
+
+        return run_particles(self, prompt, s, call, make_run, pipe=pipe)
 
 
 class RestartedRun(PreviewRun):
-    """A run in which all particles stay, and that starts from given latents x (N, …)."""
+    """A run in which all particles stay, from latents x (N, …) on, which the pipeline takes divided by `scale`."""
 
-    def __init__(self, x: Tensor, particle_batch: ParticleBatch, eta: float | None, settings: RenoiseSettings) -> None:
-        size = settings.num_particles
-        own = ResamplingSchedule(()), settings.on_step, settings.preview_steps
-        super().__init__(Selection(size), particle_batch, eta, 1.0, *own)
-        self.x = x
+    def __init__(
+        self, x: Tensor, scale: Any, particle_batch: ParticleBatch, eta: float | None, settings: RenoiseSettings
+    ) -> None:
+        super().__init__(Selection(settings.num_particles), particle_batch, eta, ResamplingSchedule(()), settings)
+        self.x, self.scale = x, scale
+
+    def sample(self) -> Tensor:
+        """Run the pipeline from the latents: the finished images (B·K, 3, H, W)."""
+        seeds = [derived_seed(seed, "solver after renoising") for seed in self.particle_batch.seeds]
+        generators = [Generator().manual_seed(seed) for seed in seeds]
+        given = {"latents": self.x / self.scale, "generator": generators}
+        return self.particle_batch.sample(self.on_solver_step, **given)
 
     def on_solver_step(self, solver_step: SolverStep) -> StepOverride:
         """Check that the run starts from the latents it was given."""

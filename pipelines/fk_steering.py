@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from steer.diffusion.batching import ActiveRows, is_offloaded
 from steer.diffusion.differentiable import computes_in_fp16, differentiable, per_sample_gradients
-from steer.diffusion.lookahead import Adapter, coarse_steps, few_step_adapter
+from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
 from steer.diffusion.step_hooks import SolverStep, StepOverride
@@ -18,7 +18,7 @@ from steer.diffusion.value import Value, load_value
 from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.particle_batch import ParticleBatch
-from steer.pipelines.settings import FKSettings, IntermediateSettings, Prompts
+from steer.pipelines.settings import FKSettings, IntermediateSettings, Prompts, StepSettings
 from steer.pipelines.token_batch import batch_class
 from steer.reward import Reward, RewardError, Submit, run_in_background
 from steer.smc.particles import FeynmanKac, Particles
@@ -139,6 +139,11 @@ def route_kernel_eta(pipe: Any, call: dict[str, Any], s: IntermediateSettings) -
     return route_eta(pipe, call, s.eta) if s.kernel == "gaussian" else (call, s.eta)
 
 
+def learned_value(s: IntermediateSettings, pipe: Any) -> Value | None:
+    """Return the learned value of the settings, if any. Raises InputError for one that does not fit the pipeline."""
+    return None if s.value is None else load_value(s.value, pipe)
+
+
 class Run:
     """K particles for each prompt in one call of the pipeline (Algorithm 1 of arXiv 2501.06848).
 
@@ -152,9 +157,6 @@ class Run:
 
     first = 0  # first step that may have intermediate rewards
     reward_delay = 0  # steps from an evaluation to its resampling
-    auto_strength = False  # whether λ is to be chosen by the first rewards
-    value: Value | None = None  # in place of intermediate rewards
-    glass_steps = 0  # inner steps of a GLASS transition in place of the Gaussian kernel
     steps_argument = "resample_steps"  # the caller's name of the steps with intermediate rewards
 
     def __init__(
@@ -162,33 +164,47 @@ class Run:
         algorithm: Algorithm,
         particle_batch: ParticleBatch,
         eta: float | None,
-        resampling_eta: float,
         schedule: ResamplingSchedule,
-        observer: Callable[[StepReport], None] | None,
-        preview_steps: Iterable[int] | None = (),
+        s: StepSettings,
+        value: Value | None = None,
     ) -> None:
-        """`eta`: noise of every step, None for the solver's own; `resampling_eta`: of steps that may resample;
-        `preview_steps`: further steps at which the observer gets previews."""
-        self.algorithm, self.particle_batch = algorithm, particle_batch
-        self.schedule, self.observer, self.preview_steps = schedule, observer, frozenset(preview_steps or ())
-        self.eta, self.resampling_eta = eta, resampling_eta
-        self.steps: frozenset[int] = frozenset()  # with intermediate rewards; known at the first solver step
+        """`eta`: noise of every step that the kernel draws, None for the solver's own; `value`: in place of
+        intermediate rewards; `s`: the observer, its previews, λ and the kernel."""
+        self.algorithm, self.particle_batch, self.schedule, self.value = algorithm, particle_batch, schedule, value
+        self.settings, self.preview_steps = s, frozenset(s.preview_steps or ())
+        # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
+        self.eta, self.resampling_eta = eta, s.eta or 1.0
+        self.auto_strength = isinstance(s, FKSettings) and s.lam == "auto"  # λ is to be chosen by the first rewards
+        # Inner steps of a GLASS transition in place of the Gaussian kernel.
+        self.glass_steps = s.glass_steps if isinstance(s, IntermediateSettings) and s.kernel == "glass" else 0
+        self.steps: frozenset[int] = frozenset()  # with intermediate rewards; set by `begin`
         self.target_reached = self.from_search = False  # a particle met the target; particles were selected by reward
         self.particles = Particles.start(particle_batch.groups, particle_batch.size)
         self.history: list[ResamplingInfo] = []
-
-    def configure(self, s: IntermediateSettings, pipe: Any) -> None:
-        """Take a learned value and the kernel from the settings. Raises InputError for a value that does not fit."""
-        self.value = None if s.value is None else load_value(s.value, pipe)
-        self.glass_steps = s.glass_steps if s.kernel == "glass" else 0
 
     def sample(self) -> Tensor:
         """Run the pipeline: the finished images (B·K, 3, H, W) of the K particles that are left."""
         return self.particle_batch.sample(self.on_solver_step)
 
     def on_solver_step(self, solver_step: SolverStep) -> StepOverride:
-        """Reweight and resample the particles at one solver step: ancestors of the slots, and their next latents."""
-        if not self._evaluates_at(solver_step):
+        """Begin the run at its first solver step, and make each: ancestors of the slots, and their next latents."""
+        if solver_step.k == 0:
+            self.begin(solver_step.total, solver_step.scheduler)
+        return self._make_step(solver_step)
+
+    def begin(self, total: int, scheduler: Any) -> None:
+        """Set the steps with intermediate rewards. Raises InputError for steps that a run of `total` does not have."""
+        # Copies diverge by the noise of a later step; the last step has none.
+        last = total - self.reward_delay - (2 if self._resamples_noise(scheduler) else 3)
+        self.steps = self.schedule.steps(self._default_steps(total), self.first, last, total, self.steps_argument)
+        if not self.steps and self._needs_resampling():
+            raise UnsupportedPipelineError(
+                f"a run of {total} steps has none to resample at: use best-of-N, or more steps"
+            )
+
+    def _make_step(self, solver_step: SolverStep) -> StepOverride:
+        """Reweight and resample the particles, and draw their next latents."""
+        if not self._evaluates_at(solver_step.k):
             self._notify(StepReport(solver_step.k, solver_step.total, previews=self._observed(solver_step)))
             return None, self._next_latents(solver_step, None, None)
         intermediate = self._intermediate_rewards(solver_step)
@@ -234,8 +250,9 @@ class Run:
             self.algorithm, self.auto_strength = self.algorithm.at_half_ess(self.particles, rewards, progress), False
 
     def finish(self, rewards: Tensor) -> Particles:
-        """Return the particles with the terminal factor, by rewards (B, K) of the finished images."""
-        assert isinstance(self.algorithm, FeynmanKac)
+        """Return the particles, those of Feynman–Kac steering with the terminal factor, by the final rewards (B, K)."""
+        if not isinstance(self.algorithm, FeynmanKac):
+            return self.particles
         self._choose_strength(rewards, 1.0)
         if self.from_search:  # particles selected by reward are draws from no known distribution
             return Particles.start(*rewards.shape)
@@ -243,7 +260,7 @@ class Run:
 
     def _observed(self, solver_step: SolverStep) -> Tensor | None:
         """Return previews for the observer alone, at the steps that it asked for."""
-        if self.observer is None or solver_step.k not in self.preview_steps:
+        if self.settings.on_step is None or solver_step.k not in self.preview_steps:
             return None
         with torch.no_grad():
             return self.particle_batch.preview(self.particle_batch.predict(solver_step, PREVIEW_LOOKAHEAD)).detach()
@@ -276,18 +293,9 @@ class Run:
     def _resamples_noise(self, scheduler: Any) -> bool:
         return self.eta is not None or matches_gaussian_kernel(scheduler)
 
-    def _evaluates_at(self, solver_step: SolverStep) -> bool:
-        """Return whether a step has intermediate rewards. The steps are set at the first one."""
-        if solver_step.k == 0:
-            # Copies diverge by the noise of a later step; the last step has none.
-            last = solver_step.total - self.reward_delay - (2 if self._resamples_noise(solver_step.scheduler) else 3)
-            default_steps = self._default_steps(solver_step.total)
-            self.steps = self.schedule.steps(default_steps, self.first, last, solver_step.total, self.steps_argument)
-            if not self.steps and self._needs_resampling():
-                raise UnsupportedPipelineError(
-                    f"a run of {solver_step.total} steps has none to resample at: use best-of-N, or more steps"
-                )
-        return solver_step.k in self.steps and not self.target_reached
+    def _evaluates_at(self, step: int) -> bool:
+        """Return whether a step has intermediate rewards."""
+        return step in self.steps and not self.target_reached
 
     def _default_steps(self, total: int) -> Iterable[int]:
         return (round(share * total) for share in DEFAULT_STEPS)
@@ -296,8 +304,8 @@ class Run:
         return self.particle_batch.size > 1 and self.algorithm.lam != 0
 
     def _notify(self, report: StepReport) -> None:
-        if self.observer:
-            self.observer(report)
+        if self.settings.on_step:
+            self.settings.on_step(report)
 
 
 class AsynchronousRun(Run):
@@ -318,7 +326,7 @@ class AsynchronousRun(Run):
         with self.background(torch.device(self.particle_batch.pipe.device)) as self.submit:
             return super().sample()
 
-    def on_solver_step(self, solver_step: SolverStep) -> StepOverride:
+    def _make_step(self, solver_step: SolverStep) -> StepOverride:
         """Resample by the rewards of the step before, and submit x̂0 of this one to the background."""
         rows: Tensor | None = None
         intermediate: IntermediateRewards | None = None
@@ -327,7 +335,7 @@ class AsynchronousRun(Run):
         else:
             intermediate, self.pending = self.pending(), None
             rows = self._reweight_and_resample(intermediate, solver_step.k - self.reward_delay, solver_step)
-        if self._evaluates_at(solver_step):
+        if self._evaluates_at(solver_step.k):
             x0 = solver_step.x0() if rows is None else solver_step.x0()[rows]
             self.pending = self.submit(lambda: self._score_x0(x0))
         return rows, self._next_latents(solver_step, rows, intermediate)
@@ -351,11 +359,7 @@ class GuidedRun(Run):
 
     first = 1  # x_T comes out of the pipeline without a graph
 
-    def configure(self, s: IntermediateSettings, pipe: Any) -> None:
-        """Take γ and the settings of all runs."""
-        super().configure(s, pipe)
-        assert isinstance(s, FKSettings)
-        self.guidance, self.half = s.reward_guidance, computes_in_fp16(self.particle_batch.pipe)
+    settings: FKSettings
 
     def sample(self) -> Tensor:
         """Run the pipeline: the finished images (B·K, 3, H, W) of the K particles that are left."""
@@ -372,7 +376,8 @@ class GuidedRun(Run):
         return IntermediateRewards(previews.detach(), rewards.detach(), self._gradient(solver_step, rewards))
 
     def _gradient(self, solver_step: SolverStep, rewards: Tensor) -> Tensor:
-        name, gradient = self.particle_batch.reward.name, per_sample_gradients(rewards, solver_step.x, self.half)
+        half, name = computes_in_fp16(self.particle_batch.pipe), self.particle_batch.reward.name
+        gradient = per_sample_gradients(rewards, solver_step.x, half)
         if gradient is None:
             raise RewardError(f"reward {name!r} is declared differentiable, but has no gradients")
         if not gradient.isfinite().all():
@@ -393,13 +398,13 @@ class GuidedRun(Run):
             moved, log_ratio = draw_guided(kernel, self._strengths(gradient) * gradient, self.particle_batch.rng)
             alive_log_ratio = self.particle_batch.live.of(log_ratio).cpu().view_as(self.particles.log_weights)
             self.particles = self.particles.correct(alive_log_ratio)
-        return moved.to(solver_step.prev.dtype).requires_grad_(
-            solver_step.k + 1 in self.steps and not self.target_reached
-        )
+        return moved.to(solver_step.prev.dtype).requires_grad_(self._evaluates_at(solver_step.k + 1))
 
     def _strengths(self, like: Tensor) -> Tensor:
         """Return γ λ_j of every row, (B·K, 1, …)."""
-        strengths = self.guidance * self.history[-1].strength.repeat_interleave(self.particle_batch.size, dim=0)
+        strengths = self.settings.reward_guidance * self.history[-1].strength.repeat_interleave(
+            self.particle_batch.size, dim=0
+        )
         return strengths.to(like).view(-1, *[1] * (like.dim() - 1))
 
     def _default_steps(self, total: int) -> Iterable[int]:
@@ -416,6 +421,41 @@ def check_guidance(scheduler: Any, reward: Reward, eta: float) -> None:
     if not reward.differentiable:
         raise InputError(f"reward {reward.name!r} is not differentiable: use reward_guidance=0, or a reward that is")
     check_verified(scheduler)
+
+
+def run_particles(
+    pipeline: SteeringPipeline,
+    prompt: Prompts,
+    s: StepSettings,
+    call: dict[str, Any],
+    make_run: Callable[[ParticleBatch], Run],
+    *,
+    pipe: Any = None,
+    size: int | None = None,
+    lookahead: int | str = 1,
+    draw: str = "best",
+    **options: Any,
+) -> SteeringOutput:
+    """Sample the particles of one call by a run, and score them.
+
+    pipe     copy of the pipeline to call in its place
+    size     K, where it is not that of the settings
+    options  `preview` and `live` of `ParticleBatch`
+    """
+    pipe = pipeline.pipe if pipe is None else pipe
+    with few_step_adapter(pipeline.pipe, lookahead) as adapter:
+        particle_batch = batch_class(pipe)(
+            *(pipe, pipeline.reward, prompt, size or s.num_particles, call, s.reward_prompt, s.chunk_size),
+            lookahead=coarse_steps(lookahead),
+            adapter=adapter,
+            **options,
+        )
+        run = make_run(particle_batch)
+        images = run.sample()
+    rewards, components = particle_batch.score(images)
+    particles = run.finish(rewards)
+    output = particle_batch.output(images, rewards, components, particles, run.history, s.output_type, draw)
+    return replace(output, lam=run.algorithm.lam) if isinstance(run.algorithm, FeynmanKac) else output
 
 
 __all__ = ["FKSettings", "FKSteeringPipeline", "StepReport"]
@@ -439,28 +479,14 @@ class FKSteeringPipeline(SteeringPipeline):
         Raises InputError for arguments that do not fit, UnsupportedPipelineError (an InputError) for a pipeline or
         scheduler that cannot be steered, RewardError (an InputError) for a reward that breaks its contract.
         """
+        s, pipe, live, eta = settings, self.pipe, ActiveRows(), settings.eta
         algorithm = FeynmanKac(
-            1.0 if settings.lam == "auto" else float(settings.lam),
-            settings.implementation("potential"),
-            settings.implementation("resampler"),
-            settings.implementation("tempering"),
-            settings.ess_threshold,
+            1.0 if s.lam == "auto" else float(s.lam),
+            s.implementation("potential"),
+            s.implementation("resampler"),
+            s.implementation("tempering"),
+            s.ess_threshold,
         )
-        with few_step_adapter(self.pipe, settings.lookahead) as adapter:
-            run = self._run(algorithm, prompt, settings, call, adapter)
-            images = run.sample()
-        rewards, components = run.particle_batch.score(images)
-        particles = run.finish(rewards)
-        output = run.particle_batch.output(
-            images, rewards, components, particles, run.history, settings.output_type, settings.draw
-        )
-        return replace(output, lam=run.algorithm.lam)
-
-    def _run(
-        self, algorithm: FeynmanKac, prompt: Prompts, s: FKSettings, call: dict[str, Any], adapter: Adapter | None
-    ) -> Run:
-        """Prepare the particles and their run. Raises InputError for what this pipeline cannot do."""
-        pipe, active_rows, eta = self.pipe, ActiveRows(), s.eta
         schedule = ResamplingSchedule(
             s.resample_steps, s.particle_schedule or {}, s.particle_schedule_rule, s.target_reward
         )
@@ -470,19 +496,13 @@ class FKSteeringPipeline(SteeringPipeline):
             pipe = differentiable(pipe, one_call=True)
         else:
             call, eta = route_kernel_eta(pipe, call, s)
-        pipe = active_rows.view(pipe) if schedule.reduces_particles else pipe
-        particle_batch = batch_class(pipe)(
-            *(pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size),
-            preview=s.preview,
-            live=active_rows,
-            lookahead=coarse_steps(s.lookahead),
-            adapter=adapter,
-        )
-        if s.target_reward is not None and particle_batch.groups > 1:
-            raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
-        kind = GuidedRun if s.reward_guidance else AsynchronousRun if s.asynchronous_rewards else Run
-        # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
-        run: Run = kind(algorithm, particle_batch, eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps)
-        run.auto_strength = s.lam == "auto"
-        run.configure(s, self.pipe)
-        return run
+        pipe = live.view(pipe) if schedule.reduces_particles else pipe
+
+        def make_run(particle_batch: ParticleBatch) -> Run:
+            if s.target_reward is not None and particle_batch.groups > 1:
+                raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
+            kind: type[Run] = GuidedRun if s.reward_guidance else AsynchronousRun if s.asynchronous_rewards else Run
+            return kind(algorithm, particle_batch, eta, schedule, s, learned_value(s, self.pipe))
+
+        batch: dict[str, Any] = {"pipe": pipe, "live": live, "lookahead": s.lookahead, "preview": s.preview}
+        return run_particles(self, prompt, s, call, make_run, **batch, draw=s.draw)

@@ -8,13 +8,20 @@ from typing import Any, NoReturn
 from torch import Generator
 
 from steer.diffusion.batching import ActiveRows
-from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.seeds import spread_generators
 from steer.diffusion.step_hooks import RunEnded, SolverStep
+from steer.diffusion.value import Value
 from steer.diffusion.views import with_modules, without_side_effects, zero_proxies
 from steer.errors import InputError
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, steering_call
-from steer.pipelines.fk_steering import ResampleResult, ResamplingSchedule, route_kernel_eta
+from steer.pipelines.fk_steering import (
+    ResampleResult,
+    ResamplingSchedule,
+    Run,
+    learned_value,
+    route_kernel_eta,
+    run_particles,
+)
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.selection import Selection, SelectionRun
 from steer.pipelines.settings import Prompts, RacingSettings
@@ -48,18 +55,13 @@ class RacingPipeline(SteeringPipeline):
         race, call = self._race(prompt, s, call)
         live = ActiveRows()
         pipe = self.pipe if race.rungs == {} else live.view(self.pipe)
+
+        def make_run(particle_batch: ParticleBatch) -> Run:
+            return RacingRun(particle_batch, kernel_eta, race.rungs, s, learned_value(s, self.pipe))
+
+        batch: dict[str, Any] = {"pipe": pipe, "size": race.starts, "preview": s.preview, "live": live}
         lookahead = s.lookahead if s.value is None else 1
-        with few_step_adapter(self.pipe, lookahead) as adapter:
-            particle_batch = ParticleBatch(
-                *(pipe, self.reward, prompt, race.starts, call, s.reward_prompt, s.chunk_size, s.preview, live),
-                lookahead=coarse_steps(lookahead),
-                adapter=adapter,
-            )
-            run = RacingRun(particle_batch, kernel_eta, s.eta or 1.0, race.rungs, s)
-            run.configure(s, self.pipe)
-            images = run.sample()
-        rewards, components = particle_batch.score(images)
-        return particle_batch.output(images, rewards, components, run.particles, run.history, s.output_type)
+        return run_particles(self, prompt, s, call, make_run, lookahead=lookahead, **batch)
 
     def _race(self, prompt: Prompts, s: RacingSettings, call: dict[str, Any]) -> tuple["Race", dict[str, Any]]:
         """Return the race, and the call with a generator for each of its starts where there are several."""
@@ -173,34 +175,32 @@ class RacingRun(SelectionRun):
     """
 
     steps_argument = "rungs"
+    settings: RacingSettings
 
     def __init__(
         self,
         particle_batch: ParticleBatch,
         eta: float | None,
-        resampling_eta: float,
         rungs: Mapping[int, int] | None,
-        settings: RacingSettings,
+        s: RacingSettings,
+        value: Value | None,
     ) -> None:
-        """`rungs`: of the race, None for the default ones; see `Run` for the noise of the steps."""
-        own = ResamplingSchedule(()), settings.on_step, settings.preview_steps
-        super().__init__(Selection(1), particle_batch, eta, resampling_eta, *own)
-        self.rungs, self.branches, self.evaluations = rungs, settings.branches, settings.evaluations
+        """`rungs`: of the race, None for the default ones; see `Run` for the others."""
+        super().__init__(Selection(1), particle_batch, eta, ResamplingSchedule(()), s, value)
+        self.rungs = rungs
 
-    def _evaluates_at(self, solver_step: SolverStep) -> bool:
-        """Return whether a step is a rung. The default rungs are set at the first step."""
-        if solver_step.k == 0:
-            total = solver_step.total
-            if self.rungs is None:
-                self.rungs = default_rungs(self.particle_batch.size, total, self.branches, self.evaluations)
-            last = total - (1 if self.branches == 1 else 2)  # children diverge by the noise of a later step
-            if wrong := sorted(step for step in self.rungs if not 0 <= step <= last):
-                raise InputError(f"rungs: {wrong[0]} is not from 0 to {last}, in a run of {total} steps")
-            self.steps = frozenset(self.rungs)
-        return solver_step.k in self.steps
+    def begin(self, total: int, scheduler: Any) -> None:
+        """Set the rungs. Raises InputError for rungs that a run of `total` steps does not have."""
+        if self.rungs is None:
+            branches, evaluations = self.settings.branches, self.settings.evaluations
+            self.rungs = default_rungs(self.particle_batch.size, total, branches, evaluations)
+        last = total - (1 if self.settings.branches == 1 else 2)  # children diverge by the noise of a later step
+        if wrong := sorted(step for step in self.rungs if not 0 <= step <= last):
+            raise InputError(f"rungs: {wrong[0]} is not from 0 to {last}, in a run of {total} steps")
+        self.steps = frozenset(self.rungs)
 
     def _select(self, reweighted: Particles, step: int) -> ResampleResult:
         """Select the survivors of a rung, with their children."""
         assert self.rungs is not None, "set at the first step"
         count = self.rungs[step]
-        return Selection(count // self.branches).select(reweighted, self.particle_batch.rng, count)
+        return Selection(count // self.settings.branches).select(reweighted, self.particle_batch.rng, count)

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.step_hooks import SolverStep
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.fk_steering import (
     IntermediateRewards,
     ResamplingSchedule,
     Run,
+    learned_value,
     route_kernel_eta,
+    run_particles,
     top_k_indices,
 )
+from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.settings import BestOfNSettings, Prompts, SelectionSettings
-from steer.pipelines.token_batch import batch_class
 from steer.smc.particles import Particles
 
 
@@ -43,20 +44,11 @@ class SelectionPipeline(SteeringPipeline):
         s = settings
         call, kernel_eta = route_kernel_eta(self.pipe, call, s)
         selection, schedule = Selection(s.beams, s.lam), ResamplingSchedule(s.select_steps)
-        with few_step_adapter(self.pipe, s.lookahead) as adapter:
-            particle_batch = batch_class(self.pipe)(
-                *(self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size),
-                preview=s.preview,
-                lookahead=coarse_steps(s.lookahead),
-                adapter=adapter,
-            )
-            run = SelectionRun(
-                selection, particle_batch, kernel_eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps
-            )
-            run.configure(s, self.pipe)
-            images = run.sample()
-        rewards, components = particle_batch.score(images)
-        return particle_batch.output(images, rewards, components, run.particles, run.history, s.output_type)
+
+        def make_run(particle_batch: ParticleBatch) -> Run:
+            return SelectionRun(selection, particle_batch, kernel_eta, schedule, s, learned_value(s, self.pipe))
+
+        return run_particles(self, prompt, s, call, make_run, lookahead=s.lookahead, preview=s.preview)
 
 
 @dataclass(frozen=True)
@@ -143,15 +135,12 @@ class BestOfNPipeline(SteeringPipeline):
         """
         s = settings
         call, kernel_eta = route_eta(self.pipe, call, s.eta)
-        particle_batch = batch_class(self.pipe)(
-            *(self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size),
-            lookahead=s.lookahead,
-        )
-        schedule = ResamplingSchedule(s.preview_steps)
-        run = PreviewRun(Selection(s.num_particles), particle_batch, kernel_eta, 1.0, schedule, s.on_step)
-        images = run.sample()
-        rewards, components = particle_batch.score(images)
-        return particle_batch.output(images, rewards, components, run.particles, run.history, s.output_type)
+        selection, schedule = Selection(s.num_particles), ResamplingSchedule(s.preview_steps)
+
+        def make_run(particle_batch: ParticleBatch) -> Run:
+            return PreviewRun(selection, particle_batch, kernel_eta, schedule, s)
+
+        return run_particles(self, prompt, s, call, make_run, lookahead=s.lookahead)
 
 
 class PreviewRun(Run):

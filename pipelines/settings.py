@@ -1,4 +1,4 @@
-"""Settings of the steering methods: one dataclass per method.
+"""Settings of the steering methods: one dataclass per method; and of the training of a learned value.
 
 A field, its type, range, default and help stand here alone. The signature of the pipeline's call, the options of
 `steer sample` and `steer evaluate`, the recipe inside a PNG and the fields of the demo are derived from them.
@@ -74,9 +74,9 @@ class IntermediateSettings(StepSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.lookahead, str) and not (self.lookahead.startswith(ADAPTER) and self.lookahead != ADAPTER):
-            raise InputError(f"lookahead must be a number of steps, or {ADAPTER}PATH, got {self.lookahead!r}")
+            raise self.error(f"lookahead must be a number of steps, or {ADAPTER}PATH, got {self.lookahead!r}")
         if self.value is not None and self.lookahead not in (1, self.field("lookahead").default):
-            raise InputError("value and lookahead exclude each other: leave one out")
+            raise self.error("value and lookahead exclude each other: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,20 +128,20 @@ class FKSettings(IntermediateSettings):
         pairs = [(name, other) for name in ("reward_guidance", "asynchronous_rewards") for other in given]
         for name, other in [*pairs, ("target_reward", "value")]:
             if given[other] and getattr(self, name):
-                raise InputError(f"{name} and {other} exclude each other: leave one out")
+                raise self.error(f"{name} and {other} exclude each other: leave one out")
         if self.lam == "auto" and self.tempering == "ess":
-            raise InputError("lam='auto' and tempering='ess' both choose λ by the ESS: give lam a number")
+            raise self.error("lam='auto' and tempering='ess' both choose λ by the ESS: give lam a number")
         if self.draw != "best" and self.is_search:
-            raise InputError(
+            raise self.error(
                 f"draw={self.draw!r}: target_reward and particle_schedule_rule='top_k' leave no weights: "
                 "use draw='best'"
             )
         if self.asynchronous_rewards and self.reward_guidance:
-            raise InputError("asynchronous_rewards: reward_guidance needs the gradient in the step: leave one out")
+            raise self.error("asynchronous_rewards: reward_guidance needs the gradient in the step: leave one out")
         before = self.num_particles
         for step, count in sorted((self.particle_schedule or {}).items()):
             if not 1 <= count < before:
-                raise InputError(
+                raise self.error(
                     f"particle_schedule: {count} particles from step {step} on, of {before}: they must be fewer and "
                     "fewer, and at least 1"
                 )
@@ -174,7 +174,7 @@ class SelectionSettings(IntermediateSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_particles % self.beams:
-            raise InputError(f"beams must divide num_particles, got {self.beams} of {self.num_particles}")
+            raise self.error(f"beams must divide num_particles, got {self.beams} of {self.num_particles}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,16 +209,16 @@ class RacingSettings(IntermediateSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None and self.rungs is not None:
-            raise InputError("budget and rungs exclude each other: rungs follow from a budget, leave one out")
+            raise self.error("budget and rungs exclude each other: rungs follow from a budget, leave one out")
         before = self.num_particles
         for step, count in sorted((self.rungs or {}).items()):
             if not 1 <= count <= before - (self.branches == 1):
-                raise InputError(
+                raise self.error(
                     f"rungs: {count} particles from step {step} on, of {before}: they must be fewer and fewer (with "
                     "branches, no more), and at least 1"
                 )
             if count % self.branches:
-                raise InputError(f"branches must divide the particles of each rung, got {self.branches} of {count}")
+                raise self.error(f"branches must divide the particles of each rung, got {self.branches} of {count}")
             before = count
 
 
@@ -239,7 +239,7 @@ class DraftsSettings(StepSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.drafts < self.num_particles:
-            raise InputError(f"drafts must be at least num_particles, {self.num_particles}, got {self.drafts}")
+            raise self.error(f"drafts must be at least num_particles, {self.num_particles}, got {self.drafts}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,9 +261,9 @@ class RenoiseSettings(StepSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_particles % self.parents:
-            raise InputError(f"parents must divide num_particles, got {self.parents} of {self.num_particles}")
+            raise self.error(f"parents must divide num_particles, got {self.parents} of {self.num_particles}")
         if self.drafts < self.parents:
-            raise InputError(f"drafts must be at least parents, {self.parents}, got {self.drafts}")
+            raise self.error(f"drafts must be at least parents, {self.parents}, got {self.drafts}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,9 +327,9 @@ class ReNOSettings(IterationSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.restarts and self.patience is None:
-            raise InputError(f"restarts must be at least 0, and need a patience, got {self.restarts}")
+            raise self.error(f"restarts must be at least 0, and need a patience, got {self.restarts}")
         if self.gradient_checkpointing not in ("auto", True, False):
-            raise InputError(f"gradient_checkpointing must be true, false or auto, got {self.gradient_checkpointing!r}")
+            raise self.error(f"gradient_checkpointing must be true, false or auto, got {self.gradient_checkpointing!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,12 +366,36 @@ class MapElitesSettings(IterationSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2})?", self.cells):
-            raise InputError(f"cells must be a number such as 8, or two such as 8x8, up to 999, got {self.cells!r:.40}")
+            raise self.error(f"cells must be a number such as 8, or two such as 8x8, up to 999, got {self.cells!r:.40}")
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The intervals of each descriptor."""
         return tuple(int(size) for size in self.cells.split("x"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueConfig(Settings):
+    """Settings of the training of a learned value.
+
+    rollouts       images of the pipeline whose steps and rewards are learned from
+    num_particles  images of each prompt in one call
+    updates        optimiser steps
+    batch_size     latents of one optimiser step
+    learning_rate  step size of AdamW
+    width          channels of the first convolution
+    held_out       share of the rollouts, the last ones, for R² by step
+    seed           random seed of the rollouts and the training
+    """
+
+    rollouts: int = option(4000, "[16, inf]")
+    num_particles: int = option(4, "[1, inf]", flags=("--particles",))
+    updates: int = option(4000, "[1, inf]")
+    batch_size: int = option(256, "[1, inf]")
+    learning_rate: float = option(1e-3, "(0, inf)")
+    width: int = option(64, "[1, 1024]")
+    held_out: float = option(0.1, "(0, 0.5]")
+    seed: int = option(0, "[0, inf]")
 
 
 def read_arguments(kind: type[Settings], arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

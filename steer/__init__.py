@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from steer.pipelines.settings import RenoiseSettings as RenoiseSettings
     from steer.pipelines.settings import ReNOSettings as ReNOSettings
     from steer.pipelines.settings import SelectionSettings as SelectionSettings
+    from steer.pipelines.settings import ValueConfig as ValueConfig
     from steer.pipelines.text.masked_diffusion import MaskedDiffusionPipeline as MaskedDiffusionPipeline
     from steer.pipelines.training.config import TrainingConfig as TrainingConfig
     from steer.pipelines.training.d3po_prdp import BRAInConfig as BRAInConfig
@@ -75,7 +76,6 @@ if TYPE_CHECKING:
     from steer.pipelines.training.method import TrainingResult as TrainingResult
     from steer.pipelines.training.reward_backprop import RewardBackpropConfig as RewardBackpropConfig
     from steer.pipelines.training.reward_backprop import RewardBackpropTrainer as RewardBackpropTrainer
-    from steer.pipelines.training.value import ValueConfig as ValueConfig
     from steer.pipelines.training.value import train_value as train_value
     from steer.reward import Judge as Judge
     from steer.reward import Reward as Reward

@@ -203,16 +203,24 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, hint, within, choices in self._rules():
-            value = _setting(name, hint, getattr(self, name))
+            try:
+                value = _setting(name, hint, getattr(self, name))
+            except InputError as error:
+                raise InputError(str(error), name) from error
             object.__setattr__(self, name, value)
             if value is None:
                 continue
             if within is not None and not isinstance(value, str) and not _contains(within, value):
-                raise InputError(f"{name} must be {_in_words(within)}, got {value}")
+                raise InputError(f"{name} must be {_in_words(within)}, got {value}", name)
             if choices is not None and isinstance(value, str) and value not in _table(choices):
                 if {int, float} & set(get_args(hint)):
-                    raise InputError(f"{name} must be a number, or {' or '.join(_table(choices))}, got {value!r}")
+                    raise InputError(f"{name} must be a number, or {' or '.join(_table(choices))}, got {value!r}", name)
                 choose(name, value, _table(choices))  # raises
+
+    def error(self, message: str) -> InputError:
+        """Return an InputError about the settings that the message names, up to its first quoted value."""
+        words = dict.fromkeys(re.findall(r"\w+", message.partition("'")[0]))
+        return InputError(message, *(word for word in words if word in self.hints()))
 
     def implementation(self, name: str) -> Any:
         """Return what the value of a field with choices stands for: the function of a name, or the function itself."""

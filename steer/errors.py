@@ -12,9 +12,12 @@ class InputError(ValueError):
 
     Line breaks and control characters in quoted values are escaped as Python writes them (\\n, \\x1b). Messages over
     1,000 characters lose their middle, because the remedy stands at the end.
+
+    fields  names of settings in the message, each in its first place; the command line shows their flags
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *fields: str) -> None:
+        self.fields = fields
         line = UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], message)
         super().__init__(
             line if len(line) <= MAX_LENGTH else f"{line[: MAX_LENGTH // 2]} … {line[3 - MAX_LENGTH // 2 :]}"

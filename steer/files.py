@@ -26,6 +26,16 @@ SYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP)
 
 
 @contextmanager
+def write_errors(place: object, hint: str = "make room, and run the command again to resume") -> Iterator[None]:
+    """Raise an InputError, which names the place and the remedy, for an error of writing in the block."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{place}: cannot write there ({reason}); {hint}") from error
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file atomically: yields `path`.new, which replaces `path` at the end of the block.
 
@@ -109,18 +119,13 @@ def atomic_write_with_checksums(folder: Path, names: Sequence[str]) -> Iterator[
     After an exception all previous files remain. The checksums are replaced first: a process killed between two
     replacements leaves a mixture of old and new files that fails verification. Raises InputError where writing fails.
     """
-    try:
-        with ExitStack() as stack:  # the last one entered is the first to replace its file
-            new = {name: stack.enter_context(atomic_write(folder / name)) for name in names}
-            checksums = stack.enter_context(atomic_write(folder / CHECKSUMS))
-            yield new
-            checksums.write_text(checksum_lines(new), encoding="utf-8")
-            for path in new.values():
-                sync(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{folder} cannot be written ({error}); make room, and run the command again to resume"
-        ) from error
+    with write_errors(folder), ExitStack() as stack:  # the last one entered is the first to replace its file
+        new = {name: stack.enter_context(atomic_write(folder / name)) for name in names}
+        checksums = stack.enter_context(atomic_write(folder / CHECKSUMS))
+        yield new
+        checksums.write_text(checksum_lines(new), encoding="utf-8")
+        for path in new.values():
+            sync(path)
 
 
 def verify_checksums(*files: Path) -> list[Path]:

@@ -444,7 +444,7 @@ def test_a_disk_that_refuses_at_any_step_leaves_a_whole_checkpoint(tmp_path: Pat
                 save(folder, step, version=1)
             except InputError as error:
                 refused += 1
-                assert re.search(rf"{folder}: saving step {step} failed .*No space left.*make room", str(error))
+                assert re.search(rf"{folder}: saving step {step} failed.*No space left.*make room", str(error))
         consistent(folder, before)
         left = {*folder.glob(".*.new-*")} - {folder / ".step-00000003.new-00000000"}
         assert not left  # room is not taken by half a checkpoint
@@ -538,9 +538,9 @@ def test_a_disk_that_is_full_in_fact(tmp_path: Path) -> None:
     big = {"weights": {"w": torch.zeros(50_000)}}
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        with pytest.raises(InputError, match=r"saving step 2 failed .*File too large.*make room"):
+        with pytest.raises(InputError, match=r"saving step 2 failed.*File too large.*make room"):
             Checkpoints(tmp_path).save(2, big, {})
-        with pytest.raises(InputError, match=r"saving step 2 failed .*File too large.*make room"):
+        with pytest.raises(InputError, match=r"saving step 2 failed.*File too large.*make room"):
             Checkpoints(tmp_path).save(2, {}, {"text": "x" * 200_000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

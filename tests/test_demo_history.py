@@ -27,11 +27,12 @@ from steer.apps.demo.label_tab import LabelTab
 from steer.apps.demo.labels import label_folder
 from steer.apps.demo.links import MAX_CHARACTERS, PARAMETER, link_of, read_link
 from steer.apps.demo.rewards_tab import RewardsTab
-from steer.apps.demo.steer_tab import METHODS, SteerTab, fields_from_settings, settings_of
+from steer.apps.demo.steer_tab import SteerTab, fields_from_settings, settings_of
 from steer.apps.demo.steering import Frame
 from steer.apps.demo.studio import Studio
 from steer.apps.demo.text_steering import ScoredText, TextResult
 from steer.apps.demo.text_tab import TextTab, text_settings
+from steer.apps.methods import METHODS
 from steer.apps.recipes import Recipe, pixel_hash, read_metadata, write_png
 from steer.apps.sampling import SavedImage
 from steer.apps.settings import SamplingConfig
@@ -226,7 +227,7 @@ def given(link: str) -> str:
     return parse_qs(link.removeprefix("?"))[PARAMETER][0]
 
 
-@pytest.mark.parametrize("method", METHODS.values())
+@pytest.mark.parametrize("method", METHODS)
 def test_a_link_holds_all_settings(method: str) -> None:
     asked = ASKED | {"method": method, "particles": 6, "reward": "preference:scenes + jpeg:0.5", "compare": False}
     settings = settings_of(asked | ({"model": "scenes-turbo", "steps": 1} if method == "reno" else {}))

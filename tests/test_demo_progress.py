@@ -13,8 +13,9 @@ pytest.importorskip("gradio")
 from steer.apps.demo.estimate import Paces, evaluations
 from steer.apps.demo.progress import Progress, duration
 from steer.apps.demo.run_view import run_view
-from steer.apps.demo.steer_tab import METHOD_HINTS, METHODS, archive_of, prompt_info, settings_of
+from steer.apps.demo.steer_tab import archive_of, defaults_of, prompt_info, settings_of
 from steer.apps.demo.steering import PromptResult, Step, steer_all
+from steer.apps.methods import METHODS
 from steer.apps.models import load_pipeline
 from steer.apps.reward_specs import resolve_reward
 from steer.apps.settings import METHOD_OPTIONS, SamplingConfig
@@ -46,7 +47,7 @@ def test_durations_are_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize("method", hard_but(METHODS.values(), "fk", "race", "reno", "best-of-n", "base"))
+@pytest.mark.parametrize("method", hard_but(METHODS, "fk", "race", "reno", "best-of-n", "base"))
 def test_the_estimate_is_the_count_of_the_run(method: str, tmp_path: Path) -> None:
     one_step = {"model": "scenes-turbo", "steps": 1, "guidance": 0.0, "reward": "scene-soft"}
     settings = settings_of(ASKED | {"method": method} | (one_step if method in ("reno", "noise-search") else {}))
@@ -74,8 +75,14 @@ def test_seconds_follow_from_the_last_run_of_the_same_model_and_method() -> None
     assert "pace" not in paces.describe(other, 1)
 
 
-def test_every_method_can_be_chosen_and_has_a_hint() -> None:
-    assert {*METHODS.values()} == {*METHOD_OPTIONS} == {*METHOD_HINTS}
+def test_every_method_can_be_chosen_and_has_words_of_its_own() -> None:
+    assert METHODS.keys() == METHOD_OPTIONS.keys()
+    assert len({one.label for one in METHODS.values()}) == len({one.hint for one in METHODS.values()}) == len(METHODS)
+
+
+def test_the_particles_follow_the_method() -> None:
+    numbers = {name: defaults_of(name, ["scenes"])["particles"] for name in METHOD_OPTIONS}
+    assert numbers == dict.fromkeys(METHOD_OPTIONS, 4) | {"race": 12, "reno": 1, "noise-search": 1}
 
 
 def test_the_hint_of_the_prompt_is_about_the_model() -> None:

@@ -19,9 +19,10 @@ from steer.apps.demo import run_view as run_view_module
 from steer.apps.demo import steering as steering_module
 from steer.apps.demo.app import PublicApi
 from steer.apps.demo.rewards_tab import RewardsTab
-from steer.apps.demo.steer_tab import METHODS, ONE_STEP_METHODS, SteerTab
+from steer.apps.demo.steer_tab import SteerTab
 from steer.apps.demo.steering import PromptResult, Step
 from steer.apps.demo.studio import Studio, Ticket, Weights, line, public, seed_of
+from steer.apps.methods import METHODS
 from steer.errors import InputError
 
 VISITOR: Any = SimpleNamespace(session_hash="ada")
@@ -69,13 +70,13 @@ def result_of(tab: SteerTab, shown: dict[Any, Any]) -> PromptResult:
 
 
 def asked(method: str) -> dict[str, Any]:
-    return {"method": method} | (RENO if method in ONE_STEP_METHODS else {})
+    return {"method": method} | (RENO if METHODS[method].is_iterative else {})
 
 
 # ---- state of the run before
 
 
-@pytest.mark.parametrize("method", hard_but(METHODS.values(), "race", "reno"))
+@pytest.mark.parametrize("method", hard_but(METHODS, "race", "reno"))
 def test_the_second_run_is_as_good_as_the_first(tab: SteerTab, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = result_of(tab, run(tab, **asked(method), seed=1))
     pixels = [Image.open(one.path).tobytes() for one in first.images]

@@ -201,7 +201,7 @@ def test_files_take_their_places_together_and_their_sums_before_them(
     assert told == [CHECKSUMS, "b", "a"] and verify_checksums(tmp_path / "a", tmp_path / "b") == []
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with (
-        pytest.raises(InputError, match=r"cannot be written \(full\); make room"),
+        pytest.raises(InputError, match=r"cannot write there \(full\); make room"),
         atomic_write_with_checksums(tmp_path, ["a"]) as new,
     ):
         new["a"].write_text("half")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steer.diffusion.schedules import Level, gaussian_transition
 from steer.smc.particles import FeynmanKac, Particles, log_mean_exp
-from steer.smc.potentials import POTENTIALS, TEMPERINGS, TemperingState
+from steer.smc.potentials import POTENTIALS, TEMPERINGS, ESSTargeted, TemperingState
 from steer.smc.resampling import RESAMPLERS
 
 LAM, TARGET = 0.3, 1.2  # reward −½ (x − TARGET)²
@@ -220,6 +220,16 @@ def test_mistake_6_prompts_of_one_batch_keep_their_particles_and_the_global_rng_
     assert flat[2:].sum() < 1e-6
     assert ancestors is not None and ((ancestors >= 0) & (ancestors < 2)).all()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_tempering_at_another_ess_resamples_at_every_evaluation_too() -> None:
+    rewards = torch.tensor([[0.0, 0.1, 0.2, 0.3]])
+    algorithm = FeynmanKac(1.0, tempering=ESSTargeted(target=0.3))
+    reweighted = algorithm.reweight(Particles.start(1, 4), rewards, 0.5)
+    assert 3.9 < reweighted.ess < 4, "above the threshold of half the particles"
+    particles, ancestors = algorithm.select(reweighted, torch.Generator().manual_seed(0))
+    assert ancestors is not None and particles.ess == 4
+    assert FeynmanKac(1.0).select(reweighted, torch.Generator().manual_seed(0))[1] is None
 
 
 def test_equal_weights_are_never_resampled() -> None:

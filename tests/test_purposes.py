@@ -11,7 +11,7 @@ from gaussian import GaussianPipeline
 from soft_rewards import Soft, seeded
 
 from steer import FKSettings, FKSteeringPipeline
-from steer.apps.settings import SamplingConfig, choose_method
+from steer.apps.settings import SamplingConfig, choose_method, errors_with_flags
 from steer.errors import InputError
 
 
@@ -33,8 +33,8 @@ def test_a_purpose_chooses_the_method(given: dict[str, Any], purpose: str | None
 
 
 def test_the_search_has_twelve_starts_unless_others_are_given() -> None:
-    assert choose_method({})["particles"] == 12 and choose_method({"particles": 8})["particles"] == 8
-    assert "particles" not in choose_method({"budget": 160}) and "particles" not in choose_method({}, "samples")
+    assert SamplingConfig.of(**choose_method({})).particles == 12
+    assert SamplingConfig.of(**choose_method({"particles": 8})).particles == 8
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,29 @@ def test_purposes_that_do_not_fit_are_refused(given: dict[str, Any], purpose: st
     with pytest.raises(InputError, match=message):
         SamplingConfig.of(**choose_method(given, purpose, texts))
     assert choose_method({}, None, texts=True)["method"] == "fk"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "beam", "beams": 3}, "--beams must divide --particles, got 3 of 4"),
+        ({"lam": 1.0, "tempering": "best_of"}, "unknown tempering 'best_of': did you mean "),
+        ({"particles": 2, "noise_candidates": 1}, "--noise-candidates must be at least the particles, 2"),
+    ],
+)
+def test_the_command_line_names_the_flags_of_settings(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught, errors_with_flags():
+        SamplingConfig.of(**given)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "message", ["reward 'best_of' failed: RuntimeError", "/home/me/model_config/a.png: cannot be read (num_particles)"]
+)
+def test_other_messages_reach_the_command_line_as_they_are(message: str) -> None:
+    with pytest.raises(InputError) as caught, errors_with_flags():
+        raise InputError(message)
+    assert str(caught.value) == message
 
 
 def test_the_command_searches_by_default_and_samples_on_request(steer: Steer, tmp_path: Path) -> None:

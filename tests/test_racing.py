@@ -217,5 +217,5 @@ def test_the_command_races_and_resumes(steer: Steer, tmp_path: Path) -> None:
         before = image.stat().st_mtime_ns
         assert steer(*words, *options, "--out", out)[0] == 0 and image.stat().st_mtime_ns == before
         assert steer("sample", "--replay", image, "--out", tmp_path / "again" / options[0])[0] == 0
-    code, _, err = steer(*words, "--rungs", "1:9", "--out", tmp_path / "o")
-    assert code == 2 and "--rungs: 9 particles from step 1 on, of 4" in err
+    code, _, err = steer(*words, "--rungs", "1:12", "--out", tmp_path / "o")
+    assert code == 2 and "--rungs: 12 particles from step 1 on, of 12" in err

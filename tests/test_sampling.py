@@ -1,5 +1,6 @@
 """`steer.apps.sampling`: several processes, resuming, finetuned weights."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from preloaded import beside, run_two
 from rollouts import random_lora
 
 from steer import BestOfNPipeline
+from steer.apps.evaluation.spec import Contender, EvaluationSpec, prepare_contenders
 from steer.apps.methods import METHODS
 from steer.apps.models import load_pipeline
 from steer.apps.plots import image_title
@@ -26,6 +28,7 @@ from steer.apps.sampling import PartialReport, open_report
 from steer.apps.settings import METHOD_OPTIONS, SamplingConfig
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, loads_with_checksum
+from steer.rewards.parser import load_reward
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TWO += ["-m", "steer.apps.cli.main"]
@@ -340,3 +343,17 @@ def test_the_title_of_a_grid_names_method_and_weights(method: str, lora: str | N
 
 def test_every_method_has_options() -> None:
     assert METHOD_OPTIONS.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_particles_that_are_not_given_are_the_default_of_the_python_call(method: str) -> None:
+    expected = inspect.signature(METHODS[method].pipeline.__call__).parameters["num_particles"].default
+    settings = SamplingConfig.of(method=method, particles=None)
+    assert settings.particles == settings.options.num_particles == expected
+    assert settings.plain()["particles"] == expected, "the recipe holds the number"
+    assert str(expected) in SamplingConfig.help()["particles"]
+    spec = EvaluationSpec(("a star",), None, {"brightness": load_reward("brightness")}, 1, {})
+    (contender,) = prepare_contenders([Contender("scenes", method=method)], spec)
+    assert contender.particles == (1 if method == "base" else expected)
+    made = METHOD_OPTIONS[method].settings(num_particles=8)
+    assert SamplingConfig(method=method, options=made).particles == 8

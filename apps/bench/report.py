@@ -24,7 +24,7 @@ from steer.apps.evaluation.report import aligned
 from steer.apps.evaluation.spec import versions
 from steer.apps.plots import COLORMAP, DPI, INK, plain_text, save_figure, set_title, style_axes
 from steer.errors import InputError
-from steer.files import write_text
+from steer.files import write_errors, write_text
 
 Json = dict[str, Any]
 # Of the report, each by the name of a subject or a comparison.
@@ -89,10 +89,8 @@ def quartiles(seconds: list[float]) -> tuple[float, float, float]:
 
 def write(report: Json, file: Path) -> None:
     """Replace the JSON. Raises InputError where it cannot be written."""
-    try:
+    with write_errors(f"--json {file}", "make room, or choose another file"):
         write_text(file, json.dumps(report, indent=1, ensure_ascii=False))
-    except OSError as error:
-        raise InputError(f"--json {file}: cannot write there ({error.strerror})") from error
 
 
 def table(report: Json) -> str:

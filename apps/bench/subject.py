@@ -29,6 +29,7 @@ from steer.errors import InputError
 from steer.pipelines.fk_steering import DEFAULT_STEPS, ResamplingSchedule, Run
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import NoiseToImage
+from steer.pipelines.settings import StepSettings
 from steer.pipelines.training.method import rows_of
 from steer.reward import Reward
 from steer.rewards.parser import load_reward
@@ -170,7 +171,8 @@ def denoise_steered(subject: Subject, pipe: Any, lam: float = STRENGTH) -> Denoi
         subject.size,
         subject.call | {"generator": subject.generator()},
     )
-    run = Run(FeynmanKac(lam, ess_threshold=1.0), particle_batch, None, 1.0, ResamplingSchedule(subject.read_at), None)
+    algorithm, schedule = FeynmanKac(lam, ess_threshold=1.0), ResamplingSchedule(subject.read_at)
+    run = Run(algorithm, particle_batch, None, schedule, StepSettings())
     run.sample()
     return Denoised(particle_batch.latents, tuple(summary.ancestors for summary in run.history))
 

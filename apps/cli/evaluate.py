@@ -14,7 +14,11 @@ from steer.errors import InputError
 
 # Settings with options of their own here: those of a contender or of the whole evaluation.
 OWN_OPTIONS = ("model", "lora", "method", "reward", "compare", "particles", "seed", "expand", "original")
-PARTICLES = click.option("--particles", default=4, help="K, images per run, of which the best is picked; 1 for base.")
+PARTICLES = click.option(
+    "--particles",
+    type=int,
+    help="K, images per run, of which the best is picked; by default the method's own number, for base 1.",
+)
 # Options of its own that a settings file may hold.
 IN_A_FILE = {"models", "loras", "methods", "contenders", "prompts", "prompt_column", "num_prompts", "tag_column"}
 IN_A_FILE |= {"rewards", "reward_timeout", "seeds", "kl_prompts", "batch"}

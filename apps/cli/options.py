@@ -1,6 +1,7 @@
 """Base classes and common options of all commands: every given option is used or refused."""
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from steer.apps.settings import (
     kinds_of,
     methods_with,
 )
-from steer.arguments import plain_value
+from steer.arguments import Settings, plain_value
 from steer.errors import InputError
 from steer.registry import nearest
 
@@ -210,3 +211,26 @@ def setting_options(without: Collection[str] = (), others: Collection[str] = ())
         return settings_file(command)
 
     return decorate
+
+
+def options_of(settings: type[Settings]) -> Callable[[F], F]:
+    """Decorate a command with an option for each number of a settings dataclass: its range, default and help."""
+
+    def decorate(command: F) -> F:
+        for one in reversed(fields(settings)):
+            flags = one.metadata["flags"] or (f"--{one.name.replace('_', '-')}",)
+            text = settings.help()[one.name]
+            kind = range_of(settings.hints()[one.name], one.metadata["within"])
+            help_text = text[0].upper() + text[1:] + "."
+            command = click.option(*flags, one.name, default=one.default, type=kind, help=help_text)(command)
+        return command
+
+    return decorate
+
+
+def range_of(kind: type, within: str) -> click.ParamType[Any]:
+    """Return the numbers of one kind in an interval such as "(0, 1]" as a type of the command line."""
+    low, high = (None if end.strip("-") == "inf" else kind(end) for end in within[1:-1].split(", "))
+    limited: Any = click.IntRange if kind is int else click.FloatRange
+    numbers: click.ParamType[Any] = limited(low, high, min_open=within[0] == "(", max_open=within[-1] == ")")
+    return numbers

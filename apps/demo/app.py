@@ -7,16 +7,18 @@ from typing import Any
 
 import gradio as gr
 
-from steer.apps.demo.fields import DEFAULTS, STARTS, setting_field
+from steer.apps.demo.fields import DEFAULTS, setting_field
 from steer.apps.demo.finetune_tab import FinetuneTab
 from steer.apps.demo.history_tab import TOKEN, HistoryTab
 from steer.apps.demo.label_tab import LabelTab
 from steer.apps.demo.presets import Presets
 from steer.apps.demo.rewards_tab import RewardsTab
-from steer.apps.demo.steer_tab import METHODS, SteerTab, prompts_of, settings_of
+from steer.apps.demo.steer_tab import SteerTab, prompts_of, settings_of
 from steer.apps.demo.steering import PromptResult, steering
 from steer.apps.demo.studio import PRIVATE, Studio, line, public
 from steer.apps.demo.text_tab import TextTab
+from steer.apps.methods import METHODS
+from steer.apps.settings import default_of
 from steer.errors import InputError
 
 
@@ -28,9 +30,9 @@ class PublicApi:
         with gr.Row(visible=False):
             inputs = [
                 gr.Textbox(label="prompt"),
-                gr.Radio([*METHODS.values()], value="race", label="method"),
+                gr.Radio([*METHODS], value="race", label="method"),
                 gr.Textbox("scene-soft", label="reward"),
-                setting_field("particles", label="particles", value=STARTS),
+                gr.Number(0, label="particles", precision=0),
                 *(setting_field(name, label=name) for name in ("steps", "guidance")),
                 gr.Textbox("auto", label="strength"),  # with a value, so that clients may leave it out
                 *(setting_field(name, label=name) for name in ("iterations", "seed")),
@@ -60,7 +62,7 @@ class PublicApi:
             method: race (the best picture, by search), fk (samples), best-of-n, base, svdd, beam, drafts, renoise, or,
                 for one-step models, reno (optimised noise), noise-search or map-elites
             reward: a name that `steer rewards` lists, or a sum such as preference:scenes + aesthetic:scenes:0.5
-            particles: images at a time
+            particles: images at a time; 0: the method's own number
             steps: of the solver; 1 for reno
             guidance: classifier-free guidance; 0 for reno
             strength: lambda of fk, a number, or auto: chosen by the first rewards
@@ -71,7 +73,8 @@ class PublicApi:
         Returns:
             the images, best first, as PNG files that hold their settings; and rewards, components, seed and cost
         """
-        asked = {"method": method, "reward": reward, "particles": particles, "steps": steps, "guidance": guidance}
+        asked = {"method": method, "reward": reward, "steps": steps, "guidance": guidance}
+        asked["particles"] = particles or default_of(method, "num_particles")
         asked |= {"lam": DEFAULTS["lam"] if strength == "auto" else strength, "auto": strength == "auto"}
         asked |= {"iterations": iterations, "seed": seed, "model": model}
         asked |= {"fresh": False, "compare": False, "adapter": False}

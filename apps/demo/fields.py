@@ -9,7 +9,6 @@ import gradio as gr
 
 from steer.apps.settings import METHOD_OPTIONS, SHARED, SamplingConfig, kinds_of, methods_with
 from steer.errors import InputError
-from steer.pipelines.settings import RacingSettings
 from steer.pipelines.training.config import TrainingConfig
 
 REWARDS = {
@@ -22,7 +21,6 @@ REWARDS = {
 }
 EXAMPLE = "three green triangles"  # with the fields as they are: 1 of 4 base images is right, steered all are
 DEFAULTS: dict[str, Any] = {"steps": 20, "guidance": 4.0, "lam": 25.0, "iterations": 20}  # where the app has its own
-STARTS: Any = RacingSettings.field("num_particles").default  # of the method that the app begins with
 LIMITED = ("particles", "steps", "iterations")  # to the ends of their sliders, on a machine that visitors share
 
 

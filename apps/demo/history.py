@@ -24,7 +24,7 @@ from steer.apps.recipes import checked_settings
 from steer.apps.sampling import SavedImage
 from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
-from steer.files import user_cache
+from steer.files import user_cache, write_errors
 
 FILE = "history.sqlite"
 VERSION = 1
@@ -124,13 +124,11 @@ class History:
         self.path, self.shared = path.absolute(), shared
         self.limits = limits or (SHARED_LIMITS if shared else Limits())
         self._owners: dict[str, str] = {}
-        try:
+        with write_errors(f"history: {path}", "make room, or make the folder writable"):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self._create():
                 os.replace(path, path.with_name(f"{path.name}.old"))
                 self._create()
-        except OSError as error:
-            raise InputError(f"history: cannot write {path} ({error.strerror})") from error
 
     def _create(self) -> bool:
         """Create the tables where they are missing; returns whether the file is a history of this version."""

@@ -17,7 +17,7 @@ from PIL import Image
 from steer.apps.demo.labels import OVERLAP_EVERY, LabelRequest, Progress, now
 from steer.apps.scoring import images_with_prompts
 from steer.errors import InputError
-from steer.files import DECODE_ERRORS, atomic_write, write_text
+from steer.files import DECODE_ERRORS, atomic_write, write_errors, write_text
 
 TABLE = "pairs.jsonl"
 PAIRS_PER_PROMPT = 200  # at most, drawn without repetition
@@ -76,13 +76,11 @@ def pairs_of(folder: Path) -> list[ImagePair]:
 
 def write_images(folder: Path, pngs: Sequence[bytes], prompt: str) -> None:
     """Write images of one prompt into a folder that `pairs_of` reads. Raises InputError."""
-    try:
+    with write_errors(folder, "make room and try again"):
         for number, png in enumerate(pngs):
             with atomic_write(folder / f"{number:02d}.png") as new:
                 new.write_bytes(png)
             write_text(folder / f"{number:02d}.txt", prompt)
-    except OSError as error:
-        raise InputError(f"cannot be written to {folder} ({error.strerror}): make room and try again") from error
 
 
 def copy_table(source: Path, to: Path) -> None:
@@ -162,13 +160,9 @@ class ImageLabelStore:
             return True
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        try:
+        with write_errors(self.path, "make room and answer again"):
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / TABLE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        except OSError as error:
-            raise InputError(
-                f"cannot be written to {self.path} ({error.strerror}): make room and answer again"
-            ) from error
         self._rows = rows
 
     def skip(self, annotator: str, pair: str) -> None:

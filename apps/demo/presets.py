@@ -8,7 +8,6 @@ from typing import Any
 
 import gradio as gr
 
-from steer.apps.demo.fields import STARTS
 from steer.apps.demo.steer_tab import SteerTab, defaults_of, fields_from_settings, settings_of
 from steer.apps.demo.steering import given_options
 from steer.apps.demo.studio import PRIVATE, Change, Studio, line, refusing
@@ -17,8 +16,8 @@ from steer.apps.settings import SHARED
 from steer.errors import InputError
 
 BUILT_IN: dict[str, dict[str, Any]] = {  # fields, beside the defaults of the method
-    "Best picture": {"method": "race", "particles": STARTS, "compare": True},
-    "Fast": {"method": "best-of-n", "particles": 4, "steps": 8, "compare": False},
+    "Best picture": {"method": "race", "compare": True},
+    "Fast": {"method": "best-of-n", "steps": 8, "compare": False},
     "Samples": {"method": "fk", "particles": 8, "auto": True, "compare": True},
 }
 KEPT = ("prompts", "seed", "fresh", "loras", "lora_weights")  # fields that no preset changes

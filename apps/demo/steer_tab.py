@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.demo.estimate import Paces
-from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, STARTS, Defaults, check_limits, label_of, setting_field
+from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, Defaults, check_limits, label_of, setting_field
 from steer.apps.demo.history import STOPPED, as_png
 from steer.apps.demo.markup import RUN_SCRIPT, table
 from steer.apps.demo.run_view import RunView, run_view
@@ -30,42 +30,16 @@ from steer.apps.demo.studio import (
     warning,
     write_zip,
 )
+from steer.apps.methods import METHODS
 from steer.apps.plots import short
 from steer.apps.recipes import Recipe, read_metadata
 from steer.apps.sampling import SavedImage
-from steer.apps.settings import ALL_OPTIONS, SamplingConfig, option_names
+from steer.apps.settings import ALL_OPTIONS, SamplingConfig, default_of, option_names
 from steer.assets import MODELS
 from steer.errors import InputError
 from steer.pipelines.base import Cost
 from steer.rewards.scene import COLOURS, PLURALS
 
-METHODS = {
-    "Best picture (search)": "race",
-    "Samples (Feynman–Kac)": "fk",
-    "Best of N": "best-of-n",
-    "Optimised noise (ReNO)": "reno",
-    "Plain sampling": "base",
-    "Best of each step (SVDD)": "svdd",
-    "Beam search": "beam",
-    "Best drafts, finished": "drafts",
-    "Best draft, varied": "renoise",
-    "Best noise (search)": "noise-search",
-    "A diverse set (MAP-Elites)": "map-elites",
-}
-METHOD_HINTS = {
-    "race": "Drafts many images in a few steps each, and finishes the best sixth of them.",
-    "fk": "Copies promising images during the run and drops others: draws from the model, tilted to the reward.",
-    "best-of-n": "Samples as usual and sorts by the reward.",
-    "reno": "Follows the gradient of the reward to a better starting noise. For one-step models.",
-    "base": "The model alone, scored but not steered.",
-    "svdd": "Continues every step from the single best candidate: high reward, little variety.",
-    "beam": "Continues every step from the two best candidates.",
-    "drafts": "Makes 16 images of 5 steps and finishes the best in full.",
-    "renoise": "Makes 16 images of 5 steps, adds noise to the best and finishes it in several ways.",
-    "noise-search": "Tries neighbours of the best starting noise; needs no gradient.",
-    "map-elites": "Keeps the best image of each brightness and complexity, for a set that differs.",
-}
-ONE_STEP_METHODS = ("reno", "noise-search", "map-elites")  # which make many images, by a one-step model if there is one
 EXAMPLES = (EXAMPLE, "a red circle left of a blue star", "two yellow squares and a black cross")
 KEYS_SCRIPT = (Path(__file__).parent / "keys.js").read_text()
 MAX_PROMPTS = 4  # of one visitor on a shared machine
@@ -97,7 +71,11 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
     rewards = [*dict.fromkeys([*studio.rewards, *REWARDS])]
     fields: dict[str, Any] = {
         "method": gr.Dropdown(
-            [*METHODS.items()], value="race", label="Method", info=METHOD_HINTS["race"], elem_id="steer-method"
+            [(one.label, name) for name, one in METHODS.items()],
+            value="race",
+            label="Method",
+            info=METHODS["race"].hint,
+            elem_id="steer-method",
         ),
         "reward": setting_field(
             "reward",
@@ -109,7 +87,8 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
     }
     for names in (("particles", "lam"), ("steps", "guidance")):
         with gr.Row():
-            own: dict[str, dict[str, Any]] = {"lam": {"visible": False}, "particles": {"value": STARTS}}
+            own: dict[str, dict[str, Any]] = {"lam": {"visible": False}}
+            own["particles"] = {"value": default_of("race", "num_particles")}
             fields |= {name: setting_field(name, **own.get(name, {})) for name in names}
     fields["auto"] = gr.Checkbox(
         True, label="Choose the strength by the first rewards", visible=False, elem_id="steer-auto"
@@ -179,8 +158,8 @@ def fields_from_settings(
 ) -> dict[str, Any]:
     """Restore the fields from settings. Raises InputError for some without a field for each."""
     first = settings.plain()
-    if settings.model not in models or settings.method not in METHODS.values():
-        what = f"model {settings.model!r:.80}, method {settings.method!r}"
+    if settings.model not in models:
+        what = f"model {settings.model!r:.80}"
         raise InputError(f"it was made with {what}, which this app does not have: use `steer sample --replay`")
     asked = {name: first.get(name, DEFAULTS.get(name)) for name in SETTINGS}
     asked |= {"prompts": prompt, "fresh": False, "adapter": settings.lora is not None}
@@ -201,12 +180,13 @@ def defaults_of(method: str, models: Sequence[str], weights: Weights | None = No
 
     The other methods use finetuned weights where some are loaded.
     """
-    if method in ONE_STEP_METHODS:
+    own = {"particles": default_of(method, "num_particles")}
+    if METHODS[method].is_iterative:  # it makes many images, by a one-step model if there is one
         model = weights.model if weights else models[0]
-        return {"steps": 1, "guidance": 0, "model": ONE_STEP if ONE_STEP in models else model, "adapter": False}
+        return own | {"steps": 1, "guidance": 0, "model": ONE_STEP if ONE_STEP in models else model, "adapter": False}
     if weights:
-        return {"steps": weights.steps, "guidance": weights.guidance, "model": weights.model, "adapter": True}
-    return {"steps": DEFAULTS["steps"], "guidance": DEFAULTS["guidance"], "model": models[0], "adapter": False}
+        return own | {"steps": weights.steps, "guidance": weights.guidance, "model": weights.model, "adapter": True}
+    return own | {"steps": DEFAULTS["steps"], "guidance": DEFAULTS["guidance"], "model": models[0], "adapter": False}
 
 
 def visible_fields(method: str, weights: Weights | None = None) -> dict[str, bool]:
@@ -497,7 +477,7 @@ class SteerTab(JobTab):
         changes = {name: {"value": value} for name, value in values.items()}
         for name, visible in visible_fields(method, weights).items():
             changes.setdefault(name, {})["visible"] = visible
-        changes.setdefault("method", {})["info"] = METHOD_HINTS[method]
+        changes.setdefault("method", {})["info"] = METHODS[method].hint
         chips = self.chips.clear() if "reward" in values else {}
         return chips | {self.fields[name]: gr.update(**change) for name, change in changes.items()}
 

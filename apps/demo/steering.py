@@ -37,20 +37,6 @@ from steer.reward import Reward
 THUMBNAIL = 160  # pixels of a preview's longer side
 LONGEST_NAME = 80  # bytes of a prompt in the names of its images
 NOTHING_KEPT_HINT, MEMORY_HINT = "nothing of this run is kept", "fewer particles need less"
-PHASES = {
-    "fk": "Steering",
-    "race": "Searching",
-    "best-of-n": "Sampling",
-    "base": "Sampling",
-    "beside": "Base images",
-    "reno": "Optimising the noise",
-    "svdd": "Selecting",
-    "beam": "Searching",
-    "drafts": "Finishing the best drafts",
-    "renoise": "Finishing the best drafts",
-    "noise-search": "Searching the noise",
-    "map-elites": "Collecting elites",
-}
 EARLY_PREVIEWS = (0.0, 0.15)  # shares of a run, before the first rewards: a picture at once
 MAX_FRAMES = 12  # of a noise optimisation, which has many more iterations
 
@@ -108,7 +94,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: a step of prompt `number` of `count`, in a phase of PHASES.
+    """Progress: a step of prompt `number` of `count`, in the phase of a method, or `beside`.
 
     before, after  steps of the phases before and after this one
     """
@@ -128,7 +114,8 @@ class Step:
 
     def __str__(self) -> str:
         which = f"Prompt {self.number + 1} of {self.count}. " if self.count > 1 else ""
-        return f"{which}{PHASES[self.phase]}: {self.step} of {self.total}"
+        phase = "Base images" if self.phase == "beside" else METHODS[self.phase].phase
+        return f"{which}{phase}: {self.step} of {self.total}"
 
 
 @dataclass(frozen=True)

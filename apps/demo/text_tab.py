@@ -30,7 +30,7 @@ from steer.apps.demo.studio import (
 )
 from steer.apps.demo.text_steering import TextFrame, TextResult, Token, text_steering
 from steer.apps.plots import short
-from steer.apps.settings import SamplingConfig, option_names
+from steer.apps.settings import SamplingConfig, default_of, option_names
 from steer.errors import InputError
 
 METHODS = {"Particles (Feynman–Kac)": "fk", "Best of N": "best-of-n", "Plain sampling": "base"}
@@ -140,7 +140,9 @@ class TextTab(JobTab):
         }
         with gr.Row():
             fields |= {
-                "particles": setting_field("particles", info="K, texts at a time"),
+                "particles": setting_field(
+                    "particles", value=default_of("fk", "num_particles"), info="K, texts at a time"
+                ),
                 "lam": setting_field("lam", value=5.0),
             }
         with gr.Row():

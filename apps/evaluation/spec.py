@@ -32,8 +32,6 @@ from steer.registry import choose, nearest
 from steer.reward import Reward, Scores, compares_images, mean_over_frames, score_components
 
 BASE_METHOD = "base"  # plain sampling without a reward: one image per run
-# Methods whose runs share no random numbers, so that one call may sample several.
-INDEPENDENT_METHODS = ("base", "best-of-n")
 # Settings of `steer sample` that contenders share; None is the default of each method.
 _OF_A_CONTENDER = ("model", "lora", "method", "reward", "compare", "best_of")
 DEFAULTS: dict[str, Any] = {
@@ -141,7 +139,7 @@ class PreparedContender:
 
     def groups(self, spec: EvaluationSpec, batch: int) -> list[range]:
         """Split the prompts into groups that are sampled and saved together: `batch` images, at least one prompt."""
-        several = batch // (self.particles * spec.seeds) if self.contender.method in INDEPENDENT_METHODS else 1
+        several = batch // (self.particles * spec.seeds) if METHODS[self.contender.method].is_independent else 1
         size, count = max(1, several), len(spec.prompts)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -386,7 +384,7 @@ class ContenderRunner:
     def _runs_per_call(self) -> int:
         """Count the runs per call: one if the step hooks draw the noise of η, which the runs of a call share."""
         own_noise = route_eta(self.pipe, {}, self.prepared.settings.eta)[1] is None
-        independent = self.prepared.contender.method in INDEPENDENT_METHODS and own_noise
+        independent = METHODS[self.prepared.contender.method].is_independent and own_noise
         return max(1, self.batch // self.prepared.particles) if independent else 1
 
     def _run_call(self, batch_runs: Sequence[tuple[int, int]]) -> Iterator[Json]:

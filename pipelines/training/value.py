@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from steer.arguments import Settings, option
 from steer.diffusion.step_hooks import SolverStep
 from steer.diffusion.value import LearnedValue, ValueNet, hashed_words, model_fingerprint, save_value, value_features
 from steer.errors import InputError
 from steer.files import atomic_write, write_text
 from steer.pipelines.particle_batch import ParticleBatch
+from steer.pipelines.settings import ValueConfig as ValueConfig
 from steer.reward import Reward
 from steer.rewards.parser import load_reward
 from steer.training.supervised import TrainingRun, batch_at
@@ -27,30 +26,6 @@ from steer.training.supervised import TrainingRun, batch_at
 PROMPTS_PER_CALL = 8
 RUN, ROLLOUTS = "run.json", "rollouts"
 Shard = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValueConfig(Settings):
-    """Settings of the training of a learned value.
-
-    rollouts       images of the pipeline whose steps and rewards are learned from
-    num_particles  images of each prompt in one call
-    updates        optimiser steps
-    batch_size     latents of one optimiser step
-    learning_rate  of AdamW
-    width          channels of the first convolution
-    held_out       share of the rollouts, the last ones, for R² by step
-    seed           of rollouts and training
-    """
-
-    rollouts: int = option(4000, "[16, inf]")
-    num_particles: int = option(4, "[1, inf]")
-    updates: int = option(4000, "[1, inf]")
-    batch_size: int = option(256, "[1, inf]")
-    learning_rate: float = option(1e-3, "(0, inf)")
-    width: int = option(64, "[1, 1024]")
-    held_out: float = option(0.1, "(0, 0.5]")
-    seed: int = option(0, "[0, inf]")
 
 
 def train_value(

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from steer.errors import InputError
-from steer.smc.potentials import PathRewards, Potential, Tempering, TemperingState, constant, difference, ess_targeted
+from steer.smc.potentials import PathRewards, Potential, Tempering, TemperingState, constant, difference
 from steer.smc.resampling import Resampler, subsample, systematic
 
 
@@ -139,8 +139,7 @@ class FeynmanKac:
         """
         groups, size = particles.log_weights.shape
         count = size if count is None else count
-        # Tempering by ESS keeps the ESS at its target: without resampling the weights would keep λ_j small for good.
-        threshold = 1.0 if self.tempering is ess_targeted else self.ess_threshold
+        threshold = 1.0 if getattr(self.tempering, "holds_ess", False) else self.ess_threshold
         low = (particles.ess < size * min(threshold, UNIFORM_ESS_SHARE)) | torch.tensor(count < size)
         if not low.any():
             return particles, None

@@ -6,6 +6,7 @@ terminal factor is log G_end = λ r(x0) − Σ_j log G_j, so that the product ov
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class TemperingState:
     ess_at: Callable[[Tensor], Tensor]
 
 
-Tempering = Callable[[TemperingState], Tensor]
+Tempering = Callable[[TemperingState], Tensor]  # with `holds_ess = True`: particles are resampled at every evaluation
 
 
 def constant(state: TemperingState) -> Tensor:
@@ -88,23 +89,32 @@ def geometric(state: TemperingState) -> Tensor:
     return torch.full_like(state.previous, state.lam * min(2**state.progress - 1, 1.0))
 
 
-def ess_targeted(state: TemperingState, target: float = 0.5, bisections: int = 40, grid: int = 64) -> Tensor:
-    """Return the λ_j in [0, λ] nearest to λ with an ESS of at least `target`·K, per group, by a grid and bisection.
+@dataclass(frozen=True)
+class ESSTargeted:
+    """The λ_j in [0, λ] nearest to λ with an ESS of at least `target`·K, per group, by a grid and bisection.
 
     λ_j may be below λ_{j−1}, since the terminal factor ends at λ in any case. The ESS need not decrease in λ_j:
     log G_j may also divide by q_{j−1}. Where no λ_j reaches the target, the grid point with the largest ESS.
     """
-    lams = torch.linspace(0, 1, grid + 1)[:, None, None] * state.lam * torch.ones_like(state.previous)
-    shares = torch.stack([state.ess_at(lam) for lam in lams])  # (grid + 1, B)
-    meets_target = shares >= target
-    last = grid - meets_target.flip(0).float().argmax(0)  # the highest grid point that reaches the target
-    last = torch.where(meets_target.any(0), last, shares.argmax(0))[None, :, None]
-    low, high = (lams.gather(0, place)[0] for place in (last, (last + 1).clamp(max=grid)))
-    for _ in range(bisections):
-        middle = (low + high) / 2
-        reached = state.ess_at(middle)[:, None] >= target
-        low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
-    return low
+
+    target: float = 0.5
+    bisections: int = 40
+    grid: int = 64
+    holds_ess: ClassVar[bool] = True  # without resampling the weights would keep λ_j small for good
+
+    def __call__(self, state: TemperingState) -> Tensor:
+        """Return λ_j (B, 1)."""
+        lams = torch.linspace(0, 1, self.grid + 1)[:, None, None] * state.lam * torch.ones_like(state.previous)
+        shares = torch.stack([state.ess_at(lam) for lam in lams])  # (grid + 1, B)
+        meets_target = shares >= self.target
+        last = self.grid - meets_target.flip(0).float().argmax(0)  # the highest grid point that reaches the target
+        last = torch.where(meets_target.any(0), last, shares.argmax(0))[None, :, None]
+        low, high = (lams.gather(0, place)[0] for place in (last, (last + 1).clamp(max=self.grid)))
+        for _ in range(self.bisections):
+            middle = (low + high) / 2
+            reached = state.ess_at(middle)[:, None] >= self.target
+            low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
+        return low
 
 
-TEMPERINGS: dict[str, Tempering] = {"constant": constant, "geometric": geometric, "ess": ess_targeted}
+TEMPERINGS: dict[str, Tempering] = {"constant": constant, "geometric": geometric, "ess": ESSTargeted()}

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from steer.errors import InputError
-from steer.files import file_sha256, make_folder, sync
+from steer.files import file_sha256, make_folder, sync, write_errors
 from steer.training.trainable import shard_like, whole
 
 VERSION = 1
@@ -228,16 +228,12 @@ class Checkpoints:
         for name, named in tensors.items():
             check_tensors(name, named)
         texts = {name: json_text(name, value) for name, value in values.items()}
-        try:
+        hint = "make room or choose a writable folder; the last complete checkpoint is kept"
+        with write_errors(f"{self.folder}: saving step {step} failed", hint):
             make_folder(self.folder)
             self._recover()
             path = self._write_folder(step, tensors, texts)
             self._rotate(step, pinned)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{self.folder}: saving step {step} failed ({error}); make room or choose a writable folder; "
-                "the last complete checkpoint is kept"
-            ) from error
         return path
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:

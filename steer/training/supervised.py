@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from steer.errors import InputError
-from steer.files import atomic_write
+from steer.files import atomic_write, write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +132,8 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     buffer = BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
-    try:
-        with atomic_write(path) as new:
-            new.write_bytes(data + f"\nsha256 {hashlib.sha256(data).hexdigest()}\n".encode())
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}); make room and run it again to resume"
-        ) from error
+    with write_errors(path), atomic_write(path) as new:
+        new.write_bytes(data + f"\nsha256 {hashlib.sha256(data).hexdigest()}\n".encode())
 
 
 def read_state(path: Path, device: torch.device) -> dict[str, Any]:
