@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -12,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from first_picture import CHROMIUM, SLOW, first_picture, wait_for_end
 from PIL import Image
 from playwright.sync_api import ConsoleMessage, Page, Route, sync_playwright
 from playwright.sync_api import expect as seen
 
 pytestmark = pytest.mark.browser
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-SLOW = 60_000  # ms: the first run loads the model
 # Every 20 ms: the first preview that can be seen, until the run has ended.
 COLLECT = """() => {
     window.before = new Set();
@@ -602,25 +600,12 @@ def test_the_main_path_of_rewards_looks_well(shaped: tuple[Page, int], tmp_path:
 
 
 def test_the_first_picture_and_the_clicks_to_another_seed(page: Page) -> None:
-    """Prints seconds from Steer to a picture, of the second run: the first one may load the model."""
     run_to_end(page)
-    first = page.locator("#steer-status").inner_text()
+    first = status(page)
     page.get_by_label("A new seed for every run").click()
     seen(page.locator("#steer-start")).to_be_enabled()
-    page.evaluate("""() => {
-        const start = document.querySelector('#steer-start');
-        start.addEventListener('click', () => { window.clicked = performance.now(); window.picture = null; });
-        window.cleared = false;
-        setInterval(() => {
-            const shown = [...document.querySelectorAll('#steer-view img')].some(one => one.checkVisibility());
-            window.cleared ||= window.clicked && !shown;
-            if (window.cleared && shown) window.picture ??= performance.now();
-        }, 10);
-    }""")
-    page.locator("#steer-start").click()  # the only click of each further run
-    page.wait_for_function("window.picture", timeout=SLOW)
-    assert "Done" not in page.locator("#steer-status").inner_text(), "a preview, before the end"
-    seconds = page.evaluate("(window.picture - window.clicked) / 1000")
-    seen(page.locator("#steer-status")).to_contain_text("Done", timeout=SLOW)
-    assert page.locator("#steer-status").inner_text() != first, "another seed"
+    seconds = first_picture(page)  # the only click of each further run
+    assert "Done" not in status(page), "a preview, before the end"
+    wait_for_end(page)
+    assert status(page) != first, "another seed"
     print(f"first picture after {seconds:.2f} s")  # noqa: T201 - the measurement of docs/demo.md

@@ -27,6 +27,7 @@ from steer.apps.demo.finetune_tab import (
     training_request,
 )
 from steer.apps.demo.labels import LabelRequest, LabelStore
+from steer.apps.demo.progress import Progress
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Studio, Ticket, Waiting, Weights
 from steer.apps.demo.training import Evaluation, Trained, TrainingRequest, Update, configured, training
@@ -298,12 +299,14 @@ def test_without_labels_there_is_nothing_to_learn_from(studio: Studio, tmp_path:
 
 def test_the_story_says_how_long_it_takes_and_why_it_ended(straight: tuple[list[Any], Path]) -> None:
     told, folder = straight
-    story = TrainingView(4)
+    now = 100.0
+    story = TrainingView(4, progress=Progress(clock=lambda: now))
     assert story.after(Waiting(2)) and story.line == "Waiting: 2 runs come first."
-    record = {"step": 1, "reward": 0.25, "kl": 0.0, "seconds": 20.0}
-    story.after(Update(record))
-    assert story.line == "Update 1 of 4, reward 0.25, KL 0. About 60 s left."
-    assert story.conclusion().startswith("Stopped after 1 of 4 updates. Nothing is lost: Resume continues")
+    for _ in range(2):
+        now += 20.0
+        story.after(Update({"step": 1, "reward": 0.25, "kl": 0.0, "seconds": 20.0}))
+    assert "Update 2 of 4, reward 0.25, KL 0, about 40 s left" in story.progress.status(story.line)
+    assert story.conclusion().startswith("Stopped after 2 of 4 updates. Nothing is lost: Resume continues")
     assert TrainingView(4).conclusion() == "Stopped before the first update."
     whole = TrainingView(3)
     for event in told:
