@@ -1,65 +1,57 @@
-"""Seconds from *Steer* to the first picture, of running `steer demo`s in turns: python tests/first_picture.py URL …
+"""Work until the first picture of a run in the Steer tab: PYTHONPATH=CHECKOUT python tests/first_picture.py [METHOD]
 
-Takes any version of the demo: docs/demo.md has the figures before and after the previews of the first steps.
+Of any version of the app, with its fields as they are. Counts denoiser calls, and the processor's seconds, which other
+work on the machine hardly changes; seconds in a browser: test_browser_demo.py, `-k first_picture`.
 """
 
-import os
-import shutil
-import statistics
 import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
-from playwright.sync_api import Page, sync_playwright
-from playwright.sync_api import expect as seen
+import gradio as gr
+import torch
+from diffusers import UNet2DConditionModel
+from torch.nn.modules.module import register_module_forward_hook
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-SLOW = 60_000  # ms: the first run loads the model
-RUNS = 11
-# Times in ms of the click, and of the first image that can be seen after the view was cleared.
-CLOCK = """() => {
-    window.clicked = window.picture = null;
-    let cleared = false;
-    document.querySelector('#steer-start').addEventListener(
-        'click', () => { window.clicked = performance.now(); }, {once: true});
-    const timer = setInterval(() => {
-        const shown = [...document.querySelectorAll('#steer-view img')].some(one => one.checkVisibility());
-        cleared ||= window.clicked && !shown;
-        if (!cleared || !shown) return;
-        window.picture = performance.now();
-        clearInterval(timer);
-    }, 10);
-}"""
+from steer.apps.demo.steer_tab import SteerTab
+from steer.apps.demo.steering import Frame
+from steer.apps.demo.studio import Studio, Ticket
 
 
-def first_picture(page: Page) -> float:
-    """Press Steer and wait for a picture: the seconds. Not of the first run, which may load the model."""
-    page.evaluate(CLOCK)
-    page.locator("#steer-start").click()
-    page.wait_for_function("window.picture", timeout=SLOW)
-    seconds: float = page.evaluate("(window.picture - window.clicked) / 1000")
-    return seconds
+def main(method: str | None = None) -> None:
+    torch.set_num_threads(1)
+    calls, started, first = 0, 0.0, ""
 
+    def count(module: object, given: object, output: object) -> None:
+        nonlocal calls
+        calls += isinstance(module, UNet2DConditionModel)
 
-def wait_for_end(page: Page) -> None:
-    seen(page.locator("#steer-status")).to_contain_text("Done", timeout=SLOW)
+    def say(ticket: Ticket, event: Any, original: Any = Ticket.say) -> None:
+        nonlocal first
+        if isinstance(event, Frame):
+            first = first or so_far()
+        original(ticket, event)
 
+    def so_far() -> str:
+        return f"{time.process_time() - started:.2f} s, {calls} denoiser calls"
 
-def main(urls: list[str]) -> None:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        pages = {url: browser.new_page(viewport={"width": 1280, "height": 900}) for url in urls}
-        for url, page in pages.items():
-            page.goto(url)
-            page.locator("#steer-start").click(timeout=SLOW)
-            wait_for_end(page)
-        measured: dict[str, list[float]] = {url: [] for url in urls}
-        for _ in range(RUNS):
-            for url, page in pages.items():
-                measured[url].append(first_picture(page))
-                wait_for_end(page)
-        browser.close()
-    for url, seconds in measured.items():
-        print(f"{url}: median {statistics.median(seconds):.2f} s, {min(seconds):.2f} to {max(seconds):.2f}")  # noqa: T201
+    register_module_forward_hook(count)
+    studio, visitor = Studio(("scenes",)), SimpleNamespace(session_hash="visitor", username=None)
+    if (history := getattr(studio, "history", None)) is not None:
+        history.enter("visitor", None)
+    with gr.Blocks():
+        tab: Any = SteerTab(studio)
+    given = {field: field.value for field in tab.fields.values()} | {tab.weights: None}
+    given |= {} if method is None else {tab.fields["method"]: method, tab.fields["particles"]: 4}
+    for seed in (0, 1, 2):  # the first run loads the model
+        calls, started, first = 0, time.process_time(), ""
+        with mock.patch.object(Ticket, "say", say):
+            list(tab.run(given | {tab.fields["seed"]: seed}, visitor))
+        print(f"{given[tab.fields['method']]}: first picture {first}; end {so_far()}", flush=True)  # noqa: T201
+    studio.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

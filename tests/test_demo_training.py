@@ -219,6 +219,15 @@ def test_prdp_runs_too_and_only_the_latest_run_keeps_its_checkpoints(studio: Stu
     assert not (tmp_path / "run-1" / "checkpoints").exists() and (tmp_path / "run-2" / "checkpoints").exists()
 
 
+def test_reward_backpropagation_raises_the_reward_of_prompts_it_never_saw(studio: Studio, tmp_path: Path) -> None:
+    asked = replace(ASKED, method="backprop", reward="brightness", held_out="colour:red", updates=5, learning_rate=0.01)
+    (trained,) = of(Trained, run(studio, asked, tmp_path / "run-1"))
+    first, last = (one["eval/brightness"][0] for one in trained.result.evaluations)
+    assert last > first + 0.02, (first, last)
+    with pytest.raises(InputError, match="'jpeg' is not differentiable"):
+        run(studio, replace(asked, reward="jpeg"), tmp_path / "run-2")
+
+
 def test_choices_are_learnt_from_as_they_were_at_the_start(studio: Studio, tmp_path: Path) -> None:
     labels, folder = tmp_path / "labels", tmp_path / "v" / "run-1"
     book = LabelStore(labels, {"num_inference_steps": 3, "guidance_scale": 1.0})
@@ -265,7 +274,7 @@ def test_a_reward_that_says_nothing_ends_the_run_with_a_line(
         ({"learning_rate": float("inf")}, "learning rate: the field is empty"),
         ({"kl_weight": -1}, "the KL weight must be at least 0"),
         ({"seed": -1}, "seed must be 0 to"),
-        ({"method": "ddpo"}, "method 'ddpo': choose d3po, prdp, choices"),
+        ({"method": "ddpo"}, "method 'ddpo': choose backprop, d3po, prdp, choices"),
         ({"model": "scenes-turbo"}, "cannot be finetuned here: choose scenes"),
         ({"model": "/etc"}, "cannot be finetuned here"),
         ({"held_out": "brightness"}, "the held-out reward equals the training reward"),

@@ -39,12 +39,18 @@ from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.model_card import held_out_names
 from steer.pipelines.training.state import LOG_FILES
 
-METHODS = {"D3PO, from a reward": "d3po", "PRDP, from a reward": "prdp"}
+METHODS = {
+    "Reward backpropagation": "backprop",
+    "D3PO, from a reward": "d3po",
+    "PRDP, from a reward": "prdp",
+}
+DEFAULT_METHOD = "backprop"  # the only one whose reward rises clearly within the updates that a visitor waits for
 OF_CHOICES = {"D3PO, from labelled choices": "choices"}
 OF_PAIRS = {"Diffusion-DPO, from labelled images": "pairs"}
 TRAINED_ON, JUDGED_BY, UPDATES = "aesthetic:scenes", "scene", 30
 HELP = (
-    "**D3PO** draws images in pairs and makes the better one of each likelier. **PRDP** learns by how much one is "
+    "**Reward backpropagation** follows the gradient of the reward with respect to the image: the fastest, and the first "
+    "to exploit the reward, which must be differentiable. **D3PO** draws images in pairs and makes the better one of each likelier. **PRDP** learns by how much one is "
     "better than the other. Both train a small addition to the model, a LoRA; the model itself stays as it is. "
     "**Choices** are those of the Label tab. Whatever is trained on loses its meaning when it is pushed for long: "
     "so a second reward, which is not trained on, scores images of prompts that the training never sees."
@@ -54,10 +60,10 @@ HELD_OUT_INFO = "Never trained on: it shows when the training exploits the other
 
 def finetune_fields(studio: Studio) -> dict[str, Any]:
     """The components, by the names that `training_request` reads."""
-    models, config = [model for model in MODELS if model in studio.models], usual_config("d3po")
+    models, config = [model for model in MODELS if model in studio.models], usual_config(DEFAULT_METHOD)
     rewards = [*dict.fromkeys([*studio.rewards, JUDGED_BY, *REWARDS])]
     methods = METHODS | (OF_CHOICES if studio.label_images is None else OF_PAIRS)
-    fields: dict[str, Any] = {"method": gr.Radio([*methods.items()], value="d3po", label="Method")}
+    fields: dict[str, Any] = {"method": gr.Radio([*methods.items()], value=DEFAULT_METHOD, label="Method")}
     for name, label, value, info in (
         ("reward", "Reward", TRAINED_ON, "The score that training raises."),
         ("held_out", "Held-out reward", JUDGED_BY, HELD_OUT_INFO),
@@ -291,7 +297,7 @@ class FinetuneTab(JobTab):
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.run = studio, gr.State(None)
-        self.defaults = gr.State(Defaults({"rate": usual_config("d3po").learning_rate}))
+        self.defaults = gr.State(Defaults({"rate": usual_config(DEFAULT_METHOD).learning_rate}))
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.fields = finetune_fields(studio)
