@@ -49,11 +49,12 @@ OF_CHOICES = {"D3PO, from labelled choices": "choices"}
 OF_PAIRS = {"Diffusion-DPO, from labelled images": "pairs"}
 TRAINED_ON, JUDGED_BY, UPDATES = "aesthetic:scenes", "scene", 30
 HELP = (
-    "**Reward backpropagation** follows the gradient of the reward with respect to the image: the fastest, and the first "
-    "to exploit the reward, which must be differentiable. **D3PO** draws images in pairs and makes the better one of each likelier. **PRDP** learns by how much one is "
-    "better than the other. Both train a small addition to the model, a LoRA; the model itself stays as it is. "
-    "**Choices** are those of the Label tab. Whatever is trained on loses its meaning when it is pushed for long: "
-    "so a second reward, which is not trained on, scores images of prompts that the training never sees."
+    "**Reward backpropagation** follows the gradient of the reward with respect to the image: the fastest, and the "
+    "first to exploit the reward, which must be differentiable. **D3PO** draws images in pairs and makes the better "
+    "one of each likelier. **PRDP** learns by how much one is better than the other. All train a small addition to "
+    "the model, a LoRA; the model itself stays as it is. **Choices** are those of the Label tab. Whatever is trained "
+    "on loses its meaning when it is pushed for long: so a second reward, which is not trained on, scores images of "
+    "prompts that the training never sees."
 )
 HELD_OUT_INFO = "Never trained on: it shows when the training exploits the other one."
 
