@@ -27,7 +27,7 @@ HINTS = {
     "steps": "Of the solver, from noise to an image; more take longer and add detail",
     "guidance": "How closely images keep to the prompt; above 1 each step costs twice as much",
     "iterations": "Images of each prompt that are made and scored, one after the other",
-    "max_steps": "Changes of the model; each one learns from 16 new images",
+    "max_steps": "Changes of the model; each one learns from 16 images",
     "learning_rate": "How far one update changes the model; too high a rate breaks its images",
     "lora_rank": "Size of the addition to the model; a higher one can learn more",
     "kl_weight": "Holds the model to what it was before (KL divergence); 0: not at all",

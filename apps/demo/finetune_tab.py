@@ -44,7 +44,7 @@ METHODS = {
     "D3PO, from a reward": "d3po",
     "PRDP, from a reward": "prdp",
 }
-DEFAULT_METHOD = "backprop"  # the only one whose reward rises clearly within the updates that a visitor waits for
+DEFAULT_METHOD = "backprop"  # of these the one that raises its reward within the updates a visitor waits for
 OF_CHOICES = {"D3PO, from labelled choices": "choices"}
 OF_PAIRS = {"Diffusion-DPO, from labelled images": "pairs"}
 TRAINED_ON, JUDGED_BY, UPDATES = "aesthetic:scenes", "scene", 30
