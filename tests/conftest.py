@@ -130,10 +130,21 @@ def replaced(words: Sequence[object], *changes: object) -> list[object]:
 
 @pytest.fixture(scope="module")
 def studio() -> Iterator[Any]:
-    """What the demo's tabs share, over the embedded model; when it closes, nothing is left of it."""
+    """What the demo's tabs share, over two embedded models; when it closes, nothing is left of it."""
     from steer.apps.demo.studio import Studio  # needs gradio
 
-    made = Studio(models=("scenes",))
+    made = Studio(models=("scenes", "scenes-turbo"))
     yield made
     made.close()
     assert not made.home.exists()
+
+
+@pytest.fixture
+def tab(studio: Any) -> Any:
+    """The Steer tab over `studio`."""
+    import gradio as gr
+
+    from steer.apps.demo.steer_tab import SteerTab
+
+    with gr.Blocks():
+        return SteerTab(studio)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Steer
-from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 from rollouts import random_lora
 from safetensors.torch import load_file, save_file
@@ -189,6 +189,36 @@ def test_a_scheduler_of_another_kind_and_offload_without_a_gpu_are_refused(steer
     assert code == 2 and "is of another kind: use ddim" in err
     code, _, err = steer(*words, "--offload", "model", "--device", "cpu")
     assert code == 2 and "--offload model: it moves the model between GPU and CPU" in err
+
+
+@pytest.mark.parametrize(
+    ("offload", "calls"),
+    [
+        (None, [("to", "cuda")]),
+        ("model", [("enable_model_cpu_offload", "cuda")]),
+        ("sequential", [("enable_sequential_cpu_offload", "cuda")]),
+    ],
+)
+def test_an_offloaded_model_is_never_moved_as_a_whole(
+    steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offload: str | None, calls: list[tuple[str, str]]
+) -> None:
+    """On a GPU: diffusers' hooks move its components, so a move of the whole model would only fill the memory."""
+    recorded: list[tuple[str, str]] = []
+
+    def recorder(name: str) -> Any:
+        def record(pipe: Any, device: str | None = None) -> Any:
+            recorded.append((name, str(device)))
+            return pipe
+
+        return record
+
+    for name in ("to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        monkeypatch.setattr(StableDiffusionPipeline, name, recorder(name))
+    monkeypatch.setattr("steer.apps.models.check_device", lambda device: None)  # this machine need not have a GPU
+    words = ["--dtype", "float32", "--device", "cuda"] + ([] if offload is None else ["--offload", offload])
+    code, _, err = steer("sample", "a red star", *BASE, *words, "--out", tmp_path / "o")
+    assert code == 0, err
+    assert recorded == calls and len(images(tmp_path / "o")) == 2
 
 
 def test_a_forged_recipe_has_no_other_arguments_and_no_endless_size(steer: Steer, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +25,9 @@ SMALL = {"prompts": "a red star", "method": "fk", "reward": "brightness", "parti
 
 
 @pytest.fixture(scope="module")
-def studio() -> Iterator[Studio]:
-    made = Studio(("scenes", "scenes-turbo"))
-    made.history.enter("ada", None)
-    yield made
-    made.close()
+def studio(studio: Studio) -> Studio:
+    studio.history.enter("ada", None)
+    return studio
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,6 @@ QUICK = {"steps": 1, "particles": 1, "reward": "brightness"}
 
 
 @pytest.fixture(scope="module")
-def studio() -> Iterator[Studio]:
-    made = Studio(("scenes",))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def url(studio: Studio) -> Iterator[str]:
     before = os.environ.get("GRADIO_TEMP_DIR")
     app = serve(studio, server_name="127.0.0.1", prevent_thread_lock=True)

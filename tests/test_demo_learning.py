@@ -87,7 +87,7 @@ def test_a_reward_learns_the_preference_and_has_a_name_at_once(own: Studio) -> N
     for change in learning.begin(visitor("ada")):
         lines.append(str(change.get(learning.status, "")))
         shown |= change
-    assert any(f"step {STEPS} of {2 * STEPS}" in one and f'value="{STEPS}"' in one for one in lines)
+    assert any(f"step {STEPS} of {2 * STEPS}" in one and 'max="1" value="0.500"' in one for one in lines)
     spec = shown[learning.spec]
     assert spec in shown[learning.status] and "accuracy" in shown[learning.status]
     assert shown[learning.results]["visible"] and shown[learning.start]["interactive"]

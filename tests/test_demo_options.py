@@ -1,7 +1,6 @@
 """Optional settings of the Steer tab, against diffusers' own arguments and the rewards themselves."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,13 +28,6 @@ ASKED: dict[str, Any] = {
 }  # fmt: skip
 CALL: dict[str, Any] = {"negative_prompt": "a red star", "height": 64, "width": 128}
 PROMPT = "a red circle"
-
-
-@pytest.fixture(scope="module")
-def studio() -> Iterator[Studio]:
-    made = Studio(models=("scenes",))
-    yield made
-    made.close()
 
 
 def run(studio: Studio, asked: dict[str, Any], folder: Path) -> PromptResult:

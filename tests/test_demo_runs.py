@@ -1,7 +1,7 @@
 """One run after another in the app: fresh state, kept settings, seeds, names, and messages without server paths."""
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,19 +34,6 @@ RENO: dict[str, Any] = {"model": "scenes-turbo", "reward": "scene-soft", "steps"
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the curves takes four times as long as these runs; test_demo_view.py and test_demo_steering.py do it."""
     monkeypatch.setattr(run_view_module, "_curves", lambda columns, paths: "")
-
-
-@pytest.fixture(scope="module")
-def studio() -> Iterator[Studio]:
-    made = Studio(models=("scenes", "scenes-turbo"))
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def tab(studio: Studio) -> SteerTab:
-    with gr.Blocks():
-        return SteerTab(studio)
 
 
 def told(tab: SteerTab, **values: Any) -> dict[Any, Any]:

@@ -3,7 +3,6 @@
 import shlex
 import shutil
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,14 +45,6 @@ ASKED: dict[str, Any] = {
 ADAPTER = Weights("scenes", Path("finetuned/final"), "of a test", None, 8, 2.0)
 PROMPT = "a red circle and a blue star"
 ODD = 'it\'s a $(rm) `b` "c"'
-
-
-@pytest.fixture(scope="module")
-def studio() -> Iterator[Studio]:
-    made = Studio(models=("scenes", "scenes-turbo"))
-    yield made
-    made.close()
-    assert not made.home.exists()
 
 
 def events(studio: Studio, settings: SamplingConfig, folder: Path, *prompts: str) -> list[Any]:

@@ -27,6 +27,7 @@ from steer.apps.demo.finetune_tab import (
     training_request,
 )
 from steer.apps.demo.labels import LabelRequest, LabelStore
+from steer.apps.demo.progress import Progress
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Studio, Ticket, Waiting, Weights
 from steer.apps.demo.training import Evaluation, Trained, TrainingRequest, Update, configured, training
@@ -218,6 +219,15 @@ def test_prdp_runs_too_and_only_the_latest_run_keeps_its_checkpoints(studio: Stu
     assert not (tmp_path / "run-1" / "checkpoints").exists() and (tmp_path / "run-2" / "checkpoints").exists()
 
 
+def test_reward_backpropagation_raises_the_reward_of_prompts_it_never_saw(studio: Studio, tmp_path: Path) -> None:
+    asked = replace(ASKED, method="backprop", reward="brightness", held_out="colour:red", updates=5, learning_rate=0.01)
+    (trained,) = of(Trained, run(studio, asked, tmp_path / "run-1"))
+    first, last = (one["eval/brightness"][0] for one in trained.result.evaluations)
+    assert last > first + 0.02, (first, last)
+    with pytest.raises(InputError, match="'jpeg' is not differentiable"):
+        run(studio, replace(asked, reward="jpeg"), tmp_path / "run-2")
+
+
 def test_choices_are_learnt_from_as_they_were_at_the_start(studio: Studio, tmp_path: Path) -> None:
     labels, folder = tmp_path / "labels", tmp_path / "v" / "run-1"
     book = LabelStore(labels, {"num_inference_steps": 3, "guidance_scale": 1.0})
@@ -264,7 +274,7 @@ def test_a_reward_that_says_nothing_ends_the_run_with_a_line(
         ({"learning_rate": float("inf")}, "learning rate: the field is empty"),
         ({"kl_weight": -1}, "the KL weight must be at least 0"),
         ({"seed": -1}, "seed must be 0 to"),
-        ({"method": "ddpo"}, "method 'ddpo': choose d3po, prdp, choices"),
+        ({"method": "ddpo"}, "method 'ddpo': choose backprop, d3po, prdp, choices"),
         ({"model": "scenes-turbo"}, "cannot be finetuned here: choose scenes"),
         ({"model": "/etc"}, "cannot be finetuned here"),
         ({"held_out": "brightness"}, "the held-out reward equals the training reward"),
@@ -301,12 +311,14 @@ def test_without_labels_there_is_nothing_to_learn_from(studio: Studio, tmp_path:
 
 def test_the_story_says_how_long_it_takes_and_why_it_ended(straight: tuple[list[Any], Path]) -> None:
     told, folder = straight
-    story = TrainingView(4)
+    now = 100.0
+    story = TrainingView(4, progress=Progress(clock=lambda: now))
     assert story.after(Waiting(2)) and story.line == "Waiting: 2 runs come first."
-    record = {"step": 1, "reward": 0.25, "kl": 0.0, "seconds": 20.0}
-    story.after(Update(record))
-    assert story.line == "Update 1 of 4, reward 0.25, KL 0. About 60 s left."
-    assert story.conclusion().startswith("Stopped after 1 of 4 updates. Nothing is lost: Resume continues")
+    for _ in range(2):
+        now += 20.0
+        story.after(Update({"step": 1, "reward": 0.25, "kl": 0.0, "seconds": 20.0}))
+    assert "Update 2 of 4, reward 0.25, KL 0, about 40 s left" in story.progress.status(story.line)
+    assert story.conclusion().startswith("Stopped after 2 of 4 updates. Nothing is lost: Resume continues")
     assert TrainingView(4).conclusion() == "Stopped before the first update."
     whole = TrainingView(3)
     for event in told:

@@ -19,6 +19,18 @@ REWARDS = {
     "preference:scenes + aesthetic:scenes:0.5": "both, the second at half weight",
     "jpeg": "how well it compresses: plain pictures",
 }
+# In place of the helps of options, which use the words of the field without explaining them.
+HINTS = {
+    "particles": "Images that are made at a time; more find better ones, and take longer",
+    "lam": "λ: how strongly the reward steers; 0: as the model would alone",
+    "steps": "Of the solver, from noise to an image; more take longer and add detail",
+    "guidance": "How closely images keep to the prompt; above 1 each step costs twice as much",
+    "iterations": "Images of each prompt that are made and scored, one after the other",
+    "max_steps": "Changes of the model; each one learns from 16 images",
+    "learning_rate": "How far one update changes the model; too high a rate breaks its images",
+    "lora_rank": "Size of the addition to the model; a higher one can learn more",
+    "kl_weight": "Holds the model to what it was before (KL divergence); 0: not at all",
+}
 EXAMPLE = "three green triangles"  # with the fields as they are: 1 of 4 base images is right, steered all are
 DEFAULTS: dict[str, Any] = {"steps": 20, "guidance": 4.0, "lam": 25.0, "iterations": 20}  # where the app has its own
 LIMITED = ("particles", "steps", "iterations")  # to the ends of their sliders, on a machine that visitors share
@@ -44,7 +56,7 @@ def label_of(name: str) -> str:
 def setting_field(name: str, **look: Any) -> Any:
     """Make the field of a setting; `look` takes the place of derived arguments of its component."""
     one, text = _setting(name)
-    derived = {"label": label_of(name).capitalize(), "info": _hint(text)}
+    derived = {"label": label_of(name).capitalize(), "info": HINTS.get(name) or _hint(text)}
     look = derived | {"value": DEFAULTS.get(name, one.default)} | look
     if (slider := one.metadata["slider"]) is not None:
         low, high, step = slider
@@ -55,7 +67,7 @@ def setting_field(name: str, **look: Any) -> Any:
 
 def training_field(name: str, config: TrainingConfig, **look: Any) -> Any:
     """Make the field of a training argument, with its value in a configuration: a slider where `maximum` is given."""
-    hint = _hint(TrainingConfig.help()[name])
+    hint = HINTS.get(name) or _hint(TrainingConfig.help()[name])
     derived = {"label": name.replace("_", " ").capitalize(), "info": hint}
     look = derived | {"value": getattr(config, name)} | look
     return gr.Slider(minimum=1, step=1, **look) if "maximum" in look else gr.Number(**look)

@@ -15,6 +15,7 @@ from PIL import Image
 from steer.apps.demo.fields import REWARDS, Defaults, training_field
 from steer.apps.demo.labels import label_folder
 from steer.apps.demo.markup import RUN_SCRIPT, folded, gallery, table
+from steer.apps.demo.progress import Progress
 from steer.apps.demo.steering import Loading, data_uri
 from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, Waiting, Weights, line, plural, whole
 from steer.apps.demo.training import (
@@ -38,27 +39,34 @@ from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.model_card import held_out_names
 from steer.pipelines.training.state import LOG_FILES
 
-METHODS = {"D3PO, from a reward": "d3po", "PRDP, from a reward": "prdp"}
+METHODS = {
+    "Reward backpropagation": "backprop",
+    "D3PO, from a reward": "d3po",
+    "PRDP, from a reward": "prdp",
+}
+DEFAULT_METHOD = "backprop"  # of these the one that raises its reward within the updates a visitor waits for
 OF_CHOICES = {"D3PO, from labelled choices": "choices"}
 OF_PAIRS = {"Diffusion-DPO, from labelled images": "pairs"}
 TRAINED_ON, JUDGED_BY, UPDATES = "aesthetic:scenes", "scene", 30
 HELP = (
-    "**D3PO** draws images in pairs and makes the better one of each likelier. **PRDP** learns by how much one is "
-    "better than the other. Both train a small addition to the model, a LoRA; the model itself stays as it is. "
-    "**Choices** are those of the Label tab. Whatever is trained on loses its meaning when it is pushed for long: "
-    "so a second reward, which is not trained on, scores images of prompts that the training never sees."
+    "**Reward backpropagation** follows the gradient of the reward with respect to the image: the fastest, and the "
+    "first to exploit the reward, which must be differentiable. **D3PO** draws images in pairs and makes the better "
+    "one of each likelier. **PRDP** learns by how much one is better than the other. All train a small addition to "
+    "the model, a LoRA; the model itself stays as it is. **Choices** are those of the Label tab. Whatever is trained "
+    "on loses its meaning when it is pushed for long: so a second reward, which is not trained on, scores images of "
+    "prompts that the training never sees."
 )
 HELD_OUT_INFO = "Never trained on: it shows when the training exploits the other one."
 
 
 def finetune_fields(studio: Studio) -> dict[str, Any]:
     """The components, by the names that `training_request` reads."""
-    models, config = [model for model in MODELS if model in studio.models], usual_config("d3po")
+    models, config = [model for model in MODELS if model in studio.models], usual_config(DEFAULT_METHOD)
     rewards = [*dict.fromkeys([*studio.rewards, JUDGED_BY, *REWARDS])]
     methods = METHODS | (OF_CHOICES if studio.label_images is None else OF_PAIRS)
-    fields: dict[str, Any] = {"method": gr.Radio([*methods.items()], value="d3po", label="Method")}
+    fields: dict[str, Any] = {"method": gr.Radio([*methods.items()], value=DEFAULT_METHOD, label="Method")}
     for name, label, value, info in (
-        ("reward", "Reward", TRAINED_ON, "What is to rise."),
+        ("reward", "Reward", TRAINED_ON, "The score that training raises."),
         ("held_out", "Held-out reward", JUDGED_BY, HELD_OUT_INFO),
     ):
         fields[name] = gr.Dropdown(rewards, value=value, label=label, info=info, allow_custom_value=True)
@@ -67,7 +75,7 @@ def finetune_fields(studio: Studio) -> dict[str, Any]:
         gr.Markdown(HELP)
     with gr.Accordion("More", open=False):
         fields["learning_rate"] = training_field("learning_rate", config)
-        fields["rank"] = training_field("lora_rank", config, label="LoRA rank", info=None, maximum=MAX_RANK)
+        fields["rank"] = training_field("lora_rank", config, label="LoRA rank", maximum=MAX_RANK)
         fields["kl_weight"] = training_field("kl_weight", config, label="KL weight", minimum=0)
         fields["seed"] = training_field("seed", config)
         fields["model"] = gr.Dropdown(models, value=next(iter(models), None), label="Model", visible=len(models) > 1)
@@ -112,7 +120,7 @@ class TrainingView:
     frames: dict[Path, tuple[str, str, str]] = field(default_factory=dict)
     trained: Trained | None = None
     line: str = "Starting …"
-    _since: tuple[int, float] | None = None  # updates and time at the first one that was seen
+    progress: Progress = field(default_factory=Progress)
     _last_redraw: float = 0.0
 
     @classmethod
@@ -150,12 +158,11 @@ class TrainingView:
 
     def _updated(self, record: Record) -> bool:
         self.records.append(record)
-        now = time.monotonic()
-        since = self._since = self._since or (self.step - 1, now - record["seconds"])
-        left = (self.updates - self.step) * (now - since[1]) / (self.step - since[0])
+        self.progress.update(self.step / self.updates)
         reward = f", reward {short(record['reward'])}" if "reward" in record else ""
         divergence = f", KL {short(record['kl'])}" if "kl" in record else ""  # not measured in every update
-        self.line = f"Update {self.step} of {self.updates}{reward}{divergence}. {_about(left)}"
+        self.line = f"Update {self.step} of {self.updates}{reward}{divergence}"
+        now = time.monotonic()
         if now - self._last_redraw < REDRAW_INTERVAL and self.step < self.updates:
             return False
         self._last_redraw = now
@@ -179,12 +186,6 @@ def records_of(out: Path) -> tuple[list[Record], list[Record]]:
     lines = [path.read_text(encoding="utf-8").splitlines() if path.exists() else [] for path in paths]
     updates, evaluations = ([json.loads(line) for line in some] for some in lines)
     return updates, evaluations
-
-
-def _about(seconds: float) -> str:
-    if seconds < 1:
-        return "It is being finished …"
-    return f"About {seconds:.0f} s left." if seconds < 90 else f"About {seconds / 60:.0f} min left."
 
 
 def _describe_end(result: TrainingResult) -> str:
@@ -297,7 +298,7 @@ class FinetuneTab(JobTab):
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.run = studio, gr.State(None)
-        self.defaults = gr.State(Defaults({"rate": usual_config("d3po").learning_rate}))
+        self.defaults = gr.State(Defaults({"rate": usual_config(DEFAULT_METHOD).learning_rate}))
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.fields = finetune_fields(studio)
@@ -380,7 +381,7 @@ class FinetuneTab(JobTab):
             for event in ticket.events():
                 if story.after(event):
                     view = self._view_updates(story, run, isinstance(event, Evaluation))
-                    yield view | {self.status: _progress(story)}
+                    yield view | {self.status: story.progress.status(story.line)}
             if story.trained is None:
                 story = TrainingView.of(run.folder, asked.updates)  # with the updates after the last event
             run = replace(run, trained=story.trained)
@@ -433,8 +434,3 @@ class FinetuneTab(JobTab):
             self.defaults: new,
             model: gr.update(visible=not choices and len(model.choices) > 1),
         }
-
-
-def _progress(story: TrainingView) -> str:
-    size = f'max="{story.updates}" value="{story.step}"'
-    return f'{line(story.line)}<progress class="steer-progress" aria-label="Updates made" {size}></progress>'

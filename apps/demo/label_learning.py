@@ -9,6 +9,7 @@ import gradio as gr
 
 from steer.apps.demo.image_labels import TABLE
 from steer.apps.demo.labels import label_folder
+from steer.apps.demo.progress import Progress
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, Ticket, guarded, line, write_zip
 from steer.apps.errors import wrap_errors
@@ -95,13 +96,15 @@ class LabelLearning(JobTab):
     def begin(self, request: gr.Request) -> Iterator[Change]:
         """Train a reward, and show its progress."""
         ticket = self.studio.begin(request, reward_training(self.studio))
-        reward = None
+        reward, progress = None, Progress()
         yield {self.results: gr.update(visible=False)}
         for event in ticket.events():
             if isinstance(event, NewReward):
                 reward = event
-            else:
-                yield {self.status: _progress(event)}
+                continue
+            if isinstance(event, LearningStep):
+                progress.update(event.step / event.total)
+            yield {self.status: progress.status(str(event))}
         if reward is None:
             yield {self.status: line("Stopped: no reward was trained.")}
             return
@@ -116,10 +119,3 @@ class LabelLearning(JobTab):
         """Connect the button that writes the reward's name into the Steer tab, and opens it."""
         opened = gr.update(selected="steer")
         self.use.click(lambda spec: (spec, opened), self.spec, [reward, tabs], **PRIVATE)
-
-
-def _progress(event: object) -> str:
-    if not isinstance(event, LearningStep):
-        return line(str(event))
-    bar = f'max="{event.total}" value="{event.step}"'
-    return f'{line(str(event))}<progress class="steer-progress" aria-label="Steps of the training" {bar}></progress>'

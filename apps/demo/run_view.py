@@ -161,7 +161,12 @@ def _curves(columns: Sequence[Frame], paths: Lineages) -> str:
         if points:
             bottom = None if name == "mean" else 0.0
             charts += chart(partial(draw_series, title=title, name=name, points=points, x_range=span, bottom=bottom))
-    return f'<div class="steer-curves"><h3>Curves</h3><div class="steer-charts">{charts}</div></div>' if charts else ""
+    note = f'<p class="steer-note">{CURVES_HELP}</p>' if paths else ""
+    return (
+        f'<div class="steer-curves"><h3>Curves</h3>{note}<div class="steer-charts">{charts}</div></div>'
+        if charts
+        else ""
+    )
 
 
 def _table(columns: Sequence[Frame], paths: Lineages) -> str:
@@ -185,6 +190,11 @@ ICON = 28  # of a finished image
 HELP = (
     "Each dot is a particle; lines lead to its descendants, thick ones to {end}. "
     "Choose a dot to highlight its ancestors and descendants."
+)
+
+CURVES_HELP = (
+    "ESS: how many particles carry the weight, by which they are copied and dropped; near 1, a single one does. First "
+    "particles with descendants: how many of those at the start the present ones come from."
 )
 
 

@@ -24,7 +24,13 @@ from steer.pipelines.training.state import LOG_FILES
 from steer.pipelines.training.trainer import PAUSED
 from steer.training.trainable import get_denoiser
 
-CONFIGURATIONS = {"d3po": "d3po-scenes", "prdp": "prdp-scenes", "choices": "d3po-scenes", "pairs": "dpo-scenes"}
+CONFIGURATIONS = {
+    "backprop": "reward-backprop-scenes",
+    "d3po": "d3po-scenes",
+    "prdp": "prdp-scenes",
+    "choices": "d3po-scenes",
+    "pairs": "dpo-scenes",
+}
 FROM_LABELS = {"choices": PREFERENCES, "pairs": TABLE}  # methods that learn from the Label tab, and its file
 MODELS = ("scenes", "scenes-flow", "scenes-large")  # embedded; one step leaves nothing to learn from
 # Changes of these configurations for runs of visitors: on a CPU an update takes seconds.
@@ -48,7 +54,8 @@ CHECKPOINT_HINT, MEMORY_HINT = "a checkpoint is kept: Resume continues", "a LoRA
 class TrainingRequest:
     """A visitor's request.
 
-    method    d3po or prdp, from a reward; from labels choices, d3po from a preference folder, or pairs, dpo of images
+    method    backprop, d3po or prdp, from a reward; from labels choices, d3po from a preference folder, or pairs, dpo
+              of images
     reward    that is trained on; held_out: another one, for evaluation only
     choices   the folder of labels; None with a reward
     """
