@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from steer.apps.learning import run_reward_training, summary
 from steer.apps.scenes.training import LENGTH, build_tokenizer
