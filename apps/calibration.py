@@ -2,6 +2,7 @@
 `herding`, `benchmark`."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def calibrate_rewards(
     for reward in map(resolve_reward, rewards):
         scale = reward_statistics(score_all(reward, paths, prompts, device=device), prompts)
         scales[reward.name] = scale
-        Calibration(scales, {"images": images.name, "count": len(paths)}).save(out)
+        Calibration(scales, {"images": os.path.relpath(images, out.parent), "count": len(paths)}).save(out)
         yield f"{reward.name}: mean {scale.mean:.4g}, std {scale.std:.4g} over {scale.count} images"
 
 

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 
 from steer.apps.plots import DPI, FAINT, INK, style_axes
 from steer.rewards.clip import clip_folder
+from steer.rewards.clip_training import train_clip
 from steer.rewards.counts import pairs_of_counts, read_counts
-from steer.rewards.learned import OnStep, RewardTrainingConfig, train_clip, train_reward
+from steer.rewards.learned import OnStep, RewardTrainingConfig, train_reward
 from steer.rewards.named_features import FeatureConfig, train_on_features
 from steer.rewards.preference_pairs import check_output, read_captions, read_pairs, read_ratings, write_pairs
 from steer.rewards.ratings import train_on_ratings

@@ -98,7 +98,10 @@ REWARDS: dict[str, tuple[str, str]] = {
         "steer.rewards.vlm:vqa",
         "vqa:MODEL or vqa:http://HOST/v1,model=NAME, P(yes) of a vision-language model, 0..1; its licence and size",
     ),
-    "like": ("steer.rewards.example:ExampleReward", "like:FOLDER,against=FOLDER, likeness to a few images by a CLIP"),
+    "like": (
+        "steer.rewards.example:ExampleReward",
+        "like:FOLDER, likeness to a few images by a CLIP; against=FOLDER: others",
+    ),
     "sandbox": (
         "steer.rewards.sandbox:SandboxReward",
         "sandbox:FILE, a Python file of `steer rewards write`, run in a child process with limits",

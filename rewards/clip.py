@@ -49,7 +49,8 @@ from steer.rewards.weights import (
 )
 from steer.tables import one_line
 
-CONFIG = "open_clip_config.json"
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+BACKGROUND = "background.safetensors"  # features of images of all kinds, for `like:FOLDER`
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -67,6 +68,7 @@ class Backbone(nn.Module):
 
     model        the open_clip or transformers module
     image, text  its two encoders: pixels (N, 3, size, size) → (N, D), token ids (N, L) → (N, D)
+    layers       pixels → the image embedding (N, D) and the mean over places of the middle layer (N, W)
     tokenize     prompts → token ids (N, L), padded to one length whatever the prompts
     size         input pixels per side
     limit        maximum number of tokens of a prompt; count: prompt → number of its tokens
@@ -77,6 +79,7 @@ class Backbone(nn.Module):
         model: nn.Module,
         image: Callable[[Tensor], Tensor],
         text: Callable[[Tensor], Tensor],
+        layers: Callable[[Tensor], tuple[Tensor, Tensor]],
         tokenize: Callable[[list[str]], Tensor],
         size: int,
         limit: int,
@@ -88,7 +91,7 @@ class Backbone(nn.Module):
         self.model = model
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
         self.limit, self.count = limit, count
-        self._image, self._text, self._tokenize = image, text, tokenize
+        self._image, self._text, self._layers, self._tokenize = image, text, layers, tokenize
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,8 +112,15 @@ class Backbone(nn.Module):
 
     def images(self, images: Tensor, preprocess: Preprocess = resize_and_crop) -> Tensor:
         """Encode images: (N, D), of unit length, at least fp32; differentiable."""
-        pixels = normalise(preprocess(at_least_float32(images), self.size), self.mean, self.std)
-        return F.normalize(at_least_float32(self._image(pixels.to(self.dtype))), dim=-1)
+        return F.normalize(at_least_float32(self._image(self._pixels(images, preprocess))), dim=-1)
+
+    def image_layers(self, images: Tensor) -> Tensor:
+        """Encode images by two layers: (N, D + W), the embedding of unit length and the mean of the middle layer."""
+        last, middle = map(at_least_float32, self._layers(self._pixels(images, resize_and_crop)))
+        return torch.cat([F.normalize(last, dim=-1), middle], 1)
+
+    def _pixels(self, images: Tensor, preprocess: Preprocess) -> Tensor:
+        return normalise(preprocess(at_least_float32(images), self.size), self.mean, self.std).to(self.dtype)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts: (N, D), of unit length, at least fp32."""
@@ -133,8 +143,13 @@ def open_clip_backbone(model: Any, tokenizer: Any) -> Backbone:
             return token_count(tokenizer.tokenizer, prompt)
         return len(tokenizer.encode(prompt)) + 2  # with the marks of beginning and end
 
+    def layers(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        out = model.visual.forward_intermediates(pixels)
+        blocks = out["image_intermediates"]
+        return out["image_features"], blocks[(len(blocks) - 1) // 2].mean((2, 3))
+
     limit = int(tokenizer.context_length)
-    return Backbone(model, model.encode_image, model.encode_text, tokenizer, side, limit, count, mean, std)
+    return Backbone(model, model.encode_image, model.encode_text, layers, tokenizer, side, limit, count, mean, std)
 
 
 def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
@@ -142,10 +157,16 @@ def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
     _check_vocabulary(len(tokenizer), model.config.text_config.vocab_size)
     length = model.config.text_config.max_position_embeddings
     tokens = partial(tokenizer, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+    def layers(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        out = model.get_image_features(pixel_values=pixels, output_hidden_states=True)
+        return out.pooler_output, out.hidden_states[len(out.hidden_states) // 2][:, 1:].mean(1)  # no class token
+
     return Backbone(
         model,
         lambda pixels: model.get_image_features(pixel_values=pixels).pooler_output,
         lambda ids: model.get_text_features(input_ids=ids).pooler_output,
+        layers,
         lambda prompts: tokens(prompts).input_ids,
         model.config.vision_config.image_size,
         length,

@@ -1,7 +1,7 @@
 """like:FOLDER, a reward from a handful of example images, by the features of a CLIP that set them apart.
 
-After Unsupervised Perceptual Rewards (arXiv 1612.06699). With f the features of a frozen CLIP, + the n examples and
-B other images:
+After Unsupervised Perceptual Rewards (arXiv 1612.06699). With f the features of the last and the middle layer of a
+frozen CLIP, + the n examples and B other images:
 
     σ₊² ← (n σ₊² + 5 σ_B²) / (n + 5)              shrunk: n is about five
     d_i = |μ₊ − μ_B| / (σ₊ + σ_B)                 discriminability; the `keep` largest are kept
@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from steer.files import IMAGE_SUFFIXES, read_image
+from steer.files import IMAGE_SUFFIXES, file_sha256, read_image
 from steer.reward import RewardError
-from steer.rewards.clip import DEFAULT_CLIP, Backbone, load_backbone, reward_name
-from steer.rewards.images import at_least_float32, in_micro_batches
+from steer.rewards.clip import BACKGROUND, DEFAULT_CLIP, WEIGHTS, Backbone, clip_folder, load_backbone, reward_name
+from steer.rewards.compose import read_calibration
+from steer.rewards.images import in_micro_batches
 from steer.rewards.inputs import takes_any_images
 from steer.rewards.names import option_count
-from steer.rewards.weights import cast, to_module_device
+from steer.rewards.weights import cast, read_checkpoint, to_module_device
 
 logger = logging.getLogger(__name__)
 PRIOR = 5  # other images that the deviation of the examples is shrunk with
@@ -73,7 +75,9 @@ class ExampleReward:
 
     folder   at least three example images (five do)
     against  at least eight other images: of the base model, such as `steer sample --method base` writes
+    calibration  a file of `steer rewards calibrate`, whose images are the others
     model    a CLIP, as `clip:MODEL` names it;  keep: features kept;  micro_batch: images per micro-batch
+    Without against and calibration the others are the images whose features are stored in the folder of the CLIP.
     `separation` is the leave-one-out AUC; below 0.8 a warning is logged. Raises RewardError.
     """
 
@@ -84,19 +88,27 @@ class ExampleReward:
         folder: str,
         *,
         against: str | None = None,
+        calibration: str | None = None,
         model: str = DEFAULT_CLIP,
         keep: str | int = KEEP,
         micro_batch: str | int = 16,
     ) -> None:
         kept = option_count("keep", keep)
-        if against is None:
-            raise RewardError(f"like:{folder}: name images that are not like them, against=FOLDER, of the base model")
+        stored = clip_folder(model) / BACKGROUND
+        place = _place_of_others(against, calibration)
+        if place is None and not stored.is_file():
+            raise RewardError(
+                f"like:{folder}: name images that are not like them, against=FOLDER, of the base model: the CLIP "
+                f"{model!r} has no stored features of others"
+            )
         self.name = reward_name(f"like:{folder}", model=(model, DEFAULT_CLIP), keep=(str(keep), str(KEEP)))
         self._batched = in_micro_batches(self._score, micro_batch)
-        files = [_images(Path(folder), MIN_EXAMPLES), _images(Path(against), MIN_OTHERS)]
+        files = _images(Path(folder), MIN_EXAMPLES)
+        other_files = None if place is None else _images(place, MIN_OTHERS)
         self.backbone: Backbone = load_backbone(model)
         cast(self.backbone, None)
-        examples, others = (self._features(paths) for paths in files)
+        examples = self._features(files)
+        others = _read_background(stored) if other_files is None else self._features(other_files)
         self._gaussians = fit(examples, others, kept)
         self.separation = separation(examples, others, kept)
         if self.separation < WEAK_SEPARATION:
@@ -112,14 +124,40 @@ class ExampleReward:
         return self._batched(to_module_device(images, self.backbone), prompts)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        features = self.backbone.images(images)
+        features = self.backbone.image_layers(images)
         parts = (part.to(features.device) for part in vars(self._gaussians).values())
         return Gaussians(*parts).ratio(features)
 
     @torch.no_grad()
     def _features(self, paths: Sequence[Path]) -> Tensor:
         """Encode image files of any sizes one by one: (n, D), in fp32."""
-        return torch.cat([at_least_float32(self.backbone.images(read_image(path)[None])) for path in paths])
+        return torch.cat([self.backbone.image_layers(read_image(path)[None]) for path in paths])
+
+
+def _place_of_others(against: str | None, calibration: str | None) -> Path | None:
+    """Return the folder of the other images. Raises RewardError where both are given, or a calibration names none."""
+    if calibration is None:
+        return None if against is None else Path(against)
+    if against is not None:
+        raise RewardError(f"against={against} and calibration={calibration} both name the other images: give one")
+    images = read_calibration(Path(calibration)).source.get("images")
+    place = Path(calibration).parent / str(images)
+    if images is None or not place.is_dir():
+        raise RewardError(f"calibration={calibration}: its images ({images}) are not there: give against=FOLDER")
+    return place
+
+
+def write_background(path: Path, weights: Path, features: Tensor) -> None:
+    """Write features (m, D) of other images beside the weights of the CLIP that computed them, under their checksum."""
+    save_file({file_sha256(weights): features.half().cpu().contiguous()}, path)
+
+
+def _read_background(path: Path) -> Tensor:
+    """Read the stored features (m, D) of a CLIP's folder. Raises RewardError where other weights computed them."""
+    features = read_checkpoint(path).get(file_sha256(path.parent / WEIGHTS))
+    if features is None:
+        raise RewardError(f"{path} was computed by other weights than {WEIGHTS}: remove it, and give against=FOLDER")
+    return features.float()
 
 
 def _images(folder: Path, at_least: int) -> list[Path]:

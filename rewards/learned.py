@@ -31,7 +31,7 @@ from steer.rewards.folders import CARD, Card, are_scales, read_card, write_card
 from steer.rewards.grammar import Call, format_number
 from steer.rewards.images import in_micro_batches, resize_and_crop
 from steer.rewards.inputs import takes_any_images
-from steer.rewards.preference_pairs import Captions, Pairs, Ratings, Source, load_images, split_by_prompt
+from steer.rewards.preference_pairs import Pairs, Ratings, Source, load_images, split_by_prompt
 from steer.rewards.weights import cast, linear_layers, load_weights, read_checkpoint, to_module_device
 from steer.training.supervised import TrainingRun, batch_at
 
@@ -304,13 +304,16 @@ def save_learned(
     with atomic_write_with_checksums(folder, [CARD, *members, *(path.name for path in config_files)]) as new:
         for number, (name, head) in enumerate(zip(members, heads, strict=True)):
             state = member_module(head, backbones[number] if backbones else None).state_dict()
-            save_file({key: _saved(value, half=key.startswith("backbone")) for key, value in state.items()}, new[name])
+            save_file(
+                {key: weight_to_save(value, half=key.startswith("backbone")) for key, value in state.items()}, new[name]
+            )
         for path in config_files:
             shutil.copyfile(path, new[path.name])
         write_card(new[CARD], card)
 
 
-def _saved(weight: Tensor, half: bool) -> Tensor:
+def weight_to_save(weight: Tensor, half: bool) -> Tensor:
+    """Return a weight as it is written, contiguous on the CPU."""
     weight = weight.detach().cpu().contiguous()
     return weight.half() if half else weight
 
@@ -636,64 +639,3 @@ def _card(
         "ensemble": asdict(preference_metrics(ensemble, labels)),
     }
     return RewardCard(config.head, card_backbone(config), width, means, stds, report)
-
-
-WEIGHTS = "open_clip_model.safetensors"
-MAX_LOGIT_SCALE = 100.0  # as in CLIP's training
-CAPTION_CANDIDATES = 32  # captions to pick the right one from, in the report
-MAX_REPORT_IMAGES = 2000  # images in the report
-
-
-def train_clip(
-    captions: Captions, folder: Path, out: Path, work: Path, config: RewardTrainingConfig, device: str = "cpu"
-) -> dict[str, Any]:
-    """Train a CLIP of the configuration in `folder`, from its weights there or from scratch.
-
-    Writes a folder that open_clip, and `clip:FOLDER`, load, and returns a report: how often a held-out image's own
-    caption is picked from 32 different ones. An interrupted run in `work` resumes.
-    """
-    if not (folder / CONFIG).is_file():
-        raise RewardError(f"--backbone {folder}: no {CONFIG} there; contrastive training needs an open_clip folder")
-    config.check()
-    write_run_config(work, config, len(captions.prompts))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        backbone = open_clip_folder(folder, weights=(folder / WEIGHTS).is_file()).to(device)
-    rows, held = split_by_prompt(captions.prompts, config.held_out, config.seed)
-
-    def loss_at(step: int) -> Tensor:
-        backbone.train()
-        chosen = [rows[k] for k in batch_at(step, config.batch_size, len(rows), config.seed).tolist()]
-        prompts = [captions.prompts[row] for row in chosen]
-        scale = backbone.logit_scale.clamp(max=MAX_LOGIT_SCALE)
-        features = image_features(backbone, [captions.images[row] for row in chosen])
-        return objectives.contrastive(features, backbone.texts(prompts), scale, prompts)
-
-    warmup = min(200, config.steps // 10)
-    TrainingRun(work, config.steps, config.learning_rate, warmup=warmup).train([backbone], loss_at)
-    backbone.eval()
-    share = round(caption_accuracy(backbone, captions, held), 4)
-    report = {"captions": {"trained": len(rows), "held_out": len(held)}, "caption_accuracy_of_32": share}
-    config_files = configuration_files(folder)
-    with atomic_write_with_checksums(out, [WEIGHTS, *(path.name for path in config_files)]) as new:
-        save_file({key: _saved(value, half=True) for key, value in backbone.model.state_dict().items()}, new[WEIGHTS])
-        for path in config_files:
-            shutil.copyfile(path, new[path.name])
-    logger.info("%s", report)
-    return report
-
-
-@torch.no_grad()
-def caption_accuracy(backbone: Backbone, captions: Captions, rows: list[int]) -> float:
-    """Return the share of images nearest to their own caption among 32 different ones; at most 2,000 images."""
-    names = list(dict.fromkeys(captions.prompts[row] for row in rows))
-    if len(names) < CAPTION_CANDIDATES:
-        return float("nan")
-    texts = dict(zip(names, backbone.texts(names), strict=True))
-    right = []
-    for row in rows[:MAX_REPORT_IMAGES]:
-        own = names.index(captions.prompts[row])
-        others = [names[(own + k) % len(names)] for k in range(CAPTION_CANDIDATES)]
-        similarity = torch.stack([texts[name] for name in others]) @ image_features(backbone, [captions.images[row]])[0]
-        right.append(similarity.argmax().item() == 0)
-    return sum(right) / len(right)

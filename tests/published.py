@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,16 +34,40 @@ PUBLISHED = (
     Published(CLIP, CATS, "a photo of a cat", 24.5701, 0.1, "transformers, integration test of CLIPModel"),
     Published(CLIP, CATS, "a photo of a dog", 19.3049, 0.1, "transformers, integration test of CLIPModel"),
 )
-# Their authors publish no score of an image: they load, and their scores are in the documented range.
+# Their authors publish no score of an image or text: they load, and their scores are in the documented range.
 RANGES = {
+    "clip": (0.0, 0.5),
     "pickscore": (5.0, 35.0),
     "hpsv2": (0.0, 0.5),
     "hpsv2.1": (0.0, 0.5),
+    "hpsv3": (-20.0, 20.0),
     "aesthetic:v2": (0.0, 11.0),
+    "aesthetic:v2-relu": (0.0, 11.0),
     "aesthetic:v1": (0.0, 11.0),
+    "aesthetic:v1-b32": (0.0, 11.0),
+    "aesthetic:v1-b16": (0.0, 11.0),
     "geneval": (0.0, 1.0),
+    "vqa:HuggingFaceTB/SmolVLM-256M-Instruct": (0.0, 1.0),
+    "perplexity:openai-community/gpt2": (-10.0, 0.0),
+    "lpips:IMAGE": (-1e-6, 0.0),  # of the image itself
 }
-PIPELINES = tuple(f"hf-internal-testing/tiny-{name}-pipe" for name in ("stable-diffusion", "sdxl", "sd3", "flux"))
+# A tiny pipeline of each family of tests/families.py, of the same class, and the arguments of a cheap call.
+SMALL: dict[str, Any] = {"height": 64, "width": 64}
+PICTURE = {"image": torch.linspace(0, 1, 3 * 64 * 64).view(1, 3, 64, 64)}
+PIPELINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd": ("hf-internal-testing/tiny-stable-diffusion-pipe", SMALL),
+    "img2img": ("hf-internal-testing/tiny-stable-diffusion-pipe", PICTURE),
+    "controlnet": ("hf-internal-testing/tiny-stable-diffusion-pipe", SMALL | PICTURE),
+    "sdxl": ("hf-internal-testing/tiny-sdxl-pipe", SMALL),
+    "sd3": ("hf-internal-testing/tiny-sd3-pipe", {}),  # its own size
+    "flux": ("hf-internal-testing/tiny-flux-pipe", SMALL),
+    "pixart": (
+        "hf-internal-testing/tiny-pixart-sigma-pipe",
+        SMALL | {"clean_caption": False, "use_resolution_binning": False},
+    ),
+    "wan": ("hf-internal-testing/tiny-wan-pipe", {"height": 32, "width": 32, "num_frames": 5}),
+}
+CONTROLNET = "hf-internal-testing/tiny-controlnet"
 
 
 def mismatches(rows: Sequence[Published], open_image: Callable[[str], Tensor]) -> list[str]:

@@ -34,7 +34,7 @@ from transformers import CLIPModel
 
 from steer.apps.scenes.training import LENGTH
 from steer.reward import Reward, score
-from steer.rewards.clip import CONFIG, ClipReward, open_clip_folder
+from steer.rewards.clip import CONFIG, ClipReward, load_backbone, open_clip_backbone, open_clip_folder
 from steer.rewards.images import CLIP_MEAN, CLIP_STD, PromptCache, resize_and_crop, resize_and_pad
 from steer.rewards.parser import load_reward
 
@@ -81,19 +81,22 @@ class OpenClip(Plain):
     """open_clip's, on its own names; HPSv2 has the same. Heads are 16 wide."""
 
     def image(self, pixels: Tensor) -> Tensor:
+        return self.norm("visual.ln_post", self.places(pixels)[:, 0]) @ self.state["visual.proj"]
+
+    def places(self, pixels: Tensor, depth: int = 2) -> Tensor:
+        """The class token and those of the patches, after some layers."""
         first = self.state["visual.class_embedding"].expand(len(pixels), 1, -1)
         x = torch.cat([first, self.patches(pixels, "visual.conv1.weight")], 1)
         x = self.norm("visual.ln_pre", x + self.state["visual.positional_embedding"])
-        x = self.transformed("visual.transformer", x, causal=False)
-        return self.norm("visual.ln_post", x[:, 0]) @ self.state["visual.proj"]
+        return self.transformed("visual.transformer", x, causal=False, depth=depth)
 
     def text(self, ids: Tensor) -> Tensor:
         x = self.state["token_embedding.weight"][ids] + self.state["positional_embedding"]
         x = self.norm("ln_final", self.transformed("transformer", x, causal=True))
         return x[torch.arange(len(ids)), ids.argmax(-1)] @ self.state["text_projection"]
 
-    def transformed(self, tower: str, x: Tensor, causal: bool) -> Tensor:
-        for layer in (f"{tower}.resblocks.0", f"{tower}.resblocks.1"):
+    def transformed(self, tower: str, x: Tensor, causal: bool, depth: int = 2) -> Tensor:
+        for layer in [f"{tower}.resblocks.{k}" for k in range(depth)]:
             weight, bias = (self.state[f"{layer}.attn.in_proj_{part}"] for part in ("weight", "bias"))
             q, k, v = (self.norm(f"{layer}.ln_1", x) @ weight.T + bias).chunk(3, -1)
             x = x + self.linear(f"{layer}.attn.out_proj", attended(q, k, v, causal))
@@ -120,12 +123,16 @@ class Transformers(Plain):
         self.activation = activation
 
     def image(self, pixels: Tensor) -> Tensor:
+        x = self.norm("vision_model.post_layernorm", self.places(pixels)[:, 0])
+        return x @ self.state["visual_projection.weight"].T
+
+    def places(self, pixels: Tensor, depth: int = 2) -> Tensor:
+        """The class token and those of the patches, after some layers."""
         tower, embeddings = "vision_model", "vision_model.embeddings"
         first = self.state[f"{embeddings}.class_embedding"].expand(len(pixels), 1, -1)
         x = torch.cat([first, self.patches(pixels, f"{embeddings}.patch_embedding.weight")], 1)
         x = self.norm(f"{tower}.pre_layrnorm", x + self.state[f"{embeddings}.position_embedding.weight"])
-        x = self.norm(f"{tower}.post_layernorm", self.transformed(tower, x, causal=False)[:, 0])
-        return x @ self.state["visual_projection.weight"].T
+        return self.transformed(tower, x, causal=False, depth=depth)
 
     def text(self, ids: Tensor) -> Tensor:
         tower, embeddings = "text_model", "text_model.embeddings"
@@ -134,8 +141,8 @@ class Transformers(Plain):
         x = self.norm(f"{tower}.final_layer_norm", self.transformed(tower, x, causal=True))
         return x[torch.arange(len(ids)), ids.argmax(-1)] @ self.state["text_projection.weight"].T
 
-    def transformed(self, tower: str, x: Tensor, causal: bool) -> Tensor:
-        for layer in (f"{tower}.encoder.layers.0", f"{tower}.encoder.layers.1"):
+    def transformed(self, tower: str, x: Tensor, causal: bool, depth: int = 2) -> Tensor:
+        for layer in [f"{tower}.encoder.layers.{k}" for k in range(depth)]:
             before = self.norm(f"{layer}.layer_norm1", x)
             q, k, v = (self.linear(f"{layer}.self_attn.{part}_proj", before) for part in "qkv")
             x = x + self.linear(f"{layer}.self_attn.out_proj", attended(q, k, v, causal))
@@ -256,6 +263,30 @@ def of_hps(tiny: Path) -> OpenClip:
 
 def of_transformers(tiny: Path, folder: str, activation: Callable[[Tensor], Tensor]) -> Transformers:
     return Transformers(load_file(tiny / folder / "model.safetensors"), activation)
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "new"])
+def test_two_layers_are_those_of_the_plain_forward_pass(tiny: Path, kind: str) -> None:
+    """The embedding and, after half of the layers, the mean over the patches, without the class token."""
+    images, plain = squares(), of_open_clip(tiny, kind) if kind == "open_clip" else None
+    plain = plain or of_transformers(tiny, kind, quick_gelu)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    pixels = (images - mean) / std
+    expected = torch.cat([F.normalize(plain.image(pixels), dim=-1), plain.places(pixels, 1)[:, 1:].mean(1)], 1)
+    with torch.no_grad():
+        assert allclose(load_backbone(str(tiny / kind)).image_layers(images), expected)
+
+
+@pytest.mark.parametrize("name", ["RN50", "convnext_base", "coca_ViT-B-32", "ViT-B-16-SigLIP"])
+@pytest.mark.hard
+def test_towers_of_open_clip_have_a_middle_layer(name: str) -> None:
+    model = open_clip.create_model(name).eval()
+    size = model.visual.image_size
+    pixels = torch.rand(2, 3, *((size, size) if isinstance(size, int) else size))
+    with torch.no_grad():
+        last, middle = open_clip_backbone(model, open_clip.get_tokenizer("ViT-B-32"))._layers(pixels)
+        assert allclose(F.normalize(last, dim=-1), F.normalize(model.encode_image(pixels), dim=-1), 1e-4)
+        assert middle.ndim == 2 and middle.isfinite().all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(SIDE, SIDE), (47, 64), (90, 33), (20, 27)])

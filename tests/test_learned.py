@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from steer.apps.learning import run_reward_training, summary
 from steer.apps.scenes.training import LENGTH, build_tokenizer
 from steer.errors import InputError
 from steer.files import CHECKSUMS
 from steer.reward import RewardError, score, score_components
+from steer.rewards.clip import BACKGROUND
 from steer.rewards.learned import LearnedReward, RewardTrainingConfig, train_reward
 from steer.rewards.parser import load_reward
 from steer.rewards.preference_pairs import Pairs, read_pairs
@@ -53,6 +55,18 @@ def sample_image(folder: Path, count: int) -> list[tuple[str, str]]:
         shape = ("circle", "square", "triangle", "cross", "star")[number // 2 % 5]
         rows.append((f"{folder.name}/{number}.png", f"a {('red', 'blue')[colour]} {shape}"))
     return rows
+
+
+def test_a_trained_clip_keeps_features_of_images_that_it_did_not_learn_from(clip_folder: Path, tmp_path: Path) -> None:
+    """So that a reward from example images needs no others."""
+    (tmp_path / "clip").mkdir()
+    data = clip_folder / "captions.jsonl"
+    config = RewardTrainingConfig(str(clip_folder), objective="contrastive", train_backbone=True, steps=1, held_out=0.5)
+    run_reward_training(data, config, tmp_path / "clip", tmp_path / "work", "cpu")
+    load_reward(f"like:{clip_folder / 'images'},model={tmp_path / 'clip'}")
+    (stored,) = load_file(tmp_path / "clip" / BACKGROUND).values()
+    report = json.loads((tmp_path / "work" / "report.json").read_text())
+    assert len(stored) == report["captions"]["held_out"] >= 8
 
 
 @pytest.fixture(scope="session")

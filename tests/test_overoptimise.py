@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from steer.apps.prompts import load_prompts
 from steer.apps.scenes import analyses
 from steer.apps.scenes.preferences import choose, composition, pairs_of
+from steer.apps.scenes.training import training_scenes
+from steer.rewards.compose import mean, robust, worst
+from steer.rewards.parser import load_reward
 from steer.training.overoptimization import best_of_n_kl, expected_best
 
 
@@ -46,8 +50,23 @@ def test_curves_of_an_evaluation_by_hand() -> None:
     gold = {name: [mean for mean, _, _ in kinds["gold"]] for name, kinds in found["proxies"].items()}
     assert gold["picked by the exact reward"] == [0.5, 0.75] and gold["other"] == [0.5, 0.75]
     assert gold["one member"] == [0.5, 0.5] and gold["mean of 2"] == [0.5, 0.5]
+    assert gold["worst of 2"] == gold["robust of 2"] == [0.5, 0.5]
     assert found["prompts"] == found["images"] == 2
     assert found["against_one_member"]["other"][1][0] == 0.25
+
+
+@pytest.mark.hard
+def test_robust_picks_of_an_embedded_ensemble_lie_between_those_of_mean_and_minimum() -> None:
+    """One of 256 drawn scenes for each of twelve held-out prompts, by the four members of preference:scenes."""
+    images, reward = training_scenes(256, first=10_000)[0] / 255, load_reward("preference:scenes")
+    with torch.no_grad():
+        prompts = load_prompts("scenes-heldout")[:12]
+        members = torch.stack([reward.members(images, [prompt] * 256) for prompt in prompts], 1)
+    picks = [aggregate(members).argmax(1, keepdim=True) for aggregate in (mean, robust, worst)]
+    by_mean, by_both, by_least = (members.mean(0).gather(1, rows).mean().item() for rows in picks)
+    assert by_least < by_both < by_mean
+    by_mean, by_both, by_least = (members.amin(0).gather(1, rows).mean().item() for rows in picks)
+    assert by_mean < by_both < by_least
 
 
 def test_annotators_choose_by_bradley_and_terry() -> None:

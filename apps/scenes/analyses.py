@@ -17,7 +17,7 @@ from steer.apps.scenes.world import right
 from steer.pipelines.fk_steering import FKSteeringPipeline
 from steer.pipelines.reno import Backprop, ReNOPipeline
 from steer.pipelines.selection import BestOfNPipeline
-from steer.rewards.compose import mean, mean_minus_std, worst
+from steer.rewards.compose import mean, mean_minus_std, robust, worst
 from steer.training.overoptimization import best_of_n_kl, expected_best
 
 PROMPTS_PER_CALL = 8
@@ -80,7 +80,7 @@ def reno_then_steering(
 # ---- over-optimisation
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-COLOURS = ("#832db6", "#e76300", "#3f90da", "#a96b59", "#bd1f01", "#94a4a2")
+COLOURS = ("#832db6", "#e76300", "#3f90da", "#ffa90e", "#a96b59", "#bd1f01", "#94a4a2")
 
 
 def curves(report: Mapping[str, Any], ensemble: str) -> Figures:
@@ -99,6 +99,7 @@ def curves(report: Mapping[str, Any], ensemble: str) -> Figures:
         "one member": [*members],
         f"mean of {len(members)}": [mean(members)],
         f"worst of {len(members)}": [worst(members)],
+        f"robust of {len(members)}": [robust(members)],
         f"mean − std of {len(members)}": [mean_minus_std(members)],
         **{name: [scores] for name, scores in rewards.items() if name != ensemble},
     }
