@@ -54,12 +54,12 @@ class MapElitesPipeline(SteeringPipeline):
         particle_batch = ParticleBatch(
             self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size
         )
-        chain = NoiseToImage(particle_batch)
+        generate = NoiseToImage(particle_batch)
         rule = MapElites(describe, names, shape, s.distance, s.first_batches, s.target_reward)
-        search = Archive.empty(chain.start, len(particle_batch.prompts) // s.num_particles, shape).stored_in(
-            Search.start(chain.start)
+        search = Archive.empty(generate.start, len(particle_batch.prompts) // s.num_particles, shape).stored_in(
+            Search.start(generate.start)
         )
-        run = NoiseRun(chain, rule, search, s.iterations, s.state_file, s.on_iteration)
+        run = NoiseRun(generate, rule, search, s.iterations, s.state_file, s.on_iteration)
         out, archive = run.output(s.output_type), Archive.of(run.search)
         elites = Elites(archive.pictures, archive.rewards, names, shape, archive.low, archive.high)
         return replace(out, elites=elites)
@@ -125,16 +125,16 @@ class Archive:
 
     @classmethod
     def of(cls, search: Search) -> "Archive":
-        """Return the archive in the state of a search."""
-        state = search.optimizer_state
+        """Return the archive of a search."""
+        state = search.archive
         rewards, pictures, children = (state[name].cpu() for name in ("elite_rewards", "pictures", "children"))
         return cls(state["elites"], rewards, pictures, children, state["low"], state["high"], state["axes"].cpu())
 
     def stored_in(self, search: Search) -> Search:
-        """Return a search with the archive in its state, which its checkpoint holds."""
+        """Return a search with this archive, which its checkpoint holds."""
         state = {"elites": self.noise, "elite_rewards": self.rewards, "pictures": self.pictures}
         state |= {"children": self.children, "low": self.low, "high": self.high, "axes": self.axes}
-        return replace(search, optimizer_state=state)
+        return replace(search, archive=state)
 
     @property
     def filled(self) -> Tensor:
@@ -217,9 +217,9 @@ class MapElites:
     first: int = 4
     target: float | None = field(default=None, repr=False)
 
-    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
+    def __call__(self, generate: NoiseToImage, search: Search, number: int) -> IterationResult:
         """Evaluate children, update the archive, and keep its best elites as the best of the search."""
-        archive, seeds = Archive.of(search), chain.seeds
+        archive, seeds = Archive.of(search), generate.seeds
         results, described = [], []
         for place in range(1 if number else self.first):
             if number:
@@ -228,11 +228,11 @@ class MapElites:
                 noise = neighbour(parents, u, self.distance)
             else:
                 streams = [f"first {place} {row}" for row in range(len(seeds))]
-                noise = seeded_normal(seeds, chain.start, streams) if place else chain.start
-            images = chain.fast_images(noise)
-            rewards, components = chain.particle_batch.score(images)
+                noise = seeded_normal(seeds, generate.start, streams) if place else generate.start
+            images = generate.fast_images(noise)
+            rewards, components = generate.particle_batch.score(images)
             with torch.no_grad():
-                described.append(self.describe(images, chain.particle_batch.prompts).cpu().float())
+                described.append(self.describe(images, generate.particle_batch.prompts).cpu().float())
             results.append(IterationResult(images, rewards, components, noise, search))
         if not number:
             archive = archive.spanning(torch.cat(described))

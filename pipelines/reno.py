@@ -241,7 +241,7 @@ class UpdateRule(Protocol):
     @property
     def target(self) -> float | None: ...
 
-    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult: ...
+    def __call__(self, generate: NoiseToImage, search: Search, number: int) -> IterationResult: ...
 
 
 class NoiseRun:
@@ -253,24 +253,24 @@ class NoiseRun:
 
     def __init__(
         self,
-        chain: NoiseToImage,
+        generate: NoiseToImage,
         update_rule: UpdateRule,
         search: Search,
         iterations: int,
         state_file: str | Path | None = None,
         observer: Callable[[Iteration], bool | None] | None = None,
     ) -> None:
-        self.chain, self.update_rule, self.iterations, self.observer = chain, update_rule, iterations, observer
+        self.generate, self.update_rule, self.iterations, self.observer = generate, update_rule, iterations, observer
         # A search that was finished stays where it is: another target is another run.
         target_setting = {} if update_rule.target is None else {"target": update_rule.target}
-        self.file = SearchCheckpoint(state_file, {"move": str(update_rule), **chain.fingerprint(), **target_setting})
-        self.search, self.trace = self.file.load(chain.start.device, iterations) or (search, [])
+        self.file = SearchCheckpoint(state_file, {"move": str(update_rule), **generate.fingerprint(), **target_setting})
+        self.search, self.trace = self.file.load(generate.start.device, iterations) or (search, [])
         self.stopped: str | None = None
 
     def _iterate(self, number: int) -> bool:
         """Run one iteration; return whether the run ends with it."""
         try:
-            updated = self.update_rule(self.chain, self.search, number)
+            updated = self.update_rule(self.generate, self.search, number)
         except RewardError as error:
             if number == 0:
                 raise
@@ -286,7 +286,7 @@ class NoiseRun:
 
     def output(self, output_type: str) -> SteeringOutput:
         """Iterate to the end: the best iterate of each search, made once more by the plain pipeline."""
-        particle_batch = self.chain.particle_batch
+        particle_batch = self.generate.particle_batch
         # By its configuration, not its method: that of a combined pipeline shows the bars of its stages.
         bar_config = getattr(particle_batch.pipe, "_progress_bar_config", {})
         for number in tqdm(range(len(self.trace), self.iterations), **bar_config):
@@ -294,13 +294,13 @@ class NoiseRun:
                 break
         if self.stopped:
             logger.warning("%s; the best so far is returned", self.stopped)
-        noise = self.search.best_noise.to(self.chain.dtype)
-        images = self.chain(noise)
+        noise = self.search.best_noise.to(self.generate.dtype)
+        images = self.generate(noise)
         rewards, components = self._best_scores() if self.stopped else particle_batch.score(images)
         out = particle_batch.output(
             images, rewards, components, Particles.start(*rewards.shape), output_type=output_type
         )
-        start = replace(self.chain.initial, noise=noise).rows(particle_batch.rows(out.order).tolist())
+        start = replace(self.generate.initial, noise=noise).rows(particle_batch.rows(out.order).tolist())
         return replace(out, start=start, trace=tuple(self.trace), stopped=self.stopped)
 
     def _best_scores(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -328,9 +328,9 @@ class Estimate:
 
 
 class NoiseGradient(Protocol):
-    """(chain, noise, number of the iteration) → Estimate, without the gradient in the last iteration."""
+    """(generate, noise, number of the iteration) → Estimate, without the gradient in the last iteration."""
 
-    def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int, wanted: bool = True) -> Estimate: ...
+    def __call__(self, generate: NoiseToImage, noise: Tensor, iteration: int, wanted: bool = True) -> Estimate: ...
 
 
 @dataclass(frozen=True)
@@ -342,21 +342,21 @@ class Backprop:
 
     checkpointing: bool | None = field(default=None, repr=False)  # changes no result: not in the fingerprint
 
-    def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int, wanted: bool = True) -> Estimate:
+    def __call__(self, generate: NoiseToImage, noise: Tensor, iteration: int, wanted: bool = True) -> Estimate:
         leaf, slopes = noise.detach().requires_grad_(True), [torch.empty(0)]
         with torch.enable_grad():
-            images = chain.differentiable_images(leaf, self.checkpointing)
+            images = generate.differentiable_images(leaf, self.checkpointing)
             images.register_hook(lambda gradient: slopes.append(gradient.float().flatten(1).norm(dim=1)))
-            rewards, components = chain.particle_batch.score(images)
+            rewards, components = generate.particle_batch.score(images)
             try:
-                gradient = per_sample_gradients(rewards, leaf, chain.in_fp16) if wanted else None
+                gradient = per_sample_gradients(rewards, leaf, generate.in_fp16) if wanted else None
             except RuntimeError as error:
                 if "inplace operation" not in str(error):
                     raise
-                raise chain.lets_no_gradients_through() from error  # it overwrites what the backward pass needs
+                raise generate.lets_no_gradients_through() from error  # it overwrites what the backward pass needs
         if wanted and gradient is None:
-            raise _not_differentiable(chain.particle_batch.reward.name)
-        chain.particle_batch.count_gradients(len(noise) if wanted else 0)
+            raise _not_differentiable(generate.particle_batch.reward.name)
+        generate.particle_batch.count_gradients(len(noise) if wanted else 0)
         detached = {name: part.detach() for name, part in components.items()}
         return Estimate(images.detach(), rewards.detach(), detached, gradient, slopes[-1] if wanted else None)
 
@@ -378,21 +378,21 @@ class ZeroOrder:
         if self.directions < 1 or not self.distance > 0:
             raise InputError(f"zero-order: directions must be at least 1 and distance above 0, got {self}")
 
-    def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int, wanted: bool = True) -> Estimate:
-        images = chain.fast_images(noise)
-        rewards, components = chain.particle_batch.score(images)
+    def __call__(self, generate: NoiseToImage, noise: Tensor, iteration: int, wanted: bool = True) -> Estimate:
+        images = generate.fast_images(noise)
+        rewards, components = generate.particle_batch.score(images)
         if not wanted:
             return Estimate(images, rewards, components, None)
         gradient = torch.zeros_like(noise)
         for number in range(self.directions):
-            u = seeded_normal(chain.seeds, noise, [f"direction {iteration} {number}"] * len(noise))
-            ahead, behind = (self._reward(chain, noise + side * self.distance * u) for side in (1, -1))
+            u = seeded_normal(generate.seeds, noise, [f"direction {iteration} {number}"] * len(noise))
+            ahead, behind = (self._reward(generate, noise + side * self.distance * u) for side in (1, -1))
             slope = ((ahead - behind) / (2 * self.distance)).flatten().to(u)
             gradient += slope.view(-1, *[1] * (u.dim() - 1)) * u / self.directions
         return Estimate(images, rewards, components, gradient)
 
-    def _reward(self, chain: NoiseToImage, noise: Tensor) -> Tensor:
-        return chain.particle_batch.score(chain.fast_images(noise))[0]
+    def _reward(self, generate: NoiseToImage, noise: Tensor) -> Tensor:
+        return generate.particle_batch.score(generate.fast_images(noise))[0]
 
 
 GRADIENTS: dict[str, NoiseGradient] = {"backprop": Backprop(), "zero-order": ZeroOrder()}
@@ -466,9 +466,9 @@ def _optimise(
     particle_batch = ParticleBatch(
         pipeline.pipe, pipeline.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size
     )
-    chain = NoiseToImage(particle_batch)
-    search = Search.start(chain.start, *optimiser)
-    return NoiseRun(chain, update_rule, search, s.iterations, s.state_file, s.on_iteration).output(s.output_type)
+    generate = NoiseToImage(particle_batch)
+    search = Search.start(generate.start, *optimiser)
+    return NoiseRun(generate, update_rule, search, s.iterations, s.state_file, s.on_iteration).output(s.output_type)
 
 
 @dataclass(frozen=True)
@@ -494,42 +494,42 @@ class Ascent:
         if not 0 < self.optimiser.lr < float("inf"):  # an optimiser object has one of its own
             raise InputError(f"lr must be above 0 and finite, got {self.optimiser.lr}")
 
-    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
+    def __call__(self, generate: NoiseToImage, search: Search, number: int) -> IterationResult:
         """Evaluate rewards and gradient at the current noise, keep the best, take a step."""
         wanted = number == 0 or number != self.last or self.max_slope is not None
-        estimate = self.gradient(chain, search.noise, number, wanted)
-        rewards, steep = estimate.rewards.flatten(), self._too_steep(chain, estimate, number)
+        estimate = self.gradient(generate, search.noise, number, wanted)
+        rewards, steep = estimate.rewards.flatten(), self._too_steep(generate, estimate, number)
         if steep is not None:
             rewards, search = rewards.masked_fill(steep.to(rewards.device), -torch.inf), search.retire(steep.cpu())
         recorded = search.record(rewards).finish_at_target(self.target)
         if estimate.gradient is None:
             return IterationResult(estimate.images, estimate.rewards, estimate.components, search.noise, recorded)
         uphill = estimate.gradient + self.regularisation * prior_gradient(search.noise)
-        stopped, updated = self._nonfinite_gradient(chain, uphill, number), recorded
+        stopped, updated = self._nonfinite_gradient(generate, uphill, number), recorded
         if stopped is None:
-            updated = self._ascend_rows(recorded, uphill, chain.seeds)
+            updated = self._ascend_rows(recorded, uphill, generate.seeds)
         return IterationResult(estimate.images, estimate.rewards, estimate.components, search.noise, updated, stopped)
 
-    def _too_steep(self, chain: NoiseToImage, estimate: Estimate, number: int) -> Tensor | None:
+    def _too_steep(self, generate: NoiseToImage, estimate: Estimate, number: int) -> Tensor | None:
         """Return (B·K,), true where the slope of the reward is above `max_slope` times its median at the first images.
 
         None without a bound, and in the first iteration. Raises InputError where slopes are not known.
         """
         if self.max_slope is None:
             return None
-        if estimate.slopes is None or chain.in_fp16:
+        if estimate.slopes is None or generate.in_fp16:
             raise InputError("max_slope needs gradient backprop and a model in float32 or bfloat16: leave it out")
-        if chain.first_slope is None:
-            first = estimate if number == 0 else self.gradient(chain, chain.start, 0)
-            chain.first_slope = torch.as_tensor(first.slopes).median().item()
-        return estimate.slopes > self.max_slope * chain.first_slope if number else None
+        if generate.first_slope is None:
+            first = estimate if number == 0 else self.gradient(generate, generate.start, 0)
+            generate.first_slope = torch.as_tensor(first.slopes).median().item()
+        return estimate.slopes > self.max_slope * generate.first_slope if number else None
 
-    def _nonfinite_gradient(self, chain: NoiseToImage, uphill: Tensor, number: int) -> str | None:
+    def _nonfinite_gradient(self, generate: NoiseToImage, uphill: Tensor, number: int) -> str | None:
         """Return which gradient is not finite, if any."""
         rows = (~uphill.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
         if not rows:
             return None
-        name, prompt = chain.particle_batch.reward.name, chain.particle_batch.prompts[rows[0]]
+        name, prompt = generate.particle_batch.reward.name, generate.particle_batch.prompts[rows[0]]
         return f"the gradient of reward {name!r} is not finite at iteration {number}, prompt {prompt!r}"
 
     def _ascend_rows(self, search: Search, uphill: Tensor, seeds: Sequence[int]) -> Search:
@@ -567,14 +567,14 @@ class Neighbours:
     distance: float = 0.5
     target: float | None = field(default=None, repr=False)
 
-    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
+    def __call__(self, generate: NoiseToImage, search: Search, number: int) -> IterationResult:
         pivot, candidates = search.best_noise, []
         for place in range(self.count if number else 1):
-            u = seeded_normal(chain.seeds, pivot, [f"neighbour {number} {place}"] * len(pivot))
+            u = seeded_normal(generate.seeds, pivot, [f"neighbour {number} {place}"] * len(pivot))
             # A finished search is evaluated again unchanged, while others of its batch continue.
             noise = where_rows(search.finished, pivot, neighbour(pivot, u, self.distance)) if number else pivot
-            images = chain.fast_images(noise)
-            rewards, components = chain.particle_batch.score(images)
+            images = generate.fast_images(noise)
+            rewards, components = generate.particle_batch.score(images)
             search = replace(search, noise=noise).record(rewards.flatten())
             candidates.append(IterationResult(images, rewards, components, noise, search))
         result = best_of(candidates)

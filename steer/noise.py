@@ -7,7 +7,7 @@ Every row of a batch is an independent search: gradients are clipped, and search
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from steer.errors import InputError
 
 OptimizerState = Mapping[str, Tensor]  # state of an update rule: tensors of N rows, zero at the start of a search
-STATE_PREFIX = "optimizer_state."  # of its tensors in a saved search
+MAPPINGS = ("optimizer_state", "archive")  # fields of a search whose tensors are saved as FIELD.NAME
 
 
 def norms(noise: Tensor) -> Tensor:
@@ -102,11 +102,12 @@ class Search:
     """The state of N independent searches, immutable.
 
     noise            (N, …) fp32, current iterates
-    optimizer_state  state of the update rule
+    optimizer_state  state of the update rule, zero again after a restart
     best_noise       (N, …) best iterates so far, over all restarts; best_rewards (N,) their rewards
     peak             (N,) best reward since the last restart, not improved for `stale` (N,) iterations
     starts           (N,) number of starts
     finished         (N,) true where a search has stopped
+    archive          tensors that all searches of a prompt share (MAP-Elites); a restart keeps them
     """
 
     noise: Tensor
@@ -117,6 +118,7 @@ class Search:
     stale: Tensor
     starts: Tensor
     finished: Tensor
+    archive: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(cls, noise: Tensor, optimiser: Optimiser | None = None) -> "Search":
@@ -165,20 +167,21 @@ class Search:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, for saving."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "optimizer_state"}
-        return plain | {f"{STATE_PREFIX}{name}": slot for name, slot in self.optimizer_state.items()}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in MAPPINGS}
+        return plain | {f"{kind}.{name}": slot for kind in MAPPINGS for name, slot in getattr(self, kind).items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "Search":
         """Restore a search from `tensors`, the noise on `device`. Raises InputError where a tensor is missing."""
         placed = {name: value.to(device) if value.dim() > 1 else value for name, value in tensors.items()}
-        optimizer_state = {
-            name.removeprefix(STATE_PREFIX): value for name, value in placed.items() if name.startswith(STATE_PREFIX)
+        mappings = {
+            kind: {name.partition(".")[2]: value for name, value in placed.items() if name.startswith(f"{kind}.")}
+            for kind in MAPPINGS
         }
-        known: dict[str, Any] = {f.name: placed.get(f.name) for f in fields(cls) if f.name != "optimizer_state"}
+        known: dict[str, Any] = {f.name: placed.get(f.name) for f in fields(cls) if f.name not in MAPPINGS}
         if missing := [name for name, value in known.items() if value is None]:
             raise InputError(f"the saved search has no {missing[0]}: delete it to start over")
-        return cls(**known, optimizer_state=optimizer_state)
+        return cls(**known, **mappings)
 
 
 def where_rows(rows: Tensor, then: Tensor | float, other: Tensor) -> Tensor:

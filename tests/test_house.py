@@ -133,7 +133,8 @@ def test_banned_words_are_counted_in_names_and_prose() -> None:
     text = "samples_per_prompt = 4  # of a lot\n# samples per prompt\nrow['lot'], plan, allotted\n"
     assert list(checker["banned_words"](text)) == [(1, "lot"), (1, "samples_per_prompt")]
     assert list(checker["banned_names"]("def f(seen):\n    found = unfound = seen\n")) == [(1, "seen"), (2, "found")]
-    assert list(checker["noun_clauses"]('def f():\n    """What it is."""\n')) == [(2, '"""What …')]
+    assert list(checker["first_words"]('def f():\n    """What it is."""\n')) == [(2, '"""What …')]
+    assert list(checker["first_words"]('def f():\n    """Raises InputError."""\n')) == [(2, '"""Raises …')]
 
 
 def test_links_between_pages_lead_somewhere() -> None:

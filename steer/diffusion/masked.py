@@ -111,17 +111,17 @@ class MaskedKernel:
         return self.ids == self.mask_id
 
     @property
-    def level(self) -> Tensor:
-        """(t − s)/t: what a stored reference keeps of a step beside its `statistics`."""
+    def scale(self) -> Tensor:
+        """Rate (t − s)/t, which a stored reference keeps of a step beside its `statistics`."""
         return torch.tensor(self.rate, dtype=torch.float64)
 
     def statistics(self, z_s: Tensor) -> Tensor:
         """Return log x_θ (N, L, V), on which alone the policy depends."""
         return self.log_x0
 
-    def from_statistics(self, statistics: Tensor, level: Tensor, z_s: Tensor) -> "MaskedKernel":
+    def from_statistics(self, statistics: Tensor, scale: Tensor, z_s: Tensor) -> "MaskedKernel":
         """Return the kernel of another policy at the same step from its `statistics`."""
-        return replace(self, log_x0=statistics.to(self.ids.device), rate=float(level))
+        return replace(self, log_x0=statistics.to(self.ids.device), rate=float(scale))
 
     def at(self, rows: Sequence[int]) -> "MaskedKernel":
         """Select rows."""

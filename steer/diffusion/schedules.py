@@ -268,18 +268,18 @@ class Gaussian:
         return x_s, self.log_prob(x_s)
 
     @property
-    def level(self) -> Tensor:
-        """τ: what a stored reference keeps of a step beside its `statistics`."""
+    def scale(self) -> Tensor:
+        """Scale τ of the noise, which a stored reference keeps of a step beside its `statistics`."""
         return self.std
 
     def statistics(self, x_s: Tensor) -> Tensor:
         """Return (μ − x_s)/τ (N, …): standard normal numbers, which lose less to a short dtype than means do."""
         return (self.mean - x_s) / self.std
 
-    def from_statistics(self, statistics: Tensor, level: Tensor, x_s: Tensor) -> "Gaussian":
-        """Return the kernel of another policy at the same step from its `statistics` and `level`."""
+    def from_statistics(self, statistics: Tensor, scale: Tensor, x_s: Tensor) -> "Gaussian":
+        """Return the kernel of another policy at the same step from its `statistics` and `scale`."""
         dtype = widest(x_s.device)
-        std = level.to(x_s.device, dtype)
+        std = scale.to(x_s.device, dtype)
         return Gaussian(x_s.to(dtype) + std * statistics.to(x_s.device, dtype), std)
 
     def kl(self, other: "Gaussian") -> Tensor:
@@ -343,18 +343,18 @@ def split_noise(before: Level, after: Level, eta: float, dynamics: Dynamics = "d
 # As published, these two have noise in the last step too, which stays in the image: τ² + ρ² is not σ_s².
 
 
-def split_flow_noise(before: Level, after: Level, level: float, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
+def split_flow_noise(before: Level, after: Level, noise_level: float, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
     """Return τ and ρ of a step of flow matching (equations above) at the noise level a.
 
     Where σ_t = 1, 1 − σ_s stands for 1 − σ_t in s of Flow-SDE, as in its authors' code.
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = before, after
     if dynamics == "cps":
-        return sigma_s * math.sin(level * math.pi / 2), sigma_s * math.cos(level * math.pi / 2)
+        return sigma_s * math.sin(noise_level * math.pi / 2), sigma_s * math.cos(noise_level * math.pi / 2)
     down = sigma_t - sigma_s
-    s_squared = torch.full_like(sigma_t, level**2)
+    s_squared = torch.full_like(sigma_t, noise_level**2)
     if dynamics == "flow-sde":
-        s_squared = level**2 * sigma_t / torch.where(alpha_t > 0, alpha_t, alpha_s)
+        s_squared = noise_level**2 * sigma_t / torch.where(alpha_t > 0, alpha_t, alpha_s)
     return (s_squared * down).sqrt(), sigma_s - s_squared * down / (2 * sigma_t)
 
 

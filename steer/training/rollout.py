@@ -37,12 +37,12 @@ from steer.errors import InputError
 class Kernel(Protocol):
     """The transition p(x_s | x_t) of one step: a `Gaussian` of latents, or a `MaskedKernel` of tokens.
 
-    level       plain number of the step that a stored reference keeps
-    statistics  (N, …) of which, with the level, `from_statistics` makes the kernel of a reference again
+    scale       plain number of the step that a stored reference keeps: τ, or the rate of tokens
+    statistics  (N, …) of which, with the scale, `from_statistics` makes the kernel of a reference again
     """
 
     @property
-    def level(self) -> Tensor: ...
+    def scale(self) -> Tensor: ...
 
     def log_prob(self, x_s: Tensor, /) -> Tensor: ...
 
@@ -50,7 +50,7 @@ class Kernel(Protocol):
 
     def statistics(self, x_s: Tensor, /) -> Tensor: ...
 
-    def from_statistics(self, statistics: Tensor, level: Tensor, x_s: Tensor, /) -> "Kernel": ...
+    def from_statistics(self, statistics: Tensor, scale: Tensor, x_s: Tensor, /) -> "Kernel": ...
 
 
 ReplayCallback = Callable[[int, Kernel, Tensor], None]
