@@ -143,6 +143,15 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_front_page_names_every_training_method() -> None:
+    from steer.apps.finetuning import METHODS
+
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| **steer** |"))
+    plain = {"filtered": "filtered", "reward-backprop": "reward backpropagation"}  # by a word in place of the title
+    named = [plain.get(name, trainer.config_class.title) for name, trainer in METHODS.items()]
+    assert sorted(row.split("|")[4].strip().split(", ")) == sorted(named)
+
+
 PRODUCT = """
 import pytest
 
