@@ -174,7 +174,7 @@ class Search:
     def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "Search":
         """Restore a search from `tensors`, the noise on `device`. Raises InputError where a tensor is missing."""
         placed = {name: value.to(device) if value.dim() > 1 else value for name, value in tensors.items()}
-        mappings = {
+        mappings: dict[str, Any] = {
             kind: {name.partition(".")[2]: value for name, value in placed.items() if name.startswith(f"{kind}.")}
             for kind in MAPPINGS
         }

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import tomllib
+import unicodedata
 from pathlib import Path
 
 import preloaded
@@ -137,10 +138,22 @@ def test_banned_words_are_counted_in_names_and_prose() -> None:
     assert list(checker["first_words"]('def f():\n    """Raises InputError."""\n')) == [(2, '"""Raises …')]
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as Python-Markdown makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    plain = [unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode() for heading in headings]
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in plain}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+            if target.startswith("http"):
+                continue
+            other = page.parent / target if target else page
+            assert other.exists(), f"{page.name}: {target}"
+            if anchor and other.suffix == ".md":
+                assert anchor in anchors(other), f"{page.name}: {target}#{anchor}"
 
 
 def test_the_front_page_names_every_training_method() -> None:
