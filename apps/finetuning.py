@@ -26,34 +26,12 @@ from steer.errors import InputError
 from steer.files import IMAGE_SUFFIXES, read_image, write_text
 from steer.pipelines.particle_batch import as_type
 from steer.pipelines.training.config import TrainingConfig
-from steer.pipelines.training.d3po_prdp import BRAInTrainer, D3POTrainer, PRDPTrainer
-from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
-from steer.pipelines.training.drakes import DRAKESTrainer
-from steer.pipelines.training.forward import AWMTrainer, DPOTrainer, NFTTrainer, RAMTrainer
-from steer.pipelines.training.judged import DNOTrainer, SPOTrainer
 from steer.pipelines.training.method import TrainingResult
-from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
+from steer.pipelines.training.methods import METHODS
 from steer.pipelines.training.state import checkpoint_to_resume
 from steer.pipelines.training.trainer import PAUSED, Trainer
 from steer.registry import choose, nearest
 from steer.training.trainable import SECOND_DENOISER, read_lora
-
-METHODS: dict[str, type[Trainer[Any]]] = {
-    "d3po": D3POTrainer,
-    "prdp": PRDPTrainer,
-    "ddpo": DDPOTrainer,
-    "grpo": GRPOTrainer,
-    "filtered": FilteredTrainer,
-    "reward-backprop": RewardBackpropTrainer,
-    "drakes": DRAKESTrainer,
-    "nft": NFTTrainer,
-    "awm": AWMTrainer,
-    "ram": RAMTrainer,
-    "dpo": DPOTrainer,
-    "brain": BRAInTrainer,
-    "spo": SPOTrainer,
-    "dno": DNOTrainer,
-}
 
 
 @dataclass(frozen=True)
@@ -384,7 +362,7 @@ def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
 
 
 def _check_call(config: FinetuneConfig, pipe: Any) -> None:
-    """Raises InputError for an argument that the call of the loaded pipeline does not have."""
+    """Raise InputError for an argument that the call of the loaded pipeline does not have."""
     known = inspect.signature(type(pipe).__call__).parameters
     if unknown := [name for name in config.training.call if name not in known]:
         key = config.source.key(f"call.{unknown[0]}")

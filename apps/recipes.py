@@ -45,7 +45,7 @@ class Recipe:
     base        True for a base image, without steering
     rank        index among the images of the prompt: best first, base images in slot order
     reward, components    its reward, and those of the components by name
-    pixels      `pixel_hash` of the image
+    pixels      `image_hash` of the image
     steer, torch, diffusers, device, dtype    versions and device, to explain differing pixels
     arguments   of the pipeline's call, from the settings and the columns of a prompt file
     scheduler, steps, guidance    of the call, for other programs
@@ -90,7 +90,7 @@ def make_recipe(job: Job, output: SteeringOutput, rank: int, base: bool) -> Reci
         rank=rank,
         reward=output.rewards[0, rank].item(),
         components={name: scores[0, rank].item() for name, scores in output.components.items()},
-        pixels=pixel_hash(output.images[rank]),
+        pixels=image_hash(output.images[rank]),
         steer=steer.__version__,
         torch=torch.__version__,
         diffusers=diffusers.__version__,
@@ -161,7 +161,7 @@ def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
     image.save(path, format="PNG", pnginfo=info)
 
 
-def pixel_hash(image: Image.Image) -> str:
+def image_hash(image: Image.Image) -> str:
     """Hash (SHA-256) an image's mode, size and pixels."""
     data = f"{image.mode} {image.width}x{image.height}\n".encode()
     return hashlib.sha256(data + image.tobytes()).hexdigest()

@@ -14,7 +14,7 @@ from steer.apps.errors import check_writable, wrap_errors
 from steer.apps.methods import METHODS, TINY, Job
 from steer.apps.models import adapter_applied, check_device, load_pipeline
 from steer.apps.prompts import argument_names, call_arguments, cell, check_arguments
-from steer.apps.recipes import Recipe, make_recipe, pixel_hash, read_png, write_png
+from steer.apps.recipes import Recipe, image_hash, make_recipe, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
 from steer.apps.sampling import READ, guided_by_original
 from steer.apps.settings import SamplingConfig
@@ -81,7 +81,7 @@ def replay(
         new_recipe = make_recipe(job, output, recipe.rank, recipe.base)
         write_png(output.images[recipe.rank], path, new_recipe)
         state.unlink(missing_ok=True)
-    same = new_recipe.pixels == pixel_hash(before)
+    same = new_recipe.pixels == image_hash(before)
     if same:
         return ReplayResult(path, same, f"{path}: the same pixels as {image}")
     how = _describe_difference(before, output.images[recipe.rank])
@@ -157,7 +157,7 @@ def _difference_reason(recipe: Recipe, new_recipe: Recipe, before: Image.Image) 
         {name: getattr(one, name) for name in ENVIRONMENT_FIELDS} | {"reward": repr(one.settings.reward)}
         for one in (recipe, new_recipe)
     )
-    reasons = ["the file was edited"] if recipe.pixels != pixel_hash(before) else []
+    reasons = ["the file was edited"] if recipe.pixels != image_hash(before) else []
     reasons += [f"{name} {old} there, {current[name]} here" for name, old in original.items() if old != current[name]]
     unknown_cause = "versions and device are the same; the number of threads or the weights behind a name may differ"
     return "; ".join(reasons) or unknown_cause

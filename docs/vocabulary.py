@@ -20,7 +20,7 @@ BANNED = {
     r"wears?|worn|wearing|unworn": "load, apply or disable an adapter",
     r"goes on|going on|gone on|go on": "resume, continue",
     r"spoilt|spoiled": "corrupt",
-    r"mended": "fixed",
+    r"mend(?:s|ed|ing)?": "fix",
     r"what came of|came of it|what comes of": "result",
     r"stands? in for|stand-ins?|stood in": "proxy, replacement",
     r"lagged|lagging": "asynchronous",
@@ -58,7 +58,7 @@ ALLOWED = re.compile(r"lots\.jsonl|[\"']lot[\"']|round trip|reading order", re.I
 PATTERN = re.compile(rf"(?<![\w-])(?:{'|'.join(BANNED)})(?!\w)", re.IGNORECASE)
 
 # No docstring begins with one of these: a noun phrase or an imperative verb does.
-NOUN_CLAUSES = ("What", "Of", "That", "Which", "Those")
+FIRST_WORDS = ("What", "Of", "That", "Which", "Those", "Raises")
 # Identifiers that are neither a noun nor a verb of the field.
 NAMES = ("HERE", "SAID", "OWN", "APART", "found", "told", "seen", "said")
 
@@ -89,12 +89,12 @@ def banned_words(text: str) -> Iterator[tuple[int, str]]:
         yield from ((number, word) for word in sorted(words))
 
 
-def noun_clauses(text: str) -> Iterator[tuple[int, str]]:
-    """Yield line number and first words of each docstring that begins with a relative clause."""
+def first_words(text: str) -> Iterator[tuple[int, str]]:
+    """Yield line number and first words of each docstring that begins with neither a noun nor an imperative."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (docstring := ast.get_docstring(node)):
             first = docstring.split(maxsplit=1)[0].rstrip(",")
-            if first in NOUN_CLAUSES:
+            if first in FIRST_WORDS:
                 yield node.body[0].lineno, f'"""{first} …'
 
 
@@ -113,7 +113,7 @@ def violations(room: str) -> Iterator[str]:
         text = path.read_text()
         places = list(banned_words(text))
         if path.suffix == ".py":
-            places += [*noun_clauses(text), *banned_names(text)]
+            places += [*first_words(text), *banned_names(text)]
         for number, word in sorted(places):
             yield f"{path.relative_to(ROOT)}:{number}: {word}"
 

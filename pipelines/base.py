@@ -192,7 +192,7 @@ class InitialNoise:
     """Starting noise (B·K, …) of images in the model's dtype, and how the pipeline's own call takes it.
 
     seeds      one for each image, of everything else that the call draws
-    draws      the call without this noise draws it first: so do the generators, for the same numbers after it
+    draws      whether the plain call draws this noise itself; then the generators are advanced past it
     draw       number of the normal draw of the call that the noise replaces; None: the noise is its `latents`
     generator  the call's own, one or several, where images need them; rows that share one come in its order
     """

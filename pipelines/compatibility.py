@@ -93,7 +93,7 @@ class PipelineCheck:
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
             name, reason = type(self.pipe).__name__, (str(error).strip() or "no reason").splitlines()[0]
             raise InputError(
-                f"the plain call of {name} fails ({type(error).__name__}: {reason}): mend it first"
+                f"the plain call of {name} fails ({type(error).__name__}: {reason}): fix that call first"
             ) from error
 
     def equals_plain(self, given: Tensor, plain: Tensor, what: str) -> None:

@@ -1,4 +1,4 @@
-"""steer: better images from a diffusion model and a reward, without being fooled by the score.
+"""steer: reward steering and finetuning of diffusers pipelines, with guards against reward over-optimisation.
 
 Everything a user needs is imported from here, and loaded at its first use: `import steer` loads neither torch nor
 diffusers.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from steer.assets import TEXT_MODELS as TEXT_MODELS
     from steer.audio import AudioReward as AudioReward
     from steer.diffusion.two_prompts import two_prompts as two_prompts
-    from steer.diverse import Selection as Selection
+    from steer.diverse import DiverseSelection as DiverseSelection
     from steer.diverse import diverse as diverse
     from steer.errors import InputError as InputError
     from steer.pipelines.base import Cost as Cost

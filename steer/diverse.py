@@ -14,7 +14,7 @@ SIDE = 8  # of the downscaled images
 
 
 @dataclass(frozen=True)
-class Selection:
+class DiverseSelection:
     """Rows in the order in which they were chosen, and the gain of each in the objective."""
 
     rows: tuple[int, ...]
@@ -30,7 +30,7 @@ def diverse(
     represent: bool = False,
     groups: Sequence[Hashable] = (),
     at_least: int = 1,
-) -> Selection:
+) -> DiverseSelection:
     """Choose `count` of N images greedily by quality and coverage (facility location).
 
         f(S) = Σ_{i ∈ S} q_i + η Σ_{i ∈ U} max_{j ∈ S} sim_ij,   sim_ij = max(cos(x_i, x_j), 0)
@@ -62,7 +62,7 @@ def diverse(
         covered = torch.maximum(covered, cover[:, rows[-1]])
         if groups:
             missing[groups[rows[-1]]] = max(missing[groups[rows[-1]]] - 1, 0)
-    return Selection(tuple(rows), tuple(gains))
+    return DiverseSelection(tuple(rows), tuple(gains))
 
 
 def _check(count: int, weight: float, images: int, features: int, groups: Sequence[Hashable], at_least: int) -> None:

@@ -33,7 +33,7 @@ from steer.apps.demo.studio import Studio
 from steer.apps.demo.text_steering import ScoredText, TextResult
 from steer.apps.demo.text_tab import TextTab, text_settings
 from steer.apps.methods import METHODS
-from steer.apps.recipes import Recipe, pixel_hash, read_metadata, write_png
+from steer.apps.recipes import Recipe, image_hash, read_metadata, write_png
 from steer.apps.sampling import SavedImage
 from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
@@ -64,7 +64,7 @@ def saved(folder: Path, rewards: tuple[float, ...] = (0.5, 0.9, 0.1), **changes:
     settings, images = settings_of(ASKED | changes), []
     for rank, reward in enumerate(rewards):
         image = Image.new("RGB", (32, 32), (60 * rank, 10, settings.seed % 256))
-        recipe = Recipe("a red star", settings, False, rank, reward, {}, pixel_hash(image), "0", "0", "0", "cpu", "f32")
+        recipe = Recipe("a red star", settings, False, rank, reward, {}, image_hash(image), "0", "0", "0", "cpu", "f32")
         write_png(image, path := folder / f"{settings.seed}-{rank}.png", recipe)
         images.append(SavedImage(path, recipe))
     return images

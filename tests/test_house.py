@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import tomllib
+import unicodedata
 from pathlib import Path
 
 import preloaded
@@ -133,13 +134,35 @@ def test_banned_words_are_counted_in_names_and_prose() -> None:
     text = "samples_per_prompt = 4  # of a lot\n# samples per prompt\nrow['lot'], plan, allotted\n"
     assert list(checker["banned_words"](text)) == [(1, "lot"), (1, "samples_per_prompt")]
     assert list(checker["banned_names"]("def f(seen):\n    found = unfound = seen\n")) == [(1, "seen"), (2, "found")]
-    assert list(checker["noun_clauses"]('def f():\n    """What it is."""\n')) == [(2, '"""What …')]
+    assert list(checker["first_words"]('def f():\n    """What it is."""\n')) == [(2, '"""What …')]
+    assert list(checker["first_words"]('def f():\n    """Raises InputError."""\n')) == [(2, '"""Raises …')]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as Python-Markdown makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    plain = [unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode() for heading in headings]
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in plain}
 
 
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+            if target.startswith("http"):
+                continue
+            other = page.parent / target if target else page
+            assert other.exists(), f"{page.name}: {target}"
+            if anchor and other.suffix == ".md":
+                assert anchor in anchors(other), f"{page.name}: {target}#{anchor}"
+
+
+def test_the_front_page_names_every_training_method() -> None:
+    from steer.apps.finetuning import METHODS
+
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| **steer** |"))
+    plain = {"filtered": "filtered", "reward-backprop": "reward backpropagation"}  # by a word in place of the title
+    named = [plain.get(name, trainer.config_class.title) for name, trainer in METHODS.items()]
+    assert sorted(row.split("|")[4].strip().split(", ")) == sorted(named)
 
 
 PRODUCT = """

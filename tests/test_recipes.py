@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from steer.apps.recipes import KEY, Recipe, pixel_hash, read_metadata, read_png, write_png
+from steer.apps.recipes import KEY, Recipe, image_hash, read_metadata, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards
 from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
@@ -57,7 +57,7 @@ RECIPE = Recipe(
     rank=2,
     reward=-0.125,
     components={"scene": 1 / 3},
-    pixels=pixel_hash(picture()),
+    pixels=image_hash(picture()),
     steer="0.1.0",
     torch="2.11.0",
     diffusers="0.42.0",
@@ -112,7 +112,7 @@ def test_the_recipe_is_one_text_of_utf_8_that_any_reader_of_pngs_finds(png: Path
 def test_a_recipe_survives_writing_and_reading(png: Path) -> None:
     assert read_metadata(png) == read_metadata(png.read_bytes()) == RECIPE
     recipe, image = read_png(png)
-    assert recipe == RECIPE and image.tobytes() == picture().tobytes() and pixel_hash(image) == recipe.pixels
+    assert recipe == RECIPE and image.tobytes() == picture().tobytes() and image_hash(image) == recipe.pixels
     assert isinstance(recipe.settings, SamplingConfig)
 
 
@@ -126,8 +126,8 @@ def test_the_hash_records_pixels_shapes_and_modes_apart() -> None:
     other = one.copy()
     other.putpixel((6, 4), (*other.getpixel((6, 4))[:2], 255 - other.getpixel((6, 4))[2]))  # type: ignore[index]
     flat = Image.frombytes("RGB", (5, 7), one.tobytes())
-    assert len({pixel_hash(image) for image in (one, other, flat, one.convert("L"))}) == 4
-    assert pixel_hash(one) == pixel_hash(one.copy())
+    assert len({image_hash(image) for image in (one, other, flat, one.convert("L"))}) == 4
+    assert image_hash(one) == image_hash(one.copy())
 
 
 def test_a_recipe_of_an_older_version_has_the_defaults_of_younger_settings() -> None:

@@ -144,7 +144,7 @@ def build(studio: Studio) -> gr.Blocks:
 
 
 def check_address(host: str, share: bool, auth: tuple[str, str] | None) -> None:
-    """Raises InputError where others could reach the app, and anybody could use it."""
+    """Raise InputError where others could reach the app, and anybody could use it."""
     if auth is None and (share or host not in LOOPBACK):
         where = "--share" if share else f"--host {host}"
         raise InputError(f"{where} lets others in: give --auth USER:PASSWORD with it")

@@ -60,7 +60,7 @@ class AccelerateContext:
                 raise
 
     def check(self, config: TrainingConfig) -> None:
-        """Raises InputError where the prompts of an update cannot be distributed evenly."""
+        """Raise InputError where the prompts of an update cannot be distributed evenly."""
         if config.train_batch_size % self.world_size:
             raise InputError(
                 f"train_batch_size must be a multiple of the {self.world_size} processes, got {config.train_batch_size}"

@@ -13,7 +13,7 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.trainer import Trainer
 from steer.rewards.text import SequenceScore
 from steer.training.distributed import sum_over_processes
-from steer.training.gradient import Batch, GradientOptions, counted
+from steer.training.gradient import Batch, GradientOptions, before_last_call
 from steer.training.guards import kl
 from steer.training.losses import Metrics
 from steer.training.rollout import Sampler
@@ -81,7 +81,7 @@ class DRAKESTrainer(Trainer[DRAKESConfig]):
     reference: Any  # the denoiser as it was given
 
     def check(self) -> None:
-        """Raises InputError for a reward without gradients on tokens, or for a pipeline of images."""
+        """Raise InputError for a reward without gradients on tokens, or for a pipeline of images."""
         if self.pipe is None:  # arguments are checked before a model is loaded
             return
         if not isinstance(self.pipe, MaskedDiffusionPipeline):
@@ -108,7 +108,7 @@ class DRAKESTrainer(Trainer[DRAKESConfig]):
         assert isinstance(sampler, TokenSampler)
         config, context, reward = self.config, options["context"], self._relaxed_reward()
         weight, steps = options["penalties"].get(kl, 0.0), config.last_steps or config.num_inference_steps
-        backward = counted(options["backward"], len(batch.chunks), options["before_last"])
+        backward = before_last_call(options["backward"], len(batch.chunks), options["before_last"])
         count = sum(len(chunk.rows) for chunk in batch.chunks)  # of each process
         totals = [0.0, 0.0]
         for chunk in batch.chunks:

@@ -83,7 +83,7 @@ class ForwardTrainer(Trainer[ForwardConfigT]):
         """Never on samples: the reference is evaluated on noisy latents, within the update."""
         return False
 
-    def window(self, total: int) -> int:
+    def num_learned_steps(self, total: int) -> int:
         """All noise levels but `skip_low_noise_steps`, whatever the precision."""
         return max(1, total - (self.config.skip_low_noise_steps or 0))
 

@@ -62,7 +62,7 @@ def identity_of(
 
 
 def check_identity(identity: Mapping[str, Any], saved: Checkpoint) -> None:
-    """Raises InputError for a checkpoint of another run."""
+    """Raise InputError for a checkpoint of another run."""
     there = saved.json("identity")
     for name, value in identity.items():
         if there.get(name) != value:

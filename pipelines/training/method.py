@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, Unpack
 
@@ -161,10 +162,16 @@ def sampler_of(
     return Sampler(pipe, config.call_kwargs, *options, conditions)
 
 
+def methods_that(fit: Callable[[Any], bool]) -> dict[str, Any]:
+    """Return the trainers of a kind by the names of their methods, for a message."""
+    methods = import_module("steer.pipelines.training.methods").METHODS  # which imports this module
+    return {name: trainer for name, trainer in methods.items() if fit(trainer)}
+
+
 def check_tokens(pipe: Any, config: TrainingConfig, trains_tokens: bool) -> None:
     """Raise InputError for a model of tokens that a method cannot train, or for arguments that it does not have.
 
-    trains_tokens  whether the method can: it learns from log-probabilities, or from relaxed tokens
+    trains_tokens  whether the method can
     """
     if pipe is None or not is_token_scheduler(pipe.scheduler):  # arguments are checked before a model is loaded
         return
@@ -172,7 +179,8 @@ def check_tokens(pipe: Any, config: TrainingConfig, trains_tokens: bool) -> None
     if not has_categorical_kernel(pipe.scheduler):
         raise InputError(f"{name} unmasks by confidence, which has no density: use a MaskedDiffusionPipeline")
     if not trains_tokens:
-        raise InputError(f"{config.title} is for images: train {name} by grpo, ddpo, prdp, d3po, filtered or drakes")
+        others = ", ".join(methods_that(lambda trainer: trainer.can_train_tokens()))
+        raise InputError(f"{config.title} is for images: train {name} by one of {others}")
     plain = TrainingConfig()
     options = ("eta", "dynamics", "guidance_scale", "chi_square_weight", "window")
     given = [one for one in options if getattr(config, one, None) != getattr(plain, one, None)]
@@ -280,7 +288,7 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         every = self.config.kl_every
         return self.needs_reference or (every > 0 and update % every == 0)
 
-    def window(self, total: int) -> int:
+    def num_learned_steps(self, total: int) -> int:
         """Number of stochastic steps, from the first on, that count in losses and penalties."""
         if self.step_window(0) is not None:  # which leaves out the last steps by its place
             return total
@@ -293,7 +301,7 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         return self.config.step_window(update, half is not None)
 
     def steps(self, total: int, name: str) -> tuple[int, ...]:
-        """The stochastic steps, of 0 … total − 1 of the window, that the update of that name learns from."""
+        """The stochastic steps, of 0 … total − 1 of the learned ones, that the update of that name learns from."""
         return chosen_steps(total, self.config.timestep_fraction, self.config.seed, name)
 
     @abstractmethod

@@ -60,7 +60,7 @@ class PreferenceFolder:
     folder.write_preference(group, chosen=1, rejected=0)
 
     A call that returned survives a crash. One program at a time may write. Raises InputError where the disk refuses;
-    then the group is not records.
+    then the group is not recorded.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -178,12 +178,12 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     make_folder(path.parent)
     with path.open("a+b") as file:
         file.seek(0)
-        metrics = file.read()
-        last = metrics[metrics.rfind(b"\n") + 1 :]
+        content = file.read()
+        last = content[content.rfind(b"\n") + 1 :]
         if _accepts(json.loads, last):
             line = b"\n" + line  # somebody's editor left the end of the line out
         elif last:
-            file.truncate(len(metrics) - len(last))
+            file.truncate(len(content) - len(last))
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
@@ -264,8 +264,8 @@ class PreferenceDataset:
         for update in range(number * updates, (number + 1) * updates):
             own = process_shard(range(update * size, (update + 1) * size), context)
             chunks = self._chunks(_preferences_at(self.records, config, own.start, len(own)))
-            window = num_training_steps_of(len(chunks[0].stochastic), config, half)
-            steps = chosen_steps(window, config.timestep_fraction, config.seed, f"update {update}")
+            learned = num_training_steps_of(len(chunks[0].stochastic), config, half)
+            steps = chosen_steps(learned, config.timestep_fraction, config.seed, f"update {update}")
             references = references_of(sampler, trainable, chunks, steps, on_chunk, config)
             _check_reference(chunks, references, steps)
             old = []
@@ -273,7 +273,7 @@ class PreferenceDataset:
                 on_chunk()
                 # Samples count as the present policy's; the first batch is compared with its replay, all steps.
                 old.append(replace(chunk, log_probs=log_probs(sampler, chunk, steps if number else None)))
-            batches.append(Batch(old, references, steps, torch.tensor([[1.0, 0.0]] * size), window))
+            batches.append(Batch(old, references, steps, torch.tensor([[1.0, 0.0]] * size), learned))
             metrics.append({"turn": update * size / len(self.records.preferences)})
         order = batch_order(len(batches), config.num_iterations, config.seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(batch.rewards for batch in batches), tuple(metrics), order)
@@ -300,7 +300,7 @@ def _preferences_at(records: PreferenceRecords, config: TrainingConfig, position
 
 
 def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfig) -> None:
-    """Raises InputError where a run would not draw the samples as those of the folder were drawn."""
+    """Raise InputError where a run would not draw the samples as those of the folder were drawn."""
     if config.num_generations != 2:
         raise InputError(f"num_generations must be 2, got {config.num_generations}: a preference compares two samples")
     here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
@@ -315,9 +315,9 @@ def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfi
 
 
 def _check_reference(chunks: Sequence[Trajectories], references: Sequence[Reference], steps: Sequence[int]) -> None:
-    """Raises InputError where the model that training begins with cannot have drawn the samples."""
-    for chunk, metrics in zip(chunks, references, strict=True):
-        difference = (metrics.log_probs - chunk.log_probs[:, list(steps)]).abs().max().item() / chunk.elements
+    """Raise InputError where the model that training begins with cannot have drawn the samples."""
+    for chunk, reference in zip(chunks, references, strict=True):
+        difference = (reference.log_probs - chunk.log_probs[:, list(steps)]).abs().max().item() / chunk.elements
         if not difference <= MAX_LOG_PROB_DIFFERENCE:
             raise InputError(
                 f"the trajectories of the preferences about {chunk.rows.prompts[0]!r:.60} have other log-probabilities "
@@ -341,8 +341,8 @@ def _regenerate(
         if (known := kept.groups.get(group_id(group.rows))) is not None and known.images == group.images:
             continue  # by this run, before it was stopped
         sampled, images = sampler.rollout(group.rows)
-        for number, (image, metrics) in enumerate(zip(images, group.images, strict=True)):
-            if pixel_hash(pixels_of(image)) != metrics:
+        for number, (image, digest) in enumerate(zip(images, group.images, strict=True)):
+            if pixel_hash(pixels_of(image)) != digest:
                 raise InputError(_regeneration_error(group, number, records.provenance, here))
         kept.write_group(sampled, images)
     return {group.id: kept.groups[group_id(group.rows)] for group in groups}

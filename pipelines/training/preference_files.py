@@ -105,9 +105,9 @@ class SampleProvenance:
         return {name: (mine.get(name), others.get(name)) for name in names if mine.get(name) != others.get(name)}
 
     def _flat(self) -> dict[str, Any]:
-        loaded = asdict(self)
-        scheduler, call = loaded.pop("scheduler"), loaded.pop("call")
-        return loaded | {f"scheduler.{name}": value for name, value in scheduler.items()} | call
+        values = asdict(self)
+        scheduler, call = values.pop("scheduler"), values.pop("call")
+        return values | {f"scheduler.{name}": value for name, value in scheduler.items()} | call
 
 
 @dataclass(frozen=True)
@@ -135,20 +135,20 @@ class SampleGroup:
 
     def line(self) -> dict[str, Any]:
         """Its line in lots.jsonl."""
-        images = [{"file": self.image_file(number), "sha256": loaded} for number, loaded in enumerate(self.images)]
+        images = [{"file": self.image_file(number), "sha256": digest} for number, digest in enumerate(self.images)]
         stored = None
         if self.trajectories is not None:
-            loaded, steps = self.trajectories
-            stored = {"file": self.trajectory_file, "sha256": loaded, "stochastic": list(steps)}
+            digest, steps = self.trajectories
+            stored = {"file": self.trajectory_file, "sha256": digest, "stochastic": list(steps)}
         rows = {name: list(values) for name, values in asdict(self.rows).items()}
         return {"lot": self.id, **rows, "images": images, "trajectories": stored}
 
     def load(self) -> Trajectories:
         """Load the stored trajectories. Raises InputError where they are missing or do not match their line."""
         assert self.trajectories is not None
-        path, (loaded, steps) = file_inside(self.folder, self.trajectory_file), self.trajectories
+        path, (digest, steps) = file_inside(self.folder, self.trajectory_file), self.trajectories
         data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != loaded:
+        if hashlib.sha256(data).hexdigest() != digest:
             raise InputError(f"{path} is not the file that was recorded: its sha256 is another. Restore it")
         try:
             tensors = load(data)
@@ -254,11 +254,11 @@ class PreferenceRecords:
 
     def digest(self) -> str:
         """Hash the preferences in their order, with their provenance and groups."""
-        selected = hashlib.sha256(repr(self.provenance).encode())
+        digest = hashlib.sha256(repr(self.provenance).encode())
         for preference in self.preferences:
             group = self.groups[preference.group]
-            selected.update(repr((preference.chosen, preference.rejected, group.rows, group.images)).encode())
-        return selected.hexdigest()
+            digest.update(repr((preference.chosen, preference.rejected, group.rows, group.images)).encode())
+        return digest.hexdigest()
 
 
 def read_preferences(folder: Path) -> PreferenceRecords:

@@ -58,7 +58,7 @@ class RewardBackpropTrainer(Trainer[RewardBackpropConfig]):
     config_class = RewardBackpropConfig
 
     def check(self) -> None:
-        """Raises InputError for a reward or a pipeline without gradients."""
+        """Raise InputError for a reward or a pipeline without gradients."""
         if not self.reward.differentiable:
             raise InputError(f"reward {self.reward.name!r} is not differentiable: use prdp or d3po, or another reward")
         if self.pipe is None:  # arguments are checked before a model is loaded
@@ -86,7 +86,7 @@ class RewardBackpropTrainer(Trainer[RewardBackpropConfig]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.slope_limit.base = state.get("base_slope")
 
-    def window(self, total: int) -> int:
+    def num_learned_steps(self, total: int) -> int:
         """All steps: the gradient goes through the last ones."""
         return total
 

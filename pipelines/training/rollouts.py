@@ -131,13 +131,13 @@ class OnlineRollouts:
             with self._submit(reward) as submit:
                 scored = sample_and_score(draw, reward, rows, samples, config.micro_batch, context, submit)
             seconds += scored.seconds
-            window = self.method.window(scored.chunks[0].log_probs.shape[1])
-            steps = self.method.steps(window, name)
+            learned = self.method.num_learned_steps(scored.chunks[0].log_probs.shape[1])
+            steps = self.method.steps(learned, name)
             chunks, signal = self.method.select(scored, self.method.signal(scored), name, context)
             references: list[Reference] = []
             if self.method.evaluates_reference(update):
                 references = references_of(sampler, trainable, chunks, steps, on_chunk, config)
-            batches.append(Batch(chunks, references, steps, signal, window))
+            batches.append(Batch(chunks, references, steps, signal, learned))
             rewards.append(scored.rewards)
             metrics.append(summary(scored) | self.method.metrics())
         if number == 0:
@@ -216,7 +216,7 @@ def rollout_to_tensors(buffer: RolloutBuffer, context: DistributedContext) -> tu
             stored |= {f"reference {name}": value for name, value in reference.items() if value is not None}
         tensors |= {f"{number}/signal": batch.rewards, f"{number}/rewards": rewards}
         tensors |= {f"{number}/0/{name}": value for name, value in stored.items()}
-        batches.append({"steps": list(batch.steps), "window": batch.window, "chunks": [values]})
+        batches.append({"steps": list(batch.steps), "window": batch.num_learned_steps, "chunks": [values]})
     plain = {name: getattr(buffer, name) for name in ("number", "metrics", "order", "cursor")}
     return tensors, plain | {"batches": batches}
 

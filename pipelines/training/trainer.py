@@ -33,6 +33,7 @@ from steer.pipelines.training.method import (
     TrainingResult,
     check_tokens,
     half_precision,
+    methods_that,
     process_shard,
     sampler_of,
 )
@@ -118,12 +119,14 @@ class Trainer(TrainingMethod[ConfigT]):
     ) -> None:
         if preferences is not None and not self.takes_preferences:
             raise InputError(
-                f"preferences are for D3PO and DPO, not {self.config_class.title}: give prompts and a reward"
+                f"preferences are for {' and '.join(self._preference_methods())}, not {self.config_class.title}: give "
+                "prompts and a reward"
             )
         if preferences is not None and (conditions or eval_conditions):
             raise InputError("conditions are for samples of train_prompts, not for preferences: leave them out")
         if reward is None and preferences is None:
-            raise InputError("reward is missing: give one to train on, or preferences (D3PO, DPO)")
+            methods = ", ".join(self._preference_methods())
+            raise InputError(f"reward is missing: give one to train on, or preferences ({methods})")
         if config is None and preferences is not None:
             config = self.config_class(**self.preference_defaults(preferences))
         super().__init__(pipe, NoReward() if reward is None else self.read_reward(reward))
@@ -139,7 +142,7 @@ class Trainer(TrainingMethod[ConfigT]):
         self.metadata, self.eval_metadata = metadata, eval_metadata
         self.conditions, self.eval_conditions = conditions, eval_conditions
         self.callbacks, self.on_question, self.run_config = tuple(callbacks), on_question, run_config
-        self._run: TrainingRun | None = None
+        self._run: FinetuningRun | None = None
         names, trained = [one.name for one in self.eval_rewards], plain_rewards(self.reward).keys()
         if twice := [name for place, name in enumerate(names) if name in names[:place]]:
             raise InputError(f"eval_rewards: {twice[0]!r} is given twice: take another one")
@@ -147,8 +150,18 @@ class Trainer(TrainingMethod[ConfigT]):
             raise InputError(
                 f"eval_rewards hold {shared[0]!r}, which is trained on: take one that is not part of the reward"
             )
-        check_tokens(pipe, self.config, self.trains_tokens or (self.log_probs and isinstance(self.config, LossConfig)))
+        check_tokens(pipe, self.config, self.can_train_tokens())
         self.check()
+
+    @classmethod
+    def can_train_tokens(cls) -> bool:
+        """Return whether the method learns from log-probabilities or from relaxed tokens: of models of texts, too."""
+        return cls.trains_tokens or (cls.log_probs and issubclass(cls.config_class, LossConfig))
+
+    @staticmethod
+    def _preference_methods() -> list[str]:
+        trainers = methods_that(lambda trainer: trainer.takes_preferences).values()
+        return [trainer.config_class.title for trainer in trainers]
 
     def _own_config(self, config: TrainingConfig | None) -> Any:
         own = self.config_class
@@ -172,7 +185,7 @@ class Trainer(TrainingMethod[ConfigT]):
         self.reward, *others = (with_media_rates(one, self.pipe, self.config.call_kwargs) for one in rewards)
         self.eval_rewards = tuple(others)
         with worker_processes(self):
-            self._run = TrainingRun(self, self.rollout_source(), self.evaluator(), resume_from_checkpoint)
+            self._run = FinetuningRun(self, self.rollout_source(), self.evaluator(), resume_from_checkpoint)
             return self._run.train()
 
     def rollout_source(self) -> RolloutSource:
@@ -291,7 +304,7 @@ class LossTrainer(Trainer[LossConfigT]):
         return RewardSignal(self.reward, self.config)
 
     def check(self) -> None:
-        """Raises InputError for options that do not fit the reward."""
+        """Raise InputError for options that do not fit the reward."""
         own = self.config.constraints or self.config.normalize_components or self.config.sample_filter != "none"
         if own and isinstance(self.reward, NoReward):
             raise InputError(
@@ -347,7 +360,7 @@ class LossTrainer(Trainer[LossConfigT]):
         return two_pass_gradient(sampler, batch, self.config.loss(), **options)
 
 
-class TrainingRun:
+class FinetuningRun:
     """One training of one trainer, in its output folder.
 
     result  once it has ended
@@ -536,7 +549,7 @@ class TrainingRun:
         return sampler_of(trainer.pipe, self.config, self.prepared, precision, trainer.conditions_by_prompt)
 
     def _check(self, batch: Batch) -> None:
-        """Raises InputError where a replay gives other log-probabilities, or rounding dominates them."""
+        """Raise InputError where a replay gives other log-probabilities, or rounding dominates them."""
         dtype = half_precision(self.state.trainable.denoiser, self.config)
         as_model = self.config.log_prob_precision == "model"
         # Samples that a filter keeps are in batches of another shape than they were drawn in.

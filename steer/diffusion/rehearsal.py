@@ -1,7 +1,8 @@
 """Verification of a scheduler before a run: a copy of it samples a known image, with the exact denoiser of that image.
 
-No list of class names: a scheduler is steered if its levels are those of its own `add_noise` (`scale_noise`), and its
-own x̂0 at every step, and its last latents, are the known image.
+No list of class names decides: a scheduler is steered if its levels are those of its own `add_noise` (`scale_noise`),
+and its own x̂0 at every step, and its last latents, are the known image. The few rules of single schedulers
+(`steer.diffusion.schedules`: clipping, noise of another law, an ignored η) are held against the same steps.
 """
 
 import functools
@@ -32,7 +33,7 @@ SHAPE = (2, 2, 2, 2)
 TOLERANCE = 2e-2  # of an image in [−½, ½]; another convention is wrong by its own size
 # Arguments of `step` that a rehearsal knows how to give.
 KNOWN_ARGUMENTS = {"self", "model_output", "timestep", "sample", "old_pred_original_sample", "timestep_back"}
-RANK = "Rank finished images with `steer score` instead"
+SCORE_INSTEAD = "Rank finished images with `steer score` instead"
 # Schedulers raise these for arguments that do not fit them.
 MISFITS = (TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError)
 
@@ -55,23 +56,23 @@ def check_verified(scheduler: Scheduler) -> None:
 def reason_against(scheduler: Scheduler) -> str | None:
     """Return why a scheduler cannot be steered, with a remedy, or None."""
     if not hasattr(scheduler, "step"):
-        return f"has no step(): its pipeline samples by methods of its own, which cannot be hooked. {RANK}"
+        return f"has no step(): its pipeline samples by methods of its own, which cannot be hooked. {SCORE_INSTEAD}"
     parameters = inspect.signature(type(scheduler).step).parameters
     if "LongTensor" in str(getattr(parameters.get("sample"), "annotation", "")):
-        return f"steps discrete tokens: there are no latents with a noise level to steer. {RANK}"
+        return f"steps discrete tokens: there are no latents with a noise level to steer. {SCORE_INSTEAD}"
     needed = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
     needed |= {name for name in parameters if name.startswith("dmd_")}  # HeliosDMD: optional by name only
     if unknown := sorted(needed - KNOWN_ARGUMENTS):
-        return f"takes {', '.join(unknown)} in its step, which only its own pipeline can give. {RANK}"
+        return f"takes {', '.join(unknown)} in its step, which only its own pipeline can give. {SCORE_INSTEAD}"
     if scheduler.config.get("stages", 1) > 1:
         return "changes the resolution of the latents between its stages: particles cannot be resampled. Use stages=1"
     try:
         return rehearse(type(scheduler).from_config(scheduler.config))
     except InputError as error:
-        return f"{error}".removeprefix(f"{type(scheduler).__name__} ") + f": it is not supported. {RANK}"
+        return f"{error}".removeprefix(f"{type(scheduler).__name__} ") + f": it is not supported. {SCORE_INSTEAD}"
     except MISFITS as error:
         reason = str(error).splitlines()[0][:120]
-        return f"could not sample a known image ({reason}): it is not supported. {RANK}"
+        return f"could not sample a known image ({reason}): it is not supported. {SCORE_INSTEAD}"
 
 
 def _remedy(scheduler: Scheduler) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from steer.diffusion.schedules import level, x0_weights
 from steer.diffusion.step_hooks import SolverStep
 from steer.training.distributed import SINGLE_PROCESS, DistributedContext, sum_over_processes
-from steer.training.gradient import Backward, Batch, counted, past_untrained
+from steer.training.gradient import Backward, Batch, before_last_call, past_untrained
 from steer.training.losses import Metrics
 from steer.training.losses.forward import ForwardLoss, NoisyPredictions, mean_square
 from steer.training.rollout import Sampler, Trajectories
@@ -72,7 +72,7 @@ def forward_gradient(
     """
     steps = list(batch.steps)
     share = 1 / (batch.rewards.shape[:2].numel() * len(steps))
-    backward = past_untrained(counted(backward, len(batch.chunks) * len(steps), before_last), sampler)
+    backward = past_untrained(before_last_call(backward, len(batch.chunks) * len(steps), before_last), sampler)
     policies = {"old": old if loss.uses_old else None, "reference": reference}
     totals: Metrics = {}
     for chunk, signal in zip(batch.chunks, batch.local_rows(batch.rewards[..., None], context), strict=True):

@@ -88,23 +88,23 @@ def reference_of(
 class Batch:
     """B prompts × K samples, prompt after prompt, in chunks of rows that go through the denoiser together.
 
-    chunks   of this process's prompts
-    references  of the chunks; empty where neither loss, penalty nor log needs them
-    steps    the stochastic steps of the gradient, ascending: S of those in the window
-    window   number of the T stochastic steps in the window, the first ones; None: all
-    rewards  (B, K), or (B, K, M) where a loss takes several; of all processes
+    chunks             of this process's prompts
+    references         of the chunks; empty where neither loss, penalty nor log needs them
+    steps              the stochastic steps of the gradient, ascending: S of the learned ones
+    rewards            (B, K), or (B, K, M) where a loss takes several; of all processes
+    num_learned_steps  number of the T stochastic steps that losses and penalties sum over, the first ones; None: all
     """
 
     chunks: Sequence[Trajectories]
     references: Sequence[Reference]
     steps: Sequence[int]
     rewards: Tensor
-    window: int | None = None
+    num_learned_steps: int | None = None
 
     @property
-    def counted(self) -> int:
+    def num_summed_steps(self) -> int:
         """Number of steps in a sum over a trajectory."""
-        return self.window or self.chunks[0].log_probs.shape[1]
+        return self.num_learned_steps or self.chunks[0].log_probs.shape[1]
 
     def matrix(self, values: Sequence[Tensor], context: DistributedContext = SINGLE_PROCESS) -> Tensor:
         """Gather (N, S) of each chunk from all processes as one (B, K, S)."""
@@ -168,9 +168,9 @@ def two_pass_gradient(
     steps = list(batch.steps)
     coefficients, final_loss = _pass_one(sampler, batch, loss, on_policy, on_chunk, context)
     weights = penalty_weights(batch, penalties or {})
-    backward = past_untrained(counted(backward, len(batch.chunks) * len(steps), before_last), sampler)
+    backward = past_untrained(before_last_call(backward, len(batch.chunks) * len(steps), before_last), sampler)
     totals = dict.fromkeys(weights, 0.0)
-    per_sample = batch.counted / len(steps) / batch.rewards.shape[:2].numel()
+    per_sample = batch.num_summed_steps / len(steps) / batch.rewards.shape[:2].numel()
     for number, chunk in enumerate(batch.chunks):
         on_chunk()
 
@@ -189,7 +189,7 @@ def two_pass_gradient(
     value, metrics = final_loss()
     costs = dict(zip(totals, sum_over_processes(context, list(totals.values())), strict=True))
     penalty_means = {penalty.__name__: cost for penalty, cost in costs.items()}
-    return value, metrics | per_step(penalty_means, batch.counted)
+    return value, metrics | per_step(penalty_means, batch.num_summed_steps)
 
 
 def penalty_weights(batch: Batch, penalties: Mapping[Penalty, float]) -> dict[Penalty, float]:
@@ -272,7 +272,7 @@ def past_untrained(backward: Backward, sampler: Sampler) -> Backward:
     return lambda scalar: backward(scalar) if scalar.requires_grad else None
 
 
-def counted(backward: Backward, times: int, before_last: Callable[[], None]) -> Backward:
+def before_last_call(backward: Backward, times: int, before_last: Callable[[], None]) -> Backward:
     """Wrap `backward`, to be called `times` times, to call `before_last` before the last call."""
     left = times
 
@@ -318,7 +318,7 @@ def reward_gradient(
     weights = penalty_weights(batch, penalties)
     value, totals = 0.0, dict.fromkeys(weights, 0.0)
     count_all = len(batch.chunks) * (1 + len(steps) * bool(penalties))
-    backward = past_untrained(counted(backward, count_all, before_last), sampler)
+    backward = past_untrained(before_last_call(backward, count_all, before_last), sampler)
     limit = limit or SlopeLimit(None)
     if limit.factor is not None and limit.base is None:
         slopes = [reward_slopes(sampler.finish(chunk, last_steps), reward, chunk) for chunk in batch.chunks]

@@ -82,10 +82,10 @@ class Loss(Protocol):
     stepwise: ClassVar[bool] = False
     uses_reference: ClassVar[bool] = True
 
-    def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
+    def __call__(self, log_probs: LogProbs, signal: Tensor, /) -> tuple[Tensor, Metrics]:
         """Return the loss, a scalar differentiable w.r.t. `log_probs.new` alone, and metrics, plain numbers.
 
-        rewards: (B, K), higher is better; a loss may document other inputs. Raises InputError where they do not fit.
+        signal: rewards (B, K), higher is better; a loss may document other inputs. Raises InputError for others.
         """
         ...
 
@@ -371,7 +371,7 @@ class DDPO(Settings, Loss):
     unit            of the log-probabilities: element or nat
     advantage_clip  > 0, inf for none: advantages are clipped to ± this; 5 in the authors' ddpo-pytorch
 
-    Takes ADVANTAGES (B, K) for rewards, normalised already (steer.training.losses.PerPromptStatTracker).
+    The signal are advantages (B, K), normalised already (steer.training.losses.PerPromptStatTracker).
     """
 
     clip: float = argument(1e-4, "(0, inf]")
@@ -380,8 +380,8 @@ class DDPO(Settings, Loss):
     stepwise: ClassVar[bool] = True
     uses_reference: ClassVar[bool] = False
 
-    def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
-        advantages = checked_rewards(log_probs, rewards).clamp(-self.advantage_clip, self.advantage_clip)
+    def __call__(self, log_probs: LogProbs, signal: Tensor) -> tuple[Tensor, Metrics]:
+        advantages = checked_rewards(log_probs, signal).clamp(-self.advantage_clip, self.advantage_clip)
         return clipped_objective(log_probs.per(self.unit), advantages, self.clip)
 
 
