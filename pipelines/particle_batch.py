@@ -11,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
 from steer.arguments import IMAGES_PER_PROMPT, annotations_of, coerce_value
-from steer.audio import check_media, is_audio
+from steer.audio import as_scored, check_media, is_audio
 from steer.diffusion.batching import ActiveRows
 from steer.diffusion.glass import correlation, glass_transition
 from steer.diffusion.lookahead import Adapter, LookAhead
@@ -196,7 +196,7 @@ class ParticleBatch:
         chunks = [slice(start, start + size) for start in range(0, len(images), size)]
         self._reward_calls += len(images)
         scored = [
-            score_components(self.reward, _as_scored(images[c]), prompts[c], None if rows is None else rows[c])
+            score_components(self.reward, as_scored(images[c]), prompts[c], None if rows is None else rows[c])
             for c in chunks
         ]
         rewards, components = zip(*scored, strict=True)
@@ -254,11 +254,6 @@ class ParticleBatch:
     def count_gradients(self, images: int) -> None:
         """Add n images to the gradient count."""
         self._gradients += images
-
-
-def _as_scored(media: Tensor) -> Tensor:
-    """Return images in [0, 1], and waveforms as they are, in fp32."""
-    return media.float() if is_audio(media) else media.float().clamp(0, 1)
 
 
 def as_type(images: Tensor, output_type: str) -> Any:

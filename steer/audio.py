@@ -35,6 +35,11 @@ def is_audio(media: Tensor) -> bool:
     return media.dim() <= 3
 
 
+def as_scored(media: Tensor) -> Tensor:
+    """Return images in [0, 1], and waveforms as they are, in fp32."""
+    return media.float() if is_audio(media) else media.float().clamp(0, 1)
+
+
 def sample_rate_of(pipe: Any) -> int | None:
     """Return the sample rate of a pipeline's waveforms in Hz, None where its decoder has none."""
     for part in (getattr(pipe, "vocoder", None), getattr(pipe, "vae", None)):

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils._pytree import tree_map_only
 
-from steer.audio import is_audio
+from steer.audio import as_scored
 from steer.diffusion.differentiable import differentiable_images
 from steer.diffusion.precision import HALF, Precision, in_float32
 from steer.diffusion.preview import filter_call_kwargs
@@ -230,7 +230,7 @@ class Sampler:
         if not stochastic:
             raise InputError("no step of this run has noise: there is nothing to learn. Use more steps")
         trajectories = Trajectories(rows, torch.stack(latents, 1), tuple(stochastic), torch.stack(log_probs, 1))
-        return trajectories, _images(images)
+        return trajectories, as_scored(images)
 
     def ode_images(self, rows: Rows) -> Tensor:
         """Return the images of the rows by steps of the ODE alone, shaped as those of `rollout`."""
@@ -239,7 +239,7 @@ class Sampler:
             return None, solver_step.ode_step().to(_latent_dtype(solver_step))
 
         with torch.no_grad():
-            return _images(self._run(rows, step))
+            return as_scored(self._run(rows, step))
 
     def replay(
         self, stored: Trajectories, at: ReplayCallback, only: Collection[int] | None = None, grad: bool = False
@@ -303,7 +303,7 @@ class Sampler:
         with self._gate.run(denoise), torch.no_grad():
             images = self._run(rows, keep)
         stored = Trajectories(rows, latents[0][:, None], tuple(usable), torch.zeros(len(rows), len(usable)))
-        return stored, _images(images)
+        return stored, as_scored(images)
 
     def decode(self, stored: Trajectories) -> Tensor:
         """Return the images (N, 3, H, W) in [0, 1] of the last stored latents, without calling the denoiser."""
@@ -312,7 +312,7 @@ class Sampler:
             return None, stored.latents[:, -1].to(solver_step.prev)
 
         with self._gate.run(False), torch.no_grad():
-            return self._run(stored.rows, force).float().clamp(0, 1)
+            return as_scored(self._run(stored.rows, force))
 
     def noised(
         self, stored: Trajectories, at: NoisyCallback, only: Collection[int] | None = None, grad: bool = False
@@ -375,11 +375,6 @@ def _stopping(on_step: Callable[[SolverStep], Any]) -> Callable[[SolverStep], An
         return override
 
     return step
-
-
-def _images(images: Tensor) -> Tensor:
-    """Return images in [0, 1], or waveforms as they are, in float32."""
-    return images.float() if is_audio(images) else images.float().clamp(0, 1)
 
 
 def _latent_dtype(solver_step: SolverStep) -> torch.dtype:
