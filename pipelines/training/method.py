@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, Unpack
 
@@ -162,12 +161,6 @@ def sampler_of(
     return Sampler(pipe, config.call_kwargs, *options, conditions)
 
 
-def methods_that(fit: Callable[[Any], bool]) -> dict[str, Any]:
-    """Return the trainers of a kind by the names of their methods, for a message."""
-    methods = import_module("steer.pipelines.training.methods").METHODS  # which imports this module
-    return {name: trainer for name, trainer in methods.items() if fit(trainer)}
-
-
 def check_tokens(pipe: Any, config: TrainingConfig, trains_tokens: bool) -> None:
     """Raise InputError for a model of tokens that a method cannot train, or for arguments that it does not have.
 
@@ -179,8 +172,9 @@ def check_tokens(pipe: Any, config: TrainingConfig, trains_tokens: bool) -> None
     if not has_categorical_kernel(pipe.scheduler):
         raise InputError(f"{name} unmasks by confidence, which has no density: use a MaskedDiffusionPipeline")
     if not trains_tokens:
-        others = ", ".join(methods_that(lambda trainer: trainer.can_train_tokens()))
-        raise InputError(f"{config.title} is for images: train {name} by one of {others}")
+        raise InputError(
+            f"{config.title} is for images: train {name} by a method of log-probabilities, such as grpo, or by drakes"
+        )
     plain = TrainingConfig()
     options = ("eta", "dynamics", "guidance_scale", "chi_square_weight", "window")
     given = [one for one in options if getattr(config, one, None) != getattr(plain, one, None)]

@@ -33,7 +33,6 @@ from steer.pipelines.training.method import (
     TrainingResult,
     check_tokens,
     half_precision,
-    methods_that,
     process_shard,
     sampler_of,
 )
@@ -119,14 +118,13 @@ class Trainer(TrainingMethod[ConfigT]):
     ) -> None:
         if preferences is not None and not self.takes_preferences:
             raise InputError(
-                f"preferences are for {' and '.join(self._preference_methods())}, not {self.config_class.title}: give "
-                "prompts and a reward"
+                f"preferences are for methods that learn from choices, such as D3PO, not {self.config_class.title}: "
+                "give prompts and a reward"
             )
         if preferences is not None and (conditions or eval_conditions):
             raise InputError("conditions are for samples of train_prompts, not for preferences: leave them out")
         if reward is None and preferences is None:
-            methods = ", ".join(self._preference_methods())
-            raise InputError(f"reward is missing: give one to train on, or preferences ({methods})")
+            raise InputError("reward is missing: give one to train on, or preferences (D3PO, DPO)")
         if config is None and preferences is not None:
             config = self.config_class(**self.preference_defaults(preferences))
         super().__init__(pipe, NoReward() if reward is None else self.read_reward(reward))
@@ -157,11 +155,6 @@ class Trainer(TrainingMethod[ConfigT]):
     def can_train_tokens(cls) -> bool:
         """Return whether the method learns from log-probabilities or from relaxed tokens: of models of texts, too."""
         return cls.trains_tokens or (cls.log_probs and issubclass(cls.config_class, LossConfig))
-
-    @staticmethod
-    def _preference_methods() -> list[str]:
-        trainers = methods_that(lambda trainer: trainer.takes_preferences).values()
-        return [trainer.config_class.title for trainer in trainers]
 
     def _own_config(self, config: TrainingConfig | None) -> Any:
         own = self.config_class
