@@ -159,7 +159,7 @@ def peak_of(run: Callable[[], Any], device: torch.device) -> int | None:
     known = reset_peak()
     before = _status("VmRSS") if known else 0
     run()
-    return _status("VmHWM") - before if known else None
+    return max(0, _status("VmHWM") - before) if known else None  # the kernel's count of the present is a page off
 
 
 def reset_peak() -> bool:
