@@ -242,7 +242,7 @@ def test_the_command_has_an_option_for_every_setting() -> None:
         (["--regularisation", "-1"], "--regularisation must be at least 0"),
         (["--patience", "0"], "--patience must be at least 1, got 0"),
         (["--restarts", "-1"], "--restarts must be at least 0"),
-        (["--restarts", "2"], "--restarts must be at least 0, and need a patience, got 2"),
+        (["--restarts", "2"], "--restarts must be at least 0, and need a --patience, got 2"),
         (["--method", "noise-search", "--neighbours", "0"], "--neighbours must be at least 1, got 0"),
         (["--method", "noise-search", "--distance", "0"], "--distance must be above 0 and at most 1, got 0.0"),
         (["--method", "noise-search", "--distance", "1.5"], "--distance must be above 0 and at most 1"),

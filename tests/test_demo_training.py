@@ -404,7 +404,7 @@ def test_what_is_refused_is_a_warning_and_leaves_the_run_before_alone(studio: St
 
 
 def test_the_method_brings_its_own_learning_rate(tab: FinetuneTab) -> None:
-    usual, rate, rates = tab.defaults.value, 1e-3, []
+    usual, rate, rates = tab.defaults.value, 3e-4, []
     for method in ("d3po", "prdp", "choices"):
         change = tab.fit(method, rate, usual)
         usual, rate = change[tab.defaults], change[tab.fields["learning_rate"]]["value"]

@@ -113,7 +113,7 @@ def test_steer_sample_centres_the_guidance_and_replays_it(steer: Steer, tmp_path
     code, said, err = steer("sample", "--replay", tmp_path / "0.5" / entry["images"][0], "--out", tmp_path / "again")
     assert code == 0 and "the same pixels" in said, err
     code, _, err = steer("sample", ORIGINAL, "--original", "0.5", "--out", tmp_path / "no")
-    assert code != 0 and "give expand too" in err
+    assert code != 0 and "give --expand too" in err
 
 
 @pytest.mark.hard

@@ -86,7 +86,7 @@ def test_components_and_trained_rewards_get_the_rates_of_the_pipeline(
     assert rates == [16_000]
     for name in ("rollout_source", "evaluator"):
         monkeypatch.setattr(Trainer, name, lambda self: None)
-    monkeypatch.setattr("steer.pipelines.training.trainer.TrainingRun", lambda *_: SimpleNamespace(train=list))
+    monkeypatch.setattr("steer.pipelines.training.trainer.FinetuningRun", lambda *_: SimpleNamespace(train=list))
     trainer = GRPOTrainer(
         WithRate(), reward, train_prompts=PROMPTS, eval_rewards=[VideoReward(motion, name="held-out")]
     )

@@ -43,23 +43,24 @@ def without_tf32() -> Iterator[None]:
     """Switch TF32 off in the block, in all threads: PyTorch has one setting for the process.
 
     It has two names, `fp32_precision` and the older `allow_tf32`, which raises where they differ. torch.compile reads
-    the older one, so that both are set.
+    the older one, so that both are set; and compiles anew where the first changes, so that what is off is left alone.
     """
     backends: Any = torch.backends
     matmul, cudnn = backends.cuda.matmul, backends.cudnn
-    operations = (matmul, cudnn.conv, cudnn.rnn)
+    pairs = ((matmul, matmul), (cudnn, cudnn.conv), (cudnn, cudnn.rnn))
+    switched = [pair for pair in pairs if pair[1].fp32_precision == "tf32"]
 
-    def write(precisions: Sequence[str]) -> None:
-        matmul.allow_tf32, cudnn.allow_tf32 = precisions[0] == "tf32", "tf32" in precisions[1:]
-        for operation, precision in zip(operations, precisions, strict=True):
-            operation.fp32_precision = precision
+    def write(allowed: bool) -> None:
+        for older, _ in switched:
+            older.allow_tf32 = allowed
+        for _, operation in switched:
+            operation.fp32_precision = "tf32" if allowed else "ieee"
 
-    before = [one.fp32_precision for one in operations]
-    write(["ieee"] * len(operations))
+    write(False)
     try:
         yield
     finally:
-        write(before)
+        write(True)
 
 
 def in_float32(modules: Sequence[nn.Module], autocast: bool = False) -> Callable[[], AbstractContextManager[None]]:
