@@ -524,6 +524,8 @@ def mean_over_frames(images: Tensor, score: Callable[[Tensor], Scores], reward: 
 logger = logging.getLogger(__name__)
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")
 MAX_TOKENS = 1_000_000  # a tokenizer without a limit states one far beyond
+# A fast tokenizer stores the padding of the current call: threads that share one would use each other's.
+ENCODING_LOCK = threading.RLock()
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -556,7 +558,8 @@ def warn_if_pipeline_truncates(pipe: Any, prompts: Sequence[str], call: Mapping[
 
 def token_count(tokenizer: Any, prompt: str) -> int:
     """Count the tokens of a prompt, begin and end tokens included."""
-    return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+    with ENCODING_LOCK:
+        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
 
 def with_truncation_warning(
@@ -565,8 +568,9 @@ def with_truncation_warning(
     """Wrap an encoder of prompts to warn about those it truncates."""
 
     def encoding(prompts: list[str]) -> Tensor:
-        for prompt in prompts:
-            warn_if_truncated(reader, prompt, count(prompt), limit)
-        return encode(prompts)
+        with ENCODING_LOCK:
+            for prompt in prompts:
+                warn_if_truncated(reader, prompt, count(prompt), limit)
+            return encode(prompts)
 
     return encoding

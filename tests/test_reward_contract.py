@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ from steer import BestOfNPipeline, FKSteeringPipeline, ReNOPipeline, RewardBackp
 from steer.assets import MODELS
 from steer.errors import InputError
 from steer.reward import (
+    ENCODING_LOCK,
     Composite,
     Reward,
     RewardError,
     score,
     score_components,
+    token_count,
     warn_if_pipeline_truncates,
     warn_if_truncated,
     with_metadata,
@@ -623,6 +626,25 @@ def test_a_prompt_that_the_pipeline_cuts_is_warned_about_once(caplog: pytest.Log
     assert repr(LONG)[:50] in line and len(line.splitlines()) == 1
     warn_if_pipeline_truncates(pipe, [LONG + "b"], {})
     assert len(told(caplog)) == 2, "another prompt"
+
+
+def test_tokens_are_counted_in_one_thread_at_a_time() -> None:
+    """A fast tokenizer keeps the padding of its last call: a count between two calls of another thread changes it."""
+    counting, done = threading.Event(), threading.Event()
+
+    def tokenizer(prompt: str, **_: Any) -> Any:
+        counting.set()
+        done.wait(60)
+        return SimpleNamespace(input_ids=[1, 2])
+
+    thread = threading.Thread(target=token_count, args=(tokenizer, "a star"))
+    thread.start()
+    counting.wait(60)
+    free = ENCODING_LOCK.acquire(blocking=False)
+    done.set()
+    thread.join()
+    assert not free and ENCODING_LOCK.acquire(blocking=False)
+    ENCODING_LOCK.release()
 
 
 def test_every_tokenizer_has_its_own_limit(caplog: pytest.LogCaptureFixture) -> None:

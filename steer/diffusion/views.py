@@ -7,7 +7,6 @@ import copy
 import hashlib
 import json
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from steer.diffusion.safety import SAFETY_CHECKER, PassThroughChecker
 from steer.errors import UnsupportedPipelineError
+from steer.reward import ENCODING_LOCK
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,6 @@ ENCODED_TEXTS = "_encoded_texts"  # attribute of a view: outputs of the text enc
 
 
 POST_PROCESSORS = ("safety_checker", "watermark")  # of finished images only
-# A fast tokenizer stores the padding of the current call: threads that share one would use each other's.
-ENCODING_LOCK = threading.RLock()
 
 
 def without_side_effects(pipe: Any) -> Any:
