@@ -43,7 +43,7 @@ def without_tf32() -> Iterator[None]:
     """Switch TF32 off in the block, in all threads: PyTorch has one setting for the process.
 
     It has two names, `fp32_precision` and the older `allow_tf32`, which raises where they differ. torch.compile reads
-    the older one, so that both are set; and compiles anew where the first changes, so that what is off is left alone.
+    the older one, so that both are set; and recompiles where the first changes, so that what is off is left alone.
     """
     backends: Any = torch.backends
     matmul, cudnn = backends.cuda.matmul, backends.cudnn
