@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from steer.diffusion.precision import Precision
-from steer.diffusion.seeds import derived_seed
+from steer.diffusion.seeds import derived_seed, get_random_state, set_random_state
 from steer.diffusion.views import plain_values
 from steer.errors import InputError
 from steer.files import write_text
@@ -521,7 +521,7 @@ class FinetuningRun:
 
     def _draw(self, request: StopRequest) -> RolloutBuffer:
         """Collect the next rollout and verify the first by its replay. An interrupted one leaves no trace."""
-        before, random = self.trainer.state_dict(), torch.get_rng_state()
+        before, random = self.trainer.state_dict(), get_random_state()
         self.sampler = self._sampler()  # its cached text embeddings last for a rollout
         try:
             with self.state.old_policy():
@@ -532,7 +532,7 @@ class FinetuningRun:
                 self._check(buffer.batch)
         except BaseException:
             self.trainer.load_state_dict(before)
-            torch.set_rng_state(random)
+            set_random_state(random)
             raise
         self.state.num_rollouts += 1
         return buffer
