@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from playwright.sync_api import ConsoleMessage, Page, Route, sync_playwright
-from playwright.sync_api import expect as seen
+from playwright.sync_api import ConsoleMessage, Page, Route, expect, sync_playwright
 
 pytestmark = pytest.mark.browser
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -99,7 +98,7 @@ def page(browser: object, app: Served) -> Iterator[Page]:
     made.on("pageerror", lambda error: watch.errors.append(str(error)))
     made.set_default_timeout(SLOW)
     made.goto(app.url)
-    seen(made.locator("#steer-start")).to_be_visible(timeout=SLOW)
+    expect(made.locator("#steer-start")).to_be_visible(timeout=SLOW)
     yield made
     context.close()
     assert not watch.outside and not watch.errors
@@ -111,48 +110,48 @@ def status(page: Page) -> str:
 
 def run_to_end(page: Page) -> None:
     page.locator("#steer-start").click()
-    seen(page.locator("#steer-status")).to_contain_text(re.compile("Done|Stopped"), timeout=SLOW)
+    expect(page.locator("#steer-status")).to_contain_text(re.compile("Done|Stopped"), timeout=SLOW)
 
 
 def test_particles_arrive_one_by_one_and_the_end_is_compared(page: Page) -> None:
     page.evaluate(COLLECT)
     run_to_end(page)
     assert page.evaluate("window.before.size") >= 3, "distinct previews before the end"
-    seen(page.locator("#steer-slider img").first).to_be_visible()
-    seen(page.locator("#steer-rewards")).to_contain_text("denoiser evaluations")
+    expect(page.locator("#steer-slider img").first).to_be_visible()
+    expect(page.locator("#steer-rewards")).to_contain_text("denoiser evaluations")
 
 
 def test_ctrl_enter_runs_and_the_result_is_in_view_and_enlarged_and_walked_through_by_keys(page: Page) -> None:
     page.set_viewport_size({"width": 1280, "height": 720})
     page.locator("#steer-prompts textarea").press("Control+Enter")
-    seen(page.locator("#steer-status")).to_contain_text("Done", timeout=SLOW)
-    seen(page.locator("#steer-slider img").first).to_be_visible()
+    expect(page.locator("#steer-status")).to_contain_text("Done", timeout=SLOW)
+    expect(page.locator("#steer-slider img").first).to_be_visible()
     page.wait_for_function("[...document.querySelectorAll('#steer-slider img')].every(one => one.complete)")
     for one in ("#steer-prompts", "#steer-start", "#steer-status", "#steer-slider"):
         box = page.locator(one).bounding_box()
         assert box is not None and box["y"] >= 0 and box["y"] + box["height"] <= 720, (one, box)
     page.locator("#steer-images .thumbnail-item").first.click()
     large = page.locator("#steer-images img[data-testid=detailed-image]")
-    seen(large).to_be_visible()
+    expect(large).to_be_visible()
     assert (large.bounding_box() or {"height": 0})["height"] >= 300
     first = large.get_attribute("src")
     page.keyboard.press("ArrowRight")
-    seen(large).not_to_have_attribute("src", first or "")
+    expect(large).not_to_have_attribute("src", first or "")
     page.keyboard.press("ArrowLeft")
-    seen(large).to_have_attribute("src", first or "")
+    expect(large).to_have_attribute("src", first or "")
     page.locator("#steer-images").get_by_label("Close").click()
-    seen(page.locator("#steer-images .thumbnail-item")).to_have_count(2)
+    expect(page.locator("#steer-images .thumbnail-item")).to_have_count(2)
 
 
 def test_stop_ends_a_run_at_once(page: Page) -> None:
     page.get_by_label("number input for Steps").fill("100")
     page.locator("#steer-start").click()
-    seen(page.locator("#steer-status")).to_contain_text("Searching", timeout=SLOW)
+    expect(page.locator("#steer-status")).to_contain_text("Searching", timeout=SLOW)
     page.locator("#steer-stop").click()
     started = time.monotonic()
-    seen(page.locator("#steer-status")).to_contain_text("Stopped", timeout=SLOW)
+    expect(page.locator("#steer-status")).to_contain_text("Stopped", timeout=SLOW)
     assert time.monotonic() - started < 5
-    seen(page.locator("#steer-start")).to_be_enabled()
+    expect(page.locator("#steer-start")).to_be_enabled()
 
 
 def test_script_tags_in_prompts_do_nothing(page: Page) -> None:
@@ -174,9 +173,9 @@ def test_an_image_brings_its_settings_back(page: Page, tmp_path: Path) -> None:
     download.value.save_as(tmp_path / "best.png")
     page.reload()
     page.locator("#steer-drop input[type=file]").set_input_files(tmp_path / "best.png")
-    seen(page.locator("#steer-status")).to_contain_text("restored", timeout=SLOW)
-    seen(page.get_by_label("number input for Steps")).to_have_value("7")
-    seen(page.get_by_label("Seed").first).to_have_value("11")
+    expect(page.locator("#steer-status")).to_contain_text("restored", timeout=SLOW)
+    expect(page.get_by_label("number input for Steps")).to_have_value("7")
+    expect(page.get_by_label("Seed").first).to_have_value("11")
 
 
 def test_a_second_run_of_reno_keeps_the_steps_and_a_seed_that_cannot_be_leaves_no_done(page: Page) -> None:
@@ -184,15 +183,15 @@ def test_a_second_run_of_reno_keeps_the_steps_and_a_seed_that_cannot_be_leaves_n
     page.locator("#steer-method input").click()
     page.get_by_role("option", name="Optimised noise (ReNO)").click()
     page.get_by_label("number input for Iterations").fill("3")
-    seen(page.get_by_label("number input for Steps")).to_have_value("2")
+    expect(page.get_by_label("number input for Steps")).to_have_value("2")
     for seed in ("1", "2"):
         page.get_by_label("Seed").first.fill(seed)
         page.locator("#steer-start").click()
-        seen(page.locator("#steer-status")).to_contain_text(f"seed {seed}.", timeout=SLOW)
-    seen(page.locator("#steer-base img")).not_to_have_count(0)
+        expect(page.locator("#steer-status")).to_contain_text(f"seed {seed}.", timeout=SLOW)
+    expect(page.locator("#steer-base img")).not_to_have_count(0)
     page.get_by_label("Seed").first.fill("-3")
     page.locator("#steer-start").click()
-    seen(page.locator("#steer-status")).to_contain_text("seed must be 0 to", timeout=SLOW)
+    expect(page.locator("#steer-status")).to_contain_text("seed must be 0 to", timeout=SLOW)
 
 
 def test_a_closed_tab_frees_the_worker(page: Page, app: Served) -> None:
@@ -200,7 +199,7 @@ def test_a_closed_tab_frees_the_worker(page: Page, app: Served) -> None:
     leaver.goto(app.url)
     leaver.get_by_label("number input for Steps").fill("100", timeout=SLOW)
     leaver.locator("#steer-start").click()
-    seen(leaver.locator("#steer-status")).to_contain_text("Searching", timeout=SLOW)
+    expect(leaver.locator("#steer-status")).to_contain_text("Searching", timeout=SLOW)
     leaver.close()
     run_to_end(page)
 
@@ -211,8 +210,8 @@ def test_the_endpoint_is_the_only_one_and_gives_images(app: Served, tmp_path: Pa
     from steer.apps.recipes import read_metadata
 
     client = Client(app.url, verbose=False, download_files=tmp_path)
-    told = client.view_api(return_format="dict", print_info=False)
-    assert list(told["named_endpoints"]) == ["/steer"] and not told["unnamed_endpoints"]
+    api = client.view_api(return_format="dict", print_info=False)
+    assert list(api["named_endpoints"]) == ["/steer"] and not api["unnamed_endpoints"]
     images, report = client.predict("a red star", steps=4, particles=8, seed=3, api_name="/steer")
     assert len(images) == 2, "the best two of eight starts"
     assert json.dumps(report) and report["settings"]["seed"] == 3
@@ -224,20 +223,20 @@ def test_a_model_learns_stops_goes_on_and_is_compared(page: Page) -> None:
     page.get_by_role("tab", name="Finetune").click()
     page.get_by_label("number input for Updates").fill("9")
     page.locator("#finetune-start").click()
-    told = page.locator("#finetune-status")
-    seen(told).to_contain_text("Update 1 of 9, reward", timeout=SLOW)
+    progress = page.locator("#finetune-status")
+    expect(progress).to_contain_text("Update 1 of 9, reward", timeout=SLOW)
     page.locator("#finetune-stop").click()
-    seen(told).to_contain_text(re.compile("Stopped after [1-8] of 9 updates"), timeout=SLOW)
-    seen(page.locator("#finetune-samples")).to_contain_text("before training")
+    expect(progress).to_contain_text(re.compile("Stopped after [1-8] of 9 updates"), timeout=SLOW)
+    expect(page.locator("#finetune-samples")).to_contain_text("before training")
     page.locator("#finetune-more").click()
-    seen(told).to_contain_text("Done: 9 updates", timeout=SLOW)
-    seen(page.locator("#finetune-charts svg").first).to_be_visible()
-    seen(page.locator(".steer-held:visible .steer-cell")).to_have_count(16)
+    expect(progress).to_contain_text("Done: 9 updates", timeout=SLOW)
+    expect(page.locator("#finetune-charts svg").first).to_be_visible()
+    expect(page.locator(".steer-held:visible .steer-cell")).to_have_count(16)
     page.locator("#finetune-load").click()
-    seen(page.locator("#steer-status")).to_contain_text("before and after", timeout=SLOW)
+    expect(page.locator("#steer-status")).to_contain_text("before and after", timeout=SLOW)
     run_to_end(page)
-    seen(page.locator("#steer-slider")).to_contain_text("Left: base model, right: finetuned")
-    seen(page.locator("#steer-rewards")).to_contain_text("Mean reward")
+    expect(page.locator("#steer-slider")).to_contain_text("Left: base model, right: finetuned")
+    expect(page.locator("#steer-rewards")).to_contain_text("Mean reward")
 
 
 def test_images_are_scored_and_what_is_none_is_named(page: Page, tmp_path: Path) -> None:
@@ -248,18 +247,18 @@ def test_images_are_scored_and_what_is_none_is_named(page: Page, tmp_path: Path)
     (tmp_path / "script.png").write_text(f"{EVIL}")
     page.get_by_role("tab", name="Rewards").click()
     page.locator("#rewards-files input[type=file]").set_input_files(sorted(tmp_path.glob("*.png")))
-    seen(page.locator("#rewards-files")).to_contain_text("white", timeout=SLOW)
+    expect(page.locator("#rewards-files")).to_contain_text("white", timeout=SLOW)
     page.get_by_label("brightness").check()
     page.get_by_label("Others, by name").fill(f"colour:red\n{EVIL}")
     page.locator("#rewards-start").click()
-    seen(page.locator("#rewards-status")).to_contain_text("Done: 3 images by 5 rewards", timeout=SLOW)
+    expect(page.locator("#rewards-status")).to_contain_text("Done: 3 images by 5 rewards", timeout=SLOW)
     notes = page.locator(".steer-left-out")
     for name in ("bomb.png: 9000 × 9000 pixels", "torn.png: ", "script.png: not an image", "here rewards have names"):
-        seen(notes).to_contain_text(name)
+        expect(notes).to_contain_text(name)
     page.get_by_label("Best first by").click()
     page.get_by_role("option", name="brightness").click()
-    seen(page.locator("#rewards-view tbody tr").first).to_contain_text("white.png")
-    seen(page.locator("#rewards-scatter .steer-spot")).to_have_count(3)
+    expect(page.locator("#rewards-view tbody tr").first).to_contain_text("white.png")
+    expect(page.locator("#rewards-scatter .steer-spot")).to_have_count(3)
     assert page.evaluate("window.evil") is None
 
 
@@ -267,11 +266,11 @@ def test_files_that_are_too_large_or_torn_are_refused(page: Page, app: Served, t
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     (tmp_path / "large.png").write_bytes(bytes(11 * 2**20))
     page.locator("#steer-drop input[type=file]").set_input_files(tmp_path / "torn.png")
-    seen(page.locator("#steer-status")).to_contain_text("torn.png: not a PNG that can be read", timeout=SLOW)
+    expect(page.locator("#steer-status")).to_contain_text("torn.png: not a PNG that can be read", timeout=SLOW)
     other = page.context.new_page()
     other.goto(app.url)
     other.locator("#steer-drop input[type=file]").set_input_files(tmp_path / "large.png")
-    seen(other.locator("#steer-status")).to_contain_text("large.png: not a PNG that can be read", timeout=SLOW)
+    expect(other.locator("#steer-status")).to_contain_text("large.png: not a PNG that can be read", timeout=SLOW)
     run_to_end(other)
 
 
@@ -284,12 +283,12 @@ def test_ten_choices_by_key_survive_a_kill(browser: object, tmp_path: Path) -> N
     page.locator("#label-name input, #label-name textarea").fill("Ada <script>")
     page.keyboard.press("Enter")
     for number in range(10):
-        seen(page.locator("#label-view img").first).to_be_visible(timeout=SLOW)
+        expect(page.locator("#label-view img").first).to_be_visible(timeout=SLOW)
         lot = page.locator(".steer-label").get_attribute("data-group")
         page.keyboard.press("ArrowLeft" if number % 2 else "ArrowRight")
-        told = re.compile(rf"{number + 1} choices?,")
-        seen(page.locator("#label-progress")).to_contain_text(told, timeout=SLOW)
-        seen(page.locator(f'.steer-label:not([data-group="{lot}"]) img').first).to_be_visible(timeout=SLOW)
+        count = re.compile(rf"{number + 1} choices?,")
+        expect(page.locator("#label-progress")).to_contain_text(count, timeout=SLOW)
+        expect(page.locator(f'.steer-label:not([data-group="{lot}"]) img').first).to_be_visible(timeout=SLOW)
     running.process.kill()
     running.process.wait()
     lines = [json.loads(line) for line in (running.labels / "choices.jsonl").read_text().splitlines()]
@@ -307,22 +306,22 @@ def test_labels_are_zoomed_by_key_and_teach_a_reward(browser: object, tmp_path: 
     page.locator("#label-name input, #label-name textarea").fill("Ada")
     page.keyboard.press("Enter")
     picture = page.locator("#label-view img").first
-    seen(picture).to_be_visible(timeout=SLOW)
+    expect(picture).to_be_visible(timeout=SLOW)
     small = picture.bounding_box() or {"width": 0}
     page.keyboard.press("z")
-    seen(page.locator("#label-view [data-zoom]")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#label-view [data-zoom]")).to_have_attribute("aria-pressed", "true")
     assert (picture.bounding_box() or {"width": 0})["width"] > small["width"]
     page.keyboard.press("Escape")
-    seen(page.locator("#label-view [data-zoom]")).to_have_attribute("aria-pressed", "false")
+    expect(page.locator("#label-view [data-zoom]")).to_have_attribute("aria-pressed", "false")
     for number in range(6):
         group = page.locator(".steer-label").get_attribute("data-group")
         page.keyboard.press("ArrowRight")
-        seen(page.locator("#label-progress")).to_contain_text(re.compile(rf"{number + 1} choices?,"), timeout=SLOW)
-        seen(page.locator(f'.steer-label:not([data-group="{group}"]) img').first).to_be_visible(timeout=SLOW)
+        expect(page.locator("#label-progress")).to_contain_text(re.compile(rf"{number + 1} choices?,"), timeout=SLOW)
+        expect(page.locator(f'.steer-label:not([data-group="{group}"]) img').first).to_be_visible(timeout=SLOW)
     page.locator("#label-reward-start").click()
-    seen(page.locator("#label-reward-status")).to_contain_text("preference:labels-1: ", timeout=4 * SLOW)
+    expect(page.locator("#label-reward-status")).to_contain_text("preference:labels-1: ", timeout=4 * SLOW)
     page.locator("#label-reward-use").click()
-    seen(page.get_by_label("Reward").first).to_have_value("preference:labels-1", timeout=SLOW)
+    expect(page.get_by_label("Reward").first).to_have_value("preference:labels-1", timeout=SLOW)
     page.close()
     running.process.terminate()
     assert running.process.wait(90) == 0
@@ -332,24 +331,24 @@ def test_texts_appear_word_by_word(page: Page) -> None:
     page.get_by_role("tab", name="Text").click()
     page.get_by_label("Beginning of the text").fill("a red circle and")
     page.locator("#text-start").click()
-    seen(page.locator("#text-status")).to_contain_text("Done: 4 texts", timeout=SLOW)
+    expect(page.locator("#text-status")).to_contain_text("Done: 4 texts", timeout=SLOW)
     view = page.locator("#text-view")
-    seen(view.locator(".steer-frame:not([hidden]) .steer-text").first).to_contain_text("a red circle and")
+    expect(view.locator(".steer-frame:not([hidden]) .steer-text").first).to_contain_text("a red circle and")
     view.locator(".steer-scrubber").fill("2")
-    seen(view.locator(".steer-frame:not([hidden]) .steer-masked").first).to_be_visible()
-    seen(view.locator(".steer-table")).to_contain_text("base 1")
+    expect(view.locator(".steer-frame:not([hidden]) .steer-masked").first).to_be_visible()
+    expect(view.locator(".steer-table")).to_contain_text("base 1")
     page.get_by_label("Beginning of the text").fill("two")
     page.get_by_role("tab", name="History").click()
-    seen(page.locator("#history-view")).to_contain_text("a red circle and", timeout=SLOW)
+    expect(page.locator("#history-view")).to_contain_text("a red circle and", timeout=SLOW)
     page.locator("#history-restore").click()
-    seen(page.get_by_label("Beginning of the text")).to_have_value("a red circle and", timeout=SLOW)
+    expect(page.get_by_label("Beginning of the text")).to_have_value("a red circle and", timeout=SLOW)
 
 
 def history_run(page: Page, seed: int) -> None:
     page.get_by_label("Seed").first.fill(str(seed))
     page.get_by_label("number input for Steps").fill("4")
     run_to_end(page)
-    seen(page.locator("#steer-status")).to_contain_text(f"seed {seed}.", timeout=SLOW)
+    expect(page.locator("#steer-status")).to_contain_text(f"seed {seed}.", timeout=SLOW)
 
 
 def opened_history(page: Page, url: str) -> None:
@@ -373,35 +372,35 @@ def test_the_history_survives_a_kill_and_restores_compares_and_shares(browser: o
     running.process.wait()
     running = served(tmp_path)
     opened_history(page, running.url)
-    seen(page.locator("#history-status")).to_contain_text("2 runs in your history", timeout=SLOW)
-    seen(page.locator("#history-runs button:has(img)")).to_have_count(2)
-    seen(page.locator("#history-view")).to_contain_text("seed 12")
+    expect(page.locator("#history-status")).to_contain_text("2 runs in your history", timeout=SLOW)
+    expect(page.locator("#history-runs button:has(img)")).to_have_count(2)
+    expect(page.locator("#history-view")).to_contain_text("seed 12")
     choose_second(page, "seed 11")
-    seen(page.locator("#history-view img")).to_have_count(2)
-    seen(page.locator("#history-view table").first).to_contain_text(re.compile(r"seed\s*12\s*11"))
+    expect(page.locator("#history-view img")).to_have_count(2)
+    expect(page.locator("#history-view table").first).to_contain_text(re.compile(r"seed\s*12\s*11"))
     page.screenshot(path=tmp_path / "history.png")
     page.locator("#history-runs button:has(img)").nth(1).click()
-    seen(page.locator("#history-first input")).to_have_value(re.compile("seed 11"))
+    expect(page.locator("#history-first input")).to_have_value(re.compile("seed 11"))
     page.locator("#history-share").click()
     link = page.locator("#history-link textarea, #history-link input")
-    seen(link).to_have_value(re.compile(r"^http://.*\?settings=%7B"))
+    expect(link).to_have_value(re.compile(r"^http://.*\?settings=%7B"))
     page.goto(link.input_value())
-    seen(page.locator("#steer-status")).to_contain_text("Settings of the link", timeout=SLOW)
-    seen(page.get_by_label("Seed").first).to_have_value("11")
+    expect(page.locator("#steer-status")).to_contain_text("Settings of the link", timeout=SLOW)
+    expect(page.get_by_label("Seed").first).to_have_value("11")
     opened_history(page, running.url)
     page.locator("#history-rewards").click()
-    seen(page.locator("#rewards-files")).to_contain_text("image1", timeout=SLOW)
+    expect(page.locator("#rewards-files")).to_contain_text("image1", timeout=SLOW)
     page.get_by_role("tab", name="History").click()
     page.locator("#history-label").click()
-    seen(page.locator("#label-status")).to_contain_text("1 pair of the run", timeout=SLOW)
+    expect(page.locator("#label-status")).to_contain_text("1 pair of the run", timeout=SLOW)
     page.get_by_role("tab", name="History").click()
     page.locator("#history-restore").click()
-    seen(page.get_by_label("Seed").first).to_have_value("12")
-    seen(page.locator("#steer-status")).to_contain_text("restored", timeout=SLOW)
+    expect(page.get_by_label("Seed").first).to_have_value("12")
+    expect(page.locator("#steer-status")).to_contain_text("restored", timeout=SLOW)
     page.get_by_role("tab", name="History").click()
     page.on("dialog", lambda dialog: dialog.accept())
     page.locator("#history-clear").click()
-    seen(page.locator("#history-status")).to_contain_text("appear here")
+    expect(page.locator("#history-status")).to_contain_text("appear here")
     page.close()
     running.process.terminate()
     assert running.process.wait(90) == 0
@@ -417,13 +416,13 @@ def test_visitors_of_an_app_with_a_login_do_not_see_each_others_history(browser:
         one.locator("input").nth(0).fill("ada")
         one.locator("input").nth(1).fill("secret")
         one.get_by_role("button", name="Login").click()
-        seen(one.locator("#steer-start")).to_be_visible(timeout=SLOW)
+        expect(one.locator("#steer-start")).to_be_visible(timeout=SLOW)
     history_run(page, 11)
     opened_history(page, running.url)  # a reload
-    seen(page.locator("#history-status")).to_contain_text("1 run in your history", timeout=SLOW)
+    expect(page.locator("#history-status")).to_contain_text("1 run in your history", timeout=SLOW)
     opened_history(other, running.url)
-    seen(other.locator("#history-status")).to_contain_text("appear here", timeout=SLOW)
-    seen(other.locator("#history-view img")).to_have_count(0)
+    expect(other.locator("#history-status")).to_contain_text("appear here", timeout=SLOW)
+    expect(other.locator("#history-view img")).to_have_count(0)
     for context in (first, second):
         context.close()
     running.process.terminate()
@@ -534,35 +533,35 @@ def test_the_main_path_of_steer_and_history_looks_well(shaped: tuple[Page, int])
     check_looks(page, "steer-before", width)
     page.locator("#steer-preset input").click()
     page.get_by_role("option", name="Samples").click()
-    seen(page.locator("#steer-status")).to_contain_text("Preset", timeout=SLOW)
-    seen(page.locator("#steer-method input")).to_have_value("Samples (Feynman–Kac)")
+    expect(page.locator("#steer-status")).to_contain_text("Preset", timeout=SLOW)
+    expect(page.locator("#steer-method input")).to_have_value("Samples (Feynman–Kac)")
     page.get_by_label("number input for Steps").fill("6")
     run_to_end(page)
-    seen(page.locator("#steer-images img").first).to_be_visible(timeout=SLOW)
+    expect(page.locator("#steer-images img").first).to_be_visible(timeout=SLOW)
     check_looks(page, "steer", width)
     page.locator("#steer-preset input").fill("mine")
     page.locator("#steer-preset input").press("Enter")
     page.locator("#steer-preset-save").click()
-    seen(page.locator("#steer-status")).to_contain_text("Preset 'mine' saved", timeout=SLOW)
+    expect(page.locator("#steer-status")).to_contain_text("Preset 'mine' saved", timeout=SLOW)
     open_tab(page, "History")
-    seen(page.locator("#history-view img")).to_have_count(1, timeout=SLOW)
+    expect(page.locator("#history-view img")).to_have_count(1, timeout=SLOW)
     page.get_by_text("Grid of two settings").click()
     page.get_by_label("Values of the columns").fill("1,2")
     page.locator("#grid-start").click()
-    seen(page.locator("#grid-status")).to_contain_text("Done: 2 images", timeout=SLOW)
-    seen(page.locator("#grid-image img")).to_be_visible(timeout=SLOW)
+    expect(page.locator("#grid-status")).to_contain_text("Done: 2 images", timeout=SLOW)
+    expect(page.locator("#grid-image img")).to_be_visible(timeout=SLOW)
     check_looks(page, "history", width)
     page.reload()  # the preset is in the browser
     page.locator("#steer-preset input").click()
     page.get_by_role("option", name="mine").click()
-    seen(page.get_by_label("number input for Steps")).to_have_value("6", timeout=SLOW)
+    expect(page.get_by_label("number input for Steps")).to_have_value("6", timeout=SLOW)
 
 
 def test_the_main_path_of_text_looks_well(shaped: tuple[Page, int]) -> None:
     page, width = shaped
     open_tab(page, "Text")
     page.locator("#text-start").click()
-    seen(page.locator("#text-status")).to_contain_text("Done: 4 texts", timeout=SLOW)
+    expect(page.locator("#text-status")).to_contain_text("Done: 4 texts", timeout=SLOW)
     check_looks(page, "text", width)
 
 
@@ -572,10 +571,10 @@ def test_the_main_path_of_label_looks_well(shaped: tuple[Page, int]) -> None:
     page.locator("#label-name input, #label-name textarea").fill(f"Ada {width}")
     page.keyboard.press("Enter")
     first = page.locator("#label-view img").first
-    seen(first).to_be_visible(timeout=SLOW)
+    expect(first).to_be_visible(timeout=SLOW)
     page.locator(".steer-label button").first.click()
-    seen(page.locator("#label-progress")).to_contain_text(re.compile(r"1 choice,"), timeout=SLOW)
-    seen(first).to_be_visible(timeout=SLOW)
+    expect(page.locator("#label-progress")).to_contain_text(re.compile(r"1 choice,"), timeout=SLOW)
+    expect(first).to_be_visible(timeout=SLOW)
     check_looks(page, "label", width)
 
 
@@ -584,7 +583,7 @@ def test_the_main_path_of_finetune_looks_well(shaped: tuple[Page, int]) -> None:
     open_tab(page, "Finetune")
     page.get_by_label("number input for Updates").fill("1")
     page.locator("#finetune-start").click()
-    seen(page.locator("#finetune-status")).to_contain_text("Done: 1 update", timeout=4 * SLOW)
+    expect(page.locator("#finetune-status")).to_contain_text("Done: 1 update", timeout=4 * SLOW)
     check_looks(page, "finetune", width)
 
 
@@ -594,10 +593,10 @@ def test_the_main_path_of_rewards_looks_well(shaped: tuple[Page, int], tmp_path:
         Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
     open_tab(page, "Rewards")
     page.locator("#rewards-files input[type=file]").set_input_files(sorted(tmp_path.glob("*.png")))
-    seen(page.locator("#rewards-files")).to_contain_text("red", timeout=SLOW)
+    expect(page.locator("#rewards-files")).to_contain_text("red", timeout=SLOW)
     page.get_by_label("brightness").check()
     page.locator("#rewards-start").click()
-    seen(page.locator("#rewards-status")).to_contain_text("Done: 2 images", timeout=SLOW)
+    expect(page.locator("#rewards-status")).to_contain_text("Done: 2 images", timeout=SLOW)
     check_looks(page, "rewards", width)
 
 
@@ -606,7 +605,7 @@ def test_the_first_picture_and_the_clicks_to_another_seed(page: Page) -> None:
     run_to_end(page)
     first = page.locator("#steer-status").inner_text()
     page.get_by_label("A new seed for every run").click()
-    seen(page.locator("#steer-start")).to_be_enabled()
+    expect(page.locator("#steer-start")).to_be_enabled()
     page.evaluate("""() => {
         const start = document.querySelector('#steer-start');
         start.addEventListener('click', () => { window.clicked = performance.now(); window.picture = null; });
@@ -621,6 +620,6 @@ def test_the_first_picture_and_the_clicks_to_another_seed(page: Page) -> None:
     page.wait_for_function("window.picture", timeout=SLOW)
     assert "Done" not in page.locator("#steer-status").inner_text(), "a preview, before the end"
     seconds = page.evaluate("(window.picture - window.clicked) / 1000")
-    seen(page.locator("#steer-status")).to_contain_text("Done", timeout=SLOW)
+    expect(page.locator("#steer-status")).to_contain_text("Done", timeout=SLOW)
     assert page.locator("#steer-status").inner_text() != first, "another seed"
     print(f"first picture after {seconds:.2f} s")  # noqa: T201 - the measurement of docs/demo.md

@@ -149,7 +149,7 @@ def test_the_grid_shows_the_kept_images_with_their_checklists(
 
 @pytest.mark.hard
 def test_four_of_sixteen_scenes_differ_more_at_little_cost() -> None:
-    """Held-out prompts: the mean distance of the four images rises outside its interval, at .1 deviations of the reward."""
+    """Held-out prompts: the distance of the four images rises outside its interval, at .1 deviations of the reward."""
     pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
     pipe.set_progress_bar_config(disable=True)
     best = BestOfNPipeline(pipe, "scene-soft")

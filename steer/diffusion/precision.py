@@ -51,7 +51,7 @@ def without_tf32() -> Iterator[None]:
     switched = [pair for pair in pairs if pair[1].fp32_precision == "tf32"]
 
     def write(allowed: bool) -> None:
-        for older, _ in switched:
+        for older, _ in switched:  # first: the older one of cuDNN sets both of its operations
             older.allow_tf32 = allowed
         for _, operation in switched:
             operation.fp32_precision = "tf32" if allowed else "ieee"
