@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Generator
 
@@ -53,6 +54,19 @@ def test_easy_prompts_come_out_right_more_often_with_more_steps(
     images = turbo(EASY, generator=Generator().manual_seed(0), **call).images
     right = SceneReward()(images, [prompt for prompt in EASY for _ in range(8)]) == 1
     assert right.float().mean() >= least
+
+
+def test_a_student_may_begin_with_an_adapter(scenes: StableDiffusionPipeline, tmp_path: Path) -> None:
+    adapted, x, t = copy.deepcopy(scenes.unet), torch.randn(1, 8, 8, 8), torch.tensor([999])
+    adapted.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=distil.LORA_MODULES, init_lora_weights=False))
+    layers = get_peft_model_state_dict(adapted)
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
+    text = text_features(scenes, ["a circle"])
+    with torch.no_grad():
+        plain, wanted = (denoised(unet, scenes.scheduler, x, t, text) for unet in (scenes.unet, adapted))
+        merged = distil.with_adapter(scenes.unet, tmp_path)
+        torch.testing.assert_close(denoised(merged, scenes.scheduler, x, t, text), wanted, rtol=1e-4, atol=1e-4)
+    assert (plain - wanted).abs().max() > 0.01 and merged.state_dict().keys() == scenes.unet.state_dict().keys()
 
 
 def test_guidance_is_built_in(turbo: StableDiffusionPipeline) -> None:

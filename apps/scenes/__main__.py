@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps in all; the same command resumes an interrupted run")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--start", type=Path, help="model that `text` begins with, or `denoiser` where --out has no state"
+        "--start",
+        type=Path,
+        help="what `text`, `turbo` (an adapter of `lcm`), or `denoiser` where --out has no state, begins with",
     )
     seconds = "processor time of each recipe of `pilot`; seconds of updates of each run of `finetuning-curves`"
     parser.add_argument("--seconds", "--seconds-each", type=float, default=300.0, help=seconds)
@@ -119,7 +121,7 @@ def _pairs(options: argparse.Namespace) -> None:
 
 
 def _turbo(options: argparse.Namespace) -> None:
-    distil.distil(options.out / "turbo", options.model, options.steps or 10_000)
+    distil.distil(options.out / "turbo", options.model, options.steps or 10_000, start=options.start)
 
 
 def _lcm(options: argparse.Namespace) -> None:

@@ -70,12 +70,15 @@ class Distillation:
 
     def images(self, text: Tensor, rng: Generator) -> Tensor:
         """Generate x0 (N, …) by the student, in one step from noise or from its own noised images."""
-        x_t = self._noise(rng)
+        x_t, again = self._noise(rng), self._noise(rng)
         t = torch.tensor(STARTS)[torch.multinomial(torch.tensor(SHARES), BATCH, replacement=True, generator=rng)]
-        with torch.no_grad():
-            first = denoised(self.student, self.scheduler, x_t, torch.full_like(t, STARTS[0]), text)
-            again = noised(self.scheduler, first, self._noise(rng), t)
-        x_t = torch.where((t == STARTS[0]).view(-1, 1, 1, 1), x_t, again)
+        later = (t != STARTS[0]).nonzero().flatten()  # rows that begin with an image of their own
+        if len(later):
+            with torch.no_grad():
+                first = denoised(
+                    self.student, self.scheduler, x_t[later], t.new_full((len(later),), STARTS[0]), text[later]
+                )
+                x_t[later] = noised(self.scheduler, first, again[later], t[later])
         return denoised(self.student, self.scheduler, x_t, t, text)
 
     def matching_loss(self, x0: Tensor, text: Tensor, rng: Generator) -> Tensor:
@@ -110,11 +113,24 @@ def text_features(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
     )
 
 
-def distil(folder: Path, model: str | Path, steps: int, learning_rate: float = 2e-4) -> None:
-    """Distil `model` to folder/pipeline, with averaged weights and an LCMScheduler."""
+def with_adapter(unet: UNet2DConditionModel, adapter: Path | None) -> UNet2DConditionModel:
+    """A copy of a denoiser, with the LoRA adapter of a folder added to its weights."""
+    merged = copy.deepcopy(unet)
+    if adapter is not None:
+        merged.load_lora_adapter(adapter, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+        merged.fuse_lora()
+        merged.unload_lora()
+    return merged
+
+
+def distil(folder: Path, model: str | Path, steps: int, learning_rate: float = 2e-4, start: Path | None = None) -> None:
+    """Distil `model` to folder/pipeline, with averaged weights and an LCMScheduler.
+
+    start  a LoRA adapter of few steps (`distil_lora`) that the student begins with; None: the teacher's weights
+    """
     pipe = StableDiffusionPipeline.from_pretrained(model)
     teacher = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
-    student, fake = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+    student, fake = (one.requires_grad_(True) for one in (with_adapter(teacher, start), copy.deepcopy(teacher)))
     texts = text_features(pipe, list(dict.fromkeys(trained_prompts(PROMPTS))))
     nothing = text_features(pipe, [""])
     distillation = Distillation(teacher, student, fake, pipe.scheduler, texts, nothing)

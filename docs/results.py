@@ -1,0 +1,185 @@
+"""The tables of measurements in the pages of docs/, from the JSON files that commands wrote.
+
+    python docs/results.py keep out/search/evaluation.json docs/studies/search.json   # what a page needs of a study
+    python docs/results.py                                                            # writes all tables again
+
+A page has a table between two comments, the first with its kind (a function below), its file and its options:
+
+    <!-- results search studies/search.json {rows: [base, best-of-8], against: best-of-8} -->
+    <!-- end -->
+
+`make docs` builds the pages with tables from the files, whatever the pages say; a test holds the two equal.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from steer.apps.bench.report import spread
+from steer.apps.evaluation import foresight
+from steer.apps.scenes.finetuning_curves import curves_table
+from steer.pipelines.training.evaluation import interval
+
+DOCS = Path(__file__).resolve().parent
+BLOCK = re.compile(r"<!-- results (\w+) (\S+)(?: (\{.*?\}))? -->\n.*?<!-- end -->", re.DOTALL)
+DIGITS = 4  # of a reward
+DECODING = 1.2  # evaluations of scenes' denoiser that decoding an image and its reward cost, measured on one core
+NAMES = {"steer.apps.scenes.world:right": "right"}
+Json = dict[str, Any]
+
+
+# ---- What is kept of a study ----
+
+
+def kept(report: Json) -> Json:
+    """Keep of an evaluation.json the rewards of each prompt, of the picked image and the mean of all, and the costs."""
+    count = len(report["prompts"])
+    contenders = []
+    for one in report["contenders"]:
+        rewards = {name: {"picked": [0.0] * count, "all": [0.0] * count} for name in report["rewards"]}
+        for run in one["runs"]:
+            for name, values in run["rewards"].items():
+                rewards[name]["picked"][run["prompt"]] += values[0] / report["seeds"]
+                rewards[name]["all"][run["prompt"]] += sum(values) / len(values) / report["seeds"]
+        rounded = {
+            NAMES.get(name, name): {part: [round(value, DIGITS) for value in values] for part, values in parts.items()}
+            for name, parts in rewards.items()
+        }
+        own = {key: one[key] for key in ("name", "model", "method", "options", "particles", "cost", "diversity")}
+        contenders.append(own | {"rewards": rounded})
+    first = report["contenders"][0]["environments"][0]
+    return {
+        "measured": date.today().isoformat(),
+        "environment": first,
+        "prompts": count,
+        "seeds": report["seeds"],
+        "tags": [one.get("tag") for one in report["prompts"]],
+        "contenders": contenders,
+    }
+
+
+# ---- Tables ----
+
+
+def search(study: Json, rows: Sequence[str] = (), against: str | None = None, steers: str = "scene-soft") -> str:
+    """Tabulate searches by cost: best image right, its reward, all images right; or the paired differences."""
+    contenders = chosen(study, rows)
+    other = None if against is None else by_name(study)[against]
+    base = study["contenders"][0]
+    columns = {"best image right": ("right", "picked"), f"its {steers}": (steers, "picked")}
+    columns["all images right"] = ("right", "all")
+    lines = [["search" if other is None else f"minus {against}", "cost", *columns]]
+    for one in contenders:
+        if one is not other:
+            values = [difference(one, other, *place) for place in columns.values()]
+            lines.append(
+                [one["name"], f"{cost(one) / cost(base):.1f}", *(shown(row, other is not None) for row in values)]
+            )
+    return table(lines)
+
+
+def accuracy(study: Json, rows: Sequence[str] = ()) -> str:
+    """Tabulate the share of right images by model, steps and task."""
+    tags = list(dict.fromkeys(study["tags"]))
+    lines = [["model", "steps", "all prompts", *(f"{tag} ({study['tags'].count(tag)})" for tag in tags)]]
+    for one in chosen(study, rows):
+        right = torch.tensor(one["rewards"]["right"]["all"])
+        groups = [right[[place for place, other in enumerate(study["tags"]) if other == tag]] for tag in tags]
+        cells = [shown(interval(values)) for values in (right, *groups)]
+        lines.append([one["model"], f"{one['cost']['nfe']:g}", *cells])
+    return table(lines)
+
+
+def agreement(figures: Json) -> str:
+    """Tabulate a foresight.json."""
+    return foresight.table(figures)
+
+
+def curves(figures: Json) -> str:
+    """Tabulate a finetuning-curves.json."""
+    return curves_table(figures)
+
+
+def ratios(report: Json) -> str:
+    """Tabulate the ratios of a bench.json, with the quartiles over turns and the denoiser's FLOPs."""
+    lines = [["ratio", "seconds", "quartiles", "FLOPs"]]
+    for name, ratio in report["ratios"].items():
+        low, high = spread(report["runs"][name])
+        flops = report["flop_ratios"].get(name)
+        lines.append([name, f"{ratio:.2f}", f"{low:.2f}–{high:.2f}", "" if flops is None else f"{flops:.2f}"])
+    return table(lines)
+
+
+TABLES: dict[str, Callable[..., str]] = {one.__name__: one for one in (search, accuracy, agreement, curves, ratios)}
+
+
+def by_name(study: Json) -> dict[str, Json]:
+    return {one["name"]: one for one in study["contenders"]}
+
+
+def chosen(study: Json, rows: Sequence[str]) -> list[Json]:
+    """All contenders, or those of the given names in their order."""
+    return [by_name(study)[name] for name in rows] if rows else study["contenders"]
+
+
+def cost(one: Json) -> float:
+    """Denoiser evaluations of a run, with those that its decodings and rewards are worth."""
+    total: float = one["cost"]["nfe"] + DECODING * one["cost"]["decodes"]
+    return total
+
+
+def difference(one: Json, other: Json | None, reward: str, part: str) -> list[float]:
+    """Return [mean, low, high] over prompts of a contender, or of its paired difference from another."""
+    values: Tensor = torch.tensor(one["rewards"][reward][part])
+    return interval(values if other is None else values - torch.tensor(other["rewards"][reward][part]))
+
+
+def shown(values: Sequence[float], signed: bool = False) -> str:
+    """Write [mean, low, high] as ".782 [.725, .839]"."""
+    mean, low, high = (f"{value:{'+' * signed}.3f}".replace("0.", ".", 1).replace("-", "−") for value in values)
+    return f"{mean} [{low.removeprefix('+')}, {high.removeprefix('+')}]"
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+# ---- Pages ----
+
+
+def filled(text: str) -> str:
+    """Return a page with all of its tables made from their files."""
+
+    def block(match: re.Match[str]) -> str:
+        kind, file, options = match.groups()
+        head = match.group(0).partition("\n")[0]
+        made = TABLES[kind](json.loads((DOCS / file).read_text()), **yaml.safe_load(options or "{}"))
+        return f"{head}\n\n{made}\n\n<!-- end -->"
+
+    return BLOCK.sub(block, text)
+
+
+def pages() -> list[Path]:
+    """Pages with a table."""
+    return [path for path in sorted(DOCS.glob("*.md")) if "<!-- results " in path.read_text()]
+
+
+def main(arguments: Sequence[str]) -> None:
+    if arguments:
+        report, study = map(Path, arguments[1:])
+        study.write_text(json.dumps(kept(json.loads(report.read_text())), ensure_ascii=False) + "\n")
+    for path in pages():
+        path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

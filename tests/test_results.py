@@ -1,0 +1,74 @@
+"""docs/results.py: tables of the pages from JSON files, against means and differences by hand."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FILE = Path(__file__).resolve().parent.parent / "docs/results.py"
+SPEC = importlib.util.spec_from_file_location("results", FILE)
+assert SPEC is not None and SPEC.loader is not None
+results = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(results)
+RIGHT = "steer.apps.scenes.world:right"
+
+
+def contender(name: str, images: list[list[float]], nfe: float) -> dict[str, Any]:
+    """A contender of an evaluation.json of two prompts, with the rewards of the images of each; the first is picked."""
+    runs = [{"prompt": n, "rewards": {"scene-soft": row, RIGHT: row}} for n, row in enumerate(images)]
+    cost = {"nfe": nfe, "decodes": float(len(images[0])), "seconds": 1.0}
+    own = {"name": name, "model": "scenes", "method": name, "options": {}, "particles": len(images[0]), "cost": cost}
+    return own | {"diversity": None, "environments": [{"torch": "2"}], "runs": runs}
+
+
+@pytest.fixture
+def study() -> dict[str, Any]:
+    contenders = [contender("base", [[0.0], [1.0]], 20.0), contender("best-of-2", [[1.0, 0.0], [1.0, 0.0]], 40.0)]
+    prompts = [{"prompt": "a circle", "tag": "one"}, {"prompt": "a star", "tag": "two"}]
+    report = {"prompts": prompts, "seeds": 1, "rewards": ["scene-soft", RIGHT], "contenders": contenders}
+    kept: dict[str, Any] = results.kept(report)
+    return kept
+
+
+def test_every_table_of_the_pages_is_that_of_its_file() -> None:
+    for page in results.pages():
+        assert results.filled(page.read_text()) == page.read_text(), f"{page.name}: run python docs/results.py"
+
+
+def test_a_study_keeps_the_picked_image_and_the_mean_of_each_prompt(study: dict[str, Any]) -> None:
+    base, best = study["contenders"]
+    assert base["rewards"]["right"] == {"picked": [0.0, 1.0], "all": [0.0, 1.0]}
+    assert best["rewards"]["right"] == {"picked": [1.0, 1.0], "all": [0.5, 0.5]}
+    assert study["prompts"] == 2 and study["tags"] == ["one", "two"]
+    assert json.loads(json.dumps(study)) == study
+
+
+def test_a_search_is_shown_with_its_cost_in_plain_images(study: dict[str, Any]) -> None:
+    rows = results.search(study).splitlines()
+    assert rows[0] == "| search | cost | best image right | its scene-soft | all images right |"
+    assert rows[3] == "| best-of-2 | 2.0 | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | .500 [.500, .500] |"
+
+
+def test_differences_are_paired_and_leave_out_the_control(study: dict[str, Any]) -> None:
+    rows = results.search(study, against="base").splitlines()
+    assert len(rows) == 3 and rows[0].startswith("| minus base |")
+    assert rows[2].startswith("| best-of-2 | 2.0 | +.500 [.000, 1.000] |")  # 1 − 0 and 1 − 1
+    assert rows[2].endswith("| +.000 [−.500, .500] |")  # ½ − 0 and ½ − 1
+
+
+def test_accuracy_is_by_task(study: dict[str, Any]) -> None:
+    rows = results.accuracy(study, rows=["base"]).splitlines()
+    assert rows[0] == "| model | steps | all prompts | one (1) | two (1) |"
+    assert rows[2] == "| scenes | 20 | .500 [.000, 1.000] | .000 [.000, .000] | 1.000 [1.000, 1.000] |"
+
+
+def test_a_page_gets_its_tables_between_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "DOCS", tmp_path)
+    figures = {"prompts": 1, "particles": 2, "steps": [3], "agreement": {"1": [[0.5, 0.4, 0.6]]}, "nfe": {"1": 20.0}}
+    (tmp_path / "f.json").write_text(json.dumps(figures))
+    page = "before\n<!-- results agreement f.json -->\nold\n<!-- end -->\nafter\n"
+    once = results.filled(page)
+    assert "| x̂0 | 0.50 [0.40, 0.60] | 20 |" in once and "old" not in once
+    assert once.startswith("before\n") and once.endswith("-->\nafter\n") and results.filled(once) == once
