@@ -3,6 +3,8 @@
     python docs/results.py keep out/search/evaluation.json docs/studies/search.json   # what a page needs of a study
     python docs/results.py                                                            # writes all tables again
 
+`keep` adds to the contenders that a study already has, with the same prompts and seeds.
+
 A page has a table between two comments, the first with its kind (a function below), its file and its options:
 
     <!-- results search studies/search.json {rows: [base, best-of-8], against: best-of-8} -->
@@ -173,10 +175,21 @@ def pages() -> list[Path]:
     return [path for path in sorted(DOCS.glob("*.md")) if "<!-- results " in path.read_text()]
 
 
+def added(old: Json, new: Json) -> Json:
+    """Return a study with those contenders of an older part of it that the new part lacks, after its own."""
+    shared = ("prompts", "seeds", "tags")
+    if [old[key] for key in shared] != [new[key] for key in shared]:
+        raise SystemExit("the study at hand has other prompts or seeds: remove its file first")
+    names = by_name(new)
+    return new | {"contenders": [*new["contenders"], *(one for one in old["contenders"] if one["name"] not in names)]}
+
+
 def main(arguments: Sequence[str]) -> None:
     if arguments:
         report, study = map(Path, arguments[1:])
-        study.write_text(json.dumps(kept(json.loads(report.read_text())), ensure_ascii=False) + "\n")
+        new = kept(json.loads(report.read_text()))
+        whole = added(json.loads(study.read_text()), new) if study.exists() else new
+        study.write_text(json.dumps(whole, ensure_ascii=False) + "\n")
     for path in pages():
         path.write_text(filled(path.read_text()))
 

@@ -17,6 +17,7 @@ from steer.diffusion.step_hooks import SolverStep, StepOverride
 from steer.diffusion.value import Value, load_value
 from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
+from steer.pipelines.disagreement import agreed, disagreements, term_signs
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.settings import FKSettings, IntermediateSettings, Prompts, StepSettings
 from steer.pipelines.token_batch import batch_class
@@ -124,13 +125,12 @@ class StepReport:
 
 @dataclass(frozen=True)
 class IntermediateRewards:
-    """The images (B·K, 3, H, W) of x̂0 at one step, their rewards (B, K), and in a guided run ∇r (B·K, …).
-
-    A learned value has rewards alone.
-    """
+    """The images (B·K, 3, H, W) of x̂0 at one step, their rewards (B, K) and those of their components, and in a guided
+    run ∇r (B·K, …). A learned value has rewards alone."""
 
     previews: Tensor | None
     rewards: Tensor
+    components: Mapping[str, Tensor] = field(default_factory=dict)
     gradient: Tensor | None = None
 
 
@@ -142,6 +142,26 @@ def route_kernel_eta(pipe: Any, call: dict[str, Any], s: IntermediateSettings) -
 def learned_value(s: IntermediateSettings, pipe: Any) -> Value | None:
     """Return the learned value of the settings, if any. Raises InputError for one that does not fit the pipeline."""
     return None if s.value is None else load_value(s.value, pipe)
+
+
+Agreement = Callable[[int, IntermediateRewards, Tensor], Tensor]
+
+
+def agreement_of(s: FKSettings, reward: Reward) -> Agreement | None:
+    """Return whether each prompt's particles (B,) are to be resampled to ancestors (B, K), where a caller is asked.
+
+    Raises InputError for a reward without members or terms.
+    """
+    if (answer := s.on_disagreement) is None:
+        return None
+    sign = term_signs(reward)
+
+    def agree(step: int, intermediate: IntermediateRewards, ancestors: Tensor) -> Tensor:
+        assert intermediate.previews is not None  # a learned value has no terms: refused by the settings
+        questions = disagreements(step, intermediate.components, sign, ancestors, intermediate.previews)
+        return agreed(questions, s.ask_cost, answer)
+
+    return agree
 
 
 class Run:
@@ -175,6 +195,7 @@ class Run:
         # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
         self.eta, self.resampling_eta = eta, s.eta or 1.0
         self.auto_strength = isinstance(s, FKSettings) and s.lam == "auto"  # λ is to be chosen by the first rewards
+        self.agrees = agreement_of(s, particle_batch.reward) if isinstance(s, FKSettings) else None
         # Inner steps of a GLASS transition in place of the Gaussian kernel.
         self.glass_steps = s.glass_steps if isinstance(s, IntermediateSettings) and s.kernel == "glass" else 0
         self.steps: frozenset[int] = frozenset()  # with intermediate rewards; set by `begin`
@@ -218,7 +239,7 @@ class Run:
         progress = step / solver_step.total
         self._choose_strength(intermediate.rewards, progress)
         reweighted = self.algorithm.reweight(self.particles, intermediate.rewards, progress)
-        self.particles, ancestors = self._select(reweighted, step)
+        self.particles, ancestors = self._select(reweighted, step, intermediate)
         stay = torch.arange(self.particle_batch.alive).expand_as(intermediate.rewards)
         evaluation = ResamplingInfo(
             step,
@@ -231,12 +252,18 @@ class Run:
         self._notify(StepReport(solver_step.k, solver_step.total, evaluation, intermediate.previews))
         return None if ancestors is None else self.particle_batch.set_ancestors(ancestors).to(solver_step.x.device)
 
-    def _select(self, reweighted: Particles, step: int) -> ResampleResult:
+    def _select(self, reweighted: Particles, step: int, intermediate: IntermediateRewards) -> ResampleResult:
         """Select the particles that continue: they and their ancestors; None: all stay."""
         self.target_reached = self.schedule.reaches_target(reweighted.path.rewards[-1])
         rule, count = (top_k, 1) if self.target_reached else self.schedule.rule_at(step, self.particle_batch.alive)
         self.from_search = self.from_search or rule is top_k
-        return rule(self.algorithm, reweighted, count, self.particle_batch.rng)
+        selected, ancestors = rule(self.algorithm, reweighted, count, self.particle_batch.rng)
+        if ancestors is None or self.agrees is None or count < self.particle_batch.alive:
+            return selected, ancestors
+        agreed = self.agrees(step, intermediate, ancestors)
+        resampled = (selected.log_weights == 0).all(1)  # resampling leaves equal weights
+        ancestors = torch.where(agreed[:, None], ancestors, torch.arange(count))
+        return reweighted.resample(ancestors, resampled & agreed), ancestors
 
     def _intermediate_rewards(self, solver_step: SolverStep) -> IntermediateRewards:
         if self.value is not None:
@@ -268,8 +295,7 @@ class Run:
     def _score_x0(self, x0: Tensor) -> IntermediateRewards:
         """Decode and score x̂0."""
         previews = self.particle_batch.preview(x0)
-        rewards, _ = self.particle_batch.score(previews)
-        return IntermediateRewards(previews, rewards)
+        return IntermediateRewards(previews, *self.particle_batch.score(previews))
 
     def _next_latents(
         self, solver_step: SolverStep, rows: Tensor | None, intermediate: IntermediateRewards | None
@@ -372,8 +398,9 @@ class GuidedRun(Run):
             raise UnsupportedPipelineError(
                 f"{type(self.particle_batch.pipe).__name__} lets no gradients through: use reward_guidance=0"
             )
-        rewards, _ = self.particle_batch.score(previews)
-        return IntermediateRewards(previews.detach(), rewards.detach(), self._gradient(solver_step, rewards))
+        rewards, components = self.particle_batch.score(previews)
+        gradient, parts = self._gradient(solver_step, rewards), {name: one.detach() for name, one in components.items()}
+        return IntermediateRewards(previews.detach(), rewards.detach(), parts, gradient)
 
     def _gradient(self, solver_step: SolverStep, rewards: Tensor) -> Tensor:
         half, name = computes_in_fp16(self.particle_batch.pipe), self.particle_batch.reward.name

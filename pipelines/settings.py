@@ -103,6 +103,10 @@ class FKSettings(IntermediateSettings):
                             later
     draw                    first image of each prompt: best, of the highest reward; or weighted, a draw by the final
                             weights. The others follow by reward
+    on_disagreement         called with a `Disagreement` before a resampling about which the members of a learned
+                            ensemble, or the terms of a weighted sum, disagree; its False leaves the prompt's particles
+                            where they are, with their weights: the distribution is the same
+    ask_cost                value of asking above which on_disagreement is called, in standard deviations of the rewards
     eta                     noise η of every solver step, from 0 to 1. By default, and with 0, the solver's own steps,
                             except that all particles take the Gaussian kernel with η = 1 where they may be resampled.
                             With reward_guidance every step is the kernel's, by default with η = 1
@@ -120,6 +124,8 @@ class FKSettings(IntermediateSettings):
     target_reward: float | None = option(None, "(-inf, inf)")
     asynchronous_rewards: bool = option(False)
     draw: str = option("best", choices="steer.pipelines.particle_batch:DRAWS")
+    on_disagreement: Callable[[Any], bool] | None = argument(None)
+    ask_cost: float = argument(0.05, "[0, inf)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,6 +142,8 @@ class FKSettings(IntermediateSettings):
                 f"draw={self.draw!r}: target_reward and particle_schedule_rule='top_k' leave no weights: "
                 "use draw='best'"
             )
+        if self.on_disagreement is not None and (self.is_search or self.value is not None):
+            raise self.error("on_disagreement asks about resampling by rewards: leave out value and searches")
         if self.asynchronous_rewards and self.reward_guidance:
             raise self.error("asynchronous_rewards: reward_guidance needs the gradient in the step: leave one out")
         before = self.num_particles

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from steer.pipelines.base import Iteration as Iteration
     from steer.pipelines.base import ResamplingInfo as ResamplingInfo
     from steer.pipelines.base import SteeringOutput as SteeringOutput
+    from steer.pipelines.disagreement import Disagreement as Disagreement
     from steer.pipelines.drafts import DraftsPipeline as DraftsPipeline
     from steer.pipelines.drafts import RenoisePipeline as RenoisePipeline
     from steer.pipelines.fk_steering import FKSteeringPipeline as FKSteeringPipeline

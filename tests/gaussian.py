@@ -20,10 +20,12 @@ LAM, GROUPS, BATCH = 3.0, 1200, 100
 TOTAL = Soft(lambda images, prompts: images.sum((1, 2, 3)), "total")
 
 
-def steered_gaussians(pipe: "GaussianPipeline", size: int, **options: Any) -> Iterator[SteeringOutput]:
-    """FK's answers by TOTAL with λ = LAM, for GROUPS groups of `size` particles, BATCH at a time."""
+def steered_gaussians(
+    pipe: "GaussianPipeline", size: int, reward: Any = TOTAL, **options: Any
+) -> Iterator[SteeringOutput]:
+    """FK's answers by TOTAL, or an equal reward, for GROUPS groups of `size` particles, BATCH at a time; λ = LAM."""
     for seed in range(GROUPS // BATCH):
-        yield FKSteeringPipeline(pipe, TOTAL)(
+        yield FKSteeringPipeline(pipe, reward)(
             num_particles=size,
             reward_prompt=[""] * BATCH,
             eta=1.0,

@@ -22,10 +22,10 @@ from torch.distributions import Normal
 from steer import GRPOConfig, GRPOTrainer
 from steer.apps.asking import TerminalAnswers
 from steer.errors import InputError
+from steer.pipelines.disagreement import value_of_asking
 from steer.pipelines.training.asking import REFUSED, UNANSWERED, Question, question_of
 from steer.pipelines.training.evaluation import EvalResult, Evaluator
 from steer.pipelines.training.trainer import INTERRUPTED
-from steer.training.guards import value_of_asking
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (0.3, 0.7), (-0.3, 0.7), (2.0, 1.0)])

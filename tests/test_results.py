@@ -45,6 +45,14 @@ def test_a_study_keeps_the_picked_image_and_the_mean_of_each_prompt(study: dict[
     assert json.loads(json.dumps(study)) == study
 
 
+def test_a_study_grows_by_contenders_of_the_same_prompts(study: dict[str, Any]) -> None:
+    first, second = ({**study, "contenders": [one]} for one in study["contenders"])
+    assert results.added(second, first)["contenders"] == study["contenders"]
+    assert results.added(study, first)["contenders"] == study["contenders"]
+    with pytest.raises(SystemExit, match="other prompts"):
+        results.added(study | {"tags": ["one", "one"]}, first)
+
+
 def test_a_search_is_shown_with_its_cost_in_plain_images(study: dict[str, Any]) -> None:
     rows = results.search(study).splitlines()
     assert rows[0] == "| search | cost | best image right | its scene-soft | all images right |"

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
+from steer.pipelines.disagreement import value_of_asking
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext
 from steer.pipelines.training.events import Stopped, StopRequest
 from steer.pipelines.training.method import Record
 from steer.pipelines.training.state import RunState
-from steer.training.guards import value_of_asking
 
 PREFIX, MEMBER, DEVIATION = "eval/", "eval/member/", "eval/deviation/"  # of names in the record of an evaluation
 REFUSED = "the answer was no: the best weights by the held-out reward are kept"
@@ -24,7 +24,7 @@ class Question:
     gains      of each reward since then, in its standard deviations over the images of the first evaluation: of the
                trained one, or each member of an ensemble, and the held-out ones
     mean, deviation  m and s of the gains, over the rewards
-    value      of asking, in the same unit (`steer.training.guards.value_of_asking`)
+    value      of asking, in the same unit (`steer.pipelines.disagreement.value_of_asking`)
     """
 
     step: int

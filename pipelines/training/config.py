@@ -98,7 +98,7 @@ class TrainingConfig(Settings):
                          best earlier one, so far that asking is worth more than ask_cost; no: the best weights are
                          kept. A run without anybody to ask ends with a checkpoint
     ask_cost             in standard deviations of the rewards among the images of the first evaluation, see
-                         `steer.training.guards.value_of_asking`
+                         `steer.pipelines.disagreement.value_of_asking`
     save_steps           updates between checkpoints
     save_total_limit     newest checkpoints to keep; the best by the held-out reward stays as well
     log_with             trackers, as in accelerate: tensorboard, wandb, trackio …; samples of evaluations are images

@@ -129,17 +129,6 @@ class EarlyStopping:
         return replace(self, **{**state, "best": tuple(state["best"])})
 
 
-# The worth of asking before an action of utility U ~ N(m, s²), where a person knows U and the alternative is worth 0:
-# Δ = E[max(U, 0)] − max(E U, 0) = m Φ(m/s) + s φ(m/s) − max(m, 0)
-# (the off-switch game, arXiv 1611.08219, for a person who answers correctly)
-def value_of_asking(mean: float, deviation: float) -> float:
-    """Return Δ ≥ 0, in the unit of U: s/√(2π) at m = 0, 0 where s = 0, and near 0 where |m| is well above s."""
-    if deviation == 0:
-        return 0.0
-    z = abs(mean) / deviation  # Δ is even in m; written so that nothing cancels
-    return deviation * math.exp(-z * z / 2) / math.sqrt(2 * math.pi) - abs(mean) * math.erfc(z / math.sqrt(2)) / 2
-
-
 def check_replay(sampler: Sampler, trajectories: Trajectories, dtype: torch.dtype, factor: float = 1.0) -> float:
     """Return the largest |ratio − 1| of any step between a rollout's log-probs and its replay by the same weights.
 
