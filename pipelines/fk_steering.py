@@ -239,7 +239,11 @@ class Run:
         progress = step / solver_step.total
         self._choose_strength(intermediate.rewards, progress)
         reweighted = self.algorithm.reweight(self.particles, intermediate.rewards, progress)
-        self.particles, ancestors = self._select(reweighted, step, intermediate)
+        self.particles, ancestors = self._select(reweighted, step)
+        if ancestors is not None and self.agrees is not None and ancestors.shape == intermediate.rewards.shape:
+            self.particles, ancestors = self._as_agreed(
+                reweighted, ancestors, self.agrees(step, intermediate, ancestors)
+            )
         stay = torch.arange(self.particle_batch.alive).expand_as(intermediate.rewards)
         evaluation = ResamplingInfo(
             step,
@@ -252,17 +256,17 @@ class Run:
         self._notify(StepReport(solver_step.k, solver_step.total, evaluation, intermediate.previews))
         return None if ancestors is None else self.particle_batch.set_ancestors(ancestors).to(solver_step.x.device)
 
-    def _select(self, reweighted: Particles, step: int, intermediate: IntermediateRewards) -> ResampleResult:
+    def _select(self, reweighted: Particles, step: int) -> ResampleResult:
         """Select the particles that continue: they and their ancestors; None: all stay."""
         self.target_reached = self.schedule.reaches_target(reweighted.path.rewards[-1])
         rule, count = (top_k, 1) if self.target_reached else self.schedule.rule_at(step, self.particle_batch.alive)
         self.from_search = self.from_search or rule is top_k
-        selected, ancestors = rule(self.algorithm, reweighted, count, self.particle_batch.rng)
-        if ancestors is None or self.agrees is None or count < self.particle_batch.alive:
-            return selected, ancestors
-        agreed = self.agrees(step, intermediate, ancestors)
-        resampled = (selected.log_weights == 0).all(1)  # resampling leaves equal weights
-        ancestors = torch.where(agreed[:, None], ancestors, torch.arange(count))
+        return rule(self.algorithm, reweighted, count, self.particle_batch.rng)
+
+    def _as_agreed(self, reweighted: Particles, ancestors: Tensor, agreed: Tensor) -> ResampleResult:
+        """Resample those prompts alone for which `agreed` (B,); the others keep their particles and weights."""
+        resampled = (self.particles.log_weights == 0).all(1)  # resampling leaves equal weights
+        ancestors = torch.where(agreed[:, None], ancestors, torch.arange(ancestors.shape[1]))
         return reweighted.resample(ancestors, resampled & agreed), ancestors
 
     def _intermediate_rewards(self, solver_step: SolverStep) -> IntermediateRewards:
