@@ -18,7 +18,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,6 +36,12 @@ DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(r"<!-- results (\w+) (\S+)(?: (\{.*?\}))? -->\n.*?<!-- end -->", re.DOTALL)
 DIGITS = 4  # of a reward
 DECODING = 1.2  # evaluations of scenes' denoiser that decoding an image and its reward cost, measured on one core
+PARTS: dict[str, Callable[[list[float]], float]] = {  # of the rewards of a run's images, the picked one first
+    "picked": itemgetter(0),
+    "two": lambda values: fmean(values[:2]),
+    "all": fmean,
+    "highest": max,
+}
 NAMES = {"steer.apps.scenes.world:right": "right"}
 Json = dict[str, Any]
 
@@ -42,15 +50,15 @@ Json = dict[str, Any]
 
 
 def kept(report: Json) -> Json:
-    """Keep of an evaluation.json the rewards of each prompt, of the picked image and the mean of all, and the costs."""
+    """Keep of an evaluation.json the rewards of each prompt, of the picked image, all and the best, and the costs."""
     count = len(report["prompts"])
     contenders = []
     for one in report["contenders"]:
-        rewards = {name: {"picked": [0.0] * count, "all": [0.0] * count} for name in report["rewards"]}
+        rewards = {name: {part: [0.0] * count for part in PARTS} for name in report["rewards"]}
         for run in one["runs"]:
             for name, values in run["rewards"].items():
-                rewards[name]["picked"][run["prompt"]] += values[0] / report["seeds"]
-                rewards[name]["all"][run["prompt"]] += sum(values) / len(values) / report["seeds"]
+                for part, value in PARTS.items():
+                    rewards[name][part][run["prompt"]] += value(values) / report["seeds"]
         rounded = {
             NAMES.get(name, name): {part: [round(value, DIGITS) for value in values] for part, values in parts.items()}
             for name, parts in rewards.items()
@@ -72,12 +80,15 @@ def kept(report: Json) -> Json:
 
 
 def search(study: Json, rows: Sequence[str] = (), against: str | None = None, steers: str = "scene-soft") -> str:
-    """Tabulate searches by cost: best image right, its reward, all images right; or the paired differences."""
+    """Tabulate searches by cost, or their paired differences from one.
+
+    Right are: the picked image, the first two by reward (their share), any of all (what a perfect judge could pick).
+    """
     contenders = chosen(study, rows)
     other = None if against is None else by_name(study)[against]
     base = study["contenders"][0]
     columns = {"best image right": ("right", "picked"), f"its {steers}": (steers, "picked")}
-    columns["all images right"] = ("right", "all")
+    columns |= {"first two right": ("right", "two"), "any right": ("right", "highest")}
     lines = [["search" if other is None else f"minus {against}", "cost", *columns]]
     for one in contenders:
         if one is not other:

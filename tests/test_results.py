@@ -25,7 +25,7 @@ def contender(name: str, images: list[list[float]], nfe: float) -> dict[str, Any
 
 @pytest.fixture
 def study() -> dict[str, Any]:
-    contenders = [contender("base", [[0.0], [1.0]], 20.0), contender("best-of-2", [[1.0, 0.0], [1.0, 0.0]], 40.0)]
+    contenders = [contender("base", [[0.0], [1.0]], 20.0), contender("best-of-2", [[0.0, 1.0], [1.0, 0.0]], 40.0)]
     prompts = [{"prompt": "a circle", "tag": "one"}, {"prompt": "a star", "tag": "two"}]
     report = {"prompts": prompts, "seeds": 1, "rewards": ["scene-soft", RIGHT], "contenders": contenders}
     kept: dict[str, Any] = results.kept(report)
@@ -39,8 +39,18 @@ def test_every_table_of_the_pages_is_that_of_its_file() -> None:
 
 def test_a_study_keeps_the_picked_image_and_the_mean_of_each_prompt(study: dict[str, Any]) -> None:
     base, best = study["contenders"]
-    assert base["rewards"]["right"] == {"picked": [0.0, 1.0], "all": [0.0, 1.0]}
-    assert best["rewards"]["right"] == {"picked": [1.0, 1.0], "all": [0.5, 0.5]}
+    assert base["rewards"]["right"] == {
+        "picked": [0.0, 1.0],
+        "two": [0.0, 1.0],
+        "all": [0.0, 1.0],
+        "highest": [0.0, 1.0],
+    }
+    assert best["rewards"]["right"] == {
+        "picked": [0.0, 1.0],
+        "two": [0.5, 0.5],
+        "all": [0.5, 0.5],
+        "highest": [1.0, 1.0],
+    }
     assert study["prompts"] == 2 and study["tags"] == ["one", "two"]
     assert json.loads(json.dumps(study)) == study
 
@@ -55,15 +65,19 @@ def test_a_study_grows_by_contenders_of_the_same_prompts(study: dict[str, Any]) 
 
 def test_a_search_is_shown_with_its_cost_in_plain_images(study: dict[str, Any]) -> None:
     rows = results.search(study).splitlines()
-    assert rows[0] == "| search | cost | best image right | its scene-soft | all images right |"
-    assert rows[3] == "| best-of-2 | 2.0 | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | .500 [.500, .500] |"
+    assert rows[0] == "| search | cost | best image right | its scene-soft | first two right | any right |"
+    assert (
+        rows[3]
+        == "| best-of-2 | 2.0 | .500 [.000, 1.000] | .500 [.000, 1.000] | .500 [.500, .500] | 1.000 [1.000, 1.000] |"
+    )
 
 
 def test_differences_are_paired_and_leave_out_the_control(study: dict[str, Any]) -> None:
     rows = results.search(study, against="base").splitlines()
     assert len(rows) == 3 and rows[0].startswith("| minus base |")
-    assert rows[2].startswith("| best-of-2 | 2.0 | +.500 [.000, 1.000] |")  # 1 − 0 and 1 − 1
-    assert rows[2].endswith("| +.000 [−.500, .500] |")  # ½ − 0 and ½ − 1
+    assert rows[2].startswith("| best-of-2 | 2.0 | +.000 [.000, .000] |")  # 0 − 0 and 1 − 1
+    assert "| +.000 [−.500, .500] |" in rows[2]  # ½ − 0 and ½ − 1
+    assert rows[2].endswith("| +.500 [.000, 1.000] |")  # 1 − 0 and 1 − 1
 
 
 def test_accuracy_is_by_task(study: dict[str, Any]) -> None:
