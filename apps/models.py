@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from steer.apps.components import set_scheduler, set_vae
 from steer.apps.methods import DisableAdapter
-from steer.assets import MODELS, TEXT_MODELS
+from steer.assets import ADAPTERS, MODELS, TEXT_MODELS
 from steer.diffusion.lora_layers import adapter_disabler, lora_layers
 from steer.diffusion.views import DENOISERS
 from steer.errors import InputError
@@ -392,7 +392,7 @@ def find_adapter(text: str) -> FinetunedWeights | AdapterSum:
 
 
 def _find_one(path: str) -> FinetunedWeights:
-    place = Path(path)
+    place = ADAPTERS.get(path, Path(path))
     file = (place, _lora) if place.suffix == ".safetensors" else None
     for lora, load_adapter in filter(None, (file, (place / LORA, _lora), (place / PEFT, _peft))):
         if lora.is_file():

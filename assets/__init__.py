@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 MODELS = {name: ROOT / name for name in ("scenes", "scenes-turbo", "scenes-flow", "scenes-large")}
 TEXT_MODELS = {name: ROOT / name for name in ("scenes-text",)}
+ADAPTERS = {"scenes-lcm": ROOT / "scenes-lcm"}  # LoRA adapters of few steps, of scenes
 CLIPS = {"scenes": ROOT / "clip-scenes"}
 TINY_VAES = {"scenes": ROOT / "scenes-tiny-vae"}
 REWARDS = {kind: {"scenes": ROOT / f"{kind}-scenes"} for kind in ("preference", "aesthetic")}

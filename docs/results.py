@@ -92,10 +92,8 @@ def search(study: Json, rows: Sequence[str] = (), against: str | None = None, st
     lines = [["search" if other is None else f"minus {against}", "cost", *columns]]
     for one in contenders:
         if one is not other:
-            values = [difference(one, other, *place) for place in columns.values()]
-            lines.append(
-                [one["name"], f"{cost(one) / cost(base):.1f}", *(shown(row, other is not None) for row in values)]
-            )
+            cells = [shown(difference(one, other, *place), other is not None) for place in columns.values()]
+            lines.append([one["name"], f"{cost(one) / cost(base):.1f}", *cells])
     return table(lines)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.reward import Composite, Reward
+from steer.reward import Reward
 
 
 # The worth of asking before an action of utility U ~ N(m, s²), where a person knows U and the alternative is worth 0:
@@ -48,14 +48,14 @@ class Disagreement:
 def term_signs(reward: Reward) -> Callable[[str], float]:
     """Return the direction in which each component raises the reward, by name: of an ensemble, or of a weighted sum.
 
-    Raises InputError for any other reward.
+    Raises InputError for any other reward, and for a single member or term.
     """
-    weights: Mapping[str, float] | None = getattr(reward, "weights", None)
-    if isinstance(reward, Composite) and (weights or hasattr(reward, "members")):
-        return lambda name: math.copysign(1.0, weights[name]) if weights else 1.0
-    raise InputError(
-        f"on_disagreement needs several rewards: a learned ensemble or a weighted sum, got {reward.name!r}"
-    )
+    weights: Mapping[str, float] = getattr(reward, "weights", None) or {}
+    if max(len(weights), getattr(reward, "num_members", 0)) < 2:
+        raise InputError(
+            f"on_disagreement needs several rewards: a learned ensemble or a weighted sum, got {reward.name!r}"
+        )
+    return lambda name: math.copysign(1.0, weights.get(name, 1.0))
 
 
 def disagreements(

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
+from steer.assets import ADAPTERS
 from steer.diffusion.batching import ActiveRows, is_offloaded
 from steer.diffusion.differentiable import computes_in_fp16, differentiable, per_sample_gradients
 from steer.diffusion.lookahead import coarse_steps, few_step_adapter
@@ -19,7 +20,7 @@ from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.disagreement import agreed, disagreements, term_signs
 from steer.pipelines.particle_batch import ParticleBatch
-from steer.pipelines.settings import FKSettings, IntermediateSettings, Prompts, StepSettings
+from steer.pipelines.settings import ADAPTER, FKSettings, IntermediateSettings, Prompts, StepSettings
 from steer.pipelines.token_batch import batch_class
 from steer.reward import Reward, RewardError, Submit, run_in_background
 from steer.smc.particles import FeynmanKac, Particles
@@ -454,6 +455,12 @@ def check_guidance(scheduler: Any, reward: Reward, eta: float) -> None:
     check_verified(scheduler)
 
 
+def with_asset(lookahead: int | str) -> int | str:
+    """Return a look-ahead with the path of an embedded adapter in place of its name: lora:scenes-lcm."""
+    name = str(lookahead).removeprefix(ADAPTER)
+    return f"{ADAPTER}{ADAPTERS[name]}" if name in ADAPTERS and name != lookahead else lookahead
+
+
 def run_particles(
     pipeline: SteeringPipeline,
     prompt: Prompts,
@@ -474,7 +481,7 @@ def run_particles(
     options  `preview` and `live` of `ParticleBatch`
     """
     pipe = pipeline.pipe if pipe is None else pipe
-    with few_step_adapter(pipeline.pipe, lookahead) as adapter:
+    with few_step_adapter(pipeline.pipe, with_asset(lookahead)) as adapter:
         particle_batch = batch_class(pipe)(
             *(pipe, pipeline.reward, prompt, size or s.num_particles, call, s.reward_prompt, s.chunk_size),
             lookahead=coarse_steps(lookahead),

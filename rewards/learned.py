@@ -219,6 +219,11 @@ class LearnedReward:
         self._texts = [one.prompt_cache(self.name) for one in self._backbones]
         self._members = in_micro_batches(self._score, micro_batch)
 
+    @property
+    def num_members(self) -> int:
+        """M, the size of the ensemble."""
+        return len(self._heads)
+
     def members(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score by every member, standardised: (M, N)."""
         return self._members(to_module_device(images, *self._backbones, *self._heads), prompts).T

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from gaussian import GaussianPipeline, check_tilted, steered_gaussians
 from soft_rewards import Soft, redness, seeded
 from torch import Tensor
 
-from steer import FKSteeringPipeline
+from steer import MODELS, FKSteeringPipeline
 from steer.errors import InputError
 from steer.pipelines.disagreement import Disagreement, disagreements, term_signs, value_of_asking
 from steer.rewards.compose import CombinedReward, WeightedReward
@@ -66,6 +67,15 @@ def test_a_no_leaves_one_prompts_particles_where_they_are() -> None:
     assert {one.step for one in questions} == {4, 6} and all(one.previews.shape == (4, 3, 1, 1) for one in questions)
 
 
+def test_the_members_of_a_learned_ensemble_are_asked_about() -> None:
+    asked: list[Disagreement] = []
+    options = {"lam": 50.0, "ess_threshold": 1.0, "resampler": "multinomial", "resample_steps": [4, 6], "ask_cost": 0.0}
+    pipe = FKSteeringPipeline(StableDiffusionPipeline.from_pretrained(MODELS["scenes"]), "preference:scenes")
+    call = {"num_inference_steps": 8, "generator": seeded(), "output_type": "pt"}
+    pipe("a red star", num_particles=4, on_disagreement=lambda one: bool(asked.append(one)), **options, **call)
+    assert asked and all(len(one.gains) > 1 and one.value > 0 for one in asked)
+
+
 def test_asking_is_silent_below_its_cost_and_where_members_agree() -> None:
     def never(question: Disagreement) -> bool:
         raise AssertionError(question)
@@ -85,10 +95,12 @@ def test_a_weight_says_which_way_a_term_counts() -> None:
     ("reward", "options", "named"),
     [
         (redness, {}, "a learned ensemble or a weighted sum"),
+        (CombinedReward([WeightedReward(FIRST, 2.0)]), {}, "a learned ensemble or a weighted sum"),
+        ("preference:scenes,member=0", {}, "a learned ensemble or a weighted sum"),
         (HALVES, {"target_reward": 1.0}, "leave out value and searches"),
         (HALVES, {"value": lambda step, prompts: torch.zeros(8)}, "leave out value and searches"),
     ],
-    ids=["one reward", "target", "value"],
+    ids=["one reward", "one term", "one member", "target", "value"],
 )
 def test_asking_about_nothing_is_refused(reward: Any, options: dict[str, Any], named: str) -> None:
     def answer(question: Disagreement) -> bool:

@@ -75,9 +75,8 @@ class Distillation:
         later = (t != STARTS[0]).nonzero().flatten()  # rows that begin with an image of their own
         if len(later):
             with torch.no_grad():
-                first = denoised(
-                    self.student, self.scheduler, x_t[later], t.new_full((len(later),), STARTS[0]), text[later]
-                )
+                start = torch.full_like(later, STARTS[0])
+                first = denoised(self.student, self.scheduler, x_t[later], start, text[later])
                 x_t[later] = noised(self.scheduler, first, again[later], t[later])
         return denoised(self.student, self.scheduler, x_t, t, text)
 
