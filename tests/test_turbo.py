@@ -11,12 +11,13 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Generator
 
+from steer import FKSteeringPipeline, StepReport
 from steer.apps.scenes import distil
 from steer.apps.scenes.analyses import reno_then_steering
 from steer.apps.scenes.distil import STARTS, Distillation, assemble_turbo, denoised, noised, text_features
 from steer.apps.scenes.preferences import trained_prompts
 from steer.apps.scenes.training import CALL
-from steer.assets import MODELS
+from steer.assets import ADAPTERS, MODELS
 from steer.rewards.scene import SceneReward
 
 EASY = ["a circle", "a red square", "a blue star", "a black cross", "a purple star", "a yellow triangle"]
@@ -172,3 +173,28 @@ def test_a_lora_is_distilled_along_the_teachers_own_runs(
     assert torch.equal(teacher.scheduler.timesteps, paths["timesteps"])
     names = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors").keys()
     assert any("attn2" in name and "lora_A" in name for name in names)
+
+
+def test_the_lcm_adapter_predicts_the_end_of_a_run_better_than_x0_does(scenes: StableDiffusionPipeline) -> None:
+    pipe = FKSteeringPipeline(scenes, SceneReward())
+    call = {"num_particles": 8, "lam": 0.0, "resample_steps": [5], "output_type": "pt", "guidance_scale": 4.0}
+    prompts = ["a red star above a blue circle", "two green squares"]
+    errors = {}
+    for lookahead in (1, "lora:scenes-lcm"):
+        seen: list[StepReport] = []
+        rng = Generator().manual_seed(0)
+        run = {"num_inference_steps": 20, "on_step": seen.append, "lookahead": lookahead, "generator": rng}
+        out = pipe(prompts, **call, **run).in_slot_order()
+        previews = next(report.previews for report in seen if report.previews is not None)
+        errors[lookahead] = (previews - out.images).abs().mean().item()
+    assert errors["lora:scenes-lcm"] < 0.8 * errors[1]
+
+
+def test_the_lcm_adapter_makes_images_in_four_steps(scenes: StableDiffusionPipeline) -> None:
+    pipe = copy.copy(scenes)
+    pipe.unet, pipe.scheduler = copy.deepcopy(scenes.unet), LCMScheduler.from_config(scenes.scheduler.config)
+    pipe.load_lora_weights(ADAPTERS["scenes-lcm"])
+    call = {"num_images_per_prompt": 8, "num_inference_steps": 4, "guidance_scale": 0.0, "output_type": "pt"}
+    images = pipe(EASY, generator=Generator().manual_seed(0), **call).images
+    right = SceneReward()(images, [prompt for prompt in EASY for _ in range(8)]) == 1
+    assert right.float().mean() >= 0.5
