@@ -668,7 +668,7 @@ def test_a_prompt_that_a_reward_cuts_is_warned_about_once(name: str, caplog: pyt
     (line,) = told(caplog)
     assert f"to {limit} tokens" in line and "reward " in line
     cut = score(reward, images[:1], [LONG]) - score(reward, images[:1], [LONG + " three blue stars"])
-    assert cut.abs().max() < 1e-6
+    assert cut.abs().max() < 1e-5  # LONG was encoded beside a shorter prompt: other rounding
     finding = next(one for one in check_reward(reward, images, ["a star", "a circle"]) if one.name == "prompt limit")
     assert finding.passed is None and f"reads {limit} tokens of a prompt" in finding.detail
 
