@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers import DDIMScheduler
 from safetensors import SafetensorError
 
 from steer.errors import InputError
@@ -33,6 +34,7 @@ SCHEDULERS = {
     "tcd": "TCDScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+FEW_STEP = ("LCMScheduler", "TCDScheduler")  # of noise models; diffusers names nothing that they are compatible with
 MAX_VALUE = 100_000  # of an option: the text may come from an image
 FLOW_OPTION = "use_flow_sigmas"  # by which solvers of noise models take flow models
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
@@ -88,7 +90,9 @@ def set_scheduler(pipe: Any, text: str) -> None:
 
 
 def _compatible(cls: type[Any]) -> list[str]:
-    return list(getattr(cls, "_compatibles", ()))
+    named = DDIMScheduler if cls.__name__ in FEW_STEP else cls
+    names = list(getattr(named, "_compatibles", ()))
+    return [*names, *FEW_STEP] if "DDIMScheduler" in names else names
 
 
 def set_vae(pipe: Any, source: str) -> None:

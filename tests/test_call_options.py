@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from conftest import Steer
@@ -12,7 +14,7 @@ from PIL import Image
 from rollouts import random_lora
 from safetensors.torch import load_file, save_file
 
-from steer.apps.components import set_scheduler, set_vae
+from steer.apps.components import SCHEDULERS, set_scheduler, set_vae
 from steer.apps.models import adapter_applied, find_adapter, load_pipeline, read_loras
 from steer.apps.recipes import read_metadata, read_png, write_png
 from steer.apps.settings import SamplingConfig
@@ -181,6 +183,21 @@ def test_wrong_arguments_are_refused_before_the_model_is_loaded(
     code, _, err = steer("sample", "a circle", *words, "--out", tmp_path / "o")
     assert code == 2 and message in err and len(err.splitlines()) == 1, err
     assert not (tmp_path / "o").exists()
+
+
+def test_a_few_step_adapter_runs_by_its_own_scheduler(steer: Steer, tmp_path: Path) -> None:
+    words = ["sample", "two green triangles", "--method", "base", "--lora", "scenes-lcm", "--particles", "2"]
+    code, _, err = steer(*words, "--scheduler", "lcm", "--steps", "4", "--guidance", "0", "--out", tmp_path / "o")
+    assert code == 0, err
+    (run,) = json.loads((tmp_path / "o/report.json").read_text())["prompts"]
+    assert run["cost"]["nfe"] == 8 and min(run["rewards"]) > 0.5
+
+
+@pytest.mark.parametrize(("own", "other"), [("DDIM", "tcd"), ("LCM", "euler"), ("LCM", "tcd")])
+def test_schedulers_of_few_steps_are_of_the_kind_of_noise_models(own: str, other: str) -> None:
+    pipe = SimpleNamespace(scheduler=getattr(diffusers, f"{own}Scheduler")())
+    set_scheduler(pipe, other)
+    assert type(pipe.scheduler).__name__ == SCHEDULERS[other]
 
 
 def test_a_scheduler_of_another_kind_and_offload_without_a_gpu_are_refused(steer: Steer, tmp_path: Path) -> None:
