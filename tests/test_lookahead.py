@@ -262,3 +262,8 @@ def test_the_command_takes_both_and_reports_the_strength(steer: Steer, tmp_path:
     recipe = read_metadata(tmp_path / "out" / entry["images"][0])
     assert recipe.lam == entry["lam"] and recipe.settings.options.lam == "auto"
     assert recipe.settings.options.lookahead == 2
+
+
+def test_an_adapter_of_another_model_is_refused() -> None:
+    with pytest.raises(InputError, match="is an adapter of another model"):
+        watched(cached_pipe("sd3"), "sd3", FKSteeringPipeline, lookahead="lora:scenes-lcm", resample_steps=[1])

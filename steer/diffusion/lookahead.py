@@ -168,6 +168,16 @@ def coarse_steps(lookahead: int | str) -> int:
 LORA, NAME = "lora:", "steer_lookahead"
 
 
+def _load_adapter(pipe: Any, path: str, modules: list[Any]) -> None:
+    """Load an adapter beside the pipeline's own. Raises InputError for a file that cannot be, or of another model."""
+    try:
+        pipe.load_lora_weights(path, adapter_name=NAME)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"lookahead: cannot load {path} as a LoRA adapter ({str(error)[:160]})") from error
+    if not lora_layers(modules, NAME):  # diffusers ignores names that it does not know
+        raise InputError(f"lookahead: {path} is an adapter of another model: no layer fits {type(pipe).__name__}")
+
+
 @contextmanager
 def few_step_adapter(pipe: Any, lookahead: int | str) -> Iterator[Adapter | None]:
     """Load the LoRA adapter of a `lookahead` setting "lora:PATH" beside the pipeline's own, switched off.
@@ -198,10 +208,7 @@ def few_step_adapter(pipe: Any, lookahead: int | str) -> Iterator[Adapter | None
             switch_adapters(modules, own)
 
     try:
-        try:
-            pipe.load_lora_weights(path, adapter_name=NAME)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise InputError(f"lookahead: cannot load {path} as a LoRA adapter ({str(error)[:160]})") from error
+        _load_adapter(pipe, path, modules)
         switch_adapters(modules, own)
         yield enabled
     finally:
