@@ -9,13 +9,16 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from steer.apps.scenes.analyses import interval
 from steer.apps.scenes.training import (
+    LARGE,
     WORDS,
     Recipe,
     autoencoder_accuracy,
     build_tokenizer,
+    deepened,
     development_requests,
     encode,
     new_autoencoder,
@@ -26,6 +29,7 @@ from steer.apps.scenes.training import (
     to_model,
     token_ids,
     train_denoiser,
+    train_large,
     training_scenes,
     velocity_loss,
     whiten,
@@ -224,6 +228,40 @@ def test_two_steps_of_the_denoisers_training_resume_to_the_same_weights(tmp_path
         assert torch.allclose(torch.cat([p.flatten() for p in warm.unet.parameters()]), once, atol=1e-3)
         train_denoiser(tmp_path / "warm/denoiser", vae, tiny, 6, start=tmp_path / "checkpoint")
         assert read_state(tmp_path / "warm/denoiser/state.pt", torch.device("cpu"))["step"] == 6
+
+
+def test_a_deeper_denoiser_begins_as_the_one_it_grew_from_and_all_of_it_learns() -> None:
+    torch.manual_seed(0)
+    unet = new_denoiser(replace(Recipe(), channels=(16, 32), width=16))
+    x, t, states = torch.randn(3, 8, 8, 8), torch.tensor([5, 500, 990]), torch.randn(3, 6, 16)
+    for layers in (2, 4):
+        larger = deepened(unet, layers)
+        torch.testing.assert_close(larger(x, t, states).sample, unet(x, t, states).sample, rtol=1e-4, atol=1e-5)
+        optimiser = torch.optim.SGD(larger.parameters(), lr=1e-2)
+        for _ in range(4):  # zero weights hide those before them from the first gradients
+            optimiser.zero_grad()
+            (larger(x, t, states).sample - x).square().mean().backward()
+            optimiser.step()
+        still = [name for name, weight in larger.named_parameters() if not weight.grad.any()]
+        assert all("to_k" in name or "to_q" in name for name in still), still
+    assert new_denoiser().num_parameters() * 3 < deepened(new_denoiser(), LARGE).num_parameters()
+
+
+def test_two_steps_of_the_larger_models_training_resume_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = replace(Recipe(), batch=4, scenes=8)
+    monkeypatch.setattr("steer.apps.scenes.training.PART", 8)
+    monkeypatch.setattr("steer.apps.scenes.training._BASE", tiny)
+
+    def weights(folder: Path, *ends: int) -> Tensor:
+        for end in ends:
+            pipe = train_large(folder / "large", MODELS["scenes"], end, layers=2)
+        assert pipe.unet.config.layers_per_block == [1, 2]
+        return torch.cat([parameter.flatten() for parameter in pipe.unet.parameters()])
+
+    monkeypatch.setattr(TrainingRun, "_schedule", lambda run, optimiser: LambdaLR(optimiser, lambda step: 1.0))
+    assert torch.equal(weights(tmp_path / "twice", 2, 4), weights(tmp_path / "once", 4))
 
 
 def test_the_pilots_combinations_are_in_no_other_list_and_never_drawn_for_training() -> None:

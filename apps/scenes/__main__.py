@@ -36,12 +36,11 @@ def main() -> None:
     seconds = "processor time of each recipe of `pilot`; seconds of updates of each run of `finetuning-curves`"
     parser.add_argument("--seconds", "--seconds-each", type=float, default=300.0, help=seconds)
     parser.add_argument("--seeds", type=int, default=3, help="of each run of `finetuning-curves`")
-    parser.add_argument("--size", default="scenes", help="model of `denoiser`: scenes or scenes-large")
     parser.add_argument("--vae", type=Path, help="finished autoencoder for `denoiser`; by default the one in --out")
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
     parser.add_argument(
-        "--trained", default="denoiser", help="model in --out that `export` writes: denoiser, flow or turbo"
+        "--trained", default="denoiser", help="model in --out that `export` writes: denoiser, large, flow or turbo"
     )
     parser.add_argument("--count", type=int, help="prompts of --list, shuffled; by default all")
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of the studies")
@@ -80,8 +79,12 @@ def _autoencoder(options: argparse.Namespace) -> None:
 
 
 def _denoiser(options: argparse.Namespace) -> None:
-    recipe, steps = training.RECIPES[options.size], options.steps or 11_000
-    training.train_denoiser(options.out / "denoiser", _vae(options), recipe, steps, start=options.start)
+    steps = options.steps or 11_000
+    training.train_denoiser(options.out / "denoiser", _vae(options), training.Recipe(), steps, start=options.start)
+
+
+def _large(options: argparse.Namespace) -> None:
+    training.train_large(options.out / "large", options.model, options.steps or 3000)
 
 
 def _flow(options: argparse.Namespace) -> None:
@@ -89,8 +92,7 @@ def _flow(options: argparse.Namespace) -> None:
 
 
 def _checkpoint(options: argparse.Namespace) -> None:
-    recipe = training.RECIPES[options.size]
-    training.save_checkpoint(options.out / "denoiser", _vae(options), recipe, options.model)
+    training.save_checkpoint(options.out / "denoiser", _vae(options), training.Recipe(), options.model)
 
 
 def _pilot(options: argparse.Namespace) -> None:
@@ -181,6 +183,7 @@ def _reno_then(options: argparse.Namespace) -> dict[str, Any]:
 STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], str]] = {
     "autoencoder": (_autoencoder, "train the autoencoder and whiten its latents"),
     "denoiser": (_denoiser, "train the denoiser and its text encoder on those latents"),
+    "large": (_large, "deepen the denoiser of --model, three times the parameters, and train it on"),
     "flow": (_flow, "train a flow-matching transformer in Stable Diffusion 3 format on those latents"),
     "checkpoint": (
         _checkpoint,

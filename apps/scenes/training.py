@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -232,11 +233,7 @@ class Recipe:
     average: float = 0.9995  # decay of the averaged weights
 
 
-RECIPES = {
-    "scenes": Recipe(),
-    "scenes-large": Recipe(channels=(128, 224), width=192, layers=3, heads=6),
-}
-_BASE = RECIPES["scenes"]
+_BASE = Recipe()
 PILOT = {
     "base": _BASE,
     "fixed": replace(_BASE, scenes=40_000, all_captions=False),
@@ -263,7 +260,7 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def new_denoiser(recipe: Recipe = RECIPES["scenes"]) -> UNet2DConditionModel:
+def new_denoiser(recipe: Recipe = _BASE) -> UNet2DConditionModel:
     """A UNet of 8×8 and 4×4 latents with cross-attention at both."""
     return UNet2DConditionModel(
         sample_size=8,
@@ -295,7 +292,7 @@ def text_config(tokenizer: CLIPTokenizer, recipe: Recipe) -> CLIPTextConfig:
     )
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer, recipe: Recipe = RECIPES["scenes"]) -> CLIPTextModel:
+def new_text_encoder(tokenizer: CLIPTokenizer, recipe: Recipe = _BASE) -> CLIPTextModel:
     """A few layers of CLIP's text transformer."""
     return CLIPTextModel(text_config(tokenizer, recipe))
 
@@ -461,6 +458,67 @@ def train_denoiser(
     pipe = assemble(vae, unet, text_encoder, tokenizer)
     pipe.save_pretrained(folder / "pipeline")
     return pipe
+
+
+LARGE = 8  # layers of scenes-large's lowest resolution, in place of 1
+LARGE_RATE = 5e-4
+
+
+@torch.no_grad()
+def deepened(unet: UNet2DConditionModel, layers: int) -> UNet2DConditionModel:
+    """Copy a UNet of one layer per block with more at its lowest resolution, the further ones without effect as yet.
+
+    On the way down they follow the old layer; on the way up they precede those that read the old skip connections, and
+    their shortcuts drop the new ones. Their last convolutions and projections are 0 (Net2DeeperNet, arXiv 1511.05641):
+    the function stays the same to rounding.
+    """
+    others = [1] * (len(unet.down_blocks) - 1)
+    larger = UNet2DConditionModel.from_config({**unet.config, "layers_per_block": [*others, layers]})
+
+    def moved(name: str) -> str:
+        return re.sub(
+            r"^up_blocks\.0\.(resnets|attentions)\.(\d+)",
+            lambda found: f"up_blocks.0.{found[1]}.{int(found[2]) + layers - 1}",
+            name,
+        )
+
+    larger.load_state_dict({moved(name): value for name, value in unet.state_dict().items()}, strict=False)
+    down, up = larger.down_blocks[-1], larger.up_blocks[0]
+    resnets = [*down.resnets[1:], *up.resnets[: layers - 1]]
+    attentions = [*down.attentions[1:], *up.attentions[: layers - 1]]
+    for layer in (*(resnet.conv2 for resnet in resnets), *(attention.proj_out for attention in attentions)):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    for resnet in up.resnets[: layers - 1]:  # of the state and a new skip connection, the state
+        torch.nn.init.dirac_(resnet.conv_shortcut.weight)
+        torch.nn.init.zeros_(resnet.conv_shortcut.bias)
+    return larger
+
+
+def train_large(folder: Path, model: Path, steps: int, layers: int = LARGE) -> StableDiffusionPipeline:
+    """Train a deeper UNet that begins as that of `model`, with its text encoder; folder/pipeline has the averages."""
+    torch.manual_seed(0)
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    vae, text_encoder, tokenizer = pipe.vae.eval(), pipe.text_encoder.eval(), pipe.tokenizer
+    scenes = Scenes(folder.parent / "parts", vae, tokenizer, _BASE)
+    unet = deepened(pipe.unet, layers).to(memory_format=torch.channels_last)
+    average = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+
+    def loss_at(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        x0, ids = scenes.batch(step, generator)
+        ids = torch.where(torch.rand(len(ids), 1, generator=generator) < UNCONDITIONAL, empty, ids)
+        with torch.no_grad():
+            states = text_encoder(ids).last_hidden_state
+        t, noise = timesteps(_BASE, len(ids), generator), torch.randn(x0.shape, generator=generator)
+        return velocity_loss(unet, states, x0, t, noise, _BASE)
+
+    empty = token_ids(tokenizer, [""])
+    TrainingRun(folder, steps, LARGE_RATE, decay=0.5).train([unet], loss_at, after=average)
+    average.copy_to(unet.parameters())
+    large = assemble(vae, unet, text_encoder, tokenizer)
+    large.save_pretrained(folder / "pipeline")
+    return large
 
 
 def assemble(
