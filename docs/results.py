@@ -1,7 +1,7 @@
 """The tables of measurements in the pages of docs/, from the JSON files that commands wrote.
 
     python docs/results.py keep out/search/evaluation.json docs/studies/search.json   # what a page needs of a study
-    python docs/results.py                                                            # writes all tables again
+    python docs/results.py                                                   # writes all tables and figures again
 
 `keep` adds to the contenders that a study already has, with the same prompts and seeds.
 
@@ -25,10 +25,14 @@ from typing import Any
 
 import torch
 import yaml
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from steer.apps.bench.report import spread
 from steer.apps.evaluation import foresight
+from steer.apps.evaluation.report import MARKERS
+from steer.apps.plots import COLORMAP, DPI, INK, save_figure, set_title, style_axes
 from steer.apps.scenes.finetuning_curves import curves_table
 from steer.pipelines.training.evaluation import interval
 
@@ -164,6 +168,43 @@ def table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+# ---- Figures ----
+
+
+def draw_search(study: Json, path: Path) -> None:
+    """Draw what the picked image is worth over the cost; a line joins the numbers of particles of one method."""
+    base = study["contenders"][0]
+    figure = Figure(figsize=(10.5, 4.3), dpi=DPI, layout="constrained")
+    titles = {"right": "best image right", "scene-soft": "its scene-soft, the reward that picks"}
+    families: dict[str, list[Json]] = {}
+    for one in study["contenders"]:
+        numbered = re.fullmatch(r"([a-z-]+?)[- ]\d+", one["name"])  # best-of-8, race 12
+        families.setdefault(numbered[1] if numbered else one["name"], []).append(one)
+    joined = {"best-of": [*families.pop(base["name"]), *families.pop("best-of")]} | families
+    for axes, (reward, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for number, (name, some) in enumerate(joined.items()):
+            rows = sorted((cost(one) / cost(base), *difference(one, None, reward, "picked")) for one in some)
+            x, mean, low, high = zip(*rows, strict=True)
+            color = colormaps[COLORMAP](0.9 * number / max(len(joined) - 1, 1))
+            style: dict[str, Any] = {"color": color, "marker": MARKERS[number % len(MARKERS)], "ms": 5, "lw": 1.4}
+            if number == 0:
+                axes.fill_between(x, low, high, color=color, alpha=0.1, lw=0)
+            axes.plot(x, mean, label="best-of-n" if number == 0 else name, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        axes.set_xlabel("cost, in plain images", color=INK, size=8)
+        set_title(axes, f"{title}, {study['prompts']} held-out prompts")
+        style_axes(axes)
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    save_figure(figure, path)
+
+
+FIGURES: dict[str, tuple[Callable[[Json, Path], None], str]] = {
+    "search.png": (draw_search, "studies/search.json"),
+    "foresight.png": (foresight.draw, "foresight-lookahead.json"),
+}
+
+
 # ---- Pages ----
 
 
@@ -201,6 +242,8 @@ def main(arguments: Sequence[str]) -> None:
         study.write_text(json.dumps(whole, ensure_ascii=False) + "\n")
     for path in pages():
         path.write_text(filled(path.read_text()))
+    for name, (draw, file) in FIGURES.items():
+        draw(json.loads((DOCS / file).read_text()), DOCS / name)
 
 
 if __name__ == "__main__":

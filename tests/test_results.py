@@ -94,3 +94,25 @@ def test_a_page_gets_its_tables_between_comments(tmp_path: Path, monkeypatch: py
     once = results.filled(page)
     assert "| x̂0 | 0.50 [0.40, 0.60] | 20 |" in once and "old" not in once
     assert once.startswith("before\n") and once.endswith("-->\nafter\n") and results.filled(once) == once
+
+
+def test_a_figure_joins_the_numbers_of_particles_of_one_method(
+    study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = dict(study["contenders"][1], name="fk 6, m = 3", cost={"nfe": 60.0, "decodes": 2.0})
+    drawn = []
+    monkeypatch.setattr(results, "save_figure", lambda figure, path: drawn.append(figure))
+    results.draw_search(study | {"contenders": [*study["contenders"], other]}, tmp_path / "search.png")
+    for axes in drawn[0].axes:
+        lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+        unit = 20 + results.DECODING
+        assert lines == {
+            "best-of-n": [[1.0, 0.5], [(40 + 2 * results.DECODING) / unit, 0.5]],
+            "fk 6, m = 3": [[(60 + 2 * results.DECODING) / unit, 0.5]],
+        }
+
+
+def test_every_figure_of_the_pages_has_its_file(tmp_path: Path) -> None:
+    for name, (draw, file) in results.FIGURES.items():
+        draw(json.loads((results.DOCS / file).read_text()), tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 0 and (results.DOCS / name).exists()
