@@ -40,6 +40,8 @@ DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(r"<!-- results (\w+) (\S+)(?: (\{.*?\}))? -->\n.*?<!-- end -->", re.DOTALL)
 DIGITS = 4  # of a reward
 DECODING = 1.2  # evaluations of scenes' denoiser that decoding an image and its reward cost, measured on one core
+# FLOPs of an evaluation, in those of a guided pair of scenes
+EVALUATION = {"scenes": 1.0, "scenes-turbo": 0.5, "scenes-large": 2.66, "scenes-flow": 6.26}
 PARTS: dict[str, Callable[[list[float]], float]] = {  # of the rewards of a run's images, the picked one first
     "picked": itemgetter(0),
     "two": lambda values: fmean(values[:2]),
@@ -146,9 +148,13 @@ def chosen(study: Json, rows: Sequence[str]) -> list[Json]:
 
 
 def cost(one: Json) -> float:
-    """Denoiser evaluations of a run, with those that its decodings and rewards are worth."""
-    total: float = one["cost"]["nfe"] + DECODING * one["cost"]["decodes"]
-    return total
+    """Denoiser evaluations of a run, in those of `scenes`, with what its decodings, rewards and gradients are worth.
+
+    An image differentiated costs two more of each: a backward pass is twice the forward pass.
+    """
+    nfe, decodes = one["cost"]["nfe"] * EVALUATION[one["model"]], one["cost"]["decodes"]
+    backward: float = 2 * one["cost"].get("gradients", 0) / max(decodes, 1)
+    return (1 + backward) * (nfe + DECODING * decodes)
 
 
 def difference(one: Json, other: Json | None, reward: str, part: str) -> list[float]:

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from steer.apps.models import load_pipeline
 
 FILE = Path(__file__).resolve().parent.parent / "docs/results.py"
 SPEC = importlib.util.spec_from_file_location("results", FILE)
@@ -110,6 +113,28 @@ def test_a_figure_joins_the_numbers_of_particles_of_one_method(
             "best-of-n": [[1.0, 0.5], [(40 + 2 * results.DECODING) / unit, 0.5]],
             "fk 6, m = 3": [[(60 + 2 * results.DECODING) / unit, 0.5]],
         }
+
+
+def test_a_gradient_costs_two_more_evaluations_of_everything() -> None:
+    forward = contender("best-of-2", [[0.0, 0.0]], 2.0) | {"model": "scenes-turbo"}
+    assert results.cost(forward) == 2 * (0.5 + results.DECODING)
+    half = forward | {"cost": forward["cost"] | {"gradients": 1.0}}
+    assert results.cost(half) == 2 * results.cost(forward)
+
+
+@pytest.mark.parametrize("name", sorted(results.EVALUATION))
+def test_the_cost_of_an_evaluation_is_that_of_its_flops(name: str) -> None:
+    def flops(model: str) -> int:
+        pipe = load_pipeline(model)
+        pipe.set_progress_bar_config(disable=True)
+        counts = []
+        for steps in (1, 2):
+            with FlopCounterMode(display=False) as counter:
+                pipe("a star", num_inference_steps=steps, guidance_scale=4.0, output_type="latent")
+            counts.append(counter.get_total_flops())
+        return counts[1] - counts[0]
+
+    assert flops(name) / flops("scenes") == pytest.approx(results.EVALUATION[name], rel=0.01)
 
 
 def test_every_figure_of_the_pages_has_its_file(tmp_path: Path) -> None:
