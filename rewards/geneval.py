@@ -24,7 +24,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 SLACK = 0.1  # of the sum of both sides, by which a relation must hold
 THRESHOLD, OVERLAP = 0.3, 0.5  # confidence of a box; IoU above which the weaker of two boxes of a class is dropped
 PREFIX = re.compile(r"^(?:an? )?(?:photo|picture|image)s? of ", re.IGNORECASE)
-PHRASE = re.compile(rf"(?:({'|'.join(NUMBERS)}) )?(?:({'|'.join((*COLOURS, 'grey'))}) )?([a-z][a-z -]*)", re.IGNORECASE)
+PHRASE = re.compile(rf"(?:({'|'.join(NUMBERS)}) )?(?:({'|'.join(COLOURS)}) )?([a-z][a-z -]*)", re.IGNORECASE)
 SYNTAX = "'three red apples', 'a cat and a blue dog' or 'a cup left of a plate'"
 
 

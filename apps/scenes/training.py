@@ -468,9 +468,9 @@ LARGE_RATE = 5e-4
 def deepened(unet: UNet2DConditionModel, layers: int) -> UNet2DConditionModel:
     """Copy a UNet of one layer per block with more at its lowest resolution, the further ones without effect as yet.
 
-    On the way down they follow the old layer; on the way up they precede those that read the old skip connections, and
-    their shortcuts drop the new ones. Their last convolutions and projections are 0 (Net2DeeperNet, arXiv 1511.05641):
-    the function stays the same to rounding.
+    In the last down block they follow the old layer. In the first up block they precede the layers of the old skip
+    connections, and their shortcuts drop the new connections. Their last convolutions and projections are 0
+    (Net2DeeperNet, arXiv 1511.05641), so that the function stays the same to rounding.
     """
     others = [1] * (len(unet.down_blocks) - 1)
     larger = UNet2DConditionModel.from_config({**unet.config, "layers_per_block": [*others, layers]})
@@ -478,7 +478,7 @@ def deepened(unet: UNet2DConditionModel, layers: int) -> UNet2DConditionModel:
     def moved(name: str) -> str:
         return re.sub(
             r"^up_blocks\.0\.(resnets|attentions)\.(\d+)",
-            lambda found: f"up_blocks.0.{found[1]}.{int(found[2]) + layers - 1}",
+            lambda match: f"up_blocks.0.{match[1]}.{int(match[2]) + layers - 1}",
             name,
         )
 
