@@ -21,7 +21,9 @@ from steer.pipelines.particle_batch import ParticleBatch
 from steer.reward import Texts, score_components
 
 MAX_DRAWS = 64  # of x̂0 at one step
-PREDICTIONS = "argmax, samples:N (the mean of N draws of x̂0) or finish:M (M steps of the pipeline to the end)"
+PREDICTIONS = (
+    "argmax, samples:N (N draws of x̂0, combined by log-mean-exp) or finish:M (M steps of the pipeline to the end)"
+)
 
 
 @dataclass

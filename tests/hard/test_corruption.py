@@ -36,7 +36,7 @@ from steer.training.trainable import FullFinetuning, LoRA
 
 FULL = pytest.mark.hard
 CUTS, FLIPS = 100, 1000
-GOOD = ("refused", "read as it was")
+GOOD = ("refused", "read unchanged")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ KINDS = {
 def spoilt(whole: bytes, cuts: int, flips: int, rng: random.Random) -> Iterator[tuple[str, bytes]]:
     """A file cut off at every so many hundredths, and with single bits turned over."""
     for number in range(cuts):
-        yield "cut", whole[: len(whole) * number // cuts]
+        yield "truncated", whole[: len(whole) * number // cuts]
     for _ in range(flips):
         place, bit = divmod(rng.randrange(8 * len(whole)), 8)
         yield "flip", whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
@@ -138,7 +138,7 @@ def verdict(kind: Kind, folder: Path, original: Any) -> str:
         found = kind.read(folder)
     except InputError as error:
         return "refused" if "\n" not in str(error) else "more than a line"
-    return "read as it was" if found == original else "read wrong"
+    return "read unchanged" if found == original else "read wrong"
 
 
 def tried(kind: Kind, folder: Path, cuts: int, flips: int, good: tuple[str, ...] = GOOD) -> Tally:
@@ -166,7 +166,7 @@ def test_nothing_that_is_spoilt_is_read_wrong(tmp_path: Path, name: str, cuts: i
     tally = tried(kind, folder, cuts, flips)
     assert tally.lost == 0 and tally.outcomes["flip, refused"], tally
     if flips == FLIPS:
-        tally.note(f"{name}, every file cut at each 1 % and 1,000 bits turned over")
+        tally.note(f"{name}, every file truncated at each 1 % and 1,000 bits flipped")
 
 
 def without_sums(kind: Kind) -> Kind:
@@ -200,8 +200,8 @@ def test_what_has_no_sums_is_read_or_refused_in_a_line(tmp_path: Path, name: str
     kind, folder = UNSUMMED[name], tmp_path / "folder"
     kind.make(folder)
     tally = tried(kind, folder, cuts, flips, (*GOOD, "read wrong"))
-    assert tally.outcomes["cut, refused"], tally
+    assert tally.outcomes["truncated, refused"], tally
     if flips == 150:
         tally.lost = sum(count for outcome, count in tally.outcomes.items() if "read wrong" in outcome)
         tally.survived = tally.tries - tally.lost
-        tally.note(f"{name}, every file cut at each 1 % and 150 bits turned over")
+        tally.note(f"{name}, every file truncated at each 1 % and 150 bits flipped")

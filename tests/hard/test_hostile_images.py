@@ -194,4 +194,4 @@ def test_images_of_bits_turned_over_are_read_or_refused(flips: int, capfd: pytes
     capfd.readouterr()  # what libtiff says of them
     assert tally.outcomes["refused"] and tally.outcomes["read"]
     if flips == 400:
-        tally.note("images, bits turned over")
+        tally.note("images, bits flipped")

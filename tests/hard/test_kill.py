@@ -76,7 +76,7 @@ def test_of_a_save_that_is_killed_at_a_random_moment_one_interval_is_lost_at_mos
     # Where a kill falls depends on the load of the machine: a quarter of them inside a save is power enough.
     assert tally.survived == kills and tally.outcomes["in a save"] >= kills // 4
     if kills >= 200:
-        tally.note("checkpoint, kill -9 at random moments")
+        tally.note("checkpoint, kill -9 at random times")
 
 
 @pytest.mark.parametrize("keep", KEEP)

@@ -40,7 +40,7 @@ def test_nothing_grows_in_a_long_run(what: str, tmp_path: Path) -> None:
     slope = float(np.polyfit([one.done for one in levels], [one.resident for one in levels], 1)[0])
     half = len(levels) // 2
     early, late = spans(levels[:half]), spans(levels[half:])
-    figures = {"calls": count, "kilobytes a call": round(slope, 3), "kilobytes at the end": levels[-1].resident}
+    figures = {"calls": count, "kilobytes per call": round(slope, 3), "kilobytes at the end": levels[-1].resident}
     note(f"long run: {what}", figures | {f"most {name}": most for name, (_, most) in late.items()})
     assert slope <= MOST
     for name, (_, most) in late.items():
