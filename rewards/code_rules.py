@@ -129,7 +129,7 @@ def _alias_refusals(tree: ast.AST, aliases: Mapping[str, str]) -> Iterator[str]:
 
 
 def _chain(node: ast.Attribute) -> list[str] | None:
-    """Return the names of NAME.a.b; None where the attribute is of another expression."""
+    """Return the names of NAME.a.b; None for an attribute of any other expression."""
     names = [node.attr]
     value = node.value
     while isinstance(value, ast.Attribute):
@@ -139,7 +139,7 @@ def _chain(node: ast.Attribute) -> list[str] | None:
 
 
 def _path_refusal(path: str) -> str | None:
-    """Return the reason to refuse a dotted path from an allowed module; None where it is allowed."""
+    """Return the reason to refuse a dotted path from an allowed module; None if it is allowed."""
     module = max((name for name in MODULES if f"{path}.".startswith(f"{name}.")), key=len)
     rest = path.removeprefix(module).strip(".").split(".")
     if f"{path}." in ("torch.nn.",) or rest == [""]:  # a step of a longer chain, which is checked as a whole

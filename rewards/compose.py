@@ -56,7 +56,7 @@ def weighted_name(reward: str, weight: float, takes: bool) -> str:
 
 
 def weighted_expression(rewards: str, weight: float) -> str:
-    """Write a composed reward with its weight, in sum(…) where the weight would bind to its last term."""
+    """Write a composed reward with its weight, in sum(…) if the weight would bind to its last term."""
     if weight == 1:
         return rewards
     try:
@@ -67,7 +67,7 @@ def weighted_expression(rewards: str, weight: float) -> str:
 
 
 class CompositeReward(ABC):
-    """A reward composed of other rewards; gradients flow where all of them are differentiable."""
+    """A reward composed of other rewards; gradients flow if all of them are differentiable."""
 
     images = "pt"
 
@@ -163,7 +163,7 @@ def worst(scores: Tensor) -> Tensor:
 
 def mean_minus_std(scores: Tensor, lam: float = 1.0) -> Tensor:
     """Return mean_m r_m − λ std_m r_m, std with M in the denominator (uncertainty-weighted, arXiv 2310.02743)."""
-    # The offset keeps the gradient finite where all agree.
+    # The offset keeps the gradient finite if all rewards are equal.
     spread = (scores.var(0, correction=0) + 1e-12).sqrt()
     return scores.mean(0) - lam * spread
 
