@@ -42,7 +42,7 @@ def launch_context(cpu: bool = True) -> "LaunchContext":
 
 
 def shutdown_distributed() -> None:
-    """Destroy the process group before exit: PyTorch may abort a process that exits without. Imports nothing."""
+    """Destroy the process group before exit: otherwise PyTorch may abort the process. Imports nothing."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
