@@ -84,7 +84,7 @@ def sample(
     offload: str | None,
     **settings: Any,
 ) -> None:
-    """Steer PROMPT… or the prompts of a file.
+    """Sample PROMPT…, or the prompts of a file, steered by a reward.
 
     Writes images (best first), grid.png and report.json; ancestry.png of particles, progress.png of optimised noise.
     Text models, such as scenes-text, write texts.jsonl in place of images.
