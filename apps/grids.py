@@ -112,7 +112,7 @@ def plan_cells(prompt: str | None, x: Axis, y: Axis | None, given: Mapping[str, 
 
 
 def _settings_of(given: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> SamplingConfig:
-    """Merge the settings of all cells with those of one cell's values."""
+    """Merge the settings of all cells with the settings of one cell's values."""
     values = dict(given)
     for one in own:
         values |= {**one, "call": {**(values.get("call") or {}), **one["call"]}} if "call" in one else one

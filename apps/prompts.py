@@ -239,7 +239,7 @@ def load_prompts(source: str, column: str | None = None) -> list[str]:
 
     source  a name in `steer.assets.PROMPTS`; a file; ORGANISATION/NAME or ORGANISATION/NAME:SPLIT (by default train;
             FOLDER/SPLIT for a configuration or another folder). An existing file comes first.
-    column  of a table, key of JSON lines: as in `read_rows`
+    column  column of a table or key of JSON lines, as in `read_rows`
     Unused columns are logged in one line. Raises InputError. With HF_HUB_OFFLINE=1 data sets are read from the hub's
     cache.
     """

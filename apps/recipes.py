@@ -71,7 +71,7 @@ class Recipe:
     lam: float | None = None
 
     def plain(self) -> dict[str, Any]:
-        """Return all fields as JSON holds them."""
+        """Return all fields in the form of JSON."""
         return {one.name: getattr(self, one.name) for one in fields(self)} | {"settings": self.settings.plain()}
 
 

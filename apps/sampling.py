@@ -122,7 +122,7 @@ class PartialReport:
         return [n for n in range(count) if not _is_complete(self.entries.get(n, {}), self.out, animation)]
 
     def keep(self, number: int, entry: Entry, single_process: bool) -> None:
-        """Write the entry of a finished prompt: to report.json in a single process, else to a file of its own."""
+        """Write the entry of a finished prompt: to report.json in a single process, else to a separate file."""
         self.entries[number] = entry
         part = self.out / FINISHED / f"{number:05d}.json"
         if single_process:
@@ -199,7 +199,7 @@ def output_errors(out: Path) -> Iterator[None]:
 
 
 def _unmerged_entries(out: Path, config: Mapping[str, Any]) -> dict[int, Entry]:
-    """Read the entries that are not merged yet. Raises InputError for those of another run."""
+    """Read the entries that are not merged yet. Raises InputError for entries of another run."""
     entries_by_number: dict[int, Entry] = {}
     for path in sorted((out / FINISHED).glob("*.json")):
         part = _read(path, out, config)

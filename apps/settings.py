@@ -65,8 +65,8 @@ class SamplingConfig(Settings):
     model             embedded model, folder, .safetensors file, or ORGANISATION/NAME
     variant           variant of the model's weights, such as fp16; by default none, or the folder's only variant
     model_config      for a single file: folder of such a model in diffusers' format
-    method            fk, svdd, beam, race, drafts, renoise, best-of-n, base, reno (for one-step models, like
-                      scenes-turbo), noise-search or map-elites
+    method            steering method: fk, svdd, beam, race, drafts, renoise, best-of-n, base, reno (for one-step
+                      models, like scenes-turbo), noise-search or map-elites
     vae               autoencoder that replaces the model's own: a folder, .safetensors file, or ORGANISATION/NAME
     scheduler         solver that replaces the model's own: NAME[:OPTION=VALUE,…], such as euler-a or
                       dpm++:use_karras_sigmas=true
@@ -78,20 +78,20 @@ class SamplingConfig(Settings):
                       noise-search, else 4
     steps             solver steps; by default the pipeline's own number, for reno 1
     guidance          guidance scale; by default the pipeline's own, for reno 0
-    negative_prompt   what the images should not show, for pipelines that take one
-    height            of the images in pixels; by default the model's own
-    width             of the images in pixels; by default the model's own
+    negative_prompt   content to avoid in the images, for pipelines that take a negative prompt
+    height            height of the images in pixels; by default the model's own
+    width             width of the images in pixels; by default the model's own
     call              any other argument of the pipeline's call, NAME=VALUE; repeatable
     eta               noise of every step, 0 to 1; by default the solver's own, for svdd and beam 1
     original          with expand: share of the original prompt in the guidance, 0 to 1; the rest belongs to the
                       expanded prompt, and each denoiser evaluation is made for both
     noise_candidates  starting noises of each prompt, from which short runs select the best K
-    screening_steps   solver steps of these short runs
+    screening_steps   with noise_candidates: solver steps of the short runs
     seed              random seed, the same for each prompt
     compare           also make the base images of the same seed, for grid.png
     best_of           with compare: also make this many base images and show the best, as a control of equal cost
-    dtype             float32, float16 or bfloat16; by default float32 on the CPU, bfloat16 elsewhere
-    options           settings of the method, or their values by name
+    dtype             precision: float32, float16 or bfloat16; by default float32 on the CPU, bfloat16 elsewhere
+    options           settings of the method, or values by name
     """
 
     model: str = option("scenes")

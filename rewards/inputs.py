@@ -125,7 +125,7 @@ def _as_tensor(images: Any) -> Tensor:
 
 
 def as_uint8(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Convert images (N, 3, H, W) to (N, H, W, 3) of 8 bits, clamped and rounded as image files hold them."""
+    """Convert images (N, 3, H, W) to (N, H, W, 3) of 8 bits, clamped and rounded as in image files."""
     arrays = VaeImageProcessor.pt_to_numpy(images.detach().float().clamp(0, 1))
     return (arrays * 255).round().astype(np.uint8)
 

@@ -275,7 +275,7 @@ class Preference(LearnedReward):
 
 
 class LearnedAestheticReward(LearnedReward):
-    """aesthetic:scenes, trained on noisy preferences by composition alone."""
+    """aesthetic:scenes, trained on noisy preferences about composition only."""
 
     kind = "aesthetic"
     embedded = REWARDS[kind]
@@ -343,7 +343,7 @@ class RewardTrainingConfig:
     objective  bradley-terry, scaled-bradley-terry, margin, triplet or regression; for ratings: rating
     train_backbone  train the CLIP too, not the head alone
     members    size of the ensemble; each member has its own seed and its own bootstrap sample of the pairs
-    margin     gap of the objective triplet, .3 by default; the other objectives have none
+    margin     gap of the objective triplet, for no other objective; .3 by default
     label_smoothing  ε of the labels, 0..½
     label_noise      assumed share of wrong labels, 0..½
     center_rewards_coefficient  η of `center_rewards_penalty`, ≥ 0: makes the members of an ensemble comparable
@@ -576,7 +576,7 @@ def train_members(
 
     Each minimises `loss` over a bootstrap sample of the rows; a single member over all of them.
 
-    frozen  features of the data; None: every member trains a backbone of its own
+    frozen  features of the data; None: every member trains its own backbone
     first   number of the first member, which seeds it
     """
     for number in range(first, first + config.members):

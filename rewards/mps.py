@@ -27,7 +27,7 @@ CONDITIONS = {
 }
 THRESHOLD = 0.3  # minimum similarity of a word to the condition, relative to the prompt's most similar word
 UNUSED_KEYS = ("model.text_model.embeddings.position_ids", "model.vision_model.embeddings.position_ids")
-CACHED_PROMPTS = 256  # of 78 vectors each
+CACHED_PROMPTS = 256  # prompts with 78 vectors each
 
 
 class MPS:

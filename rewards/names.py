@@ -83,7 +83,7 @@ def _in_standard_order(function: Callable[..., Any]) -> Callable[..., Any]:
 def reward_names() -> dict[str, str]:
     """Return all named rewards, built in or from entry points `steer.rewards`: name → one line about it.
 
-    Reads tables only: imports no reward, and of torch only what this module imports.
+    Reads tables only: it imports no reward, and no torch beyond the imports of this module.
     """
     plugins = {point.name: f"{point.value} (plugin)" for point in entry_points(group="steer.rewards")}
     return plugins | {name: about for name, (_, about) in REWARDS.items()}

@@ -34,7 +34,7 @@ from steer.rewards.grammar import NUMBER
 from steer.rewards.inputs import as_png, takes_any_images
 
 PROTOCOL = 1
-MAX_IMAGES, MAX_PIXELS = 32, 2**24  # of one request
+MAX_IMAGES, MAX_PIXELS = 32, 2**24  # limits of one request
 MAX_REQUEST_BYTES = 80_000_000  # MAX_PIXELS of noise as PNG in base64, and the prompts
 MAX_REPLY_BYTES = 1_000_000  # bytes
 MAX_LINE_LENGTH = 300  # characters of the other side's message

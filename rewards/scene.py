@@ -142,7 +142,7 @@ def coverage(shape: str, size: int, x: float, y: float, radius: float, oversampl
 
 
 FOREGROUND = 0.35  # RGB distance of an object's pixels from the background: less than half of any colour's
-SMALLEST = 0.008  # of the image's area: smaller components are ignored
+SMALLEST = 0.008  # share of the image's area: smaller components are ignored
 TEMPLATE = 32  # pixels per side at which outlines are compared
 SIMILAR = 0.72  # intersection over union from which an outline counts as a shape
 NEAR = 0.33  # distance in RGB within which a colour has a name
@@ -244,7 +244,7 @@ class SceneReward:
 
 
 SIDE = 32  # pixels per side at which templates are compared
-RADII = (4.0, 4.5, 5.0, 5.5, 6.0, 6.5)  # of the templates, in those pixels
+RADII = (4.0, 4.5, 5.0, 5.5, 6.0, 6.5)  # radii of the templates, in these pixels
 TEMPLATE_RADIUS = 8  # half the side of a template, pixels
 TOLERANCE = 0.3  # distance in RGB at which a colour counts for e^(-1/2)
 MARGIN = 0.04  # lead over the next shape at which a shape has confidence 0.73

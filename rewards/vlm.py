@@ -53,7 +53,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Query:
-    """One question about one image. The probability is that of any of `answers`; `other` is the opposite answer."""
+    """One question about one image: the probability of any of `answers` counts; `other` is the opposite answer."""
 
     row: int
     question: str
@@ -158,7 +158,7 @@ class LocalModel:
         return torch.stack(columns)
 
     def answers(self, images: Tensor, question: str, texts: Sequence[str], per_token: bool = False) -> Tensor:
-        """Return log P (N, A) of answers to one question about images (N, 3, H, W), each in a batch of its own.
+        """Return log P (N, A) of answers to one question about images (N, 3, H, W), each in a separate batch.
 
         per_token  the mean over the tokens of an answer in place of the sum
         """
@@ -365,7 +365,7 @@ def read_question(given: Any, prompt: str) -> tuple[str, tuple[str, ...], str | 
 def read_questions(path: Path) -> Callable[[str], Sequence[Any]]:
     """Read questions by prompt. Raises RewardError.
 
-    .jsonl  rows with prompt and vqa_list (or questions), as GenEval 2 has them
+    .jsonl  rows with prompt and vqa_list (or questions), as in GenEval 2
     .yaml   a mapping from prompts to lists, or one list for all prompts, in which {prompt} is replaced
     """
     if path.suffix == ".jsonl":

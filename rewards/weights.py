@@ -38,7 +38,7 @@ class HubFile:
         """
         try:
             path = Path(hf_hub_download(self.repo, self.filename, revision=self.revision))
-        except Exception as error:  # the hub's errors and those of every network library below it
+        except Exception as error:  # errors of the hub and of every network library below it
             raise RewardError(
                 f"cannot fetch {self.filename} of {self.repo}: {one_line(error)}; {NO_NETWORK}"
             ) from error

@@ -43,7 +43,7 @@ from steer.smc.particles import FeynmanKac
 from steer.training.gradient import Batch, two_pass_gradient
 from steer.training.losses import D3PO, DDPO, GRPO, group_advantages
 
-TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.1  # of equal results, which differ by rounding in half precision
+TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.1  # for equal results, which differ by rounding in half precision
 DEFAULT = ComputeOptions()
 BETA = 0.1  # β of D3PO, as published
 Steered = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # images (best first), rewards (B, K), ancestors

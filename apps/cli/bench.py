@@ -26,7 +26,7 @@ QUICK, LONG = 24.0, 600.0  # seconds of measuring; on two idle cores a quick run
 )
 @click.option("--particles", default=8, type=click.IntRange(2), help="K, particles per prompt.")
 @click.option("--steps", type=click.IntRange(3), help="T, solver steps; by default 20, with --quick 6.")
-@click.option("--resolution", type=int, help="Pixels of a side; by default the model's own.")
+@click.option("--resolution", type=int, help="Pixels per side; by default the model's own.")
 @click.option(
     "--seconds",
     type=click.FloatRange(0, min_open=True),

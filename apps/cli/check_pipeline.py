@@ -16,7 +16,7 @@ from steer.errors import InputError
     "--call", "arguments", default="{}", help='Further arguments of the pipeline\'s call, as JSON: {"eta": 0.5}.'
 )
 @click.option("--steps", default=4, type=click.IntRange(4), help="Solver steps of each run.")
-@click.option("--size", default=64, type=click.IntRange(8), help="Pixels per side of the example images it needs.")
+@click.option("--size", default=64, type=click.IntRange(8), help="Pixels per side of example images.")
 @DEVICE
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the results to this file.")
 def check_pipeline(

@@ -14,7 +14,7 @@ from steer.errors import InputError
 
 @click.command(cls=Command)
 @click.option("--host", default="127.0.0.1", help="Address to listen on; other machines can connect only with --auth.")
-@click.option("--port", type=click.IntRange(1, 65535), help="Default: the first free one from 7860.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port; by default the first free one from 7860.")
 @click.option("--auth", metavar="USER:PASSWORD", help="Login for visitors.")
 @click.option("--share", is_flag=True, help="Create a public address through gradio's servers; only with --auth.")
 @click.option("--model", "models", multiple=True, help="A further model: a folder, or ORGANISATION/NAME; repeatable.")

@@ -52,7 +52,7 @@ class ContenderType(click.ParamType[dict[str, Any]]):
 @click.option(
     "--lora", "loras", multiple=True, help="Finetuned weights, compared with the plain model: RUN/final; repeatable."
 )
-@click.option("--method", "methods", multiple=True, default=("base",), help="As in `steer sample`; repeatable.")
+@click.option("--method", "methods", multiple=True, default=("base",), help="Method, as in `steer sample`; repeatable.")
 @click.option(
     "--contender",
     "contenders",

@@ -30,7 +30,7 @@ class Command(click.Command):
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the command line. Raises InputError for a single-valued option that is repeated."""
-        if not context.resilient_parsing:  # of a shell that completes words
+        if not context.resilient_parsing:  # a shell completes words
             check_not_repeated(self, context, args)
         return super().parse_args(context, args)
 
@@ -43,13 +43,13 @@ class Group(click.Group):
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the options before the name of a command, as `Command.parse_args` does."""
-        if not context.resilient_parsing:  # of a shell that completes words
+        if not context.resilient_parsing:  # a shell completes words
             check_not_repeated(self, context, args)
         return super().parse_args(context, args)
 
 
 def is_single_valued(option: click.Parameter) -> bool:
-    """Tell whether an option has one value: not `multiple`, not counted, not `--help` or `--version`."""
+    """Return whether an option has one value: not `multiple`, not counted, not `--help` or `--version`."""
     return isinstance(option, click.Option) and not (option.multiple or option.count or option.is_eager)
 
 

@@ -40,7 +40,7 @@ def rewards(context: click.Context) -> None:
 @click.option(
     "--host", default="127.0.0.1", help="Address to listen on; with other than the default, other machines can connect."
 )
-@click.option("--port", default=0, type=click.IntRange(0, 65535), help="0: any free port.")
+@click.option("--port", default=0, type=click.IntRange(0, 65535), help="Port to listen on; 0: any free port.")
 @DEVICE
 def serve(reward: str, host: str, port: int, device: str | None) -> None:
     """Serve the reward SPEC over HTTP, for `--reward http://…/` elsewhere, until Ctrl-C.
@@ -108,7 +108,7 @@ def check(paths: Sequence[Path], prompts: Sequence[str], device: str, reward: st
 @click.argument("first")
 @click.argument("second")
 @on_images
-@click.option("--out", default=Path("scatter.png"), type=FOLDER, help="The scatter plot, a PNG file.")
+@click.option("--out", default=Path("scatter.png"), type=FOLDER, help="PNG file for the scatter plot.")
 def compare(paths: Sequence[Path], prompts: Sequence[str], device: str, first: str, second: str, out: Path) -> None:
     """Measure the agreement of two rewards on images: rank correlations, STARC distance, and a scatter plot."""
     from steer.apps.reward_specs import resolve_reward
@@ -140,7 +140,7 @@ def usefulness(paths: Sequence[Path], prompts: Sequence[str], device: str, proxy
 @click.argument("proxy")
 @click.argument("held_out", metavar="HOLDOUT")
 @on_images
-@click.option("--keep", type=click.IntRange(2), help="Samples of a prompt to keep.  [default: half]")
+@click.option("--keep", type=click.IntRange(2), help="Samples to keep per prompt.  [default: half]")
 def reliability(
     paths: Sequence[Path], prompts: Sequence[str], device: str, proxy: str, held_out: str, keep: int | None
 ) -> None:

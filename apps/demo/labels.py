@@ -259,7 +259,7 @@ class LabelStore:
 
 
 def now() -> str:
-    """Return the present time as text."""
+    """Return the current time as text."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -281,7 +281,7 @@ def images_label(made: PromptResult) -> str:
 
 
 def archive_of(made: PromptResult) -> Path:
-    """Zip all images of a prompt beside them, once."""
+    """Zip all images of a prompt into a file beside them, once."""
     files = [picture.path for picture in (*made.images, *made.base)]
     folder, name = files[0].parent, files[0].stem.removesuffix("-00")
     path = folder / f"{name}.zip"

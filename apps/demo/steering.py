@@ -94,7 +94,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: a step of prompt `number` of `count`, in the phase of a method, or `beside`.
+    """Progress: a step of prompt `number` of `count`, in the phase of a method, or "beside": of the base images.
 
     before, after  steps of the phases before and after this one
     """

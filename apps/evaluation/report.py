@@ -313,7 +313,7 @@ def _save_panels(figure: Figure, path: Path) -> Path:
 
 MAX_CONTENDERS = 16  # in grid.png
 MARGIN = 160  # pixels for the prompts, on the left
-TITLE, LINE_HEIGHT = 54, 15  # pixels: above the names, of a line of them
+TITLE, LINE_HEIGHT = 54, 15  # pixels: space above the names, height of a line of names
 
 
 def draw_images(report: Mapping[str, Any], store: ResultStore, grid_places: Sequence[int]) -> Path:

@@ -113,7 +113,7 @@ class EvaluationSpec:
         }
 
     def run_seed(self, place: int, number: int) -> int:
-        """Derive the seed of a run from the index of its prompt and the number of the seed alone."""
+        """Derive the seed of a run only from the index of its prompt and the number of the seed."""
         return derived_seed(self.shared["seed"], f"evaluate {place} {number}")
 
 
