@@ -85,7 +85,7 @@ def fit_lower_bound(
         w     on the simplex, the weights that minimise the pinball loss of Q = Σ_m w_m q_m
         L     = Q − the ⌈(n + 1) level⌉-th smallest of Q(x_i) − y_i over n other images (CQR, arXiv 1905.03222)
 
-    groups  the prompt of each image: the images of a prompt are used all to fit, or all to calibrate
+    groups  the prompt of each image: the images of one prompt are all used to fit, or all to calibrate
     Raises InputError for fewer than MIN_IMAGES images, a level that n images cannot reach, and constant scores.
     """
     if not 0 < level < 1:

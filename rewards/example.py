@@ -78,7 +78,7 @@ class ExampleReward:
     against  at least eight other images: samples of the base model, such as those of `steer sample --method base`
     calibration  a file of `steer rewards calibrate`; its images are the other images
     model    a CLIP, as `clip:MODEL` names it;  keep: features kept;  micro_batch: images per micro-batch
-    Without against and calibration, the features of other images that the folder of the CLIP stores are used.
+    Without against and calibration, the features of other images stored in the CLIP's folder are used.
     `separation` is the leave-one-out AUC; below 0.8 a warning is logged. Raises RewardError.
     """
 

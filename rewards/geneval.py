@@ -77,7 +77,7 @@ class Clause:
 
 @dataclass(frozen=True)
 class Requirements:
-    """Classes that an image must show, and classes that it must show fewer times than a number."""
+    """Classes that an image must show, and classes with an exclusive upper limit on their number of objects."""
 
     include: tuple[Clause, ...]
     exclude: tuple[tuple[str, int], ...] = ()
