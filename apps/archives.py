@@ -10,16 +10,16 @@ from PIL import Image
 from steer.apps.plots import BELOW, GAP, TOP, Canvas, fit, open_image, plain_text, save_figure
 from steer.pipelines.base import Elites
 
-CELL, LABEL_WIDTH = 96, 90  # pixels of a cell and of the labels of rows
+CELL, LABEL_WIDTH = 96, 90  # pixels of a cell, and of the row labels
 WIDE, HIGH = CELL + GAP, CELL + BELOW + GAP
-MAX_DRAWN = 64  # intervals of a descriptor
+MAX_DRAWN = 64  # intervals of a descriptor that are drawn
 
 
 def write_archive(elites: Elites, prompt: str, folder: Path, image: Path) -> dict[str, Any]:
     """Draw the cells of one prompt into `folder`, and return descriptors, intervals and rewards for the report.
 
-    image  one of the prompt's images, whose shape pictures get
-    Empty cells have the reward null. An archive of more than 64 intervals is not drawn.
+    image  one of the prompt's images; pictures have its shape
+    The reward of an empty cell is null. An archive with more than 64 intervals is not drawn.
     """
     rewards = [value if math.isfinite(value) else None for value in elites.rewards[0].tolist()]
     entry: dict[str, Any] = {"describe": list(elites.names), "cells": list(elites.shape), "rewards": rewards}
@@ -31,7 +31,7 @@ def write_archive(elites: Elites, prompt: str, folder: Path, image: Path) -> dic
 
 
 def draw_archive(elites: Elites, prompt: str, shape: tuple[int, int], path: Path) -> Path:
-    """Draw a PNG of one prompt's cells: columns by the last descriptor, rows by the first of two; empty cells are bare.
+    """Draw a PNG of one prompt's cells: columns by the last descriptor, rows by the first of two; empty cells blank.
 
     shape  width and height of the images
     """

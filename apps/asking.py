@@ -1,4 +1,4 @@
-"""Questions of a training at the terminal."""
+"""Questions of a training to the user at the terminal."""
 
 import select
 import sys
@@ -11,16 +11,16 @@ import click
 
 from steer.pipelines.training.asking import Question
 
-INTERVAL = 0.2  # seconds between two looks at the request to end the run
+INTERVAL = 0.2  # seconds between two checks for a request to end the run
 UNANSWERED_EXIT = 3  # exit code of a run that needs an answer
 
 
 @dataclass
 class TerminalAnswers:
-    """Prints a question with the grids that it is about, and reads y or N. Without a terminal nobody answers.
+    """Asks in the terminal: prints a question with its grids, and reads y or N. Without a terminal there is no answer.
 
     out     folder of the run
-    agreed  the next question is answered already, with yes (`--yes`)
+    agreed  answer the next question with yes, without asking (`--yes`)
     """
 
     out: Path
@@ -50,8 +50,8 @@ def describe(question: Question, out: Path) -> str:
 
 
 def read_line(stream: TextIO, check: Callable[[], None]) -> str:
-    """Read a line, and call `check` several times a second while there is none."""
-    if sys.platform != "win32":  # whose select takes no terminals
+    """Read a line, and call `check` several times a second while waiting."""
+    if sys.platform != "win32":  # select does not take terminals there
         while not select.select([stream], [], [], INTERVAL)[0]:
             check()
     check()

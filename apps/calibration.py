@@ -1,5 +1,4 @@
-"""Rewards on the images of a folder: statistics, lower bounds, common errors, one-to-many accuracy: `calibrate`,
-`herding`, `benchmark`."""
+"""Measurements of rewards on the images of a folder: the jobs of `steer rewards calibrate`, `herding`, `benchmark`."""
 
 import json
 import os
@@ -48,7 +47,7 @@ def calibrate_bound(
 ) -> Iterator[str]:
     """Fit and save a lower bound of the reward `truth` by others, and yield a line about it.
 
-    optimised  images that were optimised by these rewards: a second line has the share on which the bound holds
+    optimised  images optimised by these rewards: a second line has the share of them for which the bound holds
     Raises InputError, see `fit_lower_bound`.
     """
     members = [resolve_reward(one) for one in (*rewards, truth)]
@@ -63,7 +62,7 @@ def calibrate_bound(
         yield f"it holds on {holds:.0%} of {scores.shape[1]} optimised images: optimisation voids the level"
 
 
-SHOWN = 5  # overrated images of a folder in the text; the file has all
+SHOWN = 5  # overrated images of a folder that the text lists; the file has all
 
 
 def measure_herding(
@@ -71,7 +70,7 @@ def measure_herding(
 ) -> Iterator[str]:
     """Measure common errors of rewards on the images of each folder, yield a text about it, and write all to `out`.
 
-    gold  a reward that is the truth: list the images that all members overrate by it
+    gold  a reward that is the truth: list the images that all members overrate compared with it
     """
     members, figures = [resolve_reward(one) for one in (*rewards, *([gold] if gold else []))], list[dict[str, Any]]()
     for folder in folders:
@@ -96,7 +95,7 @@ def benchmark_rewards(
 
     gold  a reward that is the truth: its best images of each prompt are right. Without it all images are right, only
           prompts are changed, and there is no gain of best-of-n.
-    Raises InputError where there are no wrong candidates of either kind.
+    Raises InputError if there are no wrong candidates of either kind.
     """
     paths, prompts = images_with_prompts(images, prompt)
     truth = None if gold is None else score_all(resolve_reward(gold), paths, prompts, device=device)
@@ -131,7 +130,7 @@ HEAD = f"{'reward':32}  right against        questions   each   1:1   1:n   MRR"
 def _answers(
     scores: Tensor, wrong: Tensor, rows: Sequence[int], questions: Sequence[tuple[int, Sequence[int]]]
 ) -> dict[str, OneToMany]:
-    """Return the metrics of a reward on both kinds of questions, where there are any."""
+    """Return the metrics of a reward for each kind of questions that occurs."""
     results = {"changed prompts": one_to_many(scores, wrong, rows)} if rows else {}
     if questions:
         right, others = [row for row, _ in questions], [row for _, some in questions for row in some]

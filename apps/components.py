@@ -14,7 +14,7 @@ from steer.errors import InputError
 from steer.registry import nearest
 from steer.tables import one_line
 
-# Short names of schedulers, those of their papers; any class of diffusers is accepted too.
+# Short names of schedulers, as in their papers; any class of diffusers is accepted too.
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -34,16 +34,16 @@ SCHEDULERS = {
     "tcd": "TCDScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-FEW_STEP = ("LCMScheduler", "TCDScheduler")  # of noise models; diffusers names nothing that they are compatible with
-MAX_VALUE = 100_000  # of an option: the text may come from an image
-FLOW_OPTION = "use_flow_sigmas"  # by which solvers of noise models take flow models
+FEW_STEP = ("LCMScheduler", "TCDScheduler")  # for noise models; diffusers lists no compatible schedulers for them
+MAX_VALUE = 100_000  # largest value of an option: the text may come from an image
+FLOW_OPTION = "use_flow_sigmas"  # makes solvers of noise models accept flow models
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
 def read_scheduler(text: str) -> tuple[type[Any], dict[str, Any]]:
     """Return the class and the options of a scheduler: NAME, or NAME:OPTION=VALUE,…
 
-    Options are those of its class, such as use_karras_sigmas=true. Raises InputError for an unknown name or option.
+    Options are arguments of its class, such as use_karras_sigmas=true. Raises InputError for an unknown name or option.
     """
     import diffusers
 
@@ -70,9 +70,9 @@ def read_scheduler(text: str) -> tuple[type[Any], dict[str, Any]]:
 
 
 def set_scheduler(pipe: Any, text: str) -> None:
-    """Replace the scheduler of a pipeline by one with the configuration of its own, and the options of the text.
+    """Replace the scheduler of a pipeline; the new one keeps the old configuration, changed by the options of the text.
 
-    Raises InputError for a scheduler that is not for this kind of model.
+    Raises InputError for a scheduler of another kind of model.
     """
     cls, options = read_scheduler(text)
     own = type(pipe.scheduler)
@@ -116,15 +116,15 @@ def set_vae(pipe: Any, source: str) -> None:
 
 
 def _length(value: Any) -> Any:
-    """Return a number, or how many there are: widths may differ, their number decides the size of latents."""
+    """Return a number, or the length of a list: widths may differ, but their number decides the size of latents."""
     return len(value) if isinstance(value, list | tuple) else value
 
 
 def check_vae(source: str) -> Path:
-    """Return the path of an autoencoder, which is on the hub where it does not exist. Raises InputError."""
+    """Return the path of an autoencoder; if it does not exist, the name is one on the hub. Raises InputError."""
     path = Path(source).expanduser()
     if path.is_dir() and (path / "vae" / "config.json").is_file():
-        return path / "vae"  # of a whole model
+        return path / "vae"  # the folder is a whole model
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"--vae {source}: no config.json in this folder; is it in diffusers' format?")
     if path.is_file() and path.suffix != ".safetensors":
@@ -136,7 +136,7 @@ def check_vae(source: str) -> Path:
 
 def _load_vae(cls: Any, source: Path | str, own: Any) -> Any:
     if isinstance(source, Path) and source.is_file():
-        with tempfile.TemporaryDirectory() as folder:  # the file has no configuration: it is that of the model's own
+        with tempfile.TemporaryDirectory() as folder:  # the file has no configuration: the model's own one applies
             own.save_config(folder)
             return cls.from_single_file(str(source), config=folder, dtype=own.dtype, local_files_only=True)
     return cls.from_pretrained(source, torch_dtype=own.dtype, use_safetensors=True)

@@ -1,7 +1,7 @@
-"""DNA without a download: sequences with a planted motif, a masked diffusion of them, and rewards that are exact.
+"""DNA without a download: sequences with a planted motif, a masked diffusion model of them, and exact rewards.
 
-A sequence is a Markov chain of order 1; with the probabilities of PLANTED one of two motifs is written over it at a
-uniform place, drawn from its weight matrix. The law of a sequence is a sum over places in closed form:
+A sequence is a Markov chain of order 1; with the probabilities in PLANTED, one of two motifs is drawn from its weight
+matrix and written over the chain at a uniform place. The law of a sequence is a sum over places in closed form:
 
     p(x) = Σ_m P(m) / (L − w + 1) Σ_j  p(x_<j) · Π_i M_m[i, x_{j+i}] · (T^{w+1})[x_{j−1}, x_{j+w}] · p(x_>j+w | x_{j+w})
 """
@@ -32,10 +32,10 @@ BASES, LENGTH = "ACGT", 32
 START = torch.tensor([0.3, 0.2, 0.2, 0.3], dtype=torch.float64)
 NEXT = torch.tensor(
     [[0.4, 0.2, 0.2, 0.2], [0.3, 0.3, 0.1, 0.3], [0.3, 0.2, 0.3, 0.2], [0.2, 0.2, 0.2, 0.4]], dtype=torch.float64
-)  # from the base of the row to that of the column: CG is rare, as in genomes
+)  # from the row's base to the column's base: CG is rare, as in genomes
 CONSENSUS = ("GATAAGCG", "TTGCCAAC")
 SURE = 0.85  # probability of the consensus base at each place of a motif
-PLANTED = (0.1, 0.5)  # of the first and second motif; neither in the rest
+PLANTED = (0.1, 0.5)  # share of sequences with the first and with the second motif; the rest has neither
 
 
 def weight_matrix(consensus: str) -> Tensor:
@@ -113,7 +113,7 @@ def dna_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train_dna(steps: int, seed: int = 0, batch: int = 128, rate: float = 2e-3) -> MaskedDiffusionPipeline:
-    """Train a masked diffusion of 0.1 M parameters on fresh sequences; return its pipeline."""
+    """Train a masked diffusion model of 0.1 M parameters on fresh sequences; return its pipeline."""
     torch.manual_seed(seed)
     tokenizer, generator = dna_tokenizer(), Generator().manual_seed(seed)
     begin, mask_id = int(tokenizer.bos_token_id), int(tokenizer.mask_token_id)
@@ -144,12 +144,12 @@ def describe(texts: Sequence[str]) -> dict[str, float]:
 
 
 def draw_texts(pipe: MaskedDiffusionPipeline, count: int, generator: Generator) -> list[str]:
-    """Draw sequences from a model, one base a step."""
+    """Draw sequences from a model, one base per step."""
     return list(map(str, pipe([""] * count, LENGTH, generator, return_dict=False)[0]))
 
 
 def compare(pipe: MaskedDiffusionPipeline, updates: int, count: int = 50, lam: float = 1.0) -> dict[str, Any]:
-    """Describe sequences of the data, of the model, and of three ways to more of the first motif."""
+    """Describe sequences of the data, of the model, and of three methods that raise the first motif's score."""
     generator = Generator().manual_seed(1)
     data = ["".join(BASES[base] for base in row) for row in draw_sequences(4 * count, generator).tolist()]
     rows: dict[str, Any] = {"data": describe(data)}

@@ -31,7 +31,7 @@ def describe_os_error(error: OSError) -> str:
 class ExitGuard:
     """Context of the whole command: the process exits with its code even while a reward hangs in a thread.
 
-    Register it first, so that it acts after all other exit handlers. Imports nothing.
+    Enter it first, so that it acts after all other exit handlers. Imports nothing.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ def exit_now(code: int) -> None:
 
 
 def check_writable(out: Path, place: str = "") -> None:
-    """Create a folder. Raises InputError, which begins with `place` (--out by default), where it cannot be written."""
+    """Create a folder. Raises InputError that begins with `place` (--out by default) if it is not writable."""
     from steer.files import write_errors, write_text
 
     with write_errors(place or f"--out {out}", "choose another folder"):
@@ -83,8 +83,8 @@ def named(subject: str) -> Iterator[None]:
 def wrap_errors(subject: str, kept: str, memory_hint: str) -> Iterator[None]:
     """Turn errors of diffusers, of the disk and of memory into an InputError that begins with `subject`.
 
-    kept         the work that is not lost
-    memory_hint  how to need less memory
+    kept         what work is not lost
+    memory_hint  how to reduce memory use
     """
     import torch
 

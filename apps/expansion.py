@@ -1,4 +1,4 @@
-"""Prompts continued by a model of text before images are sampled from them."""
+"""Expansion of prompts by a text model before images are sampled from them."""
 
 import json
 from collections.abc import Callable
@@ -16,21 +16,21 @@ PIPELINES = ("MaskedDiffusionPipeline", "LLaDA2Pipeline", "DiffusionGemmaPipelin
 
 
 def is_text_model(model: str) -> bool:
-    """Return whether an embedded model, or the one of a folder, makes texts."""
+    """Return whether an embedded model, or the model in a folder, generates texts."""
     if model in TEXT_MODELS:
         return True
     try:
         index = json.loads((Path(model).expanduser() / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False  # on the hub, or reported when it is loaded
+        return False  # a model on the hub, or an error that loading reports
     return isinstance(index, dict) and index.get("_class_name") in PIPELINES
 
 
 def load_expander(model: str, device: str | None = None) -> Callable[[str, int], str]:
-    """Load a text model: a function of a prompt and a seed to the prompt's continuation, one draw.
+    """Load a text model as a function that draws one continuation of a prompt from a seed.
 
-    A chain prompt → expanded prompt → image, as of Parrot (arXiv 2401.05675). Raises InputError for another model; the
-    function does so by the name of the prompt.
+    The chain prompt → expanded prompt → image is that of Parrot (arXiv 2401.05675). Raises InputError for any other
+    model; the function raises InputError that names the prompt.
     """
     if not is_text_model(model):
         raise InputError(f"--expand {model!r} is no text model: use {' or '.join(TEXT_MODELS)}, or a folder of one")

@@ -53,9 +53,9 @@ __all__ = ["write_report", "write_samples"]
 Records = Sequence[Mapping[str, Any]]
 TRAINED_COLOR, HELD_OUT_COLOR, SAMPLES_COLOR = LINE_COLORS
 MIN_SMOOTHED = 10  # values from which a moving mean is drawn
-FAR_FACTOR = 3  # a level more than so many times above the curve is named only
-GAIN_UPDATES = 5  # whose KL an evaluation is drawn at
-LOG_SCALE_RATIO = 30  # largest by smallest value from which a scale is logarithmic
+FAR_FACTOR = 3  # a level more than this many times above the curve is only named
+GAIN_UPDATES = 5  # updates before an evaluation that determine its KL
+LOG_SCALE_RATIO = 30  # ratio of largest to smallest value from which a scale is logarithmic
 
 
 def write_samples(evaluated: EvalResult, out: Path, samples: int) -> Path:
@@ -103,7 +103,7 @@ def _draw_panels(path: Path, panels: Sequence[Panel]) -> None:
 
 
 def rewards_panels(result: TrainingResult) -> list[Panel]:
-    """Create panels of the trained reward, of each held-out reward, and of the first of these against the trained."""
+    """Create panels of the trained reward, each held-out reward, and the first held-out against the trained reward."""
     names = held_out_names(result.evaluations)
     panels: list[Panel] = []
     if names or len(_series(result.records, "reward")[0]):
@@ -139,7 +139,7 @@ def _draw_evaluations(axes: Axes, result: TrainingResult, name: str, color: Any)
 
 
 def _draw_against(axes: Axes, result: TrainingResult, trained: str, held_out: str) -> None:
-    """Draw a path through the evaluations: to the right and down is over-optimisation of the trained reward."""
+    """Draw a path through the evaluations: to the right and down means over-optimisation of the trained reward."""
     both = [one for one in result.evaluations if f"eval/{trained}" in one and f"eval/{held_out}" in one]
     x, y = (np.array([one[f"eval/{name}"][0] for one in both]) for name in (trained, held_out))
     axes.plot(x, y, color=FAINT, lw=1.2, zorder=1)
@@ -164,8 +164,8 @@ def _draw_against(axes: Axes, result: TrainingResult, trained: str, held_out: st
 def reward_gains(result: TrainingResult, name: str) -> tuple[Tensor, Tensor]:
     """Return KL (N,) in nats and the gain (N,) of a reward since the base model, in the base model's deviations.
 
-    KL is that of the evaluations, by `eval_kl`, or of the training samples: the mean of the GAIN_UPDATES updates before
-    each evaluation but the first.
+    The KL is measured at the evaluations, by `eval_kl`, or else on the training samples: the mean of the GAIN_UPDATES
+    updates before each evaluation but the first.
     """
     base, *later = [one for one in result.evaluations if f"eval/{name}" in one]
     scale = base.get(f"eval/deviation/{name}") or 1.0
@@ -180,7 +180,7 @@ def reward_gains(result: TrainingResult, name: str) -> tuple[Tensor, Tensor]:
 
 
 def overoptimization_panels(result: TrainingResult) -> list[Panel]:
-    """Create a panel of the gains of all rewards over √KL with their fits, where three evaluations have a KL."""
+    """Create a panel of the gains of all rewards over √KL with their fits, if three evaluations have a KL."""
     names = [name for name in held_out_names(result.evaluations) if (reward_gains(result, name)[0] > 0).sum() >= 3]
     return [partial(_draw_gains, result=result, names=names)] if names else []
 
@@ -204,7 +204,7 @@ def _draw_gains(axes: Axes, result: TrainingResult, names: Sequence[str]) -> Non
 
 
 def divergence_panels(result: TrainingResult, config: Mapping[str, Any]) -> list[Panel]:
-    """Create panels of the divergence from the reference model, its price, and the diversity of images."""
+    """Create panels of the divergence from the reference model, its cost, and the diversity of images."""
     titles = {"kl": "KL from the start, nats a trajectory", "reference_distance": "squared distance of outputs"}
     if any(record.get("kl_weight") for record in result.records):
         titles |= {"kl_weight": "price of KL, β"}
@@ -247,7 +247,7 @@ def _draw_series(axes: Axes, records: Records, name: str, title: str, config: Ma
 
 
 def _draw_level(axes: Axes, level: float, highest: float, style: str, label: str) -> None:
-    """Draw a horizontal line; one far above the curve would flatten it, and is only named."""
+    """Draw a horizontal line; a level far above the curve is only named, because a line would flatten the curve."""
     if level > FAR_FACTOR * highest:
         axes.plot([], [], color=INK, lw=0.9, ls=style, label=f"{label}, above")
     else:
@@ -278,7 +278,7 @@ def _finish(axes: Axes, title: str, legend: bool = False) -> None:
     mark_integers(axes, "updates")
     axes.yaxis.set_major_formatter("{x:.6g}")  # no offset in a corner
     if legend and len(axes.get_legend_handles_labels()[0]) > 1:
-        # Below the axes, and no wider: constrained layout would shrink the panel.
+        # Below the axes, and not wider than them: constrained layout would shrink the panel.
         letters = sum(map(len, axes.get_legend_handles_labels()[1]))
         below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.15), "borderaxespad": 0}
         axes.legend(frameon=False, fontsize=7, labelcolor=INK, ncols=3 if letters < 45 else 2, **below)
@@ -295,7 +295,7 @@ METADATA_KEY = "steer"  # text chunk of a grid's PNG: its cells and their boxes,
 def write_grid(evaluated: EvalResult, out: Path, samples: int) -> Path:
     """Write samples/step-000020.png: at most 24 images of evenly spaced prompts, the same ones at every step.
 
-    samples  images of each prompt to draw, at most as many as there are
+    samples  images of each prompt to draw, at most all
     """
     num_generations = len(evaluated.images) // len(evaluated.prompts)
     each = max(1, min(samples, num_generations, MAX_IMAGES))
@@ -341,7 +341,7 @@ def grids(out: Path) -> list[Path]:
 def draw_before_after(out: Path) -> Path | None:
     """Write plots/before-after.png: prompts of the first grid above the same prompts and seeds of the last one.
 
-    None where there are no two grids of the same prompts.
+    None if there are no two grids of the same prompts.
     """
     listed = grids(out)
     if len(listed) < 2:

@@ -36,27 +36,27 @@ from steer.training.trainable import SECOND_DENOISER, read_lora
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """Model, rewards and data of a run: the keys of a configuration beside those of the method's TrainingConfig.
+    """Model, rewards and data of a run: the keys of a configuration that are not fields of the method's TrainingConfig.
 
     method              a name in METHODS
-    reward              to train on; of preferences only the first reward of evaluations
-    judge               of pairs of images, as `steer.load_judge` reads it, in place of reward: the method learns from
-                        each sample's win rate against those of its prompt, as from reward tournament(JUDGE)
-    eval_rewards        held out, evaluated on eval_prompts too; the first decides which weights are best
+    reward              reward to train on; with preferences, only the first reward of evaluations
+    judge               judge of pairs of images, as `steer.load_judge` reads it, in place of reward: the method learns
+                        from each sample's win rate against the others of its prompt, as from reward tournament(JUDGE)
+    eval_rewards        held-out rewards, evaluated on eval_prompts too; the first decides which weights are best
     model               an embedded model, a folder, or ORGANISATION/NAME
-    variant             of the model's weights, such as fp16
+    variant             variant of the model's weights, such as fp16
     model_config_dir    for a model in a single file: a folder of such a model in diffusers' format
-    prompts             to learn from: an embedded list, a file, or a dataset of the hub; or
-    preferences         a folder of human comparisons, for d3po; it sets the arguments of sampling, too; or a
+    prompts             prompts to learn from: an embedded list, a file, or a dataset of the hub; or
+    preferences         a folder of human comparisons, for d3po, which also sets the arguments of sampling; or a
                         table of pairs of images, for dpo, as `steer rewards train` reads it
-    eval_prompts        held out, from the same kinds of places as `prompts`
+    eval_prompts        held-out prompts, from the same kinds of sources as `prompts`
     eval_prompts_count  number of them, evenly spaced; by default all
-    prompt_column, eval_prompt_column  of a table; by default "prompt"
-    metadata_columns    of the tables of prompts, for rewards that take metadata
-    condition_columns   of the tables of prompts: arguments of the pipeline's call for each prompt, such as image,
-                        mask_image or control_image; paths of images start at the table
+    prompt_column, eval_prompt_column  columns of the prompts in a table; by default "prompt"
+    metadata_columns    columns of the prompt tables, for rewards that take metadata
+    condition_columns   columns of the prompt tables: arguments of the pipeline's call for each prompt, such as image,
+                        mask_image or control_image; paths of images are relative to the table
     device              by default the GPU if there is one
-    dtype               of the model; by default float32 on the CPU, bfloat16 elsewhere
+    dtype               precision of the model; by default float32 on the CPU, bfloat16 elsewhere
     """
 
     method: str
@@ -93,12 +93,12 @@ class FinetuneJob:
 
     @property
     def trained_reward(self) -> str | None:
-        """The text of the reward, or of the tournament of the judge."""
+        """The text of the reward, or of the judge's tournament."""
         return self.reward if self.judge is None else f"tournament({self.judge})"
 
 
-DEFAULTS = {"log_with": ("tensorboard",), "output_dir": ...}  # where the command differs from TrainingConfig
-NESTED = "call"  # the key that holds others: --call.height
+DEFAULTS = {"log_with": ("tensorboard",), "output_dir": ...}  # defaults of the command that differ from TrainingConfig
+NESTED = "call"  # the key with nested keys: --call.height
 TYPES = {  # pydantic's kinds of error, in the terms of a YAML file
     "int_type": "a whole number",
     "float_type": "a number",
@@ -139,7 +139,7 @@ class FinetuneConfig:
     source: ConfigSource
 
     def plain(self) -> dict[str, Any]:
-        """Return every key with its value, as a configuration file holds them."""
+        """Return every key with its value, in the form of a configuration file."""
         return json.loads(json.dumps(asdict(self.job) | asdict(self.training)))
 
     def trainer(self, pipe: Any, **data: Any) -> Trainer[Any]:
@@ -150,7 +150,7 @@ class FinetuneConfig:
 def read_config(name: str, overrides: Mapping[str, str] | None = None) -> FinetuneConfig:
     """Read an embedded configuration or a YAML file, with `overrides` (key → YAML) in place of its values.
 
-    Raises InputError, one line, for the first thing that is wrong.
+    Raises InputError, in one line, for the first error.
     """
     overrides, source = dict(overrides or {}), ConfigSource(name, frozenset(overrides or {}))
     config_values = _read_file(name)
@@ -202,7 +202,7 @@ def _read_file(name: str) -> dict[str, Any]:
 def _with_overrides(
     config_values: dict[str, Any], overrides: Mapping[str, str], schema: type[BaseModel]
 ) -> dict[str, Any]:
-    """Override values of the file by those of the command line: YAML, or text where the key takes text."""
+    """Override values of the file by values of the command line: YAML, or text if the key takes text."""
     config_values = dict(config_values)
     for key, word in overrides.items():
         name, _, inner = key.partition(".")
@@ -217,7 +217,7 @@ def _with_overrides(
 
 
 def _with_preference_defaults(config_values: Mapping[str, Any], source: ConfigSource) -> dict[str, Any]:
-    """Fill in the sampling arguments of a preference dataset where the configuration has none.
+    """Fill in the sampling arguments of a preference dataset if the configuration has none.
 
     Preferences given on the command line override the prompts and the sampling arguments of the file.
     """
@@ -268,8 +268,8 @@ def finetune(
 ) -> TrainingResult:
     """Train, and add config.yaml, samples/ and, at the end, plots/ and README.md to the output folder.
 
-    agreed     the first question of `ask` is answered with yes
-    callbacks  further ones of the trainer
+    agreed     answer the first question of `ask` with yes
+    callbacks  further callbacks of the trainer
 
     Raises InputError for bad arguments, before any model is loaded.
     """
@@ -296,7 +296,7 @@ def finetune(
 
 
 class RunFiles:
-    """Writes config.yaml and the pictures of evaluations; not before the folder is known to be of this run."""
+    """Callback that writes config.yaml and the pictures of evaluations, after the trainer has checked the folder."""
 
     def __init__(self, out: Path, config_values: Mapping[str, Any]) -> None:
         self.out, self.config_values = out, config_values
@@ -362,7 +362,7 @@ def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
 
 
 def _check_call(config: FinetuneConfig, pipe: Any) -> None:
-    """Raise InputError for an argument that the call of the loaded pipeline does not have."""
+    """Raise InputError for an argument that the loaded pipeline's call does not have."""
     known = inspect.signature(type(pipe).__call__).parameters
     if unknown := [name for name in config.training.call if name not in known]:
         key = config.source.key(f"call.{unknown[0]}")
@@ -394,10 +394,10 @@ def _prompts(config: FinetuneConfig) -> tuple[list[PromptRow], list[PromptRow]]:
 
 
 def conditions_of(rows: Sequence[PromptRow], names: Sequence[str], source: str | None) -> list[dict[str, Any]]:
-    """Return the columns of those names as arguments of the call for each prompt, paths of images as images.
+    """Return the named columns as arguments of the call for each prompt; paths of images become images.
 
-    source  of the rows; paths are relative to its folder
-    Raises InputError for a row that lacks one, and for a file that is no image.
+    source  source of the rows; paths are relative to its folder
+    Raises InputError for a row without one of the columns, and for a file that is not an image.
     """
     result = metadata_of(rows, names)
     for row, values in zip(rows, result, strict=True):
@@ -425,7 +425,7 @@ PHASES = {"rollout_share": "rollouts", "reward_share": "rewards", "update_share"
 
 
 def _throughput(config: FinetuneConfig, result: TrainingResult) -> str:
-    """Describe images or texts per second and the shares of the phases, where the records have them."""
+    """Describe images or texts per second and the shares of the phases, if the records have them."""
     records = [record for record in result.records if PHASES.keys() <= record.keys()]
     if not (seconds := sum(record["seconds"] for record in records)):
         return ""

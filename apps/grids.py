@@ -1,4 +1,4 @@
-"""The job behind `steer grid`: one prompt and seed under every pair of values of two settings, as one picture."""
+"""The job behind `steer grid`: one prompt and seed with every pair of values of two settings, as one picture."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,13 +26,13 @@ from steer.reward import Reward
 
 PROMPT, DEFAULT = "prompt", "default"  # an axis of prompts; the value that leaves a setting at its default
 FIXED = ("compare", "best_of")  # settings that no axis varies
-LABEL_WIDTH = 130  # pixels of the labels of rows
+LABEL_WIDTH = 130  # pixels of the row labels
 MAX_CELLS = 400
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting, an argument of the pipeline's call, or the prompt, and the values that it takes."""
+    """A setting, an argument of the pipeline's call, or the prompt, with its values."""
 
     name: str
     values: tuple[str, ...]
@@ -50,7 +50,7 @@ class Axis:
         return cls(name, values)
 
     def settings(self, value: str) -> dict[str, Any]:
-        """Return a value as flat settings; arguments of the call as `call`. Raises InputError."""
+        """Return the flat settings of a value; arguments of the call are in `call`. Raises InputError."""
         if self.name == PROMPT or value == DEFAULT:
             return {}
         if self.name not in (*SHARED, *ALL_OPTIONS):
@@ -65,7 +65,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """One image of the grid: values of both axes, and everything that it is sampled by."""
+    """One image of the grid: the values of both axes, and all settings of its sampling."""
 
     x: str
     y: str | None
@@ -75,12 +75,12 @@ class Cell:
 
     @property
     def model(self) -> str:
-        """Everything that is loaded, as text."""
+        """All settings that decide what is loaded, as text."""
         one = self.settings
         return repr((one.model, one.dtype, sorted(one.loading.items()), one.lora))
 
     def finished(self) -> Recipe | None:
-        """Return the recipe of the image where it is there already, made by the same settings."""
+        """Return the recipe of the image if it exists already with the same settings."""
         try:
             recipe = read_metadata(self.path)
         except InputError:
@@ -91,7 +91,7 @@ class Cell:
 def plan_cells(prompt: str | None, x: Axis, y: Axis | None, given: Mapping[str, Any], out: Path) -> list[Cell]:
     """Return the cells row by row, all settings checked as far as possible without loading a model.
 
-    given  flat settings of all cells; an option that a method on an axis does not have is left out for it
+    given  flat settings of all cells; options that a method on an axis does not have are left out for that method
     Raises InputError.
     """
     axes = [axis for axis in (x, y) if axis is not None]
@@ -112,7 +112,7 @@ def plan_cells(prompt: str | None, x: Axis, y: Axis | None, given: Mapping[str, 
 
 
 def _settings_of(given: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> SamplingConfig:
-    """Merge the settings of all cells with those of one cell's values."""
+    """Merge the settings of all cells with the settings of one cell's values."""
     values = dict(given)
     for one in own:
         values |= {**one, "call": {**(values.get("call") or {}), **one["call"]}} if "call" in one else one
@@ -135,7 +135,7 @@ def _check_axes(prompt: str | None, axes: Sequence[Axis], given: Mapping[str, An
                 raise InputError(f"{name} is an axis and an option: leave out the option")
             continue
         kind = pipeline_type(str(given.get("model") or SamplingConfig.field("model").default))
-        arguments = argument_names(kind) if kind is not None else {name: None}  # of a model on the hub: checked later
+        arguments = argument_names(kind) if kind is not None else {name: None}  # a model on the hub is checked later
         if name not in arguments or name in FIXED:
             raise InputError(f"axis {name!r} is no setting: did you mean {nearest(name, [*known, *arguments])}?")
 
@@ -168,7 +168,7 @@ def sample_grid(
 
 
 def rewards_of(cells: Sequence[Cell], resolve: Callable[[str], Reward]) -> dict[str, Reward]:
-    """Load each reward once. Raises InputError for one that the method of its cell cannot use."""
+    """Load each reward once. Raises InputError for a reward that the method of its cell cannot use."""
     rewards = {spec: resolve(spec) for spec in {cell.settings.reward for cell in cells}}
     for cell in cells:
         METHODS[cell.settings.method].check(cell.settings, rewards[cell.settings.reward])
@@ -187,7 +187,7 @@ def write_grid(
 ) -> dict[str, Any]:
     """Sample the planned cells that `out` lacks, and write the grid.
 
-    opened   gives the pipeline with the adapter of the settings, and a context without the adapter, once for each model
+    opened   yields the pipeline with the settings' adapter, and a context without it; called once for each model
     on_step  observes solver steps and iterations; an exception from it ends the grid, and finished images are kept
     """
     check_writable(out)

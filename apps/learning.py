@@ -34,12 +34,12 @@ def run_reward_training(
     users: Users | None = None,
     on_step: OnStep = lambda step, total: None,
 ) -> dict[str, Any]:
-    """Train, write the folder `out` and, of heads on a CLIP, the plot `work`/training.png, and return the report.
+    """Train, write the folder `out` and, for heads on a CLIP, the plot `work`/training.png, and return the report.
 
-    images    the folder that image paths are relative to; by default that of `data`
-    max_rows  the first rows of `data` alone
+    images    the folder that image paths are relative to; by default the folder of `data`
+    max_rows  read only the first rows of `data`
     users     train a reward of users on pairs with a column user
-    on_step   called at each step, of heads on a CLIP by pairs (`steer.rewards.learned.train_reward`)
+    on_step   called at each step for heads on a CLIP trained on pairs (`steer.rewards.learned.train_reward`)
     """
     if isinstance(config, FeatureConfig):
         return train_on_features(read_pairs(data, images, max_rows), config, out, work, device)
@@ -69,7 +69,7 @@ def clean_pairs(
 ) -> str:
     """Write pairs with measured strengths and cleaned labels, and a histogram beside them; return a summary.
 
-    shares  of the labels that are flipped and softened
+    shares  shares of the labels to flip and to soften
     """
     pairs = read_pairs(data, images, max_rows)
     check_output(out, (*pairs.a, *pairs.b))
@@ -82,14 +82,14 @@ def clean_pairs(
 
 
 def label_counts(data: Path, out: Path, certainty: float, limit: int, seed: int, images: Path | None) -> int:
-    """Write the pairs of a table of counts; return their number."""
+    """Write the preference pairs of a table of counts; return their number."""
     pairs = pairs_of_counts(*read_counts(data, images), certainty, limit, seed)
     write_pairs(out, pairs)
     return len(pairs)
 
 
 def _draw_agreement(agreement: list[float], changes: list[str], path: Path) -> None:
-    """Plot a histogram of the agreement of ensemble and label, by what was done with the label."""
+    """Plot a histogram of the agreement of ensemble and label, by the change of the label."""
     figure = Figure(figsize=(5, 3.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     style_axes(axes)

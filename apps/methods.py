@@ -38,9 +38,9 @@ def load_preview(word: str, pipe: Any) -> Any:
     """Load the `preview` of `FKSteeringPipeline` for the latents of `pipe`, in its precision and on its device.
 
     word  full, linear, tiny (the embedded models' own small autoencoder), a folder of an AutoencoderTiny, or
-          ORGANISATION/NAME of one on the hub, like madebyollin/taesdxl; only safetensors are read
+                ORGANISATION/NAME of one on the hub, like madebyollin/taesdxl; only safetensors are read
 
-    Raises InputError where there is none of that name, or its latents are not this model's.
+          Raises InputError if there is no decoder of that name, or if its latents are not this model's.
     """
     if word in PREVIEWS or is_token_scheduler(pipe.scheduler):
         return word
@@ -51,7 +51,7 @@ def load_preview(word: str, pipe: Any) -> Any:
     check_image_vae(pipe)
     autoencoder = _load_tiny_vae(word, folder if folder.is_dir() else word, pipe.vae.dtype)
     check_decoder(pipe, autoencoder)
-    return autoencoder.to(pipe.vae.device, memory_format=torch.channels_last)  # in which convolutions are faster
+    return autoencoder.to(pipe.vae.device, memory_format=torch.channels_last)  # convolutions are faster in this format
 
 
 def _load_tiny_vae(word: str, source: str | Path, dtype: torch.dtype) -> AutoencoderTiny:
@@ -77,11 +77,11 @@ class Job:
     state_file        file that an iterative method saves after each iteration, if any
     on_iteration      observer of the iterations of an iterative method
     on_step           observer of the solver steps of the other methods; an exception from it ends the run
-    preview_steps     steps at which best-of-n and base, which need none, score x̂0 for it; None: those of fk
-    early_previews    steps at which the other methods give it previews by a look-ahead, without rewards
+    preview_steps     steps at which best-of-n and base score x̂0, only to show it in on_step; None: fk's default steps
+    early_previews    steps at which the other methods make previews by a look-ahead for on_step, without rewards
     adapter_disabled  context in which the pipeline is without its LoRA adapter
-    compute_options   context, entered with the pipeline, that gives the pipeline to call
-    noise_arguments   arguments of the call in place of its own: screened starting noise
+    compute_options   context, entered with the pipeline, that yields the pipeline to call
+    noise_arguments   screened starting noise: arguments that override others of the call
     arguments         arguments of the pipeline's call from the prompt's row of a prompt file
     """
 
@@ -106,18 +106,18 @@ class Job:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The settings of the method, as arguments of its pipeline's call."""
+        """The method's settings as arguments of its pipeline's call."""
         options = {name: getattr(self.settings.options, name) for name in self.settings.option_names}
         return options | ({"preview": load_preview(options["preview"], self.pipe)} if "preview" in options else {})
 
     @cached_property
     def call_arguments(self) -> dict[str, Any]:
-        """The arguments of the call from the settings, and from the prompt's row, which come first."""
+        """The arguments of the call from the settings and from the prompt's row; the row takes precedence."""
         return call_arguments(type(self.pipe), self.settings) | dict(self.arguments)
 
     @property
     def call(self) -> dict[str, Any]:
-        """The arguments that all methods share; None is left to the method, or to the pipeline."""
+        """The arguments that all methods share; for None, the default of the method or the pipeline applies."""
         given: dict[str, Any] = {
             "num_particles": self.settings.particles,
             "eta": self.settings.eta,
@@ -153,7 +153,7 @@ def _screen_noise(job: Job) -> SteeringOutput:
 
 
 def _accept_any_reward(settings: SamplingConfig, reward: Reward) -> None:
-    """Accept rewards without gradients too."""
+    """Accept all rewards, also without gradients."""
 
 
 def _check_guidance(settings: SamplingConfig, reward: Reward) -> None:
@@ -167,15 +167,15 @@ def _check_noise_gradient(settings: SamplingConfig, reward: Reward) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """All of a method but its settings, which are in `steer.apps.settings.METHOD_OPTIONS`.
+    """Description of a method; its settings are in `steer.apps.settings.METHOD_OPTIONS`.
 
     pipeline        class of the steering pipeline
-    label           its name in the app; phase: what a run of it is doing; hint: what it does, in a sentence
+    label           name in the app;  phase: activity of a run, for the status;  hint: description in a sentence
     check           raises InputError for a reward that the method cannot use, before any model is loaded
-    defaults        arguments of the pipeline's call, and of the base beside it, where the user gives none
-    is_iterative    whether it optimises the noise iteration by iteration, with a trace
-    in_slot_order   images as the pipeline made them, not sorted by reward
-    has_starts      its particles are starts, of which few become images
+    defaults        arguments of the calls of the pipeline and of the base images, if the user gives none
+    is_iterative    whether the method optimises the noise iteration by iteration, with a trace
+    in_slot_order   whether images stay in the pipeline's order, not sorted by reward
+    has_starts      whether particles are starts, of which only a few become images
     """
 
     pipeline: Callable[[Any, Reward], Any]
@@ -190,7 +190,7 @@ class Method:
 
     @property
     def is_independent(self) -> bool:
-        """Whether its images share no random numbers and have no use for previews: one call may make several runs."""
+        """Whether images share no random numbers and need no previews, so that one call may make several runs."""
         return self.pipeline is BestOfNPipeline
 
     def run(self, job: Job) -> SteeringOutput:
@@ -199,7 +199,7 @@ class Method:
         return _screen_noise(job) if screened else self.steer(job)
 
     def steer(self, job: Job) -> SteeringOutput:
-        """Call the steering pipeline, with the options of the job where they are this method's."""
+        """Call the steering pipeline, with the options of the job if they belong to this method."""
         options = job.options if METHODS[job.settings.method] is self else {}
         if self.is_iterative:
             hooks: dict[str, Any] = {"state_file": job.state_file, "on_iteration": job.on_iteration}
@@ -279,11 +279,11 @@ class ComputeOptions:
     """Compute options of a sampling run.
 
     attention    a backend of `steer.diffusion.attention`
-    compiled     the denoiser through torch.compile (`steer.diffusion.batching`)
-    micro_batch  rows of the denoiser's batch at a time (`steer.diffusion.batching`); 0: as many as the memory takes;
-                 None: all, or not at all
-    offload      where parts of the model wait while they are not computed with: model (whole components) or sequential
-                 (single layers, slower) keeps them on the CPU; None: on the device
+    compiled     run the denoiser through torch.compile (`steer.diffusion.batching`)
+    micro_batch  rows of the denoiser's batch at a time (`steer.diffusion.batching`); 0: as many as fit into memory;
+                 None: the whole batch
+    offload      place of idle parts of the model: model (whole components) or sequential (single layers, slower) keeps
+                 them on the CPU; None: on the device
     """
 
     attention: str = "auto"
@@ -293,18 +293,18 @@ class ComputeOptions:
 
     @property
     def loading(self) -> dict[str, str]:
-        """Arguments of `load_pipeline` that they are."""
+        """The options that are arguments of `load_pipeline`."""
         return {} if self.offload is None else {"offload": self.offload}
 
     def check(self) -> None:
-        """Raise InputError for options that do not fit, before any model is loaded."""
+        """Raise InputError for invalid options, before any model is loaded."""
         choose("attention backend", self.attention, BACKENDS)
         if self.micro_batch is not None and self.micro_batch < 0:
             raise InputError(f"--micro-batch must be at least 0, got {self.micro_batch}")
 
     @contextmanager
     def __call__(self, pipe: Any) -> Iterator[Any]:
-        """Yield the pipeline to call; after the block the given one is as it was.
+        """Yield the pipeline to call; the given pipeline is restored after the block.
 
         Raises InputError for an option that this pipeline cannot take.
         """

@@ -1,4 +1,4 @@
-"""Loading of pipelines (embedded, from folders, files or the hub) and of finetuned weights."""
+"""Loading of pipelines (embedded, from folders, from files or from the hub) and of finetuned weights."""
 
 import copy
 import hashlib
@@ -37,7 +37,7 @@ from steer.registry import nearest
 from steer.tables import one_line
 from steer.training.trainable import DORA, MAGNITUDE, SECOND_DENOISER, TOKEN_DENOISER, get_denoiser
 
-# By prefix of the kind of checkpoint that diffusers infers from a single file.
+# Pipelines by prefix of the kind of checkpoint that diffusers infers from a single file.
 SINGLE_FILE_PIPELINES = {
     "xl_base": "StableDiffusionXLPipeline",
     "xl_refiner": "StableDiffusionXLImg2ImgPipeline",
@@ -66,16 +66,16 @@ def load_pipeline(
     """Load a diffusers pipeline.
 
     A folder whose weights are all of one variant, such as *.fp16.safetensors, is loaded with that variant. A single
-    file takes its configuration from a folder in diffusers' format beside it (its own folder, or one of its name
-    without .safetensors), else from the published model of its kind, on the hub or in its cache.
+    file takes its configuration from a folder in diffusers' format beside it (its own folder, or a folder with its name
+    without .safetensors), else from the published model of its kind, on the hub or in the hub's cache.
 
     model      name of an embedded model, folder in diffusers' format, single .safetensors file, or ORGANISATION/NAME
     device     by default the GPU if there is one
     dtype      float32, float16 or bfloat16; by default float32 on the CPU and bfloat16 elsewhere
-    variant    of the weights, such as fp16; by default plain ones, or the folder's only one
+    variant    variant of the weights, such as fp16; by default none, or the folder's only variant
     config     for a single file: a folder of such a model in diffusers' format, JSON files and tokenizer
-    vae        autoencoder in place of the model's own (`steer.apps.components.set_vae`)
-    scheduler  solver in place of the model's own (`steer.apps.components.set_scheduler`)
+    vae        autoencoder that replaces the model's own (`steer.apps.components.set_vae`)
+    scheduler  solver that replaces the model's own (`steer.apps.components.set_scheduler`)
     offload    model or sequential: components, or layers, wait on the CPU while the GPU does not need them
     Raises InputError for a model that is missing or cannot be loaded. Code in a model folder is never run.
     """
@@ -109,7 +109,7 @@ def load_pipeline(
             f"model {model!r} cannot be loaded: a file of its weights is corrupt or holds code, which is never run: "
             "use safetensors"
         ) from error
-    except Exception as error:  # two libraries on untrusted files: what they raise is not documented
+    except Exception as error:  # two libraries on untrusted files: their exceptions are not documented
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {model!r} cannot be loaded: {reason}") from error
     if vae is not None:
@@ -237,7 +237,7 @@ LORA, PEFT, FULL_WEIGHTS = (
 )
 CONFIGS = ("adapter_config.json", "config.json")
 ADAPTER_NAME = "steer_finetuned"
-# Keys of peft's configuration that the loader applies, and those without effect on loaded tensors.
+# Keys of peft's configuration that the loader applies, and keys without effect on loaded tensors.
 APPLIED_KEYS = (
     *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -263,8 +263,8 @@ KINDS = {  # part of a key: kind of adapter
     "lora_B.bias": "lora_bias",
     "lora_embedding": "a LoRA of an embedding",
 }
-MAX_SHOWN = 3  # keys in a message
-# Raised by diffusers, peft and safetensors for files that do not fit.
+MAX_SHOWN = 3  # keys listed in a message
+# Raised by diffusers, peft and safetensors for files that do not match.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
 
 
@@ -295,8 +295,8 @@ class FinetunedWeights:
     def applied_to(self, pipe: Any, name: str = ADAPTER_NAME) -> Iterator[DisableAdapter]:
         """Apply the weights to a pipeline inside the block; yields a context that disables them.
 
-        name  of the adapter, another one for each that is applied at a time
-        Raises InputError, before the block, if they do not fit the pipeline or their checksum.
+        name  name of the adapter; adapters that are applied together need different names
+        Raises InputError, before the block, if the weights do not match the pipeline or their checksum.
         """
         with ExitStack() as stack:
             try:
@@ -325,7 +325,7 @@ class AdapterSum:
     def applied_to(self, pipe: Any) -> Iterator[DisableAdapter]:
         """Apply the sum to a pipeline inside the block; yields a context that disables all of it.
 
-        Raises InputError, before the block, for an adapter that does not fit.
+        Raises InputError, before the block, for an adapter that does not match.
         """
         modules = _modules_of(pipe)
         names = {f"{ADAPTER_NAME}_{number}": weight for number, (_, weight) in enumerate(self.terms)}
@@ -363,7 +363,7 @@ def read_loras(text: str) -> list[tuple[str, float]]:
 def adapter_applied(pipe: Any, path: str | None) -> Iterator[DisableAdapter]:
     """Apply the finetuned weights of a path, or none, to a pipeline inside the block; yields a context without them.
 
-    Raises InputError, before the block, if they are missing or do not fit.
+    Raises InputError, before the block, if the weights are missing or do not match.
     """
     if path is None:
         yield nullcontext
@@ -372,7 +372,7 @@ def adapter_applied(pipe: Any, path: str | None) -> Iterator[DisableAdapter]:
     try:
         with find_adapter(path).applied_to(pipe) as off:
             yield off
-    finally:  # injecting an adapter freezes its layers
+    finally:  # injecting an adapter freezes the layers
         for weight, required in before:
             weight.requires_grad_(required)
 
@@ -380,7 +380,7 @@ def adapter_applied(pipe: Any, path: str | None) -> Iterator[DisableAdapter]:
 def find_adapter(text: str) -> FinetunedWeights | AdapterSum:
     """Find the weights of `read_loras`: folders of `steer finetune` (best/, final/), peft adapters or LoRA files.
 
-    Raises InputError if there are none, and for all weights of a denoiser in a sum or with a weight.
+    Raises InputError if there are none, and if the full weights of a denoiser are in a sum or have a weight.
     """
     terms = [(_find_one(path), weight) for path, weight in read_loras(text)]
     if len(terms) == 1 and terms[0][1] == 1.0:
@@ -412,7 +412,7 @@ def _find_one(path: str) -> FinetunedWeights:
 
 @contextmanager
 def _lora(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
-    """Load a LoRA in diffusers' format, of the denoiser and text encoders."""
+    """Load a LoRA in diffusers' format, for the denoiser and text encoders."""
     if not hasattr(pipe, "load_lora_weights"):
         raise InputError(f"{type(pipe).__name__} does not load LoRA files")
     with TemporaryDirectory() as place:
@@ -426,7 +426,7 @@ def _lora(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
 
 
 def _load_lora(pipe: Any, file: Path, adapter: str) -> None:
-    """Load one file, of a second transformer from the folder of its name."""
+    """Load one file; the part for a second transformer comes from the folder of that name."""
     with safe_open(file, "pt") as opened:
         names, metadata_json = list(opened.keys()), opened.metadata() or {}
     configured = json.loads(metadata_json.get(LORA_ADAPTER_METADATA_KEY) or "{}")  # keys such as unet.r
@@ -441,7 +441,7 @@ def _load_lora(pipe: Any, file: Path, adapter: str) -> None:
 
 
 def _converted(file: Path, folder: Path) -> Path:
-    """Return a file; a DoRA of kohya's layout, whose norms diffusers does not read, converted to diffusers'."""
+    """Return a file, with a DoRA in kohya's layout converted to diffusers', which does not read kohya's norms."""
     from steer.training.lora_layouts import convert_lora
 
     with safe_open(file, "pt") as opened:
@@ -466,7 +466,7 @@ def _skip_missing_components(pipe: Any) -> Any:
 
 @contextmanager
 def _peft(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
-    """Load an adapter of peft into the denoiser, for pipelines without LoRA support."""
+    """Load a peft adapter into the denoiser, for pipelines without LoRA support."""
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
@@ -498,7 +498,7 @@ def _modules_of(pipe: Any) -> list[nn.Module]:
 
 @contextmanager
 def _full_denoiser(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
-    """Replace the pipeline's denoiser by a copy with other weights."""
+    """Replace the pipeline's denoiser by a copy with the given weights."""
     name, own = get_denoiser(pipe)
     files, shapes = sorted(file.parent.glob(FULL_WEIGHTS)), dict[str, tuple[int, ...]]()
     for path in files:
@@ -524,7 +524,7 @@ def _full_denoiser(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapt
 
 @contextmanager
 def _defer_diffusers_logs() -> Iterator[None]:
-    """Log the messages of diffusers after the block, or drop them if it raises: the error says the same in one line."""
+    """Log the messages of diffusers after the block, or drop them if the block raises: the error replaces them."""
     from diffusers.utils import logging as diffusers_logging
 
     library, buffer = diffusers_logging.get_logger("diffusers"), BufferingHandler(sys.maxsize)
@@ -539,7 +539,7 @@ def _defer_diffusers_logs() -> Iterator[None]:
 
 
 def _check_plain_lora(config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise InputError for an adapter that is no plain LoRA and no DoRA, with its kind, settings and keys."""
+    """Raise InputError for an adapter that is neither a plain LoRA nor a DoRA, with its kind, settings and keys."""
     if any(config.get(name) for name in IMPORTING_KEYS):
         raise InputError("its configuration names a module to import, which is never done")
     magnitudes = sum(name.endswith(MAGNITUDE) for name in names)
@@ -569,13 +569,13 @@ def _first_names(names: Sequence[str]) -> str:
 
 
 def _check_all_loaded(modules: Sequence[nn.Module], state: Mapping[str, Tensor], pipe: Any, adapter: str) -> None:
-    """Raise InputError, which names keys, for factors of the file that no module has; set the scale of each layer."""
+    """Raise InputError, which names keys, for factors in the file that no module has; set the scale of each layer."""
     factors = {name: value for name, value in state.items() if name.endswith(FACTORS)}
     loaded = [pair for module in modules for pair in module.named_parameters() if f".{adapter}." in pair[0]]
-    if missing := [name for name, parameter in loaded if parameter.is_meta]:  # diffusers leaves it on the meta device
+    if missing := [name for name, parameter in loaded if parameter.is_meta]:  # diffusers leaves them on the meta device
         raise InputError(f"it lacks a tensor for {missing[0]}")
     unmatched = _missing_factors(factors, loaded, adapter)
-    # Converters of transformers split tensors and multiply alphas into them; those of U-Nets only rename.
+    # Converters for transformers split tensors and multiply alphas into them; converters for U-Nets only rename.
     exact = hasattr(pipe, "unet") or (
         len(loaded) == len(factors) and not any(name.endswith(".alpha") for name in state)
     )
@@ -595,7 +595,7 @@ def _missing_factors(
     counts, dtypes = Counter(_hash_tensor(parameter) for _, parameter in loaded), {one.dtype for _, one in loaded}
     known = tuple(name.replace(f".{adapter}.", ".") for name, _ in loaded)
     unmatched = []
-    for name in sorted(factors, key=lambda name: not name.endswith(known)):  # of equal values, the same name first
+    for name in sorted(factors, key=lambda name: not name.endswith(known)):  # among equal values, the same name first
         same = [result for dtype in dtypes if counts[result := _hash_tensor(factors[name].to(dtype))]]
         counts.subtract(same[:1])
         unmatched += [] if same else [name]

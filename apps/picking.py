@@ -13,11 +13,11 @@ from steer.diverse import diverse, pixel_features
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, read_image, write_text
 
-SIDE = 64  # to which images of several sizes are brought
+SIDE = 64  # pixels to which images of several sizes are resized
 
 
 def check_keep(keep: int | None, weight: float | None, particles: int) -> None:
-    """Raise InputError for options that do not fit."""
+    """Raise InputError for invalid options."""
     if keep is None and weight is not None:
         raise InputError("--diverse chooses among the images: add --keep N")
     if keep is not None and keep > particles:
@@ -35,7 +35,7 @@ def keep_diverse(report: dict[str, Any], out: Path, keep: int, weight: float) ->
 
 
 def features_of(paths: Sequence[Path], model: str | None = None) -> Tensor:
-    """Return features (N, D) of image files: downscaled pixels, or those of a CLIP."""
+    """Return features (N, D) of image files: downscaled pixels, or the features of a CLIP."""
     if model is None:
         images = [torch.nn.functional.adaptive_avg_pool2d(read_image(path), SIDE) for path in paths]
         return pixel_features(torch.stack(images))
@@ -58,7 +58,7 @@ def pick(
 ) -> list[dict[str, Any]]:
     """Choose images by rewards and diversity: rows of image, rewards and gain, in the order of the choice.
 
-    represent  an image of high rank for each reward; at_least: images of each prompt
+    represent  choose an image of high rank for each reward;  at_least: minimum number of images of each prompt
     """
     paths, prompts = [one.path for one in shown], [one.prompt or "" for one in shown]
     scores = score_each(map(resolve_reward, rewards), paths, prompts, device)

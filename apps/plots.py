@@ -1,4 +1,4 @@
-"""Figures of sampling runs, as files and as SVG of a page, and the style and canvas that all figures share."""
+"""Figures of sampling runs, as files and as SVG for pages, and the style and canvas that all figures share."""
 
 import math
 import re
@@ -35,7 +35,7 @@ Panel = Callable[[Axes], None]
 
 # ---- Style: axes, titles, text ----
 
-COLORMAP = "viridis"  # its colours differ in lightness too, for colour-blind readers and grey prints
+COLORMAP = "viridis"  # its colours also differ in lightness, for colour-blind readers and grey prints
 INK, FAINT = "#222222", "#bbbbbb"
 DPI = 120
 # Colours of lines, which differ in lightness too.
@@ -86,7 +86,7 @@ def format_rewards(rewards: Sequence[float]) -> str:
 
 
 def short(value: float | None) -> str:
-    """Three digits of a number; a dash where there is none."""
+    """Three digits of a number; a dash for None."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
@@ -184,7 +184,7 @@ _SVG_LOCK = Lock()  # matplotlib's rc_context is not thread-safe
 
 
 def chart(panel: Panel) -> str:
-    """Draw a panel as the <figure> of a page; "" without a finite point. Its title becomes the caption."""
+    """Draw a panel as an HTML <figure>; "" without a finite point. The panel's title becomes the caption."""
     figure = Figure(figsize=CHART_SIZE, dpi=72)
     axes = figure.subplots()
     style_axes(axes)
@@ -204,7 +204,7 @@ def chart(panel: Panel) -> str:
 
 
 def as_svg(figure: Figure, title: str, role: str = "img") -> str:
-    """Write a figure as <svg>: the ends of its lines as a description, the value of every marker as its tooltip."""
+    """Write a figure as <svg>: the ends of its lines as its description, the value of every marker as a tooltip."""
     lines = [line for axes in figure.axes for line in axes.lines if not str(line.get_label()).startswith("_")]
     for number, line in enumerate(lines):
         line.set_gid(f"line-{number}")
@@ -212,7 +212,7 @@ def as_svg(figure: Figure, title: str, role: str = "img") -> str:
     with _SVG_LOCK, rc_context({"svg.fonttype": "none"}):
         figure.savefig(file, format="svg", transparent=True)
     root = ElementTree.fromstring(file.getvalue())
-    del root[:2]  # metadata, and a style that would be the whole page's
+    del root[:2]  # metadata, and a style that would apply to the whole page
     for number, line in enumerate(lines):
         marks = root.iterfind(f".//{SVG}g[@id='line-{number}']//{SVG}use")
         for mark, (x, y) in zip(marks, _finite_points(line), strict=False):
@@ -222,7 +222,7 @@ def as_svg(figure: Figure, title: str, role: str = "img") -> str:
         if (target := element.attrib.pop(LINK, None)) is not None:
             element.set("href", target)
         elif element.tag == "g":
-            element.attrib.pop("id", None)  # the same in every figure
+            element.attrib.pop("id", None)  # ids repeat in every figure
     root.set("role", role)
     for tag, text in (("desc", ". ".join(filter(None, map(_describe_line, lines)))), ("title", title)):
         described = ElementTree.Element(tag)
@@ -252,7 +252,7 @@ def draw_series(
     x_range: tuple[float, float],
     bottom: float | None = None,
 ) -> None:
-    """Draw points (x, y), or (x, y, low, high) with a band, by solver step; `bottom` of the vertical axis."""
+    """Draw points (x, y), or (x, y, low, high) with a band, by solver step; the vertical axis begins at `bottom`."""
     columns = np.array(points, dtype=float).reshape(len(points), -1).T
     if len(columns) == 4:
         draw_band(axes, columns[0], columns[2], columns[3], LINE_COLORS[0], "lowest to highest")
@@ -266,7 +266,7 @@ def draw_series(
 
 # ---- Sampling: grid.png, ancestry.png, progress.png, progress.gif ----
 
-MAX_ROWS, MAX_TREES, MAX_LINES = 24, 6, 6  # prompts in grid.png, in ancestry.png, with a line each in progress.png
+MAX_ROWS, MAX_TREES, MAX_LINES = 24, 6, 6  # prompts in grid.png, in ancestry.png, and with a line each in progress.png
 CELL = 144  # pixels
 LINE = 13  # pixels of a line of a checklist
 MET, MISSED = "#2a7f3f", "#b3382c"
@@ -274,10 +274,10 @@ BAND = (10, 90)  # percentiles over prompts
 
 
 def draw_grid(report: Report, out: Path) -> Path:
-    """Write grid.png: one row per prompt, from left to right the base images, best-of-N, and the steered ones.
+    """Write grid.png: one row per prompt, from left to right the base images, best-of-N, and the steered images.
 
-    Of the steered ones only those that `steer sample --keep` chose, where it did.
-    Below each image are its reward and, where it has a checklist, the requirements that it meets or misses.
+    If `steer sample --keep` chose steered images, only these are drawn.
+    Below each image are its reward and, if it has a checklist, the requirements that it meets or misses.
     """
     entries = [_kept(entry) for entry in report["prompts"][:MAX_ROWS]]
     sides = [side for side in ("base", "best_of") if any(entry.get(side, {}).get("images") for entry in entries)]
@@ -437,7 +437,7 @@ def _progress_title(report: Report) -> str:
 
 
 def _draw_prompt_lines(reward: Axes, norm: Axes, entries: Sequence[Report]) -> None:
-    """Draw each prompt in a colour of its own."""
+    """Draw each prompt in its own colour."""
     for number, entry in enumerate(entries):
         color = colormaps[COLORMAP](0.85 * number / (len(entries) - 1) if len(entries) > 1 else 0.25)
         trace, first = entry["trace"], entry["order"][0]
@@ -487,7 +487,7 @@ FRAME_SECONDS, LAST_FRAME_SECONDS = 0.12, 2.0
 class Frames:
     """A folder with one PNG per iteration, the images of all slots side by side, for an animation of the best slot.
 
-    The best slot is known at the end only. Files use no memory and outlive an interruption.
+    The best slot is only known at the end. Files use no memory and survive an interruption.
     """
 
     def __init__(self, folder: Path) -> None:

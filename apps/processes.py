@@ -28,7 +28,7 @@ BARRIER_TIMEOUT = timedelta(days=30)  # PyTorch's default of half an hour is sho
 def launch_context(cpu: bool = True) -> "LaunchContext":
     """Return the distributed context. A plain process initializes nothing distributed.
 
-    cpu  communicate over the CPU (gloo), enough to split work; False: over GPUs where there are any (NCCL), as training
+    cpu  communicate over the CPU (gloo), enough to split work; False: over GPUs if there are any (NCCL), as training
          does. An earlier set-up by accelerate is kept.
     """
     if all(os.environ.get(name, "1") == "1" for name in WORLD_SIZE_VARIABLES):
@@ -42,7 +42,7 @@ def launch_context(cpu: bool = True) -> "LaunchContext":
 
 
 def shutdown_distributed() -> None:
-    """Destroy the process group before exit: PyTorch may abort a process that exits without. Imports nothing."""
+    """Destroy the process group before exit: otherwise PyTorch may abort the process. Imports nothing."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

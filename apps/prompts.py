@@ -32,7 +32,7 @@ T = TypeVar("T")
 COLUMN, TAG = "prompt", "tag"
 NAMES = (("prompt", "prompts"), ("text", "texts", "caption", "captions"))  # columns of prompts; the first kind wins
 MAX_ROWS, MAX_CHARACTERS = 10_000_000, 4_000_000_000  # rows of a table, and characters in them
-BATCH_ROWS = 1024  # rows
+BATCH_ROWS = 1024  # rows read at a time
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def find_column(names: Sequence[str], column: str | None, where: str) -> str | N
 
 
 def list_columns(names: Sequence[str]) -> str:
-    """End a message about a missing column with the existing ones."""
+    """Return the end of a message about a missing column: the existing columns."""
     return f"; choose the column, there are {summarize_names([str(name) for name in names])}" if any(names) else ""
 
 
 def describe_expected(column: str | None, kind: str, names: Sequence[str]) -> str:
-    """Describe the expected column, and the existing ones."""
+    """Describe the expected column, and the existing columns."""
     return f'expected {kind} "{column or COLUMN}" (--prompt-column names another){list_columns(names)}'
 
 
@@ -91,7 +91,7 @@ def _json_lines(path: Path, column: str | None) -> Table:
 
 
 def _prompt_and_columns(record: Any, where: str, column: str | None) -> tuple[str, dict[str, Any]]:
-    """Split a record, a plain text or an object with one, into its prompt and the other columns that have a value."""
+    """Split a record, a plain text or an object, into its prompt and the other columns that have a value."""
     cells = {column or COLUMN: record} if isinstance(record, str) else record
     names = list(cells) if isinstance(cells, dict) else []
     key = find_column(names, column, where)
@@ -239,7 +239,7 @@ def load_prompts(source: str, column: str | None = None) -> list[str]:
 
     source  a name in `steer.assets.PROMPTS`; a file; ORGANISATION/NAME or ORGANISATION/NAME:SPLIT (by default train;
             FOLDER/SPLIT for a configuration or another folder). An existing file comes first.
-    column  of a table, key of JSON lines: as in `read_rows`
+    column  column of a table or key of JSON lines, as in `read_rows`
     Unused columns are logged in one line. Raises InputError. With HF_HUB_OFFLINE=1 data sets are read from the hub's
     cache.
     """
@@ -247,7 +247,7 @@ def load_prompts(source: str, column: str | None = None) -> list[str]:
 
 
 def evenly_chosen(rows: Sequence[T], count: int | None) -> list[T]:
-    """Return `count` rows, evenly spaced; all of them where there are no more, or for None."""
+    """Return `count` evenly spaced rows; all rows if there are no more, or for None."""
     count = min(count or len(rows), len(rows))
     return [rows[place * len(rows) // count] for place in range(count)]
 
@@ -255,9 +255,9 @@ def evenly_chosen(rows: Sequence[T], count: int | None) -> list[T]:
 def load_tagged_prompts(
     source: str, column: str | None = None, tag: str | None = None
 ) -> tuple[list[str], list[str] | None]:
-    """Load prompts as `load_prompts`, and the tag (task, category) of each.
+    """Load prompts as `load_prompts` does, and the tag (task, category) of each.
 
-    tag  the column of the tags, which must exist; by default "tag", and None for prompts without such a column
+    tag  column of the tags, which must exist; by default "tag", with None as tags if there is no such column
     """
     rows, name = load_rows(source, column, (tag or TAG,)), (tag or TAG).lower()
     cells = [next((value for key, value in row.columns.items() if key.lower() == name), None) for row in rows]
@@ -272,7 +272,7 @@ def load_tagged_prompts(
 
 
 def load_rows(source: str, column: str | None, used: Collection[str]) -> list[PromptRow]:
-    """Load the rows of a source as `load_prompts`, and log the columns that are neither prompts nor `used`."""
+    """Load the rows of a source as `load_prompts` does, and log the columns that are neither prompts nor `used`."""
     files = _locate(source)
     tables = [_read(path, column) for path in files]
     rows, skipped = [row for table, _ in tables for row in table], [name for _, names in tables for name in names]
@@ -286,7 +286,7 @@ def load_rows(source: str, column: str | None, used: Collection[str]) -> list[Pr
 
 
 def metadata_of(rows: Sequence[PromptRow], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the columns of those names as the metadata of each prompt. Raises InputError for one that no row has."""
+    """Return the named columns as the metadata of each prompt. Raises InputError for a column that no row has."""
     known = {name.lower(): name for row in rows for name in row.columns}
     if rows and (missing := [name for name in names if name.lower() not in known]):
         raise InputError(f"no prompt has a column {missing[0]!r}{list_columns(list(known.values()))}")
@@ -329,7 +329,7 @@ def read_rows(path: Path, column: str | None = None) -> list[PromptRow]:
     Rows without a prompt and empty cells are dropped.
 
     column  key or column of the prompts, ignoring case; by default prompt, else text or caption
-    Raises InputError that names the file, and the line or row if any.
+    Raises InputError that names the file and, if possible, the line or row.
     """
     if not (rows := _read(path, column)[0]):
         raise InputError(f"{path}: no prompts in this file")
@@ -368,7 +368,7 @@ def check_prompt(prompt: str, where: str) -> None:
 
 # Columns that set a setting of `steer sample`: {column: setting}.
 SETTINGS = {"seed": "seed", "guidance_scale": "guidance", "num_inference_steps": "steps", "eta": "eta"}
-# Arguments that steering sets itself, or that a cell cannot hold.
+# Arguments that steering itself sets, or that a cell cannot contain.
 RESERVED_ARGUMENTS = (
     *("prompt", "generator", "latents", "num_images_per_prompt", "num_videos_per_prompt", "batch_size"),
     *("output_type", "return_dict", "callback", "callback_steps"),
@@ -404,8 +404,8 @@ def row_config(row: PromptRow, settings: SamplingConfig) -> SamplingConfig:
 def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: Any) -> list[SampleRequest]:
     """Turn rows into requests for a pipeline.
 
-    The n-th of equal rows without a seed column has seed + n, so that its images differ.
-    Raises InputError for a value that does not fit the pipeline's argument.
+    The n-th of equal rows without a seed column has seed + n, so that their images differ.
+    Raises InputError for a value that is invalid for the pipeline's argument.
     """
     result: list[SampleRequest] = []
     before: dict[str, int] = {}
@@ -425,14 +425,14 @@ def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: A
 
 
 def check_size(arguments: Mapping[str, Any], where: str = "") -> None:
-    """Raise InputError where the arguments of a call have a height or a width alone."""
+    """Raise InputError if the arguments of a call have only a height or only a width."""
     sizes = [name for name in ("height", "width") if arguments.get(name) is not None]
     if len(sizes) == 1:
         raise InputError(f"{where}{sizes[0]} alone is ignored by several pipelines of diffusers: give height and width")
 
 
 def argument_names(kind: type[Any]) -> dict[str, Any]:
-    """Collect the arguments of the call of a class of pipelines that a cell may set: {name: annotation}."""
+    """Collect the call arguments of a pipeline class that a cell may set: {name: annotation}."""
     hints = annotations_of(kind.__call__)
     names = [name for name in inspect.signature(kind.__call__).parameters if name in hints]
     return {
@@ -447,9 +447,9 @@ FLAGS = {name: f"--{setting}" for name, setting in SETTINGS.items()} | dict.from
 
 
 def call_arguments(kind: type[Any], settings: SamplingConfig) -> dict[str, Any]:
-    """Return the arguments of the call that settings give, for a class of pipelines: `call`, size, negative prompt.
+    """Return the call arguments of a pipeline class that the settings give: `call`, size, negative prompt.
 
-    Raises InputError for one that it does not take, or a value that does not fit.
+    Raises InputError for an argument that the call does not take, or an invalid value.
     """
     given = settings.call_arguments
     hints = argument_names(kind) if given else {}
@@ -485,7 +485,7 @@ def _is_plain_value(name: str, value: Any) -> bool:
 
 
 def cell(where: str, hint: Any, value: Any) -> Any:
-    """Convert a cell to the annotation of an argument: texts are parsed as numbers if it has those.
+    """Convert a cell to the annotation of an argument: texts are parsed if the annotation has numbers.
 
     Raises InputError that begins with `where`.
     """

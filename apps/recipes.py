@@ -1,4 +1,4 @@
-"""The recipe in a PNG of `steer sample`: everything that reproduces the image, as JSON in one text chunk.
+"""The recipe in a PNG of `steer sample`: all settings that reproduce the image, as JSON in one text chunk.
 
 Equal runs give equal bytes. Files are untrusted: reading returns a Recipe whose every value has its type and range, or
 raises InputError. No reward or model is loaded here.
@@ -30,10 +30,10 @@ from steer.errors import InputError
 from steer.files import DECODE_ERRORS
 from steer.pipelines.base import SteeringOutput
 
-KEY = "steer"  # of the iTXt chunk
+KEY = "steer"  # keyword of the iTXt chunk
 MAX_JSON_LENGTH = 1_000_000  # characters
-REQUIRED = ("model", "method", "reward", "particles", "seed")  # of the settings
-# A recipe from a stranger is run on the user's machine: numbers are limited to what anybody would ask for.
+REQUIRED = ("model", "method", "reward", "particles", "seed")  # required settings
+# A recipe from a stranger runs on the user's machine: numbers are limited to reasonable values.
 MAX_VALUES = {"particles": 1024, "neighbours": 1024, "steps": 10_000, "seed": 2**63 - 1} | LARGEST_SIZES
 MAX_VALUE = 100_000
 
@@ -44,12 +44,12 @@ class Recipe:
 
     base        True for a base image, without steering
     rank        index among the images of the prompt: best first, base images in slot order
-    reward, components    its reward, and those of the components by name
+    reward, components    reward of the image, and its components by name
     pixels      `image_hash` of the image
     steer, torch, diffusers, device, dtype    versions and device, to explain differing pixels
-    arguments   of the pipeline's call, from the settings and the columns of a prompt file
-    scheduler, steps, guidance    of the call, for other programs
-    lam         the strength λ, also where `auto` chose it; None for methods without
+    arguments   arguments of the pipeline's call, from the settings and the columns of a prompt file
+    scheduler, steps, guidance    settings of the call, for other programs
+    lam         the strength λ, also if `auto` chose it; None for methods without λ
     """
 
     prompt: str
@@ -71,7 +71,7 @@ class Recipe:
     lam: float | None = None
 
     def plain(self) -> dict[str, Any]:
-        """Return all fields as JSON holds them."""
+        """Return all fields in the form of JSON."""
         return {one.name: getattr(self, one.name) for one in fields(self)} | {"settings": self.settings.plain()}
 
 
@@ -124,7 +124,7 @@ def parameters_text(recipe: Recipe, image: Image.Image) -> str:
     return "\n".join(lines)
 
 
-# Names in other programs of solvers without options.
+# Names of solvers without options in other programs.
 SAMPLERS = {
     "DDIMScheduler": "DDIM",
     "DPMSolverMultistepScheduler": "DPM++ 2M",
@@ -143,13 +143,13 @@ SAMPLERS = {
 
 
 def sampler_name(recipe: Recipe) -> str:
-    """Return the solver's name in other programs, with Karras where its noise levels are chosen so by an option."""
+    """Return the solver's name in other programs, with Karras if an option selects these noise levels."""
     name = SAMPLERS.get(recipe.scheduler, recipe.scheduler.removesuffix("Scheduler"))
     return f"{name} Karras" if "use_karras_sigmas=true" in (recipe.settings.scheduler or "").lower() else name
 
 
 def _quoted(value: str) -> str:
-    """Quote a value that contains a separator, as those programs do."""
+    """Quote a value that contains a separator, as other programs do."""
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
 
 
@@ -168,7 +168,7 @@ def image_hash(image: Image.Image) -> str:
 
 
 def read_png(path: Path | bytes) -> tuple[Recipe, Image.Image]:
-    """Read the recipe and the image of a PNG file, or of its bytes. Raises InputError as `read_metadata`."""
+    """Read the recipe and the image of a PNG file, or of its bytes. Raises InputError like `read_metadata`."""
     with _opened(path) as file:
         return _recipe(file, _name(path)), file.copy()  # reads all pixels
 
@@ -176,7 +176,7 @@ def read_png(path: Path | bytes) -> tuple[Recipe, Image.Image]:
 def read_metadata(path: Path | bytes) -> Recipe:
     """Read the recipe of a PNG file, or of its bytes, without decoding pixels.
 
-    Raises InputError for a file that is no PNG, has no recipe, or holds an invalid value.
+    Raises InputError for a file that is not a PNG, has no recipe, or contains an invalid value.
     """
     with _opened(path) as file:
         return _recipe(file, _name(path))
@@ -225,7 +225,7 @@ def _recipe(file: Image.Image, name: str) -> Recipe:
 
 def _checked(data: Any) -> Recipe:
     known, hints = {one.name: one for one in fields(Recipe)}, get_type_hints(Recipe)
-    # Fields with a default are newer than some files, and may be missing.
+    # Fields with a default may be missing: older files do not have them.
     needed = [name for name, one in known.items() if one.default is MISSING and one.default_factory is MISSING]
     _check_keys(data, needed, known)
     settings = checked_settings(data["settings"])
@@ -238,7 +238,7 @@ def _checked(data: Any) -> Recipe:
     recipe = Recipe(**values, settings=settings, components=scores, arguments=arguments)
     if not recipe.prompt.strip() or "\0" in recipe.prompt:
         raise InputError("the prompt is empty, or holds a null character")
-    if recipe.rank >= settings.particles and settings.plain().get("budget") is None:  # whose starts follow from it
+    if recipe.rank >= settings.particles and settings.plain().get("budget") is None:  # a budget decides the starts
         raise InputError(f"rank {recipe.rank} is out of range for {settings.particles} particles")
     if not re.fullmatch("[0-9a-f]{64}", recipe.pixels):
         raise InputError("pixels: expected a hash")
@@ -249,7 +249,7 @@ def _checked(data: Any) -> Recipe:
 
 
 def checked_settings(data: Any) -> SamplingConfig:
-    """Check settings from outside; missing ones, newer than the file, have their default. Raises InputError."""
+    """Check settings from outside; missing settings, newer than the file, get their default. Raises InputError."""
     _check_keys(data, REQUIRED)
     method = _value("method", data["method"], (str,))
     _check_keys(data, REQUIRED, [*SHARED, *option_names(method)])
@@ -259,7 +259,7 @@ def checked_settings(data: Any) -> SamplingConfig:
 
 
 def _check_keys(data: Any, needed: Collection[str], known: Collection[str] | None = None) -> None:
-    """Raise InputError where data is no object, lacks a needed key, or has one that is not known; None: any."""
+    """Raise InputError if data is not an object, lacks a needed key, or has a key outside `known` (None: any key)."""
     if not isinstance(data, dict):
         raise InputError(f"expected an object, got {type(data).__name__}")
     if known is not None and (unknown := sorted(data.keys() - {*known})):

@@ -49,12 +49,12 @@ def replay(
 ) -> ReplayResult:
     """Reproduce a PNG of `steer sample` as NAME-replay.png in `out`.
 
-    reward   replaces that of the image; required if that one is not made of built-in names alone
-    dtype    replaces that of the image; by default the device's
-    lora     path of the finetuned weights; required if the image was made with some
-    preview  decoder of previews; required if that of the image is neither full, linear nor tiny
-    lookahead, value  those of the user; required if the image's are files
-    Raises InputError for another file, or if something it needs is missing here.
+    reward   replaces the image's reward; required if the image's reward has other than built-in names
+    dtype    replaces the image's dtype; by default the device's
+    lora     path of the finetuned weights; required if the image was made with finetuned weights
+    preview  decoder of previews; required if the image's decoder is neither full, linear nor tiny
+    lookahead, value  the user's own settings; required if the image's are files
+    Raises InputError for any other file, or if something that the image needs is missing.
     """
     recipe, before = read_png(image)
     loaded = _reward(image, recipe, reward, reward_timeout)
@@ -91,7 +91,7 @@ def replay(
 
 
 def _arguments(recipe: Recipe, pipe: Any) -> dict[str, Any]:
-    """Check the recipe's arguments of the call: those that a prompt file may give. Raises InputError."""
+    """Check the recipe's arguments of the call; only those of prompt files are allowed. Raises InputError."""
     known = argument_names(type(pipe)) | {READ: str}  # the original of an expanded prompt
     check_arguments(call_arguments(type(pipe), recipe.settings), "the arguments of its call")
     if unknown := sorted(recipe.arguments.keys() - known.keys()):
@@ -100,7 +100,7 @@ def _arguments(recipe: Recipe, pipe: Any) -> dict[str, Any]:
 
 
 def _trusted_preview(image: Path, recipe: Recipe) -> str | None:
-    """Return the image's preview decoder if it is built in: no file that an image names is opened or downloaded."""
+    """Return the image's preview decoder if it is built in: a file named by an image is never opened or downloaded."""
     source: str | None = recipe.settings.plain().get("preview")
     if not recipe.base and source not in (None, *PREVIEWS, TINY):
         raise InputError(
@@ -110,7 +110,7 @@ def _trusted_preview(image: Path, recipe: Recipe) -> str | None:
 
 
 def _trusted_file(image: Path, recipe: Recipe, name: str, given: int | str | None) -> int | str | None:
-    """Return the user's own value of a setting, or the image's where it is no file. Raises InputError."""
+    """Return the user's value of a setting, or the image's if that is not a file. Raises InputError."""
     stored: int | str | None = recipe.settings.plain().get(name)
     if given is None and isinstance(stored, str) and not recipe.base:
         raise InputError(f"{image}: its {name} is {stored!r:.200}: add --{name} with a file that you trust")
@@ -118,7 +118,7 @@ def _trusted_file(image: Path, recipe: Recipe, name: str, given: int | str | Non
 
 
 def _reward(image: Path, recipe: Recipe, given: str | None, timeout: float | None) -> Reward:
-    """Load the reward that the user names, or the image's if it is made of built-in names alone."""
+    """Load the reward that the user names, or the image's if it only has built-in names."""
     if given is not None:
         return resolve_reward(given, timeout)
     source = recipe.settings.reward
@@ -132,7 +132,7 @@ def _reward(image: Path, recipe: Recipe, given: str | None, timeout: float | Non
 
 def _weights(image: Path, recipe: Recipe, given: str | None) -> str | None:
     """Return the path of finetuned weights that the user names; the path in an image is never opened."""
-    if recipe.base:  # made without them
+    if recipe.base:  # base images are made without finetuned weights
         return recipe.settings.lora
     if given is None and recipe.settings.lora is not None:
         raise InputError(f"{image}: made with the finetuned weights {recipe.settings.lora!r:.200}: add --lora PATH")

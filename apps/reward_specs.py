@@ -14,11 +14,11 @@ from steer.rewards.remote import ADDRESS
 
 
 def resolve_reward(text: str, timeout: float | None = None) -> Reward:
-    """Load the reward of a text; my_file:function is looked up in the current folder too.
+    """Load the reward of a text; my_file:function is also looked up in the current folder.
 
     timeout  limit of each call in seconds; None: no limit
     """
-    # The current folder is importable only for rewards that have neither a name nor an address.
+    # The current folder is importable only for rewards without a name or an address.
     if set(re.findall(r"([A-Za-z_][\w.]*):", re.sub(ADDRESS, "", text))) - set(reward_names()):
         sys.path.append(str(Path.cwd()))
     return with_timeout(load_reward(text), timeout)
@@ -41,7 +41,7 @@ def only_named_rewards(text: str) -> bool:
 
 def _is_named(term: str) -> bool:
     if call := read_call(term):
-        # Parse with the reader's own grammar: a text that two parsers split differently would be a loophole.
+        # Parse with the grammar of the parser: a text that two grammars split differently would be a loophole.
         bare = [read_constraint(one)[0] if call.function == "product" else one for one in call.arguments]
         files = {"from", "paraphrases"} & set(call.options)
         return call.function in FUNCTIONS and not files and all(map(only_named_rewards, bare))

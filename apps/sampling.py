@@ -52,13 +52,13 @@ class SavedImage:
     recipe: Recipe
 
 
-CONTROLS = ("base", "best_of")  # entries of a prompt beside its own images
+CONTROLS = ("base", "best_of")  # entries of a prompt beside its steered images
 
 
 def base_output(job: Job, output: SteeringOutput) -> tuple[Job, SteeringOutput] | None:
     """Sample the images of the same seed without steering and finetuned weights; None if not wanted.
 
-    Returns their job and output, in slot order. Of starts as many are sampled as the method has finished.
+    Returns their job and output, in slot order. For a method with starts, as many are sampled as it finishes.
     """
     if not samples_base(job.settings):
         compared = job.settings.compare and job.settings.method == "best-of-n"
@@ -69,19 +69,19 @@ def base_output(job: Job, output: SteeringOutput) -> tuple[Job, SteeringOutput] 
 
 
 def samples_base(settings: SamplingConfig) -> bool:
-    """Return whether the base images beside a run are a batch of their own."""
+    """Return whether the base images of a run are sampled in a separate batch."""
     return settings.compare and (settings.lora is not None or settings.method not in ("base", "best-of-n"))
 
 
 def best_of_n(job: Job, count: int) -> tuple[Job, SteeringOutput]:
-    """Sample `count` base images, and return their job and output with the best one alone."""
+    """Sample `count` base images, and return their job and output with only the best one."""
     control = _control_job(job, "best-of-n", count, best_of=None, lora=None, noise_candidates=None)
     with job.adapter_disabled():
         return control, control.run().best(1)
 
 
 def _control_job(job: Job, method: str, count: int, **changes: Any) -> Job:
-    """Return a job of `count` images by another method, with the shared settings of this one and its steps."""
+    """Return a job of `count` images by another method, with the shared settings and the steps of this job."""
     own = {name: getattr(job.settings, name) for name in SHARED} | {"method": method, "particles": count} | changes
     for name, argument in (("steps", "num_inference_steps"), ("guidance", "guidance_scale")):
         if own[name] is None:
@@ -122,7 +122,7 @@ class PartialReport:
         return [n for n in range(count) if not _is_complete(self.entries.get(n, {}), self.out, animation)]
 
     def keep(self, number: int, entry: Entry, single_process: bool) -> None:
-        """Write the entry of a finished prompt: to report.json in a single process, else to a file of its own."""
+        """Write the entry of a finished prompt: to report.json in a single process, else to a separate file."""
         self.entries[number] = entry
         part = self.out / FINISHED / f"{number:05d}.json"
         if single_process:
@@ -162,7 +162,7 @@ def open_report(
 ) -> PartialReport:
     """Open the report in `out`, or a new one.
 
-    columns  of each prompt's row
+    columns  columns of each prompt's row
     Raises InputError for a folder of another run.
     """
     check_writable(out)
@@ -199,7 +199,7 @@ def output_errors(out: Path) -> Iterator[None]:
 
 
 def _unmerged_entries(out: Path, config: Mapping[str, Any]) -> dict[int, Entry]:
-    """Read the entries that are not merged yet. Raises InputError for those of another run."""
+    """Read the entries that are not merged yet. Raises InputError for entries of another run."""
     entries_by_number: dict[int, Entry] = {}
     for path in sorted((out / FINISHED).glob("*.json")):
         part = _read(path, out, config)
@@ -210,7 +210,7 @@ def _unmerged_entries(out: Path, config: Mapping[str, Any]) -> dict[int, Entry]:
 
 
 def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
-    """Read a report in `out`, or that of a single prompt. Raises InputError for another file or other settings."""
+    """Read a report in `out`, or the report of a single prompt. Raises InputError for other files or settings."""
     foreign = f"{path} is not a report of steer"
     try:
         old = loads_with_checksum(path.read_text(encoding="utf-8"))
@@ -231,7 +231,7 @@ def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
 
 
 def _is_valid_entry(entry: Entry) -> bool:
-    """Return whether the values that are read here have the types that steer writes."""
+    """Return whether the values used in this module have the types that steer writes."""
     sides, cost = [entry.get(side, {}) for side in CONTROLS], entry.get("cost")
     return (
         all(isinstance(side, dict) for side in sides)
@@ -258,8 +258,8 @@ def _is_complete(entry: Entry, out: Path, animation: bool) -> bool:
     return True
 
 
-SEARCH, FRAMES = "search.safetensors", "frames"  # of an unfinished prompt
-READ = "reward_prompt"  # the prompt of an expanded one, which the reward reads
+SEARCH, FRAMES = "search.safetensors", "frames"  # files of an unfinished prompt
+READ = "reward_prompt"  # argument with the original of an expanded prompt, for the reward
 MEMORY_HINT = "fewer particles need less"
 
 
@@ -277,9 +277,9 @@ def sample(
 
     The folder is complete after each prompt; the same call resumes an interrupted run. All prompts have the same seed,
     so that images depend neither on the order of prompts nor on the process; the n-th of equal prompts has seed + n.
-    Columns of a row that are named after arguments of the pipeline set them. Processes split the missing
-    prompts; the main one merges and draws. `animation` writes a GIF of each noise optimisation; `checklist` is a
-    reward that lists what a prompt asks for, ticked or crossed below each image of grid.png.
+    Columns of a row that are named after arguments of the pipeline set these arguments. Processes split the missing
+    prompts; the main process merges and draws. `animation` writes a GIF of each noise optimisation; `checklist` is a
+    reward that lists the requirements of a prompt, ticked or crossed below each image of grid.png.
     """
     context = launch_context()
     with context.local_main_process_first():
@@ -324,7 +324,7 @@ Expander = Callable[[str, int], str]  # prompt, seed → longer prompt
 
 
 def load_checklist(text: str | None) -> Checklist | None:
-    """Load the checklist of a reward, None without a name. Raises InputError for a reward that has none."""
+    """Load the checklist of a reward; None without a name. Raises InputError for a reward without a checklist."""
     if text is None:
         return None
     check: Checklist | None = getattr(resolve_reward(text), "checklist", None)
@@ -334,7 +334,7 @@ def load_checklist(text: str | None) -> Checklist | None:
 
 
 def with_checklists(report: Report, out: Path, check: Checklist | None) -> Report:
-    """Return a report in which images have their checklists, where there are any."""
+    """Return the report with the checklists of its images, if there are any."""
     if check is None:
         return report
 
@@ -374,7 +374,7 @@ def check_model_settings(settings: SamplingConfig) -> None:
 
 
 def _expanded(pipe: Any, request: SampleRequest, expand: Expander | None) -> dict[str, Any]:
-    """Return the expanded prompt of a job, and its own for the reward; nothing without a text model."""
+    """Return the expanded prompt of a request, and its original for the reward; nothing without a text model."""
     if expand is None:
         return {}
     prompt = expand(request.prompt, request.settings.seed)
@@ -383,7 +383,7 @@ def _expanded(pipe: Any, request: SampleRequest, expand: Expander | None) -> dic
 
 
 def guided_by_original(pipe: Any, settings: SamplingConfig, prompt: str, original: str) -> Any:
-    """Return the pipeline, guided by the original of an expanded prompt too where the settings ask for it."""
+    """Return the pipeline, also guided by the original of an expanded prompt if the settings ask for it."""
     return pipe if settings.original is None else two_prompts(pipe, {prompt: original}, settings.original)
 
 
@@ -404,7 +404,7 @@ def _open_report(
 
 
 def _local_prompts(pending: Sequence[int], context: LaunchContext, method: str, count: int) -> Iterator[int]:
-    """Iterate over this process's share of the missing prompts; the main process shows a progress bar of its own."""
+    """Iterate over this process's share of the missing prompts; the main process shows a progress bar of its share."""
     share = [pending[place] for place in context.split_indices(len(pending))]
     if context.world_size == 1:
         yield from tqdm(share, method, initial=count - len(pending), total=count, unit="prompt", disable=None)
@@ -419,7 +419,7 @@ def _draw(report: Report, out: Path, check: Checklist | None = None) -> None:
 
 
 def _raise_if_stopped(entry: Entry, record: PartialReport, context: LaunchContext) -> None:
-    """Raise InputError for a prompt whose run stopped early, after everything is written."""
+    """Raise InputError for a prompt whose run stopped early, after writing everything."""
     if not entry.get("stopped"):
         return
     if context.world_size == 1:
@@ -478,7 +478,7 @@ def describe(output: SteeringOutput) -> Entry:
 
 
 def _nsfw_flags(output: SteeringOutput) -> dict[str, list[bool]]:
-    """List which images the safety checker blackened; they are scored before."""
+    """List which images the safety checker blackened; images are scored before the check."""
     flags = output.nsfw_content_detected
     return {} if flags is None else {"nsfw_content_detected": flags[0].tolist()}
 

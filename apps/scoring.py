@@ -35,14 +35,14 @@ PROMPT_SOURCES = (
 
 @dataclass(frozen=True)
 class ImageWithPrompt:
-    """An image file and its prompt; None where it has none."""
+    """An image file and its prompt, or None."""
 
     path: Path
     prompt: str | None
 
 
 def images_with_prompts(folder: Path, prompt: str | None = None) -> tuple[list[Path], list[str]]:
-    """Return the images of a folder and the prompt of each. Raises InputError where one has no prompt."""
+    """Return the images of a folder and the prompt of each. Raises InputError if one has no prompt."""
     shown = images_of_folder(folder, prompt)
     prompts = [one.prompt for one in shown if one.prompt is not None]
     if len(prompts) < len(shown):
@@ -53,11 +53,11 @@ def images_with_prompts(folder: Path, prompt: str | None = None) -> tuple[list[P
 def images_of_folder(folder: Path, prompt: str | None = None) -> list[ImageWithPrompt]:
     """Return the images of a folder, sorted by path, each with its prompt if there is one.
 
-    From report.json (the images and base images of `steer sample`), prompts.jsonl or metadata.jsonl (lines
-    {"image": path in the folder, "prompt": text}; file_name and text, caption do too), which name the images that
-    count; without them, all PNG, JPEG and WebP files in it and below it, each with the text of the .txt file of its
-    name, or with `prompt`. Raises InputError where there are two sources of prompts, no image, an image without a
-    caption beside others that have one, or a path that leads out of the folder.
+    The images are listed in report.json (images and base images of `steer sample`), prompts.jsonl or metadata.jsonl
+    (lines {"image": path in the folder, "prompt": text}, or with the keys file_name and text or caption); otherwise
+    they are all PNG, JPEG and WebP files in the folder and below, each with the text of the .txt file of its name, or
+    with `prompt`. Raises InputError for two sources of prompts, no image, an image without a caption beside others with
+    captions, or a path that leads out of the folder.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder of images")
@@ -76,7 +76,7 @@ def images_of_folder(folder: Path, prompt: str | None = None) -> list[ImageWithP
 
 
 def _with_captions(folder: Path, paths: Sequence[Path], prompt: str | None) -> list[ImageWithPrompt]:
-    """Pair each image with the text of the .txt file of its name, or with `prompt` where no image has one."""
+    """Pair each image with the text of the .txt file of its name, or with `prompt` if no image has one."""
     captions = [path.with_suffix(".txt") for path in paths]
     missing = [caption for caption in captions if not caption.is_file()]
     if len(missing) == len(paths):
@@ -139,7 +139,7 @@ def _read_lines(path: Path) -> list[tuple[str, str]]:
 
 
 def _resolve_image(folder: Path, name: Any, source: Path) -> Path:
-    """Return the image that a file names. Raises InputError where it is none, or not in the folder."""
+    """Return the image that a file names. Raises InputError if it is not an image, or not in the folder."""
     if not isinstance(name, str) or "\0" in name:
         raise InputError(f"{source}: {name!r} is no image path")
     path, given = folder / name, PurePosixPath(name)
@@ -187,9 +187,9 @@ def collect_images(
 
     sources  image files, folders (`images_of_folder`) and tables with columns of images and prompts
     prompts  one for all images, or one for each, in order
-    file     a file of prompts instead; without sources a table with a column of images, too
-    column   its column of prompts
-    Raises InputError, with both counts, where images and prompts do not match, and where an image would have two.
+    file     a file of prompts instead; without sources, a table with columns of images and prompts
+    column   column of the prompts in `file`
+    Raises InputError, with both counts, if images and prompts do not match, and if an image would have two prompts.
     """
     if prompts and file is not None:
         raise InputError("--prompt and --prompts both give the prompts of the images: use one of them")
@@ -233,7 +233,7 @@ def score_images(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Score each image by itself: a row for each, and the errors of images that cannot be read or scored.
 
-    Raises InputError where the reward reads a prompt that an image does not have.
+    Raises InputError if the reward reads the prompt of an image without one.
     """
     rows: list[dict[str, Any]] = []
     errors: list[str] = []
@@ -258,7 +258,7 @@ def score_images(
     return rows, errors
 
 
-# Ten colours that are distinct for colour-blind readers (Petroff, arXiv 2107.02270), and as many marks.
+# Ten colours that are distinct for colour-blind readers (Petroff, arXiv 2107.02270), and ten marks.
 COLOURS = (
     *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
     *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
@@ -272,7 +272,7 @@ def score_all(
     """Score N image files, each with its prompt, with a progress bar: (N,) fp32.
 
     Images of any sizes; at most `batch` consecutive ones of one size are loaded and scored together on `device`.
-    Raises InputError for a file that is no image, RewardError where the reward does not score.
+    Raises InputError for a file that is not an image, RewardError if the reward fails.
     """
     if batch < 1:
         raise InputError(f"the batch must be at least 1 image, got {batch}")
@@ -287,7 +287,7 @@ def score_all(
 
 
 def score_each(rewards: Iterable[Reward], paths: Sequence[Path], prompts: Sequence[str], device: str) -> Tensor:
-    """Score N image files, each with its prompt, by each of M rewards: (M, N) fp32. Raises as `score_all`."""
+    """Score N image files, each with its prompt, by each of M rewards: (M, N) fp32. Raises like `score_all`."""
     return torch.stack([score_all(reward, paths, prompts, device=device) for reward in rewards])
 
 
@@ -304,7 +304,7 @@ def label_pairs(
 ) -> int:
     """Write pairs of images of one prompt and a judge's P(a ≻ b) as a .jsonl table; return the number of rows.
 
-    Raises InputError where no prompt has two images, and for another suffix.
+    Raises InputError if no prompt has two images, and for any other suffix.
     """
     check_output(out, paths)
     drawn = draw_pairs(prompts, limit, seed)
@@ -328,7 +328,7 @@ def score_contrasts(
     batch: int = 16,
     device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Score N image files with their prompts, (N,), and some with a contrast of them, (P,), by `contrast_pairs`."""
+    """Score N image files with their prompts, (N,), and with the contrasts of `contrast_pairs`, (P,)."""
     right = score_all(reward, paths, prompts, batch, device)
     rows, changed = [row for row, _ in pairs], [contrast.prompt for _, contrast in pairs]
     return right, score_all(reward, [paths[row] for row in rows], changed, batch, device)
@@ -337,7 +337,7 @@ def score_contrasts(
 def score_consistency(
     reward: Reward, paths: Sequence[Path], prompts: Sequence[str], batch: int = 16, device: str = "cpu"
 ) -> dict[str, Consistency]:
-    """Compute `steer.rewards.analysis.consistency` of image files of any sizes, each with its prompt."""
+    """Compute `steer.rewards.analysis.consistency` for image files of any sizes, each with its prompt."""
     pairs = contrast_pairs(prompts)
     if not pairs:
         return {}
@@ -348,9 +348,9 @@ def score_consistency(
 def draw_scatter(
     a_name: str, a: Tensor, b_name: str, b: Tensor, prompts: Sequence[str], agreement: Agreement, path: Path
 ) -> Path:
-    """Draw a PNG: each image a mark at its two scores (N,), histograms of both at the sides, the measures above.
+    """Draw a PNG: a mark for each image at its two scores (N,), histograms of both scores, and the measures above.
 
-    Up to ten prompts have a colour and a mark each.
+    Up to ten prompts have their own colour and mark.
     """
     known = list(dict.fromkeys(prompts))
     named = known if len(known) <= len(COLOURS) else []
@@ -395,7 +395,7 @@ def scores_by_prompt(
 ) -> tuple[Tensor, Tensor]:
     """Score images, and return (P, K) of both rewards: K is the smallest number of images of a prompt.
 
-    Raises InputError where a prompt has a single image.
+    Raises InputError if a prompt has only one image.
     """
     rows = rows_by_prompt(prompts)
     samples = min(map(len, rows.values()))
@@ -408,7 +408,7 @@ def scores_by_prompt(
 
 
 def render_usefulness(point: Usefulness, proxy: str) -> str:
-    """Render the point of usefulness, and the constraint that holds a training there."""
+    """Render the point of usefulness, and the constraint that keeps a training there."""
     if point.rising:
         return (
             f"the held-out reward rises up to the best of {point.n}, {proxy} {point.proxy:.4g}: no bound is needed yet"
@@ -428,7 +428,7 @@ def render_reliability(shares: Mapping[str, float], keep: int) -> str:
 
 
 def render_check_results(check_results: Sequence[CheckResult]) -> str:
-    """Render one line per check: ok, FAILED, or - where the check does not apply."""
+    """Render one line per check: ok, FAILED, or - if the check does not apply."""
     width = max(len(finding.name) for finding in check_results)
     marks = {True: "ok", False: "FAILED", None: "-"}
     return "\n".join(f"{marks[cell.passed]:6}  {cell.name:{width}}  {cell.detail}" for cell in check_results)
@@ -445,7 +445,7 @@ def render_consistency(consistency: Mapping[str, Consistency]) -> str:
 
 
 def render_agreement(agreement: Agreement) -> str:
-    """Render the measures, a line each."""
+    """Render the measures, one per line."""
     rows = (
         ("images", f"{agreement.n}"),
         ("Spearman", f"{agreement.spearman:.3f}"),

@@ -1,4 +1,4 @@
-"""Settings of a sampling run: those that all methods share, and the method's own.
+"""Settings of a sampling run: the settings that all methods share, and the method's own.
 
 The options of `steer sample` and `steer evaluate`, report.json, the recipe inside a PNG and the demo's fields are
 derived from `SamplingConfig` and from the dataclasses of `steer.pipelines.settings`. Nothing heavy is imported.
@@ -29,7 +29,7 @@ from steer.registry import choose, nearest
 
 
 class MethodOptions(NamedTuple):
-    """The settings dataclass of a method's name, defaults in place of its own, and fields that the name excludes."""
+    """The settings dataclass of a method, defaults that replace the dataclass's, and fields that the method lacks."""
 
     settings: type[CallSettings]
     defaults: Mapping[str, Any] = {}
@@ -60,15 +60,15 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Settings):
-    """All that decides the images. It is saved in the report, and compared when a run resumes.
+    """All settings that decide the images; saved in the report, and compared when a run resumes.
 
     model             embedded model, folder, .safetensors file, or ORGANISATION/NAME
-    variant           of the model's weights, such as fp16; by default plain ones, or the folder's only one
+    variant           variant of the model's weights, such as fp16; by default none, or the folder's only variant
     model_config      for a single file: folder of such a model in diffusers' format
-    method            fk, svdd, beam, race, drafts, renoise, best-of-n, base, reno (for one-step models, like
-                      scenes-turbo), noise-search or map-elites
-    vae               autoencoder in place of the model's own: a folder, .safetensors file, or ORGANISATION/NAME
-    scheduler         solver in place of the model's own: NAME[:OPTION=VALUE,…], such as euler-a or
+    method            steering method: fk, svdd, beam, race, drafts, renoise, best-of-n, base, reno (for one-step
+                      models, like scenes-turbo), noise-search or map-elites
+    vae               autoencoder that replaces the model's own: a folder, .safetensors file, or ORGANISATION/NAME
+    scheduler         solver that replaces the model's own: NAME[:OPTION=VALUE,…], such as euler-a or
                       dpm++:use_karras_sigmas=true
     lora              LoRA adapters to load, RUN/final or a LoRA file, with a weight each: FILE:0.7 + RUN/final
     expand            text model that continues each prompt before it is sampled; the reward reads the original
@@ -78,20 +78,20 @@ class SamplingConfig(Settings):
                       noise-search, else 4
     steps             solver steps; by default the pipeline's own number, for reno 1
     guidance          guidance scale; by default the pipeline's own, for reno 0
-    negative_prompt   what the images should not show, for pipelines that take one
-    height            of the images in pixels; by default the model's own
-    width             of the images in pixels; by default the model's own
+    negative_prompt   content to avoid in the images, for pipelines that take a negative prompt
+    height            height of the images in pixels; by default the model's own
+    width             width of the images in pixels; by default the model's own
     call              any other argument of the pipeline's call, NAME=VALUE; repeatable
     eta               noise of every step, 0 to 1; by default the solver's own, for svdd and beam 1
-    original          with expand: share of the original prompt in the guidance, 0 to 1; the rest is that of the
-                      expanded one, and each denoiser evaluation is made for both
-    noise_candidates  starting noises of each prompt of which short runs select the best K
-    screening_steps   solver steps of those short runs
+    original          with expand: share of the original prompt in the guidance, 0 to 1; the rest belongs to the
+                      expanded prompt, and each denoiser evaluation is made for both
+    noise_candidates  starting noises of each prompt, from which short runs select the best K
+    screening_steps   with noise_candidates: solver steps of the short runs
     seed              random seed, the same for each prompt
     compare           also make the base images of the same seed, for grid.png
-    best_of           with compare: also make so many base images and show the best, as a control of equal cost
-    dtype             float32, float16 or bfloat16; by default float32 on the CPU, bfloat16 elsewhere
-    options           settings of the method, or their values by name
+    best_of           with compare: also make this many base images and show the best, as a control of equal cost
+    dtype             precision: float32, float16 or bfloat16; by default float32 on the CPU, bfloat16 elsewhere
+    options           settings of the method, or values by name
     """
 
     model: str = option("scenes")
@@ -104,7 +104,7 @@ class SamplingConfig(Settings):
     expand: str | None = option(None)
     original: float | None = option(None, "[0, 1]")
     reward: str = option("scene-soft")
-    particles: int = option(None, "[1, inf]", flags=("--particles", "--seeds"), slider=(1, 16, 1))  # a number once made
+    particles: int = option(None, "[1, inf]", flags=("--particles", "--seeds"), slider=(1, 16, 1))  # int after init
     steps: int | None = option(None, "[1, inf]", slider=(1, 100, 1))
     guidance: float | None = option(None, "(-inf, inf)", slider=(0, 30, 0.5))
     negative_prompt: str | None = option(None)
@@ -154,7 +154,7 @@ class SamplingConfig(Settings):
         return cls(**given, options=own)
 
     def plain(self) -> dict[str, Any]:
-        """Return all values by name as JSON holds them, those of the method beside the shared ones."""
+        """Return all values by name in the form of JSON, the method's beside the shared ones."""
         names, options = self.option_names, self.options.plain()
         return {name: getattr(self, name) for name in SHARED} | {name: options[name] for name in names}
 
@@ -165,7 +165,7 @@ class SamplingConfig(Settings):
 
     @property
     def loading(self) -> dict[str, str]:
-        """Arguments of `load_pipeline` beside model, device and dtype, where any are given."""
+        """Arguments of `load_pipeline` that are given, besides model, device and dtype."""
         given = {"variant": self.variant, "config": self.model_config, "vae": self.vae, "scheduler": self.scheduler}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -208,12 +208,12 @@ def method_settings(method: str, values: Mapping[str, Any], particles: int) -> C
 
 
 def choose_method(values: Mapping[str, Any], purpose: str | None = None, texts: bool = False) -> dict[str, Any]:
-    """Return flat values with the method of a purpose, where they have none.
+    """Return flat values with the method of a purpose, if they have no method.
 
-    purpose  of PURPOSES; None: samples where an option is given that fk has and race has not, else picture
-    texts    whether the model makes texts, which have no race
+    purpose  a key of PURPOSES; None: samples if an option is given that fk has and race lacks, else picture
+    texts    whether the model generates texts, which race does not support
 
-    Raises InputError for a purpose beside a method, and for the best picture of a text.
+    Raises InputError for a purpose together with a method, and for the purpose picture with texts.
     """
     given = {name: value for name, value in values.items() if value is not None}
     if "method" in given:
@@ -244,7 +244,7 @@ def default_of(method: str, name: str) -> Any:
 
 
 def kinds_of(name: str, method: str | None = None) -> tuple[type, ...]:
-    """Return the plain types of a setting, of a method's where it is an option."""
+    """Return the plain types of a setting, for `method` if that method has the option."""
     if name in SHARED:
         return plain_kinds(SamplingConfig.hints()[name])
     owners = methods_with(name)
@@ -282,7 +282,7 @@ def _sentence(text: str) -> str:
 
 @contextmanager
 def errors_with_flags() -> Iterator[None]:
-    """Raise an InputError of the block with the flags of the command line in place of the names of settings."""
+    """Replace names of settings by flags of the command line in an InputError of the block."""
     try:
         yield
     except InputError as error:

@@ -1,4 +1,4 @@
-"""The job behind `steer sample` for models of text: texts.jsonl, report.json and ancestry.png."""
+"""The job behind `steer sample` for text models: texts.jsonl, report.json and ancestry.png."""
 
 import json
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def sample_texts(
 ) -> Report:
     """Sample every prompt, write texts and the report to `out`, and return the report.
 
-    Finished prompts are kept; the same call resumes an interrupted run. Raises InputError for options of images.
+    Finished prompts are kept; the same call resumes an interrupted run. Raises InputError for options that need images.
     """
     _check(settings)
     for row in prompts:
@@ -63,7 +63,7 @@ def sample_texts(
 
 
 def _check(settings: SamplingConfig) -> None:
-    """Raise InputError for settings that texts do not have, and for several processes."""
+    """Raise InputError for settings that do not apply to texts, and for several processes."""
     if METHODS[settings.method].is_iterative:
         raise InputError(f"--method {settings.method} optimises the noise of images: use fk, svdd, beam or best-of-n")
     given = {
@@ -94,7 +94,7 @@ def _sample_prompt(job: Job) -> Entry:
 
 
 def _lines(entry: Entry) -> list[dict[str, Any]]:
-    """Return a line for each text of a prompt, best first, those without steering last."""
+    """Return a line for each text of a prompt, best first; texts without steering come last."""
     rows = [(text, reward, True) for text, reward in zip(entry["texts"], entry["rewards"], strict=True)]
     base = entry.get("base", {"texts": [], "rewards": []})
     rows += [(text, reward, False) for text, reward in zip(base["texts"], base["rewards"], strict=True)]

@@ -1,4 +1,4 @@
-"""`steer rewards write`: the grid of images that candidates prefer, their ranking in the terminal, distillation."""
+"""`steer rewards write`: a grid of the candidates' preferred images, ranking in the terminal, distillation."""
 
 import json
 import re
@@ -29,12 +29,12 @@ from steer.rewards.writing import (
     write_rewards,
 )
 
-SHOWN = 4  # best and worst images of a candidate
+SHOWN = 4  # best and worst images shown for a candidate
 MAX_IMAGES = 64
 
 
 def draw_candidates(candidates: Sequence[Candidate], images: Tensor, path: Path) -> Path:
-    """Draw a PNG: of each candidate, in a row, the images that it scores highest and lowest."""
+    """Draw a PNG with a row for each candidate: the images that it scores highest and lowest."""
     from matplotlib.figure import Figure
 
     shown = min(SHOWN, len(images) // 2)
@@ -53,7 +53,7 @@ def draw_candidates(candidates: Sequence[Candidate], images: Tensor, path: Path)
 
 
 def rank_in_terminal(images: Tensor, folder: Path) -> Rank:
-    """Return a ranking that a person types, after a look at the grid of each iteration."""
+    """Return a ranking that a person types after viewing the grid of each iteration."""
     iterations = iter(range(1, 10_000))
 
     def rank(candidates: Sequence[Candidate]) -> list[int]:

@@ -47,7 +47,7 @@ def _problem(message: str, place: Any) -> yaml.MarkedYAMLError:
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """Parse a YAML text. Raises InputError that begins with `where` and names the line of a text with several."""
+    """Parse a YAML text. Raises InputError that begins with `where` and, for several lines, names the line."""
     try:
         loader = _Loader(text)
         try:

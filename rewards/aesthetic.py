@@ -25,7 +25,7 @@ V2 = f"{RAW}/christophschuhmann/improved-aesthetic-predictor/6934dd81792f086e613
 V1 = f"{RAW}/LAION-AI/aesthetic-predictor/6d122adad522ab246644d9dc1c6d7a3810ee255f"
 
 
-# The published heads, each with its CLIP (of OpenAI, both versions).
+# The published heads with their CLIPs, all of them OpenAI's.
 PREDICTORS = {
     "v2": (
         WebFile(
@@ -53,7 +53,7 @@ PREDICTORS = {
         "openai/clip-vit-base-patch16",
     ),
 }
-RELU_LAYOUT = (0, 3, 6, 9, 11)  # indices of the linear layers where ReLU and dropout are between them
+RELU_LAYOUT = (0, 3, 6, 9, 11)  # indices of the linear layers in the layout with ReLU and dropout between them
 
 
 def build_head(state: weights.State, what: str) -> nn.Module:
@@ -76,9 +76,9 @@ def build_head(state: weights.State, what: str) -> nn.Module:
 
 
 class Aesthetic:
-    """The head's output, about 1..10, independent of the prompt.
+    """Aesthetic predictor: the head's output, about 1..10, independent of the prompt.
 
-    `load` is called after the options are validated; dtype is that of the CLIP, not of the head.
+    `load` is called after the options are validated; dtype applies to the CLIP, not to the head.
     """
 
     differentiable = True
@@ -112,7 +112,7 @@ def aesthetic(
     """Load an aesthetic predictor: v2 (default), v2-relu, v1, v1-b32, v1-b16, or the embedded scenes.
 
     path      a local head in one of the published layouts
-    backbone  its CLIP, where it is not the published one
+    backbone  CLIP of the head, if it is not the published one
     """
     if version in LearnedAestheticReward.embedded:
         if path or backbone:

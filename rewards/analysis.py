@@ -34,8 +34,8 @@ ROUNDING = 1e-12  # relative to a score: smaller differences from a prompt's mea
 class Agreement:
     """Agreement of two rewards on `n` images: rank correlations −1..1, pairwise agreement and STARC distance 0..1.
 
-    Correlations are over all images, the others within prompts. nan where undefined: correlations of a constant, the
-    others where no prompt has two images.
+    Correlations are over all images, the other measures within prompts. Undefined values are nan: correlations of a
+    constant reward, and the other measures if no prompt has two images.
     """
 
     n: int
@@ -46,9 +46,9 @@ class Agreement:
 
 
 def compare(a: Scores, b: Scores, groups: Sequence[str]) -> Agreement:
-    """Compute all measures at once, of scores a and b (N,) and the N prompts `groups`.
+    """Compute all measures at once from scores a and b (N,) of images with the N prompts `groups`.
 
-    Raises InputError where their numbers differ, are below two, or scores are not finite.
+    Raises InputError if their numbers differ or are below two, or if scores are not finite.
     """
     first, second = _validated(a, b, groups)
     comparable = max(map(len, rows_by_prompt(groups).values())) > 1
@@ -62,12 +62,12 @@ def compare(a: Scores, b: Scores, groups: Sequence[str]) -> Agreement:
 
 
 def spearman(a: Scores, b: Scores) -> float:
-    """Compute Spearman's ρ of scores (N,), −1..1: the linear correlation of ranks. nan where one is constant."""
+    """Compute Spearman's ρ of scores (N,), −1..1: the linear correlation of ranks. nan if one reward is constant."""
     return _correlation(stats.spearmanr, a, b)
 
 
 def kendall(a: Scores, b: Scores) -> float:
-    """Compute Kendall's τ_b of scores (N,), −1..1, corrected for ties. nan where one is constant."""
+    """Compute Kendall's τ_b of scores (N,), −1..1, corrected for ties. nan if one reward is constant."""
     return _correlation(stats.kendalltau, a, b)
 
 
@@ -82,8 +82,8 @@ def pairwise_agreement(a: Scores, b: Scores, groups: Sequence[str]) -> float:
 
         mean over i < j of one prompt of (1 + sign(aᵢ − aⱼ) · sign(bᵢ − bⱼ)) / 2
 
-    Only images of one prompt are compared, as steering and best-of-n choose among these. nan where no prompt has two
-    images.
+    Only images of the same prompt are compared, because steering and best-of-n choose among them. nan if no prompt has
+    two images.
     """
     first, second = _validated(a, b, groups)
     pairs = [pair for rows in rows_by_prompt(groups).values() for pair in combinations(rows, 2)]
@@ -99,10 +99,10 @@ def starc_distance(a: Scores, b: Scores, groups: Sequence[str]) -> float:
         c(r)ᵢ = rᵢ − mean of r over the images of i's prompt,   s(r) = c(r) / ‖c(r)‖₂,   d = ‖s(a) − s(b)‖₂ / 2
 
     Source: STARC (arXiv 2309.15257): canonicalise, normalise, measure. There the canonical form removes potential
-    shaping; here it removes a shift for each prompt, which likewise changes no ranking of a prompt's images. So 0:
-    the same up to such shifts and a positive scale; 1: opposite. d = √((1 − ρ) / 2) with ρ the correlation within
-    prompts. A reward that is constant within each prompt has ‖c(r)‖ = 0 and keeps s(r) = 0: 1/2 from every other
-    reward, 0 from another constant.
+    shaping; here it removes one shift per prompt, which does not change any ranking of a prompt's images either. d = 0
+    for rewards that are equal up to such shifts and a positive scale, 1 for opposite rewards. d = √((1 − ρ) / 2) with
+    ρ the correlation within prompts. A reward that is constant within each prompt has ‖c(r)‖ = 0 and keeps s(r) = 0:
+    its distance is 1/2 from every other reward, 0 from another constant.
     """
     first, second = _validated(a, b, groups)
     return float(np.linalg.norm(_standardised(first, groups) - _standardised(second, groups)) / 2)
@@ -119,7 +119,7 @@ def _standardised(scores: np.ndarray, groups: Sequence[str]) -> np.ndarray:
 
 
 def _validated(a: Scores, b: Scores, groups: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Convert both to (N,) fp64. Raises InputError where they cannot be compared."""
+    """Convert both scores to (N,) fp64. Raises InputError if they cannot be compared."""
     first, second = (np.asarray(scores, dtype=np.float64) for scores in (a, b))
     sizes = [first.shape, second.shape, *([] if groups is None else [(len(groups),)])]
     if first.ndim != 1 or len(set(sizes)) > 1:
@@ -138,7 +138,7 @@ BINS = 10
 class PreferenceMetrics:
     """Metrics of a reward on held-out pairs.
 
-    accuracy  share of decided pairs (no ties) in which the preferred image has the higher reward; equal rewards: half
+    accuracy  share of decided pairs (no ties) in which the preferred image has the higher reward; equal rewards: 1/2
     log_loss  mean −log of the predicted probability of the label, nats; ln 2 = .693 at chance
     ece       expected calibration error: mean over pairs of |predicted − observed| share, in bins of 0.1
     bins      (predicted, observed, pairs) of each bin of the probability σ(Δ) that a is chosen
@@ -156,7 +156,7 @@ class PreferenceMetrics:
 
 
 def preference_metrics(raw: Sequence[Tensor], labels: PreferenceLabels) -> PreferenceMetrics:
-    """Compute metrics of raw rewards (N,) of the images a and of the images b, in nats."""
+    """Compute the metrics from raw rewards (N,) of the images a and of the images b, in nats."""
     difference, chosen = raw[0] - raw[1], labels.choice
     decided = chosen != 0.5
     right = torch.where(difference == 0, 0.5, ((difference > 0) == (chosen > 0.5)).float())
@@ -171,8 +171,8 @@ def preference_metrics(raw: Sequence[Tensor], labels: PreferenceLabels) -> Prefe
 
 
 KINDS = ("colour", "binding", "count", "relation")
-# A colour is replaced by the next one of these that the prompt lacks. Neighbours differ clearly, and the language of
-# scenes has all six.
+# A colour is replaced by the next colour in this ring that the prompt does not contain. Neighbours differ clearly, and
+# the scene grammar has all six.
 RING = ("blue", "yellow", "purple", "green", "black", "red")
 # Colour words with their hue, so that "crimson" is not contrasted with "red". Words that mostly name a thing (rose,
 # olive, navy, lime) are left out.
@@ -230,7 +230,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Consistency:
-    """Share 0..1 of `pairs` (image, contrast) where the prompt scores higher, ties half; and the mean margin."""
+    """Share 0..1 of `pairs` (image, contrast) in which the prompt scores higher (ties: 1/2), and the mean margin."""
 
     share: float
     pairs: int
@@ -240,9 +240,9 @@ class Consistency:
 def contrasts(prompt: str) -> list[Contrast]:
     """Change one fact of a prompt at a time, by deterministic plain-English word rules.
 
-    Each colour word becomes a colour that the prompt lacks; two colours of different things change places; each
-    number from two to ten becomes the one below it, two becomes three; each relation becomes its opposite. Empty where
-    the prompt has none of these. The rules see words, not meaning: "Red Square" becomes "Blue Square".
+    Each colour word becomes a colour that the prompt does not contain; colours of two different objects are exchanged;
+    each number from two to ten becomes the next lower one, but two becomes three; each relation becomes its opposite.
+    The list is empty if the prompt has none of these. Rules see words, not meaning: "Red Square" becomes "Blue Square".
     """
     rules = (_other_colours, _exchanged_colours, _other_counts, _opposite_relations)
     return [Contrast(kind, text) for kind, rule in zip(KINDS, rules, strict=True) for text in rule(prompt)]
@@ -258,8 +258,8 @@ def consistency(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[
 
         share = mean over (image, contrast) of [r(x, prompt) > r(x, contrast)], a tie counts 1/2
 
-    1 is perfect, 1/2 is chance. By kind of contrast and for "all"; a kind that does not occur is absent. Hard negatives
-    as in arXiv 2204.03162 and 2210.01936. Raises RewardError where the reward fails.
+    1 is perfect, 1/2 is chance. The result has an entry for each kind of contrast that occurs, and for "all". Hard
+    negatives as in arXiv 2204.03162 and 2210.01936. Raises RewardError if the reward fails.
     """
     pairs = contrast_pairs(prompts)
     if not pairs:
@@ -274,7 +274,7 @@ def consistency(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[
 
 
 def consistency_by_kind(kinds: Sequence[str], margins: Tensor) -> dict[str, Consistency]:
-    """Average margins (P,), score of the prompt minus score of its contrast, by the P kinds and for "all"."""
+    """Average margins (P,), each the score of a prompt minus the score of its contrast, by kind and for "all"."""
     results: dict[str, Consistency] = {}
     for kind in [kind for kind in KINDS if kind in kinds] + (["all"] if kinds else []):
         of_kind = margins[[k for k, name in enumerate(kinds) if kind in (name, "all")]].double()
@@ -303,9 +303,10 @@ def _other_colours(prompt: str) -> Iterator[str]:
 
 
 def _exchanged_colours(prompt: str) -> Iterator[str]:
-    """Exchange neighbouring colours where that changes the meaning.
+    """Exchange neighbouring colours if that changes the meaning.
 
-    It does not for one object of both colours ("a black and white photo") or two of a kind ("a red and a blue ball").
+    The meaning stays for one object of both colours ("a black and white photo") and for two objects of a kind ("a red
+    and a blue ball").
     """
     for first, second in pairwise(_colour_words(prompt)):
         between = re.sub(r"\b(?:an?|the)\s+$", "", prompt[first.end() : second.start()], flags=re.IGNORECASE)
@@ -318,7 +319,7 @@ def _exchanged_colours(prompt: str) -> Iterator[str]:
 
 def _other_counts(prompt: str) -> Iterator[str]:
     for word in _NUMBER.finditer(prompt):
-        # One fewer: 1 would need a singular, so that two becomes three.
+        # The next lower number, except that two becomes three: "one" would need a singular.
         index = NUMBERS.index(word[0].lower())
         yield _replaced(prompt, word, NUMBERS[index - 1] if index else NUMBERS[1])
 
@@ -341,21 +342,21 @@ def _replaced(prompt: str, old: re.Match[str], new: str) -> str:
 
 
 def _cased(new: str, old: str) -> str:
-    """Write `new` in capitals, with a first capital, or small, as `old` is."""
+    """Write `new` in the case of `old`: upper case, with a capital first letter, or lower case."""
     if old.isupper() and len(old) > 1:
         return new.upper()
     return new[0].upper() + new[1:] if old[0].isupper() else new
 
 
-PAIR_TOLERANCE = 1e-5  # of P(a ≻ b) + P(b ≻ a)
-BATCH_TOLERANCE = 1e-5  # of max(1, |score|): bound of the rounding differences between batch sizes
+PAIR_TOLERANCE = 1e-5  # deviation of P(a ≻ b) + P(b ≻ a) from 1
+BATCH_TOLERANCE = 1e-5  # relative to max(1, |score|): bound on rounding differences between batch sizes
 TIMED_CALLS = 3
-MAX_WORDS = 512  # of the prompts by which the limit of prompts is measured
+MAX_WORDS = 512  # length of the prompts that measure the prompt limit
 GRADED_IMAGES = 4  # images whose gradients are checked: each costs 34 evaluations
-# Steps of all pixels at once; small ones suffer from fp32 rounding, large ones from kinks and curvature.
+# Steps of all pixels at once; small steps suffer from fp32 rounding, large steps from kinks and curvature.
 STEP_SIZES = (1e-4, 3e-4, 1e-3, 1e-2)
-GRADIENT_TOLERANCE = 5e-2  # relative, of the median slope
-FLAT_SLOPE = 3e-5  # of the largest |score|: slopes below this are within the rounding of fp32 scores
+GRADIENT_TOLERANCE = 5e-2  # relative error of the median slope
+FLAT_SLOPE = 3e-5  # relative to the largest |score|: slopes below this are within the rounding of fp32 scores
 
 
 @dataclass(frozen=True)
@@ -375,10 +376,10 @@ def check_reward(
 ) -> list[CheckResult]:
     """Check a reward on images (N, 3, H, W) in [0, 1] and their N prompts: one result for each of CHECKS.
 
-    names  of the checks to run, the contract among them; None: all
+    names  checks to run, including the contract; None: all
 
-    A reward that raises or breaks the contract fails the check with that message; where it cannot score the batch at
-    all, the other checks are skipped. A reward that is a judge too has the result of `check_judge` at the end. Raises
+    A reward that raises or breaks the contract fails the check with that message; if it cannot score the batch at all,
+    the other checks are skipped. For a reward that is also a judge, the result of `check_judge` follows. Raises
     InputError for images or prompts of another form.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not len(images):
@@ -398,14 +399,14 @@ def check_reward(
         results.append(CheckResult(name, *outcome))
     if names is None and isinstance(reward, Judge):
         results.append(check_judge(reward, images, prompts))
-    if names is None and (separation := getattr(reward, "separation", None)) is not None:  # of example images
+    if names is None and (separation := getattr(reward, "separation", None)) is not None:  # from example images
         detail = f"leave-one-out AUC {separation:.2f}, the examples against the others (below 0.8: too alike)"
         results.append(CheckResult("examples", None, detail))
     return results
 
 
 def check_judge(judge: Judge, images: Tensor, prompts: Sequence[str]) -> CheckResult:
-    """Check P(a ≻ b) + P(b ≻ a) = 1, within PAIR_TOLERANCE, for each image a and the one before it, b."""
+    """Check P(a ≻ b) + P(b ≻ a) = 1, within PAIR_TOLERANCE, for each image a and the image b before it."""
     others = images.roll(1, 0)
     try:
         sums = compare_pairs(judge, images, others, prompts) + compare_pairs(judge, others, images, prompts)
@@ -417,7 +418,7 @@ def check_judge(judge: Judge, images: Tensor, prompts: Sequence[str]) -> CheckRe
 
 
 def _scores(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Score (N,) without gradients, on copies: a reward may write into its input or its returned tensor."""
+    """Compute scores (N,) without gradients, on copies: a reward may write into its input or its returned tensor."""
     with torch.no_grad():
         return score(reward, images.clone(), list(prompts)).clone()
 
@@ -447,7 +448,7 @@ def _batch_invariance(reward: Reward, images: Tensor, prompts: Sequence[str]) ->
 
 
 def _prompt_sensitivity(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
-    """Score each image with the next of the other prompts, or with a contrast where all prompts are equal."""
+    """Score each image with the next different prompt, or with a contrast if all prompts are equal."""
     known = list(dict.fromkeys(prompts))
     if len(known) == 1:
         known += [contrast.prompt for contrast in contrasts(known[0])[:1]]
@@ -460,12 +461,12 @@ def _prompt_sensitivity(reward: Reward, images: Tensor, prompts: Sequence[str]) 
 
 
 def _prompt_limit(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
-    """Report the declared `prompt_limit`, and measure behind how many words a change of the prompt changes no score."""
+    """Report the declared `prompt_limit`, and measure after how many words the prompt no longer changes the score."""
     limit = getattr(reward, "prompt_limit", None)
     declared = f"reads {limit} tokens of a prompt, start and end included" if limit else "no limit is known"
     try:
         words = _readable_words(reward, images[:1])
-    except RewardError:  # a reward of prompts in a language of its own
+    except RewardError:  # the reward only takes prompts of its own grammar
         return None, f"{declared}; not measured: it does not take the test's prompts"
     if words is None:
         return None, f"{declared}; the last of {MAX_WORDS} words still changes a score"
@@ -473,7 +474,7 @@ def _prompt_limit(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Out
 
 
 def _readable_words(reward: Reward, image: Tensor) -> int | None:
-    """Return the number of words behind which a word changes no score, by bisection; None beyond MAX_WORDS."""
+    """Return, by bisection, the number of words after which another word changes no score; None beyond MAX_WORDS."""
 
     def reads(count: int) -> bool:
         filler = " ".join(["picture"] * count)
@@ -496,8 +497,8 @@ def _gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome
 
         ⟨∇r(x), v⟩  against  (r(x + hv) − r(x − hv)) / 2h
 
-    The error of a slope is |difference| / the larger of both, at the best step h. The check passes on the median over
-    images and directions: at kinks (ReLU, max) single slopes mean nothing.
+    The error of a slope is |difference| / the larger of the two slopes, at the best step h. The median over images and
+    directions decides, because single slopes at kinks (ReLU, max) mean nothing.
     """
     points, texts = _inner_points(images[:GRADED_IMAGES]), list(prompts[:GRADED_IMAGES])
     if not reward.differentiable:
@@ -527,22 +528,22 @@ def _no_gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outc
     try:
         if _gradient_of_sum(reward, images, prompts) is None:
             return True, "declared as not differentiable, and gives no gradient"
-    except RewardError:  # like .numpy() of images that ask for gradients
+    except RewardError:  # such as .numpy() on images that require gradients
         return True, "declared as not differentiable, and raises for gradients"
     return False, "declares differentiable = False, but its scores carry gradients: declare True, or detach them"
 
 
 def _inner_points(images: Tensor) -> Tensor:
-    """Shrink fp32 images into (0, 1), so that steps stay inside, and dither: equal pixels sit on kinks of a max."""
+    """Shrink fp32 images into (0, 1), so that steps stay inside, and dither: equal pixels lie on kinks of a max."""
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
     return 0.03 + 0.9 * images.float() + 0.04 * noise
 
 
 def _gradient_of_sum(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor | None:
-    """Differentiate the sum of the scores by the images; None where no gradient reaches them."""
+    """Differentiate the sum of the scores by the images; None if no gradient reaches them."""
     pixels = images.clone().requires_grad_()
     with torch.enable_grad():
-        # Times 1: a reward may write into its input, which autograd allows for no leaf.
+        # Times 1: a reward may write into its input, and autograd does not allow this for leaf tensors.
         total = score(reward, pixels * 1, list(prompts)).sum()
     if not total.requires_grad:
         return None
@@ -577,7 +578,7 @@ def _throughput(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outco
     seconds = []
     for _ in range(TIMED_CALLS):
         start = time.perf_counter()
-        _scores(reward, images, prompts)  # ends on the CPU, so that a GPU has finished
+        _scores(reward, images, prompts)  # returns on the CPU, so the GPU has finished
         seconds.append(time.perf_counter() - start)
     rate = len(images) / median(seconds)
     height, width = images.shape[2:]
@@ -585,7 +586,7 @@ def _throughput(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outco
 
 
 def _memory(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
-    """Report the peak memory of one call: of the GPU, or the growth of the process's peak on the CPU."""
+    """Report the peak memory of one call: the GPU's peak, or on the CPU the growth of the process's peak."""
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats(images.device)
         before = torch.cuda.memory_allocated(images.device)

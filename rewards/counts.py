@@ -1,8 +1,8 @@
-"""Pairs from counts of a platform: how often an image was shown, and how often it was liked.
+"""Preference pairs from a platform's counts: how often an image was shown, and how often it was liked.
 
-θ of an image, the probability that a viewer likes it, has the posterior Beta(½ + liked, ½ + shown − liked). Of two
-images of a prompt, P(θ_a > θ_b) is the label, where it differs enough from ½. Raw likes would prefer what was shown
-most (after Social Reward, arXiv 2402.09872).
+θ of an image, the probability that a viewer likes it, has the posterior Beta(½ + liked, ½ + shown − liked). The label
+of two images of a prompt is P(θ_a > θ_b), if it differs enough from ½. Raw likes would prefer the images that were
+shown most (after Social Reward, arXiv 2402.09872).
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ SHOWN, LIKED = "shown", "liked"
 
 
 def probability_better(a: tuple[float, float], b: tuple[float, float]) -> float:
-    """Return P(θ_a > θ_b) of images with (shown, liked), by the quantiles of θ_a."""
+    """Return P(θ_a > θ_b) of two images, each (shown, liked), by the quantiles of θ_a."""
     (shown_a, liked_a), (shown_b, liked_b) = a, b
     u = (np.arange(QUANTILES) + 0.5) / QUANTILES
     first = beta(0.5 + liked_a, 0.5 + shown_a - liked_a).ppf(u)
@@ -48,8 +48,8 @@ def pairs_of_counts(
     """Pair the images of each prompt, with the label P(θ_a > θ_b) and the strength |2 P − 1|.
 
     certainty  pairs with |P − ½| below it are left out
-    limit      pairs of each prompt, drawn without repetition
-    Raises RewardError where no pair is left.
+    limit      maximum number of pairs of each prompt, drawn without repetition
+    Raises RewardError if no pair is left.
     """
     if not 0 <= certainty < 0.5:
         raise RewardError(f"--certainty must be from 0 to below 0.5, got {certainty}")

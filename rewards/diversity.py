@@ -5,8 +5,8 @@ With x_1 … x_K the images of a prompt in one call, downscaled to 8 × 8 pixels
     f(S) = log det(I + L_S),   L_ij = exp(−‖x_i − x_j‖² / (2 h² D)),   r_i = f(S) − f(S ∖ i) = −log [(I + L)⁻¹]_ii
 
 f is monotone and submodular. r_i is the marginal gain of an image after all others (SubPO, arXiv 2307.13372): f(S ∖ i)
-does not depend on x_i, so that a policy gradient with r_i is the gradient of E f(S). Facility location, by which
-`steer pick` chooses, is constant where a set covers itself.
+does not depend on x_i, so a policy gradient with r_i is the gradient of E f(S). Facility location, the criterion of
+`steer pick`, is constant if a set covers itself.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ WIDTH = 0.1
 
 
 class Diversity:
-    """Marginal gain of each image in log det(I + L), nats: log 2 where no other is like it, 1/K where all are equal.
+    """Marginal gain of each image in log det(I + L), nats: log 2 if no other is like it, 1/K if all are equal.
 
     width  h, the root mean square difference of pixels 0..1 at which images begin to differ
-    Add it to a reward of the single images: "scene-soft + diversity:0.3". Differentiable.
+    Add it to a reward of single images: "scene-soft + diversity:0.3". Differentiable.
     """
 
     differentiable = True
@@ -41,7 +41,7 @@ class Diversity:
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        small = pixel_features(images)  # less a common mean, which leaves distances as they are
+        small = pixel_features(images)  # minus a common mean, which does not change distances
         gains = small.new_zeros(len(small))
         for rows in map(torch.tensor, rows_by_prompt(prompts).values()):
             x = small[rows]

@@ -1,4 +1,4 @@
-"""like:FOLDER, a reward from a handful of example images, by the features of a CLIP that set them apart.
+"""like:FOLDER, a reward from a handful of example images, by the CLIP features that set them apart.
 
 After Unsupervised Perceptual Rewards (arXiv 1612.06699). With f the features of the last and the middle layer of a
 frozen CLIP, + the n examples and B other images:
@@ -27,7 +27,7 @@ from steer.rewards.names import option_count
 from steer.rewards.weights import cast, read_checkpoint, to_module_device
 
 logger = logging.getLogger(__name__)
-PRIOR = 5  # other images that the deviation of the examples is shrunk with
+PRIOR = 5  # weight of σ_B² in the shrunk σ₊², in images
 KEEP, MIN_EXAMPLES, MIN_OTHERS = 32, 3, 8
 WEAK_SEPARATION = 0.8
 
@@ -70,14 +70,15 @@ def separation(examples: Tensor, others: Tensor, keep: int = KEEP) -> float:
 
 
 class ExampleReward:
-    """Likeness to example images, whatever the prompt: nats per feature, above 0 where an image is more like them than
-    like the others; differentiable.
+    """Similarity to example images, independent of the prompt, in nats per feature; differentiable.
+
+    Above 0 if an image is more like the examples than like the other images.
 
     folder   at least three example images (five do)
-    against  at least eight other images: of the base model, such as `steer sample --method base` writes
-    calibration  a file of `steer rewards calibrate`, whose images are the others
+    against  at least eight other images: samples of the base model, such as those of `steer sample --method base`
+    calibration  a file of `steer rewards calibrate`; its images are the other images
     model    a CLIP, as `clip:MODEL` names it;  keep: features kept;  micro_batch: images per micro-batch
-    Without against and calibration the others are the images whose features are stored in the folder of the CLIP.
+    Without against and calibration, the features of other images stored in the CLIP's folder are used.
     `separation` is the leave-one-out AUC; below 0.8 a warning is logged. Raises RewardError.
     """
 
@@ -135,7 +136,7 @@ class ExampleReward:
 
 
 def _place_of_others(against: str | None, calibration: str | None) -> Path | None:
-    """Return the folder of the other images. Raises RewardError where both are given, or a calibration names none."""
+    """Return the folder of the other images. Raises RewardError if both are given, or a calibration names none."""
     if calibration is None:
         return None if against is None else Path(against)
     if against is not None:
@@ -153,7 +154,7 @@ def write_background(path: Path, weights: Path, features: Tensor) -> None:
 
 
 def _read_background(path: Path) -> Tensor:
-    """Read the stored features (m, D) of a CLIP's folder. Raises RewardError where other weights computed them."""
+    """Read the stored features (m, D) of a CLIP's folder. Raises RewardError if other weights computed them."""
     features = read_checkpoint(path).get(file_sha256(path.parent / WEIGHTS))
     if features is None:
         raise RewardError(f"{path} was computed by other weights than {WEIGHTS}: remove it, and give against=FOLDER")
@@ -161,7 +162,7 @@ def _read_background(path: Path) -> Tensor:
 
 
 def _images(folder: Path, at_least: int) -> list[Path]:
-    """Return the image files of a folder. Raises RewardError where there are too few."""
+    """Return the image files of a folder. Raises RewardError if there are too few."""
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(paths) < at_least:
         raise RewardError(

@@ -1,4 +1,4 @@
-"""Folders that `steer rewards train` writes: a card, reward.json, beside weights; of every kind of reward."""
+"""Folders written by `steer rewards train`: a card, reward.json, beside weights, for every kind of learned reward."""
 
 import inspect
 import json
@@ -29,9 +29,9 @@ KINDS = {
 def preference(folder: str, **options: Any) -> Reward:
     """Open a learned reward: a folder of `steer rewards train`, or scenes, which is embedded.
 
-    Options of a reward of CLIP features: aggregate, member, micro_batch, dtype; of users: user, like, aggregate,
-    micro_batch.
-    Raises RewardError for a folder that is none, and for an option that its kind does not have.
+    Options of a reward on CLIP features: aggregate, member, micro_batch, dtype; of a reward of users: user, like,
+    aggregate, micro_batch.
+    Raises RewardError for a folder without a learned reward, and for an option that its kind does not have.
     """
     module, name = KINDS[kind_of(folder)].split(":")
     made = getattr(import_module(module), name)
@@ -50,10 +50,10 @@ def name_reward(name: str, folder: Path) -> str:
 
 
 def kind_of(folder: str) -> str:
-    """Return the kind of a learned reward by its reward.json; "heads" where it names none or cannot be read."""
+    """Return the kind of a learned reward by its reward.json; "heads" if it names none or cannot be read."""
     try:
         kind = json.loads((REWARDS["preference"].get(folder, Path(folder)) / CARD).read_text(encoding="utf-8"))["kind"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # its own reader names the problem
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # the reader of that kind reports the problem
         return "heads"
     return kind if isinstance(kind, str) and kind in KINDS else "heads"
 
@@ -67,11 +67,11 @@ class Card(ABC):
     @property
     @abstractmethod
     def is_valid(self) -> bool:
-        """Return whether a reward can be built of it. Values of other types may raise TypeError or ValueError."""
+        """Return whether a reward can be built from it. Values of other types may raise TypeError or ValueError."""
 
 
 def are_scales(means: Sequence[float], stds: Sequence[float]) -> bool:
-    """Return whether means and deviations are finite and as many, at least one, and the deviations above 0."""
+    """Return whether means and deviations are finite, of equal number, at least one, and the deviations above 0."""
     return len(means) == len(stds) > 0 and all(map(math.isfinite, (*means, *stds))) and min(stds) > 0
 
 
@@ -79,10 +79,10 @@ C = TypeVar("C", bound=Card)
 
 
 def read_card(folder: Path, form: type[C], weights: Iterable[Path], what: str) -> C:
-    """Read the folder's reward.json as a card of a form, and verify the checksums of it and of the weights.
+    """Read the folder's reward.json as a card of class `form`, and verify the checksums of card and weights.
 
     what  the kind of reward, for messages
-    Raises RewardError where a checksum does not match, and where reward.json is missing or invalid.
+    Raises RewardError if a checksum does not match, or if reward.json is missing or invalid.
     """
     try:
         if unknown := verify_checksums(*(path for path in (folder / CARD, *weights) if path.is_file())):

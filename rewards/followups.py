@@ -31,7 +31,7 @@ class Answers(Protocol):
 
 @dataclass(frozen=True)
 class Followups:
-    """Sentences that approve and that disapprove of an image, and what they answer; {prompt} is the prompt."""
+    """Approving and disapproving sentences about an image, and the question they answer; {prompt} is the prompt."""
 
     positive: tuple[str, ...]
     negative: tuple[str, ...]
@@ -39,7 +39,7 @@ class Followups:
 
 
 class FollowupReward:
-    """Mean log-likelihood per token of approving less that of disapproving sentences, in nats."""
+    """Mean log-likelihood per token of approving sentences minus the mean for disapproving ones, in nats."""
 
     def __init__(self, name: str, model: Answers, followups: Followups) -> None:
         self.name, self._model, self._followups = name, model, followups
@@ -67,7 +67,7 @@ def read_yaml(option: str, path: Path) -> Any:
 
 
 def read_followups(path: Path) -> Followups:
-    """Read a YAML file with the lists `positive` and `negative` and, where it is not ours, `question`.
+    """Read a YAML file with the lists `positive` and `negative` and, in place of the default, a `question`.
 
     Raises RewardError.
     """

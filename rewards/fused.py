@@ -21,9 +21,9 @@ Wordings = Callable[[str], Sequence[str]]
 
 
 class FusedReward(CompositeReward):
-    """The mean of a reward over the wordings of each prompt; it costs one call of the reward on J times the batch.
+    """The mean of a reward over the wordings of each prompt, at the cost of one call on J times the batch.
 
-    wordings  the paraphrases of a prompt, itself among them, in one order for all of them
+    wordings  returns all wordings of a prompt, including itself, in the same order for each of them
     """
 
     def __init__(self, reward: Reward, wordings: Wordings, option: str = "") -> None:

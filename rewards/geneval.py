@@ -21,7 +21,7 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"
 COLOUR_TEXTS = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 RELATIONS = ("left of", "right of", "above", "below")
-SLACK = 0.1  # of the sum of both sides, by which a relation must hold
+SLACK = 0.1  # margin of a relation, relative to the sum of both boxes' sides
 THRESHOLD, OVERLAP = 0.3, 0.5  # confidence of a box; IoU above which the weaker of two boxes of a class is dropped
 PREFIX = re.compile(r"^(?:an? )?(?:photo|picture|image)s? of ", re.IGNORECASE)
 PHRASE = re.compile(rf"(?:({'|'.join(NUMBERS)}) )?(?:({'|'.join(COLOURS)}) )?([a-z][a-z -]*)", re.IGNORECASE)
@@ -53,20 +53,20 @@ Boxes = Mapping[str, Sequence[Box]]  # class → boxes, most confident first
 
 
 class Detector(Protocol):
-    """Detects objects of named classes."""
+    """Detector of objects of named classes."""
 
     def detect(self, image: Tensor, classes: Sequence[str]) -> Boxes: ...
 
 
 class ColourNamer(Protocol):
-    """Names the colour, one of COLOURS, of each box of one class."""
+    """Classifier of the colour, one of COLOURS, of each box of one class."""
 
     def name_colours(self, image: Tensor, boxes: Sequence[Box], kind: str) -> list[str]: ...
 
 
 @dataclass(frozen=True)
 class Clause:
-    """A required class: at least `count` objects, the colour of all, their relation to the objects of a clause."""
+    """A required class: at least `count` objects, their colour, and their relation to the objects of another clause."""
 
     kind: str
     count: int
@@ -77,7 +77,7 @@ class Clause:
 
 @dataclass(frozen=True)
 class Requirements:
-    """Classes that an image must show, and classes of which there must be fewer than a number."""
+    """Classes that an image must show, and classes with an exclusive upper limit on their number of objects."""
 
     include: tuple[Clause, ...]
     exclude: tuple[tuple[str, int], ...] = ()
@@ -89,7 +89,7 @@ class Requirements:
 
 
 def read_requirements(prompt: str, metadata: Mapping[str, Any]) -> Requirements:
-    """Read GenEval's metadata (`include`, `exclude`), or else the prompt. Raises RewardError where both fail."""
+    """Read GenEval's metadata (`include`, `exclude`), or else the prompt. Raises RewardError if both fail."""
     if "include" in metadata:
         try:
             include = []
@@ -125,9 +125,9 @@ def _singular(word: str) -> str:
 
 
 def met(required: Requirements, boxes: Boxes, image: Tensor, namer: ColourNamer) -> list[bool]:
-    """Return for each requirement whether it is met: a count, a colour, a relation of each clause; each exclusion.
+    """Return whether each requirement is met: the count, the colour and the relation of each clause, each exclusion.
 
-    Colours and relations are judged on the `count` most confident boxes; they fail where objects are missing.
+    Colours and relations are judged on the `count` most confident boxes; they fail if objects are missing.
     """
     results: list[bool] = []
     groups: list[Sequence[Box]] = []
@@ -150,8 +150,8 @@ def met(required: Requirements, boxes: Boxes, image: Tensor, namer: ColourNamer)
 def relations(a: Box, b: Box) -> set[str]:
     """Return the relations of box a to box b.
 
-    The offset of the centres is shortened along each axis by SLACK times the sum of both sides; a relation holds where
-    this is more than half of the length of the offset.
+    The offset of the centres is shortened along each axis by SLACK times the sum of both sides; a relation holds if the
+    rest is more than half of the length of the full offset.
     """
     offset = torch.tensor(a.centre) - torch.tensor(b.centre)
     slack = SLACK * (torch.tensor(a.size) + torch.tensor(b.size))
@@ -188,14 +188,14 @@ class OwlDetector:
         for index, name in enumerate(classes):
             rows = read["labels"] == index
             corners, confidence = read["boxes"][rows].float(), read["scores"][rows].float()
-            for k in nms(corners, confidence, OVERLAP):  # by confidence
+            for k in nms(corners, confidence, OVERLAP):  # sorted by confidence
                 left, top, right, bottom = corners[k].tolist()
                 result[name].append(Box(left, top, right, bottom, confidence[k].item()))
         return result
 
 
 class ClipColours:
-    """Names the colour of a box by a CLIP on its crop, among COLOURS and with the texts of GenEval."""
+    """Classifier of the colour of a box among COLOURS, by a CLIP on its crop, with GenEval's texts."""
 
     def __init__(self, name: str) -> None:
         self._backbone = load_backbone(name).eval().requires_grad_(False)
@@ -224,10 +224,10 @@ def _crop(image: Tensor, box: Box) -> Tensor:
 
 
 class Geneval:
-    """Share 0..1 of a prompt's requirements that the detected objects meet; strict: 1 where all are met, else 0.
+    """Share 0..1 of a prompt's requirements that the detected objects meet; strict: 1 if all are met, else 0.
 
-    model     an OWLv2 on the hub, or a folder;  clip: names colours;  threshold: confidence of a box
-    Prompts of GenEval's forms, or metadata with GenEval's `include` and `exclude`. Raises RewardError for others.
+    model     an OWLv2 on the hub, or a folder;  clip: the CLIP for colours;  threshold: minimum confidence of a box
+    Needs prompts in GenEval's forms, or metadata with GenEval's `include` and `exclude`; others raise RewardError.
     """
 
     differentiable = False

@@ -21,7 +21,7 @@ class Call:
     weight: float
 
     def number(self, option: str, default: float) -> float:
-        """Return an option as a number. Raises RewardError where it is none."""
+        """Return an option as a number. Raises RewardError if it is not a number."""
         given = self.options.get(option)
         if given is None:
             return default
@@ -31,13 +31,13 @@ class Call:
 
 
 def format_number(number: float) -> str:
-    """Write a number as the shortest text that `NUMBER` matches and that is read as the same."""
+    """Write a number as the shortest text that `NUMBER` matches and that parses to the same number."""
     short = f"{number:g}"
     return short if float(short) == number else repr(float(number))
 
 
 def read_call(text: str) -> Call | None:
-    """Parse "function(A, B, option=value):WEIGHT"; None where a text is something else."""
+    """Parse "function(A, B, option=value):WEIGHT"; None for any other text."""
     if not (parsed := re.fullmatch(rf"([a-z-]+)\((.*)\)(?::({NUMBER}))?", text, re.DOTALL)):
         return None
     function, inside, weight = parsed[1], split(parsed[2], COMMA), float(parsed[3] or 1)
@@ -51,7 +51,7 @@ def read_call(text: str) -> Call | None:
 
 
 def read_constraint(text: str) -> tuple[str, str, float]:
-    """Parse "REWARD > NUMBER" into three parts. Raises RewardError where a text is something else."""
+    """Parse "REWARD > NUMBER" into three parts. Raises RewardError for any other text."""
     if not (parsed := re.fullmatch(rf"(.+?)\s*([<>])\s*({NUMBER})", text, re.DOTALL)):
         raise RewardError(f"product(…): {text!r:.80} is no constraint; write REWARD > NUMBER or REWARD < NUMBER")
     return parsed[1], parsed[2], float(parsed[3])

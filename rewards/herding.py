@@ -16,7 +16,7 @@ from steer.training.overoptimization import expected_best
 class Herding:
     """Correlations ρ (M, M) within prompts, and gains G (n, M, M): member j's mean score of member i's best of n.
 
-    Where G_ij / G_ii is near 1, member j rewards what member i exploits: the ensemble cannot object.
+    If G_ij / G_ii is near 1, member j rewards the same errors as member i: the ensemble cannot correct them.
     """
 
     names: tuple[str, ...]
@@ -26,7 +26,7 @@ class Herding:
 
     @property
     def shared(self) -> list[float]:
-        """Return for each n the mean over pairs i ≠ j of G_ij / G_ii: 1 all err together, 0 independently."""
+        """Return for each n the mean over pairs i ≠ j of G_ij / G_ii: 1 if all err together, 0 if independently."""
         count = len(self.names)
         own = self.gains.diagonal(dim1=1, dim2=2)[..., None]
         others = ~torch.eye(count, dtype=torch.bool)
@@ -43,7 +43,7 @@ class Herding:
 
 
 def herding(names: Sequence[str], scores: Tensor, groups: Sequence[str]) -> Herding:
-    """Measure ρ and G of scores (M, N) with N prompts, of prompts with the same number K of images.
+    """Measure ρ and G from scores (M, N) of images with N prompts; each prompt has the same number K of images.
 
         z_i = r_i standardised within its prompt,  ρ_ij = mean z_i z_j,
         G_ij(n) = mean over prompts of E[z_j(argmax z_i among n of the K)], without bias for n = 2, 4, 8 … K
@@ -69,14 +69,14 @@ def herding(names: Sequence[str], scores: Tensor, groups: Sequence[str]) -> Herd
 
 
 def _standardised(scores: Tensor) -> Tensor:
-    """Standardise the scores (M, K) of a prompt's images; 0 where they are all the same."""
+    """Standardise the scores (M, K) of a prompt's images; 0 if they are all equal."""
     r = scores.double()
     spread = r.std(-1, keepdim=True, correction=0)
     return (r - r.mean(-1, keepdim=True)) / spread.where(spread > 0, torch.inf)
 
 
 def overrated(scores: Tensor, gold: Tensor, groups: Sequence[str]) -> list[int]:
-    """Return the images that all members score above the mean of their prompt and the truth below, worst first.
+    """Return the images that all members score above their prompt's mean but the truth scores below it, worst first.
 
     scores, gold  (M, N) and (N,), of images with N prompts `groups`; worst: the largest min_m z_m − z_gold
     """
@@ -89,7 +89,7 @@ def overrated(scores: Tensor, gold: Tensor, groups: Sequence[str]) -> list[int]:
 
 
 def render_herding(one: Herding) -> str:
-    """Render correlations, and the shared share of the gain by n."""
+    """Render the correlations, and the shared part of the gain by n."""
     width = max(map(len, one.names))
     lines = ["correlation within prompts"]
     for name, row in zip(one.names, one.correlation.tolist(), strict=True):

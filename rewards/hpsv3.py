@@ -17,7 +17,7 @@ from steer.rewards.inputs import takes_any_images
 
 WEIGHTS = weights.HubFile("MizzenAI/HPSv3", "HPSv3.safetensors", "main")
 BASE = "Qwen/Qwen2-VL-7B-Instruct"  # its configuration, tokenizer and processor
-PIXELS, FACTOR = 256 * 28 * 28, 28  # of the resized image, exactly or just above; both sides are multiples of 28
+PIXELS, FACTOR = 256 * 28 * 28, 28  # pixels of the resized image, exactly or just above; both sides are multiples of 28
 REWARD_TOKEN = "<|Reward|>"
 HEAD = (0, 3, 5)  # indices of the linear layers of rm_head, with ReLUs and a dropout between them
 
@@ -70,8 +70,8 @@ class HPSv3:
 
     path         a checkpoint in the layout of HPSv3.safetensors, of any size; None: download that one (16 GB)
     base         a folder with the configuration, tokenizer and processor of Qwen2-VL; None: Qwen2-VL-7B-Instruct's
-    micro_batch  images per micro-batch;  dtype: of Qwen2-VL, None: as stored (bfloat16); the head is fp32
-    Raises RewardError where a file cannot be downloaded or read, or does not fit.
+    micro_batch  images per micro-batch;  dtype: precision of Qwen2-VL, None: as stored (bfloat16); the head is fp32
+    Raises RewardError if a file cannot be downloaded or read, or does not match.
     """
 
     name = "hpsv3"
@@ -91,11 +91,11 @@ class HPSv3:
         return self._batched(images, prompts)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score (N,), fp32, on the device of the model."""
+        """Compute scores (N,), fp32, on the device of the model."""
         images = weights.to_module_device(images, self._network)
         inputs = self._inputs(images, prompts)
         states = self._network["model"](**inputs, use_cache=False).last_hidden_state
-        # A prompt that quotes the token must not move the position: the last one is that of the instruction.
+        # A prompt that quotes the token must not move the position: the last occurrence is the instruction's.
         is_reward = inputs["input_ids"] == self._reward_token
         last = is_reward.shape[1] - 1 - is_reward.flip(1).int().argmax(1)
         return self._network["rm_head"](states[torch.arange(len(states)), last].float())[:, 0]

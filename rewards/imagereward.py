@@ -18,12 +18,12 @@ from steer.rewards.inputs import takes_any_images
 
 WEIGHTS = weights.HubFile("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
 VOCABULARY = weights.HubFile("google-bert/bert-base-uncased", "vocab.txt", "86b5e0934494bd15c9632b12f734a8a67f723594")
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, as published with the weights
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # statistics of the raw scores, as published with the weights
 TOKENS = 35  # per prompt: shorter ones are padded, longer ones cut
 HEAD = 64  # width of an attention head in both towers
 
 VISION, TEXT, SCORER = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
-# Parts of BLIP's contrastive training, and the position ids: in the published file, needed by no score.
+# Keys of the published file that no score needs: parts of BLIP's contrastive training, and the position ids.
 UNUSED_KEYS = ("blip.vision_proj.", "blip.text_proj.", f"{TEXT}embeddings.position_ids")
 # Key names of the visual encoder: published (timm) → transformers.
 KEY_RENAMES = (
@@ -47,8 +47,8 @@ class ImageReward:
     path         a checkpoint in the layout of ImageReward.pt, of any size; None: download that one
     tokenizer    a folder with BERT's vocab.txt or tokenizer.json; None: download bert-base-uncased
     micro_batch  images per micro-batch; changes no score
-    dtype        float32 (None), float16 or bfloat16: of the two towers; the scorer on top stays in fp32
-    Raises RewardError where a file cannot be downloaded or read, or does not fit, and for unknown options.
+    dtype        precision of the two towers: float32 (None), float16 or bfloat16; the scorer on top stays in fp32
+    Raises RewardError if a file cannot be downloaded or read, or does not match, and for unknown options.
     """
 
     name = "imagereward"
@@ -77,14 +77,14 @@ class ImageReward:
         return self._standardised(images, prompts).float()
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score (N,), in the scorer's dtype."""
+        """Compute scores (N,) in the scorer's dtype."""
         images = weights.to_module_device(images, self._network)
         ids, mask = self._tokens(prompts).to(images.device).unbind(1)
         raw = self._network(normalise(resize_and_crop(at_least_float32(images), self._network.side)), ids, mask)
         return (raw - MEAN) / STD
 
     def _tokenize(self, prompts: list[str]) -> Tensor:
-        """Tokenize prompts: (N, 2, 35), token ids, and 1 for a token, 0 for padding."""
+        """Tokenize prompts as (N, 2, 35): token ids, and the mask with 1 for a token, 0 for padding."""
         tokens = self._tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
         return torch.stack([tokens.input_ids, tokens.attention_mask], 1)
 
@@ -101,7 +101,7 @@ class _Network(nn.Module):
         )
         self.mlp = nn.ModuleDict(
             {"layers": weights.linear_layers(sizes, weights.LINEAR_LAYOUT)}
-        )  # it has no activations
+        )  # there are no activations between them
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Compute raw scores (N,) of pixels (N, 3, side, side) and of token ids and their mask, each (N, 35)."""
@@ -116,7 +116,7 @@ class _Network(nn.Module):
 
 
 def _load(path: Path) -> _Network:
-    """Load the network of a checkpoint, with the dimensions of the tensors in it. Raises RewardError."""
+    """Load the network of a checkpoint; its tensors determine the dimensions. Raises RewardError."""
     what = f"imagereward ({path})"
     state = weights.read_checkpoint(path)
     vision = _vision_config(state, what)
@@ -127,12 +127,12 @@ def _load(path: Path) -> _Network:
             raise RewardError(f"{what}: not an ImageReward checkpoint: {problem}")
     layout = weights.LINEAR_LAYOUT
     sizes = [text.hidden_size, *(_shape(state, f"{SCORER}{k}.weight", 2, what)[0] for k in layout[:-1]), 1]
-    # On the meta device: nothing is initialised in vain, and no random number is drawn.
+    # On the meta device: nothing is initialised needlessly, and no random number is drawn.
     with torch.device("meta"):
         network = _Network(vision, text, sizes)
     network.to_empty(device="cpu")
     weights.load_weights(network, {_renamed(key): tensor for key, tensor in state.items()}, what, UNUSED_KEYS)
-    # A non-persistent buffer.
+    # The position ids are a non-persistent buffer.
     embeddings: Any = network.blip["text_encoder"].embeddings
     embeddings.position_ids = torch.arange(text.max_position_embeddings)[None]
     return network
@@ -175,7 +175,7 @@ def _text_config(state: weights.State, what: str, image_width: int) -> BlipTextC
         max_position_embeddings=positions,
         layer_norm_eps=1e-12,
         is_decoder=True,  # gives every layer its cross-attention
-        # Unused; transformers would warn where a small vocabulary lacks them.
+        # Unused; transformers would warn if a small vocabulary lacks them.
         bos_token_id=None,
         sep_token_id=None,
     )
@@ -189,12 +189,12 @@ def _shape(state: weights.State, key: str, dimensions: int, what: str) -> torch.
 
 
 def _layers(state: weights.State, prefix: str) -> int:
-    """Count the layers under a prefix; counted, so that one stray key cannot ask for a thousand of them."""
+    """Count the layers under a prefix; a count, so that one stray key cannot ask for a thousand layers."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
 def _tokenizer(folder: str | None, vocabulary: int) -> Any:
-    """Load BERT's tokenizer with the two tokens that BLIP added. Raises RewardError where it does not fit."""
+    """Load BERT's tokenizer with the two tokens that BLIP added. Raises RewardError if it does not match."""
     # Download one file, then load a local folder: given the repository's name and no network, transformers 5 retries
     # for minutes and then silently returns a tokenizer of five tokens.
     try:

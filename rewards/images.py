@@ -28,8 +28,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
     """Preprocess as CLIP: the shorter side to `size`, bicubic, then the middle square.
 
-    Values are clamped to [0, 1] as those of an 8-bit image, so that results equal the published preprocessing by PIL
-    up to its rounding to 256 levels.
+    Values are clamped to [0, 1], like the values of an 8-bit image, so that results equal the published preprocessing
+    by PIL up to its rounding to 256 levels.
     """
     if min(images.shape[-2:]) != size:
         images = resize(images, [size], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
@@ -39,8 +39,8 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
 def resize_and_pad(images: Tensor, size: int) -> Tensor:
     """Preprocess as HPSv2: the longer side to `size`, bicubic, black bars to a square; nothing is clamped.
 
-    Antialiased, as torchvision resizes tensors from version 0.17 on. Where the longer side is `size` already, the
-    official code omits the bars, and its model then fails; here the image is padded.
+    Resizing is antialiased, as in torchvision from version 0.17 on. If the longer side is `size` already, the official
+    code omits the bars, and its model then fails; here the image is padded.
     """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
@@ -60,7 +60,7 @@ def normalise(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[f
 
 
 def in_micro_batches(score: Callable[[Tensor, Sequence[str]], Tensor], size: int | str) -> Callable[..., Tensor]:
-    """Return the function of (images, prompts) that processes at most `size` images at a time.
+    """Return `score` as a function of (images, prompts) that processes at most `size` images at a time.
 
     Raises RewardError for a size (the option micro_batch=N) that is not a positive integer.
 
@@ -102,7 +102,7 @@ class PromptCache:
             self._cache.update(zip(new, rows, strict=True))
         for prompt in unique:
             self._cache.move_to_end(prompt)
-        # A new tensor: those made in inference mode can take no part in gradients.
+        # A new tensor: tensors created in inference mode cannot take part in autograd.
         features = torch.stack([self._cache[prompt] for prompt in prompts])
         while len(self._cache) > self._size:
             self._cache.popitem(last=False)

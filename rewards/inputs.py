@@ -1,4 +1,4 @@
-"""Images and prompts in the forms that callers have them, as the batch (N, 3, H, W) that rewards score.
+"""Conversion of images and prompts in all supported forms to the batch (N, 3, H, W) that rewards score.
 
 | images                                                        | prompts                                          |
 |---------------------------------------------------------------|--------------------------------------------------|
@@ -29,7 +29,7 @@ FORMS = "(N, 3, H, W) tensors, (N, H, W, 3) arrays, PIL images, or a list of the
 
 
 def takes_any_images(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorate the `__call__` of a reward of tensors: it takes images and prompts in every form above.
+    """Decorate the `__call__` of a reward of tensors, so that it takes images and prompts in every form above.
 
     The score of a video is the mean over evenly spaced frames.
     """
@@ -43,7 +43,7 @@ def takes_any_images(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def takes_any_samples(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorate the `__call__` of a reward of images, as `takes_any_images`, or of a list of texts."""
+    """Decorate a reward's `__call__` as `takes_any_images` does, so that it also takes a list of texts."""
     of_images = takes_any_images(call)
 
     @functools.wraps(call)
@@ -58,7 +58,7 @@ def takes_any_samples(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def as_batch(images: Any, prompts: str | Sequence[str]) -> tuple[Tensor, Sequence[str]]:
     """Convert images to a tensor (N, 3, H, W), videos to (N, F, 3, H, W), and pair each with its prompt.
 
-    Raises RewardError, one line, for other forms, images of several sizes, and counts that do not fit.
+    Raises RewardError, in one line, for other forms, images of several sizes, and counts that do not match.
     """
     if as_texts(images) is not None:
         raise RewardError("a reward of images was given texts: use a reward of texts, such as says:WORD")
@@ -71,7 +71,7 @@ def as_batch(images: Any, prompts: str | Sequence[str]) -> tuple[Tensor, Sequenc
 
 
 def prompt_of_each(count: int, prompts: str | Sequence[str]) -> Sequence[str]:
-    """Return the prompt of each of `count` images or texts. Raises RewardError for counts that do not fit."""
+    """Return the prompt of each of `count` images or texts. Raises RewardError for counts that do not match."""
     if isinstance(prompts, str):
         return [prompts] * count
     if len(prompts) != count:
@@ -92,9 +92,9 @@ def rows_by_prompt(prompts: Sequence[T]) -> dict[T, list[int]]:
 def file_batches(
     sources: Sequence[Path | bytes], prompts: Sequence[str], size: int
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Load image files, or their bytes, of any sizes: at most `size` consecutive ones of one size at a time.
+    """Load image files, or their bytes, of any sizes, in batches of at most `size` consecutive ones of one image size.
 
-    Yields images (N, 3, H, W) in [0, 1] and their N prompts. Raises InputError for a file that is no image.
+    Yields images (N, 3, H, W) in [0, 1] and their N prompts. Raises InputError for a file that is not an image.
     """
     loaded = zip(map(read_image, sources), prompts, strict=True)
     for _, group in groupby(loaded, key=lambda one: one[0].shape):
@@ -125,7 +125,7 @@ def _as_tensor(images: Any) -> Tensor:
 
 
 def as_uint8(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Convert images (N, 3, H, W) to (N, H, W, 3) of 8 bits, clamped and rounded as image files hold them."""
+    """Convert images (N, 3, H, W) to (N, H, W, 3) of 8 bits, clamped and rounded as in image files."""
     arrays = VaeImageProcessor.pt_to_numpy(images.detach().float().clamp(0, 1))
     return (arrays * 255).round().astype(np.uint8)
 

@@ -1,7 +1,7 @@
-"""Judges of two images: from a reward, a hierarchy of factors, a vision-language model; and tournaments of them.
+"""Judges of two images from a reward, a hierarchy of factors or a vision-language model, and tournaments by a judge.
 
-A judge has `compare(images_a, images_b, prompts)`, P(a ≻ b) (N,) (`steer.reward.Judge`). Preferences need not be
-transitive: no reward may exist that orders them.
+A judge has `compare(images_a, images_b, prompts)`, which returns P(a ≻ b) (N,) (`steer.reward.Judge`). Its preferences
+need not be transitive: there may be no reward with the same order.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def as_judge(reward: Reward, temperature: float = 1.0) -> Judge:
 
 @dataclass(frozen=True)
 class Factor:
-    """A reward, and the difference up to which two images are level in it, ≥ 0, in its unit."""
+    """A reward, and the margin ≥ 0, in the reward's unit, up to which two images count as equal."""
 
     reward: Reward
     margin: float = 0.0
@@ -57,9 +57,9 @@ class Factor:
 
 
 class HierarchyJudge:
-    """Factors by importance: the first whose difference exceeds its margin decides, ½ where none does (HERON).
+    """Factors by importance: the first whose difference exceeds its margin decides, ½ if none does (HERON).
 
-    P(a ≻ b) = 1[z_i(a) > z_i(b)] for i = min{i : |z_i(a) − z_i(b)| > δ_i}. A less important factor buys back nothing.
+    P(a ≻ b) = 1[z_i(a) > z_i(b)] for i = min{i : |z_i(a) − z_i(b)| > δ_i}. Less important factors do not compensate.
     """
 
     def __init__(self, factors: Sequence[Factor]) -> None:
@@ -68,7 +68,7 @@ class HierarchyJudge:
         self.factors, self.name = tuple(factors), f"hierarchy({', '.join(map(str, factors))})"
 
     def compare(self, images_a: Tensor, images_b: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return P(a ≻ b) (N,): 0, ½ or 1. A factor is computed only where the ones before it leave a tie."""
+        """Return P(a ≻ b) (N,): 0, ½ or 1. A factor is computed only if all previous factors leave a tie."""
         preferred, open_rows = torch.full((len(prompts),), 0.5), torch.arange(len(prompts))
         for factor in self.factors:
             if not len(open_rows):
@@ -93,7 +93,7 @@ class EndpointJudge:
         self.name = f"judge:{client.url},model={client.model}"
 
     def compare(self, images_a: Tensor, images_b: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return P(a ≻ b) (N,), of 2 N requests."""
+        """Return P(a ≻ b) (N,) from 2 N requests."""
         texts = [self._question.replace("{prompt}", prompt) for prompt in prompts]
         files = list(zip(as_png(images_a), as_png(images_b), strict=True))
         messages = [ChatMessage(text, pair) for text, pair in zip(texts, files, strict=True)]
@@ -104,7 +104,7 @@ class EndpointJudge:
         return (forward + 1 - backward) / 2
 
     def _read(self, reply: ChatReply) -> float:
-        """Return P(A) / (P(A) + P(B)). Raises RewardError where neither is listed."""
+        """Return P(A) / (P(A) + P(B)). Raises RewardError if neither token is listed."""
         a, b = (sum(math.exp(p) for token, p in reply.first if token.strip().upper() == name) for name in ("A", "B"))
         if a + b == 0:
             raise self.client.error(
@@ -117,7 +117,7 @@ class Tournament:
     """Win rate of each image against the other images of its prompt in the same call, 0..1; black box.
 
     w_i = 1/(K − 1) Σ_{j ≠ i} P(x_i ≻ x_j) (SPO, arXiv 2401.04056). Scores depend on the other images of the call:
-    `compares_images` has pipelines score all particles of a prompt at once. K (K − 1) / 2 comparisons a prompt.
+    `compares_images` makes pipelines score all particles of a prompt at once. K (K − 1) / 2 comparisons per prompt.
     Raises RewardError for a prompt with a single image.
     """
 

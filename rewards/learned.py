@@ -54,7 +54,7 @@ def scaled(features: Tensor) -> Tensor:
 
 
 def joined(image: Tensor, text: Tensor) -> Tensor:
-    """Join features of images and texts, and their products: (…, 3 D)."""
+    """Concatenate features of images and texts, and their products: (…, 3 D)."""
     image, text = scaled(image), scaled(text)
     return torch.cat([image, text, image * text], -1)
 
@@ -71,7 +71,7 @@ class Similarity(nn.Module):
 
 
 class ImageHead(nn.Module):
-    """An MLP of the image, as of aesthetic predictors."""
+    """An MLP of the image features, as in aesthetic predictors."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ HEADS: dict[str, type[nn.Module]] = {
 
 
 def raw_pair(head: nn.Module, a: Tensor, b: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Return raw rewards (N,) of the images of pairs, whose difference is Δ; ±Δ/2 of a general preference."""
+    """Return raw rewards (N,) of both images of each pair, with difference Δ; ±Δ/2 for a general preference."""
     if isinstance(head, GeneralPreference):
         difference = head.difference(a, b, text)
         return difference / 2, -difference / 2
@@ -161,12 +161,12 @@ class RewardCard(Card):
 class LearnedReward:
     """A learned reward: the aggregate of its members' scores, each standardised over its held-out images.
 
-    folder     of `steer rewards train`, or a name in `embedded`
+    folder     a folder of `steer rewards train`, or a name in `embedded`
     aggregate  mean, min, mean-std (lam=), quantile (q=) or robust (gamma=) of the members
-    member     the number of a single member
-    dtype      float32, float16 or bfloat16, of the backbones
+    member     index of the only member to use
+    dtype      precision of the backbones: float32, float16 or bfloat16
 
-    Raises RewardError where the folder does not hold a complete learned reward.
+    Raises RewardError if the folder does not hold a complete learned reward.
     """
 
     differentiable = True
@@ -225,7 +225,7 @@ class LearnedReward:
         return len(self._heads)
 
     def members(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score by every member, standardised: (M, N)."""
+        """Return the standardised scores (M, N) of all members."""
         return self._members(to_module_device(images, *self._backbones, *self._heads), prompts).T
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -247,7 +247,7 @@ class LearnedReward:
         return torch.stack(probabilities).mean(0)
 
     def _features(self, images: Tensor, prompts: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
-        """Encode images and prompts for each member; members of one backbone share the features."""
+        """Encode images and prompts for each member; members with the same backbone share the features."""
         image = [backbone.images(images) for backbone in self._backbones]
         text = [encode(prompts).to(images.device) for encode in self._texts] if self.prompt_limit is not None else image
         members = len(self._heads) if len(self._backbones) == 1 else 1
@@ -275,7 +275,7 @@ class Preference(LearnedReward):
 
 
 class LearnedAestheticReward(LearnedReward):
-    """aesthetic:scenes, trained on noisy preferences by composition alone."""
+    """aesthetic:scenes, trained on noisy preferences about composition only."""
 
     kind = "aesthetic"
     embedded = REWARDS[kind]
@@ -288,7 +288,7 @@ def read_reward_card(folder: Path) -> RewardCard:
 
 
 def member_module(head: nn.Module, backbone: Backbone | None) -> nn.ModuleDict:
-    """Return one member as it is trained and saved: its head and, where it has its own, its CLIP."""
+    """Return one member as it is trained and saved: its head and, if it has its own, its CLIP."""
     return nn.ModuleDict({"head": head} | ({"backbone": backbone} if backbone else {}))
 
 
@@ -299,10 +299,10 @@ def save_learned(
     backbones: Sequence[Backbone],
     configuration: Path | None = None,
 ) -> None:
-    """Write a learned reward; the members' backbones, in half precision, where each has its own.
+    """Write a learned reward, with the members' backbones in half precision if each has its own.
 
-    configuration  an open_clip folder whose configuration and tokenizer belong to it
-    Raises InputError where writing fails; the previous contents stay.
+    configuration  an open_clip folder; its configuration and tokenizer are written with the backbones
+    Raises InputError if writing fails; the previous contents stay.
     """
     members = [f"member-{number}.safetensors" for number in range(len(heads))]
     config_files = configuration_files(configuration) if configuration else []
@@ -329,9 +329,9 @@ def configuration_files(folder: Path) -> list[Path]:
 
 
 FEATURE_BATCH = 64  # images whose features are computed at a time, outside training
-Features = Sequence[Tensor]  # of image a, of image b (not of ratings), of the prompt: (N, D) each
+Features = Sequence[Tensor]  # features (N, D) of image a, of image b (none for ratings), of the prompt
 T = TypeVar("T")
-OnStep = Callable[[int, int], object]  # a step of the training, from 1, and their number
+OnStep = Callable[[int, int], object]  # the training step, from 1, and the number of steps
 
 
 @dataclass(frozen=True)
@@ -340,18 +340,18 @@ class RewardTrainingConfig:
 
     backbone   a CLIP, as `steer.rewards.clip.load_backbone` names it
     head       similarity, image or pair (`steer.rewards.learned`)
-    objective  bradley-terry, scaled-bradley-terry, margin, triplet or regression; rating, of ratings
+    objective  bradley-terry, scaled-bradley-terry, margin, triplet or regression; for ratings: rating
     train_backbone  train the CLIP too, not the head alone
     members    size of the ensemble; each member has its own seed and its own bootstrap sample of the pairs
-    margin     of the objective triplet alone; .3 by default
+    margin     gap of the objective triplet, for no other objective; .3 by default
     label_smoothing  ε of the labels, 0..½
     label_noise      assumed share of wrong labels, 0..½
     center_rewards_coefficient  η of `center_rewards_penalty`, ≥ 0: makes the members of an ensemble comparable
     slope_penalty    λ ≥ 0 of `objectives.slope_penalty` at a random point between the images of each pair; 10 is usual
-    slope            its bound k, nats per unit of the norm over the pixels of an image in [0, 1]
-    mix_text         share < 1 of the rows whose prompt is mixed with its nearest one (`objectives.mixed_texts`)
+    slope            bound k of that penalty, nats per unit of the norm over the pixels of an image in [0, 1]
+    mix_text         share < 1 of the rows whose prompt is mixed with its nearest other one (`objectives.mixed_texts`)
     held_out   share of the prompts that accuracy and calibration are measured on
-    start      folder of a reward of the same head and backbone, to train further: ratings first, then preferences
+    start      folder of a reward with the same head and backbone, to train further: ratings first, then preferences
     """
 
     backbone: str
@@ -374,7 +374,7 @@ class RewardTrainingConfig:
     start: str | None = None
 
     def check(self) -> None:
-        """Raise RewardError for an unknown head and a number out of range, before anything is read."""
+        """Raise RewardError for an unknown head or a number out of range, before anything is read."""
         choose("head", self.head, HEADS)
         below = {"label_smoothing": 0.5, "label_noise": 0.5, "held_out": 1, "mix_text": 1}
         below |= dict.fromkeys(("center_rewards_coefficient", "slope_penalty", "slope"), math.inf)
@@ -405,7 +405,7 @@ def train_reward(
     The report holds the held-out accuracy and calibration of every member and of their mean; without held-out
     pairs, those on the training pairs.
 
-    on_step  called at each step of all members, from 1, of so many; an exception of it ends the training
+    on_step  called with the step, from 1, and the number of steps of all members; its exceptions end the training
     """
     config.check()
     objective = choose("objective", config.objective, objectives.OBJECTIVES)
@@ -430,9 +430,9 @@ def train_reward(
 
 
 def _new_member(config: RewardTrainingConfig, number: int, backbone: Backbone) -> tuple[nn.ModuleDict, Backbone]:
-    """Return a member to train, on the backbone's device, and its backbone: its own where that is trained.
+    """Return a member to train, on the backbone's device, and its backbone: its own if backbones are trained.
 
-    Raises RewardError where `start` is a reward of another form.
+    Raises RewardError if the reward in `start` has another head or backbone.
     """
     device = next(backbone.parameters()).device
     own = load_backbone(config.backbone).to(device) if config.train_backbone else backbone
@@ -458,20 +458,20 @@ def _load_start(member: nn.ModuleDict, folder: Path, number: int, config: Reward
 
 
 def card_backbone(config: RewardTrainingConfig) -> str:
-    """Return the backbone that reward.json names: "." where the members have CLIPs of their own in the folder."""
+    """Return the backbone that reward.json names: "." if the members have their own CLIPs in the folder."""
     own = config.train_backbone and (clip_folder(config.backbone) / CONFIG).is_file()
     return "." if own else config.backbone
 
 
 def save_members(out: Path, card: RewardCard, members: Sequence[Any], config: RewardTrainingConfig) -> None:
-    """Write trained members; with the configuration of their CLIPs where these are in the folder."""
+    """Write trained members, with the configuration of their CLIPs if these are in the folder."""
     own_folder = clip_folder(config.backbone) if card.backbone == "." else None
     backbones: list[Any] = [member["backbone"] for member in members] if config.train_backbone else []
     save_learned(out, card, [member["head"] for member in members], backbones, own_folder)
 
 
 def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> None:
-    """Write the run's configuration to `work`. Raises RewardError where another one is there."""
+    """Write the run's configuration to `work`. Raises RewardError if `work` has another configuration."""
     serialized = json.dumps(asdict(config) | {"rows": rows}, indent=1)
     note = work / "config.json"
     if note.exists() and note.read_text() != serialized:
@@ -482,7 +482,7 @@ def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> Non
 
 
 def features_of(backbone: Backbone, data: Pairs | Ratings) -> Features:
-    """Encode all images and prompts, outside of training: of image a, image b (not of ratings) and prompt."""
+    """Encode all images and prompts, outside of training: image a, image b (none for ratings) and prompt."""
     images = encode_once(backbone, partial(image_features, backbone), [*itertools.chain(*data.columns)])
     features = [*images.chunk(len(data.columns)), encode_once(backbone, backbone.texts, data.prompts)]
     return [column.to(next(backbone.parameters()).device) for column in features]
@@ -511,7 +511,7 @@ def text_features(backbone: Backbone, prompts: Sequence[str]) -> Tensor:
 
 
 def rows_of(features: Features, rows: Tensor) -> Features:
-    """Return some rows of features."""
+    """Return the given rows of features."""
     return [column[rows] for column in features]
 
 
@@ -521,18 +521,18 @@ def _encode(backbone: Backbone, data: Pairs | Ratings, rows: Tensor) -> Features
     return [*images.chunk(len(chosen.columns)), text_features(backbone, chosen.prompts)]
 
 
-# Of a head, the features of some rows, and the numbers of these rows.
+# Loss of a head from the features of some rows and the indices of these rows.
 HeadLoss = Callable[[Any, Features, Tensor], Tensor]
 
 
 def pair_loss(
     objective: objectives.Objective, labels: objectives.PreferenceLabels, config: RewardTrainingConfig
 ) -> HeadLoss:
-    """Return the objective of some pairs, with the penalties of the configuration."""
+    """Return the loss of some pairs: the objective with the penalties of the configuration."""
 
     def loss(head: Any, features: Features, rows: Tensor) -> Tensor:
         a, b = raw_pair(head, *features)
-        if objective is objectives.triplet:  # on cosines: the scale of the similarity must not do the work
+        if objective is objectives.triplet:  # on cosines, without the scale of the similarity
             return objectives.triplet((a - b) / head.log_scale.exp(), labels[rows], config.margin)
         smoothed = objectives.smooth_labels(labels[rows], config.label_smoothing)
         value = objective(objectives.noisy_difference(a - b, config.label_noise), smoothed)
@@ -557,7 +557,7 @@ def _penalised_loss(
     a, b = images.chunk(2)
     between = torch.lerp(a, b, share).to(next(backbone.parameters()).device)
     texts = text_features(backbone, chosen.prompts)
-    with sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no second derivative
+    with sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no second derivative
         penalty = objectives.slope_penalty(lambda x: head(backbone.images(x), texts), between, config.slope)
     return loss(head, features, rows) + config.slope_penalty * penalty
 
@@ -576,7 +576,7 @@ def train_members(
 
     Each minimises `loss` over a bootstrap sample of the rows; a single member over all of them.
 
-    frozen  features of the data; None: every member trains a backbone of its own
+    frozen  features of the data; None: every member trains its own backbone
     first   number of the first member, which seeds it
     """
     for number in range(first, first + config.members):
@@ -618,7 +618,7 @@ def _loss_at(
 
 
 def raw_statistics(outputs: Sequence[Sequence[Tensor]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std of each member's raw rewards of images a and b. Raises RewardError where all are equal."""
+    """Return mean and std of each member's raw rewards of images a and b. Raises RewardError if all are equal."""
     means, stds = (
         tuple(statistic(torch.cat([*raw])).item() for raw in outputs) for statistic in (torch.mean, torch.std)
     )
@@ -634,7 +634,7 @@ def _card(
     labels: objectives.PreferenceLabels,
     counts: dict[str, int],
 ) -> RewardCard:
-    """Describe members by their raw rewards of the held-out images a and b. Raises RewardError where all are equal."""
+    """Create the card from the members' raw rewards of held-out images a, b. Raises RewardError if all are equal."""
     means, stds = raw_statistics(outputs)
     ensemble = [torch.stack(rows).mean(0) for rows in zip(*outputs, strict=True)]
     report = {

@@ -1,5 +1,7 @@
-"""MPS, the Multi-dimensional Preference Score: CLIP-H whose image tokens attend to the words of a condition
-(Zhang et al., CVPR 2024; github.com/Kwai-Kolors/MPS)."""
+"""MPS, the Multi-dimensional Preference Score: CLIP-H with image tokens that attend to the words of a condition.
+
+Source: Zhang et al., CVPR 2024; github.com/Kwai-Kolors/MPS.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,19 +25,19 @@ CONDITIONS = {
     "overall": "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, "
     "instance, texture, quantity, attributes, position, number, location, word, things."
 }
-THRESHOLD = 0.3  # of a word's similarity to the condition, relative to the prompt's most similar word
+THRESHOLD = 0.3  # minimum similarity of a word to the condition, relative to the prompt's most similar word
 UNUSED_KEYS = ("model.text_model.embeddings.position_ids", "model.vision_model.embeddings.position_ids")
-CACHED_PROMPTS = 256  # of 78 vectors each
+CACHED_PROMPTS = 256  # prompts with 78 vectors each
 
 
 class MPS:
     """exp(t) · cos(prompt, image tokens fused with the prompt's words that concern the condition); differentiable.
 
     path         the model's state dict. The published file is a pickle of the whole model, which would run code: load
-                 it once in an environment of its own, where it is trusted, and save its `state_dict()`
-    base         a folder with CLIP's configuration and tokenizer; None: those of LAION's CLIP-H on the hub
-    condition    overall;  micro_batch: images per micro-batch;  dtype: of CLIP and the fusion
-    Raises RewardError where a file cannot be read or does not fit.
+                 it once in a separate, trusted environment, and save its `state_dict()`
+    base         a folder with CLIP's configuration and tokenizer; None: LAION's CLIP-H on the hub
+    condition    overall;  micro_batch: images per micro-batch;  dtype: precision of CLIP and the fusion
+    Raises RewardError if a file cannot be read or does not match.
     """
 
     name = "mps"
@@ -84,7 +86,7 @@ class MPS:
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Tensor:
-        """Encode prompts: (N, L + 1, D), the projected tokens and, last, the projected pooled state."""
+        """Encode prompts as (N, L + 1, D): the projected tokens and, last, the projected pooled state."""
         ids = self._tokenizer(
             prompts, padding="max_length", max_length=self._limit, truncation=True, return_tensors="pt"
         ).input_ids

@@ -1,8 +1,8 @@
-"""Rewards of a few hundred labels: a weighted sum, or a small network, of named rewards.
+"""Rewards learned from a few hundred labels: a weighted sum, or a small network, of named rewards.
 
     r(x|p) = Σ_f w_f z_f(x, p),   z_f = (φ_f − mean_f) / std_f,   P(a ≻ b) = σ(r(a) − r(b))
 
-The weights minimise the mean log loss of the pairs + l2/2 ‖w‖², with the signs that are asked for; their intervals are
+The weights minimise the mean log loss of the pairs + l2/2 ‖w‖², subject to the configured signs; their intervals are
 95 % bootstrap intervals over pairs.
 """
 
@@ -36,9 +36,9 @@ KIND = "features"
 NETWORK = "network.safetensors"
 MAX_FEATURES, MAX_HIDDEN = 100, 1024
 RESAMPLES = 200
-BATCH = 32  # images
+BATCH = 32  # images scored at a time
 SIGNS: dict[str, tuple[float | None, float | None]] = {"+": (0.0, None), "-": (None, 0.0), "?": (None, None)}
-STEPS = 500  # of the network
+STEPS = 500  # training steps of the network
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FeatureConfig:
     features  names of rewards, separated by ", "
     signs     one of + - ? for each feature: its weight is at least 0, at most 0, or free
     hidden    units of a network of one hidden layer in place of weights; 0: weights
-    l2        of the weights
+    l2        coefficient of the penalty on the weights
     held_out  share of the prompts that accuracy and calibration are measured on
     """
 
@@ -82,9 +82,9 @@ class FeatureConfig:
 
 @dataclass(frozen=True)
 class FeatureCard(Card):
-    """Contents of reward.json: features, their means and deviations, and the weights (of a network: empty).
+    """Contents of reward.json: features, their means and deviations, and the weights (empty for a network).
 
-    scale  the deviation of the raw reward over the images of the training, by which scores are divided
+    scale  the deviation of the raw reward over the training images; scores are divided by it
     """
 
     features: tuple[str, ...]
@@ -112,9 +112,9 @@ def network(features: int, hidden: int) -> nn.Sequential:
 
 
 class FeatureReward(CompositeReward):
-    """A reward over named features: in deviations, with the weighted z_f of each feature as its components.
+    """A reward over named features, in standard deviations; its components are the weighted z_f of the features.
 
-    Differentiable where all features are. Raises RewardError for a folder that is none.
+    Differentiable if all features are. Raises RewardError for a folder without such a reward.
     """
 
     def __init__(self, folder: str) -> None:
@@ -128,21 +128,21 @@ class FeatureReward(CompositeReward):
             load_weights(self._network, read_checkpoint(file), str(file))
 
     def components(self, images: Tensor, prompts: Sequence[str], metadata: Any = None) -> dict[str, Tensor]:
-        """Return z_f (N,) of every feature, times its weight where there is one."""
+        """Return z_f (N,) of every feature, times its weight if there is one."""
         raw, card = super().components(images, prompts, metadata), self.card
         weights = card.weights or (1.0,) * len(card.means)
         scales = zip(self._names, card.means, card.stds, weights, strict=True)
         return {name: weight * (raw[name] - mean) / std for name, mean, std, weight in scales}
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        """Compute the reward (N,) of its components."""
+        """Compute the reward (N,) from its components."""
         parts = torch.stack([components[name] for name in self._names], -1)
         raw = parts.sum(-1) if self._network is None else self._network.to(parts)(parts)[:, 0]
         return raw / self.card.scale
 
 
 def _features(names: Sequence[str]) -> list[Reward]:
-    """Load named rewards. Raises RewardError, for a reward over itself, too."""
+    """Load named rewards. Raises RewardError, also for a reward over itself."""
     try:
         return [read(name, ParserState(named_only=True)) for name in names]
     except RecursionError as error:

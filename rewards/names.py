@@ -29,7 +29,7 @@ from steer.rewards.inputs import takes_any_samples
 
 
 class _FunctionReward(RewardProxy):
-    """A reward from a function or another callable; gradients flow where its attribute `differentiable` is true."""
+    """A reward from a function or another callable; gradients flow if its attribute `differentiable` is true."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
@@ -49,9 +49,9 @@ ARGUMENTS = ("images", "prompts")
 def _in_standard_order(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that is called as (images, prompts, …), whatever the order of these two parameters.
 
-    Parameters named images and prompts in another order, keyword-only ones, **kwargs, and a function of one of the two
-    are called by keyword; a function of one parameter of another name is called with the images. Any other function
-    is returned as it is.
+    A function with these parameters in another order, as keyword-only parameters or in **kwargs, or with only one of
+    them, is called by keyword; a function of one parameter with another name is called with the images. Any other
+    function is returned as it is.
     """
     by_name = parameters_of(function)
     if by_name is None:
@@ -83,7 +83,7 @@ def _in_standard_order(function: Callable[..., Any]) -> Callable[..., Any]:
 def reward_names() -> dict[str, str]:
     """Return all named rewards, built in or from entry points `steer.rewards`: name → one line about it.
 
-    Reads tables only: no reward, and not torch beyond this module, is imported for it.
+    Reads tables only: it imports no reward, and no torch beyond the imports of this module.
     """
     plugins = {point.name: f"{point.value} (plugin)" for point in entry_points(group="steer.rewards")}
     return plugins | {name: about for name, (_, about) in REWARDS.items()}
@@ -145,7 +145,7 @@ def _attribute(path: str) -> Any:
     module, _, attribute = path.partition(":")
     try:
         return getattr(import_module(module), attribute)
-    except Exception as error:  # foreign code: whatever its import raises
+    except Exception as error:  # third-party code: its import may raise anything
         raise RewardError(f"cannot load reward {path!r}: {type(error).__name__}: {error}") from error
 
 
@@ -165,12 +165,12 @@ def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
         raise
     except InputError as error:
         raise RewardError(f"reward {name!r}: {error}") from error
-    except Exception as error:  # foreign code: whatever its construction raises
+    except Exception as error:  # third-party code: its construction may raise anything
         raise RewardError(f"reward {name!r} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def _arguments(argument: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Split the text behind the colon: "A,b=c" → (("A",), {"b": "c"}). A comma separates only before option=."""
+    """Split the text after the colon: "A,b=c" → (("A",), {"b": "c"}). A comma separates only before option=."""
     first, *rest = re.split(r",(?=[a-z_]+=)", argument)
     named = [first, *rest] if re.match(r"[a-z_]+=", first) else rest
     positional = () if first in named or not first else (first,)

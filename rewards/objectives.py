@@ -75,7 +75,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def smooth_labels(labels: PreferenceLabels, share: float) -> PreferenceLabels:
-    """Smooth labels: c ↦ (1 − 2ε) c + ε, for ε in 0..½ (as conservative DPO, Mitchell 2023)."""
+    """Smooth labels: c ↦ (1 − 2ε) c + ε, for ε in 0..½ (as in conservative DPO, Mitchell 2023)."""
     return PreferenceLabels((1 - 2 * share) * labels.choice + share, labels.strength)
 
 
@@ -104,7 +104,7 @@ def center_rewards_penalty(a: Tensor, b: Tensor) -> Tensor:
 def slope_penalty(reward: Callable[[Tensor], Tensor], images: Tensor, bound: float) -> Tensor:
     """Return max(0, ‖∇_x r(x)‖ − k)², the mean over images (N, 3, H, W) in [0, 1], with a graph of its own.
 
-    A one-sided gradient penalty (arXiv 1709.08894): where a reward changes slowly with the pixels there is little to
+    A one-sided gradient penalty (arXiv 1709.08894): if a reward changes slowly with the pixels, there is little to
     exploit. k is in nats per unit of the norm over all pixels.
     """
     points = images.detach().requires_grad_(True)
@@ -113,9 +113,9 @@ def slope_penalty(reward: Callable[[Tensor], Tensor], images: Tensor, bound: flo
 
 
 def mixed_texts(texts: Tensor, share: float, generator: Generator) -> Tensor:
-    """Return features of prompts (N, D), of which a share is λ c + (1 − λ) c', c' those of the most similar other one.
+    """Mix a share of the prompt features (N, D): λ c + (1 − λ) c', with c' of the most similar other prompt.
 
-    ConvexDA: λ ~ Beta(½, ½), folded to [½, 1] so that the prompt stays the nearer one, whose preference it keeps.
+    ConvexDA: λ ~ Beta(½, ½), folded to [½, 1], so that the mixture stays nearer to the prompt and keeps its preference.
     """
     unit = F.normalize(texts.detach(), dim=1)
     similarity = unit @ unit.T

@@ -13,12 +13,12 @@ from torch import Tensor
 from steer.reward import RewardError
 from steer.rewards.inputs import as_uint8, takes_any_images
 
-THREADS = 2  # of the processor, for each of the engine's three networks
+THREADS = 2  # CPU threads for each of the engine's three networks
 # Pairs of quotation marks. Straight quotes after a digit are inches.
 DOUBLE = re.compile(
     '(?<!\\d)"([^"]*)"|' + "|".join(f"{opens}([^{opens}{closes}]*){closes}" for opens, closes in ("“”", "„“", "«»"))
 )
-# Used where there are no double quotes. Apostrophes are no quotation marks: don't, the dogs' park, rock 'n' roll.
+# Used if there are no double quotes. Apostrophes are not quotation marks: don't, the dogs' park, rock 'n' roll.
 SINGLE = re.compile(r"(?<!\w)'((?!n')[^']+(?:'\w[^']*)*)'(?!\w)|‘((?!n’)[^‘’]+(?:’\w[^‘’]*)*)’(?!\w)")
 PLAIN_QUOTES = str.maketrans("‘’“”", "''\"\"")
 
@@ -30,11 +30,11 @@ class Ocr:
     are ignored. The engine reads Latin letters without accents, digits, punctuation and Chinese. It runs on the CPU;
     images are read one by one, at 8 bits.
 
-    Flow-GRPO (arXiv 2505.05470) uses max(0, 1 − N_e / N_ref) with N_e the edit distance to all text read, or 0 where
-    the words are contained in it. Thus the words among any amount of other text are perfect there, but with one wrong
-    letter all other text counts.
+    Flow-GRPO (arXiv 2505.05470) uses max(0, 1 − N_e / N_ref) with N_e the edit distance to all text read, or 0 if that
+    text contains the words. There, words among any amount of other text are perfect, but one wrong letter makes all
+    other text count.
 
-    Raises RewardError where a prompt quotes nothing, or the engine is not installed.
+    Raises RewardError if a prompt quotes nothing, or if the engine is not installed.
     """
 
     name = "ocr"
@@ -59,7 +59,7 @@ def text_score(words: Sequence[str], lines: Sequence[str]) -> float:
     """Score the lines read, in reading order, against the quotations: (recall + precision) / 2, 0..1.
 
     recall   mean over the quotations of 1 − d_w / |w|, d_w the least edit distance of w to any substring of the text
-    precision   1 − d / max(|all w|, |text|), d the edit distance of all quotations in a row to the whole text
+    precision   1 − d / max(|all w|, |text|), d the edit distance of the concatenated quotations to the whole text
     """
     targets, text = [normalised(word) for word in words], normalised("".join(lines))
     recall = sum(1 - distance_within(target, text) / len(target) for target in targets) / len(targets)

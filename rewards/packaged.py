@@ -43,7 +43,7 @@ class Nsfw:
 
 
 class Faces:
-    """Faces by MTCNN: the confidence of the surest one, 0 where there is none; faces:COUNT, closeness to a number.
+    """Faces by MTCNN: the confidence of the surest face, 0 if there is none; faces:COUNT, closeness to a number.
 
     faces:COUNT is 1 − |found − COUNT| / max(found, COUNT), counting faces of at least `threshold`. Not differentiable.
     """
@@ -54,7 +54,7 @@ class Faces:
     def __init__(self, count: str | int | None = None, *, threshold: str | float = 0.9) -> None:
         if count is not None and not str(count).isdecimal():
             raise RewardError(f"faces:{count}: give a number of faces, such as faces:2")
-        # Its metadata pins an old PyTorch, so that it cannot be an extra; with the current one it works.
+        # The package's metadata pins an old PyTorch, so it cannot be an extra; it works with the current PyTorch.
         module = package("faces", "facenet_pytorch", "--no-deps facenet-pytorch")
         self.name = "faces" if count is None else f"faces:{count}"
         self._count, self._threshold = None if count is None else int(count), option_number("threshold", threshold)
@@ -83,7 +83,7 @@ class Brisque:
         module = package(self.name, "brisque", "'steer-diffusion[brisque]'")
 
         class Scalars(module.BRISQUE):  # type: ignore[misc, name-defined]
-            """BRISQUE whose features are numbers: brisque 0.2 has arrays of one, which NumPy 2.4 does not convert."""
+            """BRISQUE with scalar features: brisque 0.2 has one-element arrays, which NumPy 2.4 does not convert."""
 
             def scale_features(self, features: Any) -> Any:
                 return super().scale_features([np.asarray(one).item() for one in features])
@@ -98,7 +98,7 @@ class Brisque:
 
 
 class Lpips:
-    """Minus LPIPS (1801.03924) to a reference image, 0 the same: perceptual closeness. Differentiable.
+    """Minus LPIPS (1801.03924) to a reference image, 0 for equal images: perceptual closeness. Differentiable.
 
     reference  an image file, which is resized to the images
     trunk      torchvision's AlexNet weights, a file; without it torchvision downloads them

@@ -39,7 +39,7 @@ class ParserState:
     named_only: bool = False
 
     def inside(self) -> "ParserState":
-        """Return the state one level deeper. Raises RewardError where that is too deep."""
+        """Return the state one level deeper. Raises RewardError if that is too deep."""
         if self.depth == MAX_DEPTH:
             raise RewardError(f"a reward nests at most {MAX_DEPTH} functions or files")
         return ParserState(self.depth + 1, self.read, self.named_only)
@@ -70,7 +70,7 @@ def _term(text: str, state: ParserState) -> compose.WeightedReward:
 
 
 def _atom(text: str, state: ParserState) -> Reward:
-    """Load a reward that is composed of no others here, or that of a file."""
+    """Load a single reward by name, address or folder, or the reward of a YAML file."""
     state.read.append(text)
     if len(state.read) > MAX_REWARDS:
         raise RewardError(f"a reward has at most {MAX_REWARDS} rewards in it")
@@ -81,7 +81,7 @@ def _atom(text: str, state: ParserState) -> Reward:
     if text.endswith(FILES) and _has_no_name(text):
         return _read_file(Path(text), state)
     if _is_path(text):
-        from steer.rewards.learned import LearnedReward  # brings open_clip, which takes seconds
+        from steer.rewards.learned import LearnedReward  # imports open_clip, which takes seconds
 
         return LearnedReward(text) if kind_of(text) == "heads" else preference(text)
     try:
@@ -103,7 +103,7 @@ def _has_no_name(text: str) -> bool:
 
 
 def _build(call: Call, state: ParserState, table: Mapping[str, tuple[Callable[[Call, ParserState], T], Any]]) -> T:
-    """Build what a call names in a table of functions. Raises RewardError for unknown functions and options."""
+    """Build the object that a call names in a table. Raises RewardError for unknown functions and options."""
     if call.function not in table:
         raise RewardError(
             f"unknown function {call.function!r} of rewards: did you mean {nearest(call.function, table)}?"
@@ -178,7 +178,7 @@ JUDGE = "judge:"
 
 
 def names_judge(text: str) -> bool:
-    """Return whether a text is that of a judge: `judge:` before it, or a function of JUDGES. Raises RewardError."""
+    """Return whether a text is a judge: it begins with `judge:` or is a function of JUDGES. Raises RewardError."""
     return text.startswith(JUDGE) or bool((call := read_call(text)) and call.function in JUDGES)
 
 
@@ -204,7 +204,7 @@ def read_judge(text: str, state: ParserState | None = None) -> Judge:
 
 
 def load_judge(judge: Any) -> Judge:
-    """Return the Judge of a Judge, of a text (`read_judge`), or of whatever `load_reward` takes."""
+    """Return the judge for a Judge, for a text (`read_judge`), or for anything that `load_reward` takes."""
     if isinstance(judge, str | Path):
         return read_judge(str(judge))
     if isinstance(judge, Judge):
@@ -295,17 +295,17 @@ def _is_weights(data: Mapping[Any, Any]) -> bool:
 
 
 def read_mapping(data: Mapping[str, Any], where: str = "reward mapping", state: ParserState | None = None) -> Reward:
-    """Load the reward of a mapping, as a YAML file holds it:
+    """Load the reward of a mapping in the form of a YAML file:
 
         combine: sum            # sum, mean, min, mean-std, quantile or robust
         rewards:
-          - reward: hpsv2.1     # anything that `read` reads, or such a mapping
+          - reward: hpsv2.1     # any text that `read` parses, or a mapping of this form
             weight: 5
           - logsigmoid(imagereward, reference=0)
-        lam: 1                  # of mean-std;  q: of quantile;  gamma: of robust
+        lam: 1                  # for mean-std;  q: for quantile;  gamma: for robust
 
-    or of one from rewards to weights, {hpsv2.1: 5, imagereward: 1}: their weighted sum.
-    Raises RewardError that names the position in the mapping and the remedy.
+    or of a mapping from rewards to weights, {hpsv2.1: 5, imagereward: 1}: their weighted sum.
+    Raises RewardError, which names the position in the mapping and the remedy.
     """
     if _is_weights(data):
         data = {"rewards": [{"reward": reward, "weight": weight} for reward, weight in data.items()]}
@@ -342,17 +342,17 @@ def _entry(entry: Any, where: str, state: ParserState) -> compose.WeightedReward
 
 
 def load_reward(reward: Any) -> Reward:
-    """Return the Reward of a Reward, of a function (images, prompts) → (N,), or of a specification.
+    """Return the Reward for a Reward, for a function (images, prompts) → (N,), or for a specification.
 
     A specification is
     - NAME or NAME:ARGUMENT, a weighted sum of them ("hpsv2.1:5 + imagereward:1") or a function of them ("min(a, b)"),
     - the path of a learned reward's folder or of a YAML file,
     - a mapping from rewards to weights ({"hpsv2.1": 5, "imagereward": 1}) or a list of rewards: their sum,
-    - a mapping as a YAML file holds it (`read_mapping`).
+    - a mapping in the form of a YAML file (`read_mapping`).
 
     The result is called as reward(images, prompts) with images and prompts in every form of `steer.rewards.inputs`.
     A function may name its parameters images and prompts in any order, or take them by keyword alone.
-    Raises RewardError with the nearest names where there is none.
+    Raises RewardError with the nearest names for an unknown name.
     """
     if isinstance(reward, str | Path):
         return read(str(reward))
@@ -367,9 +367,9 @@ def score(images: Any, prompts: str | Sequence[str], reward: Any, metadata: Meta
     """Score images: (N,) finite fp32 numbers on the CPU, gradients kept.
 
     images, prompts  in every form of `steer.rewards.inputs`, such as `out.images` and the prompt; or a list of texts
-    reward           whatever `load_reward` takes; load it once where it is called often
+    reward           anything that `load_reward` takes; load it once if it is called often
     metadata         one mapping per image, for rewards that take it
-    Raises RewardError, which names the reward, where it raises or breaks its contract.
+    Raises RewardError, which names the reward, if the reward raises or breaks its contract.
     """
     return score_components(images, prompts, reward, metadata)[0]
 
@@ -393,7 +393,7 @@ def combine(
 ) -> compose.CombinedReward:
     """Aggregate rewards, by default to Σ w_m r_m: a mapping from rewards to weights, or a list (weights 1).
 
-    Each is whatever `load_reward` takes.
+    Each reward is anything that `load_reward` takes.
     """
     weighted = rewards.items() if isinstance(rewards, Mapping) else [(reward, 1.0) for reward in rewards]
     components = [compose.WeightedReward(load_reward(reward), weight) for reward, weight in weighted]

@@ -33,19 +33,19 @@ from steer.tables import (
 
 logger = logging.getLogger(__name__)
 
-PROMPTS = ("prompt", "caption", "text")  # columns of the prompt, the first that is there
-USERS = ("user", "user_id", "annotator", "user_hash")  # of the person who chose
-IMAGES = ("image", "image_path", "file_name", "path")  # of a row with one image
+PROMPTS = ("prompt", "caption", "text")  # columns of the prompt; the first existing one counts
+USERS = ("user", "user_id", "annotator", "user_hash")  # columns of the annotator
+IMAGES = ("image", "image_path", "file_name", "path")  # columns of the image, in rows with one image
 RATINGS = ("rating", "stars", "overall_rating", "score")
-PREFERENCES, GROUPS = "choices.jsonl", "lots.jsonl"  # of a preference dataset, as the demo's Label tab records it
+PREFERENCES, GROUPS = "choices.jsonl", "lots.jsonl"  # files of a preference dataset of the demo's Label tab
 CHOICE_VALUES = {"a": 1.0, "b": 0.0, "tie": 0.5}
-MAX_STRENGTH = 1e6  # strength
-PARQUET_BATCH = 256  # rows of a table
+MAX_STRENGTH = 1e6  # largest valid strength
+PARQUET_BATCH = 256  # rows of a table, read at a time
 Row = dict[str, Any]
 Source = Path | bytes  # an image file, or the bytes of one
 # Image a, image b, the label: 1 (a preferred), 0 (b), ½ (tie) or None (no label), and the strength of the preference.
 LabelledPair = tuple[Any, Any, float | None, float]
-# A row's number from 1 on, the columns of its images, its prompt, one of its pairs, its user.
+# The number of a row, from 1, the columns of its images, its prompt, one of its pairs, its user.
 NumberedPair = tuple[int, tuple[str, str], Any, LabelledPair, str | None]
 NumberedRow = tuple[int, Row]
 
@@ -55,7 +55,7 @@ class TableFormat:
     """Format of a table.
 
     images  the columns of the images a and b, for messages
-    needed  required columns beside the prompt
+    needed  required columns besides the prompt
     pairs   the pairs of a row; raises ValueError with a message for an invalid row
     """
 
@@ -91,12 +91,12 @@ def two_labels(a: str, b: str, row: Row) -> Iterator[LabelledPair]:
 
 
 def first_is_preferred(a: str, b: str, row: Row) -> Iterator[LabelledPair]:
-    """Read columns of the preferred and of the other image (HPDv3, arXiv 2508.03789; DPO)."""
+    """Read the columns of the preferred and of the other image (HPDv3, arXiv 2508.03789; DPO)."""
     yield row.get(a), row.get(b), 1.0, 1.0
 
 
 def scored_list(images: str, scores: str, sign: int, row: Row) -> Iterator[LabelledPair]:
-    """Read lists of images and of scores, every two images a pair; sign −1: ranks, of which the lowest is preferred."""
+    """Read lists of images and scores, and pair every two images; sign −1: ranks, the lowest is preferred."""
     files, values = row.get(images), row.get(scores)
     if not isinstance(files, list) or len(files) < 2:
         raise ValueError(f"{images} must be a list of two or more images, got {files!r:.40}")
@@ -110,7 +110,7 @@ def scored_list(images: str, scores: str, sign: int, row: Row) -> Iterator[Label
 
 
 def preferred(first: float, second: float) -> float:
-    """Return 1 where the first is higher, 0 where the second is, ½ where they are equal."""
+    """Return 1 if the first is higher, 0 if the second is, ½ if they are equal."""
     return 0.5 if first == second else float(first > second)
 
 
@@ -146,8 +146,11 @@ class Captions:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of images of one prompt: rows "image_a", "image_b", "prompt", "choice" (a, b, tie, or the
-    probability of a, 0..1) and optionally "strength" (≥ 0) and "user"; `users` is empty where no row has one."""
+    """Pairs of images, each pair of one prompt, with their labels.
+
+    Rows "image_a", "image_b", "prompt", "choice" (a, b, tie, or the probability of a, 0..1) and optionally "strength"
+    (≥ 0) and "user"; `users` is empty if no row has a user.
+    """
 
     a: tuple[Source, ...]
     b: tuple[Source, ...]
@@ -164,7 +167,7 @@ class Pairs:
         return len(self.prompts)
 
     def select(self, rows: Sequence[int]) -> "Pairs":
-        """Return the pairs at some rows."""
+        """Return the pairs of the given rows."""
         a, b = (tuple(column[row] for row in rows) for column in (self.a, self.b))
         labels = self.labels[torch.tensor(rows, dtype=torch.long)]
         users = tuple(self.users[row] for row in rows) if self.users else ()
@@ -188,7 +191,7 @@ class Ratings:
         return len(self.prompts)
 
     def select(self, rows: Sequence[int]) -> "Ratings":
-        """Return the ratings at some rows."""
+        """Return the ratings of the given rows."""
         images = tuple(self.images[row] for row in rows)
         return Ratings(
             images, tuple(self.prompts[row] for row in rows), self.ratings[torch.tensor(rows, dtype=torch.long)]
@@ -196,8 +199,11 @@ class Ratings:
 
 
 def table_files(path: Path) -> Iterator[Path]:
-    """Return the files of a table: itself; of a folder its only table, or the parquet files of its training split; of
-    ORGANISATION/NAME[:SPLIT] on the hub those of the split, downloaded. Raises InputError."""
+    """Return the files of a table: a file itself, or the files of a folder or of a data set. Raises InputError.
+
+    A folder has a single table, or the parquet files of a training split; for ORGANISATION/NAME[:SPLIT] on the hub, the
+    files of the split are downloaded.
+    """
     if path.is_dir():
         names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
         tables = [path / name for name in select_split(names, "train", tuple(READERS))]
@@ -218,9 +224,9 @@ def table_files(path: Path) -> Iterator[Path]:
 
 
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:
-    """Read the rows of a table (`table_files`). Raises RewardError that names the file, and the line where it can.
+    """Read the rows of a table (`table_files`). Raises RewardError that names the file and, if possible, the line.
 
-    limit  the first rows alone; of a data set only the files with them are read, and downloaded
+    limit  read only the first rows; only the files of a data set that contain them are downloaded and read
     """
     all_rows = (row for file in table_files(path) for row in READERS[file.suffix.lower()](file))
     try:
@@ -256,7 +262,7 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def _cells(path: Path) -> list[Row]:
-    """Read a .csv or .tsv file; cells that are numbers, lists, true or false have these values, empty ones none."""
+    """Read a .csv or .tsv file; numbers, lists, true and false are parsed, empty cells are left out."""
     (_, names), *rows = parse_cells(path, "\t" if path.suffix.lower() == ".tsv" else None) or [("", [])]
     names = [name.strip() for name in names]
     if wrong := [place for place, cells in rows if any(cell.strip() for cell in cells[len(names) :])]:
@@ -290,7 +296,7 @@ def read_ratings(path: Path, images: Path | None = None, limit: int | None = Non
     """Read rows of an image, a prompt and a rating; rows without a rating are left out. Raises RewardError.
 
     images  the folder that image paths are relative to; by default, and for missing files, the table's folder
-    limit   the first rows alone
+    limit   read only the first rows
     """
     rows, folders = read_rows(path, limit), _folders(path, images)
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -326,13 +332,14 @@ def read_captions(path: Path, images: Path | None = None) -> Captions:
 
 
 def read_pairs(path: Path, images: Path | None = None, limit: int | None = None) -> Pairs:
-    """Read the pairs of a table of a known format, or of a preference dataset. Raises RewardError that names file
-    and row, or the columns where the kind is not known.
+    """Read the pairs of a table of a known format, or of a preference dataset.
+
+    Raises RewardError that names file and row, or the columns if the format is not known.
 
     Ties and pairs without a label are left out, except the ties of rows with a choice.
 
     images  the folder that image paths are relative to; by default, and for missing files, the table's folder
-    limit   the first rows alone
+    limit   read only the first rows
     """
     path = path / PREFERENCES if (path / PREFERENCES).exists() else path
     rows = list(enumerate(read_rows(path, limit), start=1))
@@ -367,7 +374,7 @@ def _unknown_columns(columns: Sequence[str]) -> str:
 
 
 def _one_row_a_prompt(rows: Sequence[NumberedRow], kind: TableFormat) -> Sequence[NumberedRow]:
-    """Gather rows of one image each by prompt_id, else by prompt, into rows of lists, where a format has lists."""
+    """Group rows of one image each by prompt_id, else by prompt, into rows of lists, if a format has lists."""
     images, scores = kind.needed[:2]
     if kind.images != (images, images) or isinstance(rows[0][1].get(images), list | None):
         return rows
@@ -408,7 +415,7 @@ def _pairs_of(path: Path, rows: Sequence[NumberedRow], kind: TableFormat) -> lis
 
 
 def _decided(path: Path, pairs: Sequence[NumberedPair]) -> list[NumberedPair]:
-    """Leave out ties and pairs without a label, and log their numbers. Raises RewardError where no pair is left."""
+    """Leave out ties and pairs without a label, and log their numbers. Raises RewardError if no pair is left."""
     ties, unlabelled = (sum(one[3][2] == choice for one in pairs) for choice in (0.5, None))
     skipped = f"{ties} ties and {unlabelled} pairs without a label of {len(pairs)} pairs"
     if ties + unlabelled == len(pairs):
@@ -475,8 +482,8 @@ def check_output(path: Path, sources: Sequence[Source]) -> None:
 def write_pairs(path: Path, pairs: Pairs, columns: Mapping[str, Sequence[Any]] | None = None) -> None:
     """Write pairs, and further columns, as a table that `read_pairs` reads. Raises RewardError, OSError.
 
-    path  .jsonl, with the paths of images relative to it; .parquet where images are bytes
-    The column strength is left out where every strength is 1.
+    path  .jsonl, with the paths of images relative to it; .parquet if images are bytes
+    The column strength is left out if every strength is 1.
     """
     check_output(path, (*pairs.a, *pairs.b))
 
@@ -499,7 +506,7 @@ def write_pairs(path: Path, pairs: Pairs, columns: Mapping[str, Sequence[Any]] |
 
 
 def draw_pairs(prompts: Sequence[str], limit: int, seed: int) -> list[tuple[int, int]]:
-    """Draw pairs of rows of each prompt, at most `limit` of it, without repetition."""
+    """Draw pairs of rows of each prompt, at most `limit` per prompt, without repetition."""
     generator, drawn = random.Random(seed), list[tuple[int, int]]()
     for rows in rows_by_prompt(prompts).values():
         pairs = list(itertools.combinations(rows, 2))
@@ -508,7 +515,7 @@ def draw_pairs(prompts: Sequence[str], limit: int, seed: int) -> list[tuple[int,
 
 
 def load_images(sources: Sequence[Source], fit: Callable[[Tensor], Tensor]) -> Tensor:
-    """Load images of any sizes as (N, 3, size, size); `fit` brings each, as (1, 3, H, W), to (1, 3, size, size)."""
+    """Load images of any sizes as (N, 3, size, size); `fit` converts each from (1, 3, H, W) to (1, 3, size, size)."""
     return torch.cat([fit(read_image(source)[None]) for source in sources])
 
 

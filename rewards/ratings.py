@@ -1,4 +1,4 @@
-"""Rewards from ratings: regression on stars, likes or grades, of single images (HelpSteer2, arXiv 2410.01257)."""
+"""Rewards from ratings: regression on stars, likes or grades of single images (HelpSteer2, arXiv 2410.01257)."""
 
 import math
 from dataclasses import asdict
@@ -33,7 +33,7 @@ def train_on_ratings(
 
     The reward's score is the predicted rating, in the unit of the ratings y. The report has the correlation with the
     held-out ratings, R², and the share of image pairs of one prompt in the order of their ratings.
-    Raises RewardError for equal ratings, and for a head that compares images.
+    Raises RewardError if all ratings are equal, and for a head that compares images.
     """
     config.check()
     if config.head == "general" or (config.head == "similarity" and not config.train_backbone):
@@ -69,7 +69,7 @@ def train_on_ratings(
 
 
 def rating_metrics(predicted: Tensor, held: Ratings) -> dict[str, float]:
-    """Return Pearson's correlation, R² and the pairwise accuracy inside prompts (nan without such pairs)."""
+    """Return Pearson's correlation, R² and the pairwise accuracy within prompts (nan without such pairs)."""
     if len(held) < 2:
         return dict.fromkeys(("pearson", "r2", "pair_accuracy"), math.nan)
     error = (predicted - held.ratings).square().mean() / held.ratings.var(correction=0)

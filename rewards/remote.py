@@ -1,7 +1,7 @@
 """Remote rewards `http://HOST:PORT/`: client, server (`steer rewards serve`) and protocol.
 
 Both sides use the standard library's HTTP, so that the two environments need no common package versions.
-The client does not trust the server: replies are bounded in bytes and time, no redirect is followed, no proxy used.
+The client does not trust the server: replies are bounded in bytes and time, and no redirect or proxy is used.
 """
 
 import base64
@@ -34,7 +34,7 @@ from steer.rewards.grammar import NUMBER
 from steer.rewards.inputs import as_png, takes_any_images
 
 PROTOCOL = 1
-MAX_IMAGES, MAX_PIXELS = 32, 2**24  # of one request
+MAX_IMAGES, MAX_PIXELS = 32, 2**24  # limits of one request
 MAX_REQUEST_BYTES = 80_000_000  # MAX_PIXELS of noise as PNG in base64, and the prompts
 MAX_REPLY_BYTES = 1_000_000  # bytes
 MAX_LINE_LENGTH = 300  # characters of the other side's message
@@ -48,7 +48,7 @@ def is_remote(text: str) -> bool:
 
 
 def read_weight(text: str) -> tuple[str, float]:
-    """Split a term into (address with options, weight). Behind a host without a path a number is its port."""
+    """Split a term into (address with options, weight). After a host without a path, a number is its port."""
     if written := re.fullmatch(rf"(https?://[^/\s]+(?:/\S*?|,\S*?)):({NUMBER})", text):
         return written[1], float(written[2])
     return text, 1.0
@@ -119,7 +119,7 @@ def line(message: object) -> str:
 
 
 def read_token(variable: str = TOKEN) -> str | None:
-    """Read a token of this environment, on both sides; None where there is none. Raises InputError."""
+    """Read the token from the environment, for client or server; None if it is not set. Raises InputError."""
     token = os.environ.get(variable, "").strip()
     if not re.fullmatch(r"[!-~]*", token):
         raise InputError(f"{variable} must be of printable ASCII without spaces")
@@ -129,15 +129,15 @@ def read_token(variable: str = TOKEN) -> str | None:
 TIMEOUT, MAX_ATTEMPTS = 120.0, 3  # seconds per attempt from connecting to the last byte; attempts
 RETRY_DELAY = 0.2  # seconds before the second attempt, doubled for each later one
 SERVICE_UNAVAILABLE = 503
-RETRYABLE_ERRORS = (OSError, IncompleteRead)  # the process may be back
+RETRYABLE_ERRORS = (OSError, IncompleteRead)  # a restarted server may answer the next attempt
 
 
 class RemoteReward:
-    """Scores images over HTTP, as 8-bit PNGs; never differentiable. The name is the address.
+    """Reward that a server computes from 8-bit PNGs, over HTTP; never differentiable. The name is the address.
 
     address  http(s)://HOST[:PORT][/PATH][,timeout=SECONDS][,tries=COUNT]; a token comes from STEER_REWARD_TOKEN
-    The server is contacted at once. Raises RewardError, one line that names the address, where it does not answer in
-    this protocol, and for every call that fails. Only failed or broken connections are retried.
+    The server is contacted at once. Raises RewardError, with one line that names the address, if the server does not
+    answer in this protocol, and for every call that fails. Only failed or broken connections are retried.
     """
 
     differentiable = False
@@ -192,9 +192,9 @@ class RemoteReward:
         raise AssertionError("the last attempt returns or raises")
 
     def _send(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
-        """Return status and body, of which at most MAX_REPLY_BYTES + 1 bytes are read, all within the timeout.
+        """Return status and body within the timeout; at most MAX_REPLY_BYTES + 1 bytes of the body are read.
 
-        Raises TimeoutError, ConnectionError, HTTPException (IncompleteRead where the body breaks off), OSError.
+        Raises TimeoutError, ConnectionError, HTTPException (IncompleteRead if the body ends early), OSError.
         """
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if token := read_token():
@@ -203,7 +203,7 @@ class RemoteReward:
         connection = kind(self._url.hostname or "", self._url.port, timeout=self._timeout)
         with _deadline(connection, self._timeout) as expired:
             connection.connect()
-            if expired.is_set():  # there was no connection to close yet
+            if expired.is_set():  # at the deadline there was no connection to close yet
                 raise TimeoutError
             connection.request(method, f"{self._url.path.rstrip('/')}/{path}", body, headers)
             response, reply = connection.getresponse(), b""
@@ -230,13 +230,13 @@ class RemoteReward:
 
 @contextmanager
 def _deadline(connection: HTTPConnection, seconds: float) -> Iterator[threading.Event]:
-    """Close the connection at the deadline, whatever trickles in. Raises TimeoutError then."""
+    """Close the connection at the deadline, even if data still arrives, and raise TimeoutError."""
     expired = threading.Event()
 
     def end() -> None:
         expired.set()
         if isinstance(connection.sock, socket.socket):
-            with suppress(OSError):  # the other side was first
+            with suppress(OSError):  # the other side closed it first
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
@@ -256,7 +256,7 @@ def _deadline(connection: HTTPConnection, seconds: float) -> Iterator[threading.
 
 
 def checked_url(address: str, token: str = TOKEN) -> SplitResult:
-    """Split an address. Raises RewardError for one that is none, or holds more than host, port and path.
+    """Split an address. Raises RewardError for an invalid one, or one with more than host, port and path.
 
     token  the environment variable that holds the token of such addresses
     """
@@ -288,7 +288,7 @@ def _options(name: str, options: Sequence[str]) -> dict[str, float]:
     return given
 
 
-MAX_CONCURRENT_REQUESTS = 8  # being read or waiting; each holds its images in memory
+MAX_CONCURRENT_REQUESTS = 8  # requests that are read or wait; each holds its images in memory
 IDLE_TIMEOUT = 30.0  # seconds without a byte after which a connection is closed
 SHUTDOWN_TIMEOUT = 10.0  # seconds for the running call to finish
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -303,11 +303,11 @@ class RequestError(Exception):
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Serves one reward. `serve_until_signal` is the loop; port 0 is any that is free, see `url`.
+    """Server of one reward. `serve_until_signal` is the loop; port 0 selects a free port, see `url`.
 
     token   bearer token that requests need; None: no token
-    device  on which images are scored
-    Raises InputError where the address cannot be used.
+    device  device on which images are scored
+    Raises InputError if the address cannot be used.
     """
 
     daemon_threads = True
@@ -335,7 +335,7 @@ class RewardServer(ThreadingHTTPServer):
         return {"protocol": PROTOCOL, "name": self.reward.name, "differentiable": False}
 
     def check_token(self, header: str) -> None:
-        """Raise RequestError where the bearer token is another."""
+        """Raise RequestError if the bearer token is wrong."""
         if self._token is not None and not hmac.compare_digest(header.encode(), f"Bearer {self._token}".encode()):
             raise RequestError(
                 401, "this server requires its token: set STEER_REWARD_TOKEN in the client's environment"
@@ -343,7 +343,7 @@ class RewardServer(ThreadingHTTPServer):
 
     @contextmanager
     def request_slot(self) -> Iterator[None]:
-        """Hold one of the few concurrent requests. Raises RequestError where all are in use."""
+        """Hold one of the few slots for concurrent requests. Raises RequestError if all are in use."""
         if not self._free.acquire(blocking=False):
             raise RequestError(503, "busy: too many requests at once")
         try:
@@ -376,7 +376,7 @@ class RewardServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """Handler of one connection."""
 
     server: RewardServer
     protocol_version = "HTTP/1.1"
@@ -401,7 +401,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"scores": self.server.scores(body)}
 
     def _answer(self, path: str, work: Callable[[], dict[str, Any]]) -> None:
-        """Send one reply and close the connection: the rest of a refused request is never read as another."""
+        """Send one reply and close the connection: the rest of a refused request is never read as another request."""
         self.close_connection = True
         with suppress(OSError):  # the client disconnected, or was idle
             try:

@@ -1,4 +1,4 @@
-"""sandbox:FILE — a reward of an untrusted author, run in a child process with limits."""
+"""sandbox:FILE — a reward by an untrusted author, run in a child process with limits."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from steer.rewards.names import option_number
 from steer.rewards.remote import line
 from steer.rewards.sandbox_child import frame
 
-SECONDS, MEMORY = 20.0, 2.0  # of one call; GiB
+SECONDS, MEMORY = 20.0, 2.0  # seconds of one call; GiB
 START_SECONDS = 120.0  # to import torch, and to load a CLIP
 CHUNK = 1 << 20
 
@@ -32,7 +32,7 @@ class SandboxReward:
 
     path     the file; its syntax and names are checked by `steer.rewards.code_rules` first
     seconds  limit of one call;  memory: limit in GiB;  clip: the CLIP behind the helper clip_cosine
-    Raises RewardError, one line: for code that is refused, fails, exceeds a limit, or violates the contract.
+    Raises RewardError, in one line, for code that is refused, fails, exceeds a limit, or violates the contract.
     """
 
     differentiable = False
@@ -50,7 +50,7 @@ class SandboxReward:
     def from_code(
         cls, code: str, name: str = "written", seconds: float = SECONDS, clip: str = "scenes"
     ) -> "SandboxReward":
-        """Make the reward of a text of Python code."""
+        """Make a reward from Python source code."""
         reward = cls.__new__(cls)
         reward._start_with(code, name, seconds, MEMORY, clip)
         return reward
@@ -79,7 +79,7 @@ class SandboxReward:
         self._send(process, json.dumps(self._first).encode())
         reply = self._reply(process, START_SECONDS)
         self.network = bool(reply.get("network"))
-        """Whether the child kept the network, where the system allows no namespace; it can open no socket even so."""
+        """Whether the child kept the network because the system allows no namespace; it still cannot open sockets."""
         return process
 
     @takes_any_images
@@ -105,7 +105,7 @@ class SandboxReward:
             raise self._failed(f"its process ended with exit code {process.wait()}") from error
 
     def _reply(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
-        """Read one reply within the time. Raises RewardError, after which the process is gone."""
+        """Read one reply within the time. Raises RewardError after ending the process."""
         end, read, size = time.monotonic() + seconds, b"", 8
         assert process.stdout is not None
         while len(read) < size:

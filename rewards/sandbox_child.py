@@ -1,4 +1,4 @@
-"""The child process that runs a reward of an untrusted author: `python -m steer.rewards.sandbox_child`.
+"""The child process that runs a reward by an untrusted author: `python -m steer.rewards.sandbox_child`.
 
 Frames on standard input and output: 8 bytes of length, then the content. The first frame is JSON with the code and the
 limits; then, for each batch, JSON {"shape": …, "prompts": …} and the pixels in fp32. Replies are JSON. Before the code
@@ -31,7 +31,7 @@ def frame(content: bytes) -> bytes:
 
 
 def leave_network() -> bool:
-    """Move to a network namespace of its own, before any thread starts; return whether the system allowed it."""
+    """Move this process to its own network namespace, before any thread starts; return whether the system allows it."""
     try:
         return ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0
     except (OSError, AttributeError):  # no such call on this system
@@ -39,7 +39,7 @@ def leave_network() -> bool:
 
 
 def limit(memory: float) -> None:
-    """Give up files, processes, and memory beyond `memory` GiB more than now."""
+    """Give up files, processes, and memory beyond `memory` GiB in addition to the current use."""
     used = int(_status("VmSize")) * 1024 if sys.platform == "linux" else 0
     most = used + int(memory * 2**30)
     for kind, value in (
@@ -58,7 +58,7 @@ def _status(name: str) -> str:
 
 
 def helper_functions(clip: str | None) -> dict[str, Callable[..., Any]]:
-    """Return the helpers of rewards by name; clip_cosine only where a CLIP is named."""
+    """Return the helpers of rewards by name; clip_cosine only if a CLIP is named."""
     from steer.rewards import sandbox_helpers
     from steer.rewards.code_rules import HELPERS
 
@@ -85,7 +85,7 @@ def main() -> None:
 
     try:
         helpers = helper_functions(start["clip"] if "clip_cosine" in start["code"] else None)
-        with torch.no_grad():  # what torch imports at a first use is imported before files cannot be opened
+        with torch.no_grad():  # triggers lazy imports of torch while files can still be opened
             warm = torch.rand(2, 3, 16, 16)
             [one(warm) for name, one in helpers.items() if name in ("luma", "saturation", "edges")]
             torch.fft.rfft2(warm).abs().std().sqrt().quantile(0.5)

@@ -141,16 +141,16 @@ def coverage(shape: str, size: int, x: float, y: float, radius: float, oversampl
     return inside.reshape(size, oversample, size, oversample).mean((1, 3))
 
 
-FOREGROUND = 0.35  # RGB distance from the background of an object's pixels: under half of any colour's
-SMALLEST = 0.008  # of the image's area: smaller components are ignored
+FOREGROUND = 0.35  # RGB distance of an object's pixels from the background: less than half of any colour's
+SMALLEST = 0.008  # share of the image's area: smaller components are ignored
 TEMPLATE = 32  # pixels per side at which outlines are compared
-SIMILAR = 0.72  # intersection over union that makes an outline a shape
+SIMILAR = 0.72  # intersection over union from which an outline counts as a shape
 NEAR = 0.33  # distance in RGB within which a colour has a name
 
 
 @dataclass(frozen=True)
 class Object:
-    """One connected component: centre (x, y) in pixels; shape and colour None where nothing fits."""
+    """One connected component: centre (x, y) in pixels; shape and colour are None if nothing matches."""
 
     colour: str | None
     shape: str | None
@@ -172,7 +172,7 @@ def _stretch(mask: np.ndarray) -> np.ndarray:
 
 
 def _shape_of(mask: np.ndarray) -> str | None:
-    """Return the shape whose outline fits best, if it fits."""
+    """Return the shape with the best matching outline, or None if none matches well enough."""
     if max(mask.shape) > 1.5 * min(mask.shape):
         return None
     outline = _stretch(mask)
@@ -208,7 +208,7 @@ def objects(image: np.ndarray) -> list[Object]:
 
 
 def requirements(request: SceneRequest, detected: Sequence[Object]) -> dict[str, bool]:
-    """Evaluate a request by requirement: number of objects, of each kind, of each colour, and position."""
+    """Evaluate each requirement of a request: number of objects, of each kind, of each colour, and position."""
     kinds = [[thing for thing in detected if thing.shape == phrase.shape] for phrase in request.phrases]
     total = sum(phrase.count for phrase in request.phrases)
     holds = {f"{total} object{'s' * (total > 1)}": len(detected) == total}
@@ -226,7 +226,7 @@ def requirements(request: SceneRequest, detected: Sequence[Object]) -> dict[str,
 class SceneReward:
     """Fraction 0..1 of the prompt's requirements that the image meets.
 
-    Piecewise constant in the pixels, for evaluation; `SceneSoftReward` is for steering. Prompts outside the language of
+    Piecewise constant in the pixels, for evaluation; `SceneSoftReward` is for steering. Prompts outside the grammar of
     `steer.rewards.scene` raise RewardError.
     """
 
@@ -244,7 +244,7 @@ class SceneReward:
 
 
 SIDE = 32  # pixels per side at which templates are compared
-RADII = (4.0, 4.5, 5.0, 5.5, 6.0, 6.5)  # of the templates, in those pixels
+RADII = (4.0, 4.5, 5.0, 5.5, 6.0, 6.5)  # radii of the templates, in these pixels
 TEMPLATE_RADIUS = 8  # half the side of a template, pixels
 TOLERANCE = 0.3  # distance in RGB at which a colour counts for e^(-1/2)
 MARGIN = 0.04  # lead over the next shape at which a shape has confidence 0.73
@@ -272,7 +272,7 @@ def _matches(maps: Tensor) -> Tensor:
 
 
 def _shape_confidence(matches: Tensor, shape: str) -> Tensor:
-    """Return the match of one shape, discounted where another fits better: (N, H, W) in 0..1."""
+    """Return the match of one shape, discounted where another shape matches better: (N, H, W) in 0..1."""
     mine = SHAPES.index(shape)
     own = matches[:, mine]
     others = matches[:, [k for k in range(len(SHAPES)) if k != mine]].amax(1)
@@ -306,10 +306,10 @@ def _relation_degree(first: Tensor, second: Tensor, relation: str) -> Tensor:
 
 
 def soft_requirements(request: SceneRequest, images: Tensor) -> Tensor:
-    """Evaluate the requirements of the exact reward as degrees (N, R) in 0..1, of images (N, 3, 32, 32)."""
+    """Evaluate the requirements of the exact reward on images (N, 3, 32, 32), as degrees (N, R) in 0..1."""
     palette = torch.tensor(list(COLOURS.values()), device=images.device)
     distance = (images[:, None] - palette[:, :, None, None]) ** 2
-    affinity = torch.exp(-distance.sum(2) / (2 * TOLERANCE**2))  # of each pixel to each colour: (N, 6, H, W) in 0..1
+    affinity = torch.exp(-distance.sum(2) / (2 * TOLERANCE**2))  # of each pixel and each colour: (N, 6, H, W) in 0..1
     anything = _matches(affinity.amax(1))
     total = sum(phrase.count for phrase in request.phrases)
     degrees = [1 - _peaks(anything.amax(1), total + 1)[:, total].clamp(0, 1)]
@@ -330,7 +330,7 @@ def soft_requirements(request: SceneRequest, images: Tensor) -> Tensor:
 class SceneSoftReward:
     """Mean degree, 0..1, to which an image meets the prompt's requirements. Differentiable.
 
-    Any image size; prompts outside the language of `steer.rewards.scene` raise RewardError.
+    Any image size; prompts outside the grammar of `steer.rewards.scene` raise RewardError.
     """
 
     name = "scene-soft"

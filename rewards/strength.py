@@ -1,13 +1,13 @@
-"""Strength of preferences, measured by an ensemble that did not see the pair, and cleaning by it.
+"""Strength of preferences, measured by an ensemble trained without the pair, and cleaning of labels by it.
 
 After "Secrets of RLHF in Large Language Models, Part II" (arXiv 2401.06080, section 2): with Δ_m = r_m(a) − r_m(b) of
 the members m that were trained without a pair, and c its label,
 
     μ = mean_m Δ_m,   s = std_m Δ_m,   strength = |μ|,   agreement = μ (2c − 1)
 
-The labels of least agreement are flipped, those of the next band become the ensemble's probability mean_m σ(Δ_m).
-Unlike in the paper, a flip needs odds of 2 : 1 against the label, and labels with such odds for them are not softened:
-by shares alone, right labels are changed where few are wrong (3 flips of 250 cost a retrained reward .06 of accuracy).
+The labels of least agreement are flipped, the labels of the next band become the ensemble's probability mean_m σ(Δ_m).
+Unlike in the paper, a flip needs odds of 2 : 1 against the label, and labels with odds of 2 : 1 for them are not
+softened: shares alone change right labels if few are wrong (3 flips of 250 cost a retrained reward .06 of accuracy).
 """
 
 import math
@@ -50,14 +50,14 @@ class Strengths:
         return self.differences.std(0, correction=0)
 
     def agreement(self, choice: Tensor) -> Tensor:
-        """Return μ (2c − 1) (P,): below 0 where the ensemble contradicts the label."""
+        """Return μ (2c − 1) (P,): below 0 if the ensemble contradicts the label."""
         return self.mean * (2 * choice - 1)
 
 
 def measure_strength(
     pairs: Pairs, config: RewardTrainingConfig, folds: int, work: Path, device: str = "cpu"
 ) -> Strengths:
-    """Train `config.members` heads without each fold of the pairs and measure Δ on it; a run in `work` resumes.
+    """Train `config.members` heads without each fold of the pairs and measure Δ on the fold; a run in `work` resumes.
 
     Raises RewardError for a configuration that trains more than heads.
     """
@@ -88,10 +88,11 @@ CLEAR = math.log(2)  # nats: odds of 2 : 1
 
 
 def clean(pairs: Pairs, strengths: Strengths, flip: float = 0.1, soften: float = 0.1) -> tuple[Pairs, list[str]]:
-    """Flip the labels of the share `flip` of least agreement where it is below −ln 2, soften those of the next share
-    where it is below ln 2.
+    """Flip the labels of least agreement, and soften the labels of the next band.
 
-    Returns pairs with |μ| as their strength, and for each pair kept, softened or flipped. Ties are kept.
+    In the share `flip` of least agreement, labels with agreement below −ln 2 are flipped; in the next share, `soften`,
+    labels with agreement below ln 2 are softened. Ties are kept. Returns pairs with |μ| as their strength, and for each
+    pair whether its label is kept, softened or flipped.
     """
     if not 0 <= flip + soften <= 1 or min(flip, soften) < 0:
         raise RewardError(f"--flip and --soften are shares from 0 to 1, together at most 1, got {flip} and {soften}")

@@ -1,7 +1,7 @@
 """Rewards of texts and token sequences, in the grammar of all rewards: "parses + says:blue:2 + regex:^a".
 
 A text reward is `(texts, prompts) -> (N,)` with `images = "text"`, or a function whose first parameter is annotated
-`list[str]`. `SequenceScore` reads token ids by it, and for gradients relaxed tokens where the reward has `relaxed`.
+`list[str]`. `SequenceScore` applies it to token ids and, for gradients, to relaxed tokens if the reward has `relaxed`.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from steer.rewards.names import option_count
 from steer.rewards.scene import parse
 from steer.tables import one_line
 
-BATCH = 32  # texts of a language model at a time
+BATCH = 32  # texts that a language model scores at a time
 
 
 class TextReward:
@@ -86,7 +86,7 @@ class Matches(TextReward):
         return torch.tensor([float(self._pattern.search(text) is not None) for text in texts])
 
 
-END = ""  # begins and ends a text for the bigram model: no word
+END = ""  # marks the start and the end of a text in the bigram model; not a word
 
 
 class Bigram(TextReward):
@@ -142,7 +142,7 @@ class Perplexity(ModelReward):
 
     model        folder or hub name; code in it is never run
     micro_batch  texts at a time
-    A text without a second token has no conditional probability and scores as one uniform token.
+    A text without a second token has no conditional probability and scores like one token of uniform probability.
     """
 
     def __init__(self, model: str, micro_batch: str | int = BATCH) -> None:
@@ -164,7 +164,7 @@ class TextClassifier(ModelReward):
     """Log-probability, in nats, of one label under a sequence classifier of transformers (toxicity, acceptability).
 
     model  folder or hub name; code in it is never run
-    label  a name of its configuration, in any case, or a number
+    label  a label of the model's configuration, by name in any case or by number
     """
 
     def __init__(self, model: str, label: str, micro_batch: str | int = BATCH) -> None:
@@ -179,7 +179,7 @@ class TextClassifier(ModelReward):
 
     def _log_probs(self, texts: list[str]) -> Tensor:
         logits = self._model(**_encode(self._tokenizer, texts, self._model.device)).logits.float()
-        if logits.shape[1] == 1:  # one output: a logit of label 1
+        if logits.shape[1] == 1:  # one output: the logit of label 1
             logits = torch.cat([-logits, logits], 1) / 2
         return logits.log_softmax(-1)[:, self._label]
 
@@ -187,12 +187,12 @@ class TextClassifier(ModelReward):
 def classifier(
     model: str, label: str | None = None, micro_batch: str | int | None = None
 ) -> Classifier | TextClassifier:
-    """Make classifier:MODEL,label=… of texts, or classifier:LABEL of images (`steer.rewards.classifier`)."""
+    """Make classifier:MODEL,label=… for texts, or classifier:LABEL for images (`steer.rewards.classifier`)."""
     options: dict[str, Any] = {} if micro_batch is None else {"micro_batch": micro_batch}
     return Classifier(model, **options) if label is None else TextClassifier(model, label, **options)
 
 
-classifier.takes_number = True  # type: ignore[attr-defined]  # of an image class
+classifier.takes_number = True  # type: ignore[attr-defined]  # number of an image class
 
 
 def _load(model: str, kind: Any, name: str) -> tuple[Any, Any]:
@@ -207,13 +207,13 @@ def _load(model: str, kind: Any, name: str) -> tuple[Any, Any]:
         raise RewardError(f"{name}: cannot be loaded ({reason}): give a folder or hub name of transformers") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if loaded.config.pad_token_id is None:  # classifiers read the last token that is none
+    if loaded.config.pad_token_id is None:  # classifiers read the last token that is not padding
         loaded.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, loaded
 
 
 def _encode(tokenizer: Any, texts: list[str], device: torch.device, begin: bool = False) -> dict[str, Tensor]:
-    """Tokenise a batch, padded at the right; `begin`: after the begin token where there is one."""
+    """Tokenise a batch, padded at the right; `begin`: put the begin token first if there is one."""
     first = (tokenizer.bos_token or "") if begin else ""
     options: dict[str, Any] = {"padding": True, "padding_side": "right", "truncation": not begin}
     encoded = tokenizer([first + text for text in texts], return_tensors="pt", add_special_tokens=not first, **options)
@@ -224,11 +224,11 @@ def _encode(tokenizer: Any, texts: list[str], device: torch.device, begin: bool 
 
 
 class SequenceScore:
-    """A text reward read from the token ids of a model: a `steer.reward.SequenceReward`.
+    """A text reward applied to the token ids of a model: a `steer.reward.SequenceReward`.
 
-    reward     of texts
+    reward     a text reward
     decode     ids (N, L) → texts
-    tokenizer  of the model, for rewards with `relaxed`
+    tokenizer  tokenizer of the model, for rewards with `relaxed`
     """
 
     images = "ids"
@@ -241,7 +241,7 @@ class SequenceScore:
         return score(self.reward, Texts(self._decode(ids), ids), prompts)  # type: ignore[arg-type]
 
     def relaxed(self, p: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score relaxed tokens p (N, L, V) with a graph: equal to the score of the ids where p is one-hot."""
+        """Score relaxed tokens p (N, L, V) with a graph: equal to the score of the ids if p is one-hot."""
         return _relaxed(self.reward, p, prompts, self._tokenizer)
 
 

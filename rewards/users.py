@@ -4,7 +4,7 @@ groups (PAL, arXiv 2406.08469)    r_u(x|p) = e^t cos(f(x, p), Σ_k w_uk g_k(p)),
 latent (VPL, arXiv 2408.10075)    r(x|p, z),  q(z | the pairs of u) = N(μ, σ²) by a set encoder,
                                   minimise −log σ(Δ) + β KL(q ‖ N(0, I))
 
-Features are those of a frozen CLIP. A user without pairs has the mean weights of all users, or z = 0.
+Features come from a frozen CLIP. A user without pairs has the mean weights of all users, or z = 0.
 """
 
 import math
@@ -45,9 +45,9 @@ from steer.training.supervised import TrainingRun, batch_at
 KIND, WEIGHTS = "users", "users.safetensors"
 HIDDEN, DIMENSIONS = 64, 32
 MAX_USERS, MAX_GROUPS = 1_000_000, 1000
-CONTEXT = 16  # pairs of a user that the set encoder sees in a step of the training
+CONTEXT = 16  # pairs of a user that the set encoder sees in a training step
 KL_WEIGHT = 0.02
-PRIOR_PAIRS = 0.5  # weight of the mean user, in pairs, where the weights of a new user are fitted
+PRIOR_PAIRS = 0.5  # weight of the mean user, in pairs, when the weights of a new user are fitted
 FIT_STEPS = 200
 
 
@@ -68,12 +68,12 @@ class Groups(nn.Module):
         return self.log_scale.exp() * F.cosine_similarity(self.image(joined(image, text)), wanted, dim=-1)
 
     def loss(self, users: Tensor, a: Tensor, b: Tensor, text: Tensor, choice: Tensor) -> Tensor:
-        """Return the log loss of pairs with the numbers of their users."""
+        """Return the log loss of pairs, given the indices of their users."""
         profile = self.logits.softmax(-1)[users]
         return F.binary_cross_entropy_with_logits(self(a, text, profile) - self(b, text, profile), choice)
 
     def profiles(self, a: Tensor, b: Tensor, text: Tensor, choice: Tensor, users: Tensor) -> Tensor:
-        """Return the weights (U, K) of the users of the training."""
+        """Return the weights (U, K) of the training users."""
         return self.logits.softmax(-1)
 
     def prior(self, profiles: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Groups(nn.Module):
         return profiles.mean(0)
 
     def fit(self, prior: Tensor, a: Tensor, b: Tensor, text: Tensor, choice: Tensor) -> Tensor:
-        """Fit the weights (K,) of a new user to its pairs: Σ log σ(Δ) + PRIOR_PAIRS Σ_k prior_k log w_k."""
+        """Fit the weights (K,) of a new user to their pairs: Σ log σ(Δ) + PRIOR_PAIRS Σ_k prior_k log w_k."""
         logits = prior.clamp(min=1e-6).log().clone().requires_grad_(True)
         optimiser, rows = torch.optim.Adam([logits], lr=0.1), len(choice)
         with torch.enable_grad():
@@ -96,7 +96,7 @@ class Groups(nn.Module):
 
 
 class Latents(nn.Module):
-    """A latent vector z of each user, encoded from its pairs. A profile is z (L,)."""
+    """A latent vector z of each user, encoded from their pairs. A profile is z (L,)."""
 
     def __init__(self, width: int, size: int, users: int) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Latents(nn.Module):
         return F.binary_cross_entropy_with_logits(delta, choice) + KL_WEIGHT * kl
 
     def profiles(self, a: Tensor, b: Tensor, text: Tensor, choice: Tensor, users: Tensor) -> Tensor:
-        """Return μ (U, L) of the users of the training."""
+        """Return μ (U, L) of the training users."""
         return self.encode(a, b, text, choice, users, int(users.max()) + 1)[:, : self.size]
 
     def prior(self, profiles: Tensor) -> Tensor:
@@ -174,8 +174,8 @@ def train_on_users(
 ) -> dict[str, Any]:
     """Train groups or latents on pairs with users, write the reward to `out` and return its report.
 
-    The report's accuracy on held-out prompts is that with the profile of each pair's own user; "shared" is that of the
-    mean user. Raises RewardError where no pair has a user, and for options of other trainings.
+    The report's accuracy on held-out prompts uses the profile of each pair's own user; "shared" uses the mean user.
+    Raises RewardError if no pair has a user, and for options of other trainings.
     """
     _check(pairs, config, model, size)
     write_run_config(work, config, len(pairs))
@@ -197,7 +197,7 @@ def train_on_users(
     TrainingRun(work, config.steps, config.learning_rate, warmup=min(100, config.steps // 10)).train([net], loss_at)
     net.requires_grad_(False).eval()
     user_ids, a, b, text, choice = training
-    known = torch.isin(torch.arange(len(names)), user_ids.cpu())  # users with pairs of the training
+    known = torch.isin(torch.arange(len(names)), user_ids.cpu())  # users with training pairs
     fitted = net.profiles(a, b, text, choice, user_ids)
     fitted = torch.cat([fitted, fitted.new_zeros(len(names) - len(fitted), size)])
     profiles = torch.where(known.to(device)[:, None], fitted, net.prior(fitted[known.to(device)]).to(device))
@@ -209,7 +209,7 @@ def train_on_users(
 
 
 def _check(pairs: Pairs, config: RewardTrainingConfig, model: str, size: int) -> None:
-    """Raise RewardError for options and pairs that do not fit."""
+    """Raise RewardError for options or pairs that do not match."""
     config.check()
     if not 1 < size <= MAX_GROUPS and not (model == "latent" and size == 1):
         raise RewardError(f"--{'groups' if model == 'groups' else 'latent'} must be from 2 to {MAX_GROUPS}, got {size}")
@@ -262,10 +262,10 @@ def save_users(out: Path, card: UserCard, net: nn.Module, profiles: Tensor) -> N
 class UserReward:
     """The reward of one user, of the mean user, or an aggregate over the groups; differentiable, standardised.
 
-    user       a name of the training; by default the mean user, or z = 0
-    like       a file of a few pairs of a new user, to whom the weights are fitted
-    aggregate  min or mean over the groups (of `--groups`): min is high where every group likes the image
-    Raises RewardError for an unknown user and where two of the options are given.
+    user       name of a training user; by default the mean user, or z = 0
+    like       a file with a few pairs of a new user; the profile is fitted to them
+    aggregate  min or mean over the groups (of `--groups`): min is high if every group likes the image
+    Raises RewardError for an unknown user, and if two of the options are given.
     """
 
     differentiable = True

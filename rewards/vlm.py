@@ -3,8 +3,8 @@
 vqa:MODEL                          a transformers image-text-to-text model: P(answer) by teacher forcing
 vqa:http://HOST/v1,model=NAME      an OpenAI-compatible endpoint: log-probabilities of the first token, or its text
 
-A preset names the question, how its answer becomes a number, and the source; several questions about one prompt are
-aggregated to the geometric mean of their probabilities.
+A preset defines the question, the conversion of its answer to a number, and the source; several questions about one
+prompt are aggregated to the geometric mean of their probabilities.
 """
 
 import inspect
@@ -36,12 +36,12 @@ YES_NO = ("Yes", "No")
 COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 TOP_TOKENS, REPLY_TOKENS = 20, 512  # log-probabilities of one token; tokens of an answer in words
 UNITS = ("probability", "log-odds")
-QUESTION_KEYS = ("vqa_list", "questions")  # of a prompt's metadata, or of a row of a file
+QUESTION_KEYS = ("vqa_list", "questions")  # keys in a prompt's metadata, or in a row of a file
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A way to ask: the question with {prompt} or {question}, the rule of its answer, its source.
+    """Preset of a question: its text with {prompt} or {question}, the rule for its answer, its source.
 
     read  converts the text of a reply to a number; None: the probability of an answer
     """
@@ -53,7 +53,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Query:
-    """One question about one image. The probability is that of any of `answers`; `other` is the opposite answer."""
+    """One question about one image: the probability of any of `answers` counts; `other` is the opposite answer."""
 
     row: int
     question: str
@@ -62,7 +62,7 @@ class Query:
 
 
 def mean_of_axes(text: str) -> float:
-    """Return the mean of Alignment, Coherence and Style Score, 1..5 each. Raises ValueError where one is missing."""
+    """Return the mean of Alignment, Coherence and Style Score, 1..5 each. Raises ValueError if one is missing."""
     scores = dict(re.findall(rf"(Alignment|Coherence|Style) Score[^:\n]*:\s*({NUMBER})", text))
     values = [float(number) for number in scores.values()]
     if len(values) < 3 or not all(1 <= value <= 5 for value in values):
@@ -71,7 +71,7 @@ def mean_of_axes(text: str) -> float:
 
 
 def score_in_json(text: str) -> float:
-    """Return "score", 0..10, of the first JSON object in a text. Raises ValueError where there is none."""
+    """Return "score", 0..10, of the first JSON object in a text. Raises ValueError if there is none."""
     for start in re.finditer(r"\{", text):
         try:
             payload, _ = json.JSONDecoder().raw_decode(text[start.start() :])
@@ -110,7 +110,7 @@ class Answering(Protocol):
     differentiable: bool
 
     def log_probabilities(self, images: Tensor, queries: Sequence[Query]) -> Tensor:
-        """Return (Q, 2): log P of each query's answers, and of its opposite answer (NaN where it has none)."""
+        """Return (Q, 2): log P of each query's answers, and of its opposite answer (NaN if it has none)."""
 
     def texts(self, images: Tensor, queries: Sequence[Query]) -> list[str]:
         """Return the answers in words, one per query."""
@@ -122,18 +122,18 @@ class LocalModel:
     P(answer | image, question) = Π_l P(token_l | image, question, tokens before l), by teacher forcing, with the
     question in the model's own chat template. Rows of one question are one batch, so nothing is padded.
 
-    Where the image processor takes tensors (its torchvision backend: LLaVA, Qwen-VL, SmolVLM and most others),
-    gradients flow to the images and images keep their precision; other processors receive 8-bit images, and the reward
-    is not differentiable. `differentiable` is measured when the model is loaded.
+    If the image processor takes tensors (its torchvision backend: LLaVA, Qwen-VL, SmolVLM and most others), gradients
+    flow to the images and images keep their precision; other processors receive 8-bit images, and the reward is not
+    differentiable. `differentiable` is measured when the model is loaded.
 
-    model  ORGANISATION/NAME of the hub, or a folder;  dtype: None is that of the checkpoint
-    Raises RewardError where it cannot be loaded, or has no chat template. Code of a repository is never run.
+    model  ORGANISATION/NAME of the hub, or a folder;  dtype: None is the checkpoint's precision
+    Raises RewardError if the model cannot be loaded or has no chat template. Code of a repository is never run.
     """
 
     def __init__(self, model: str, *, dtype: str | None = None, micro_batch: str | int = 8) -> None:
         check_dtype(dtype)
         self._name, self._micro_batch = model, micro_batch
-        in_micro_batches(lambda images, prompts: images, micro_batch)  # raises for a size that is none
+        in_micro_batches(lambda images, prompts: images, micro_batch)  # raises for an invalid size
         folder = Path(model).is_dir()
         with loading(f"vision-language model {model!r}", "" if folder else NO_NETWORK):
             self._processor, self._model = _load(model, folder)
@@ -158,7 +158,7 @@ class LocalModel:
         return torch.stack(columns)
 
     def answers(self, images: Tensor, question: str, texts: Sequence[str], per_token: bool = False) -> Tensor:
-        """Return log P (N, A) of answers to one question about images (N, 3, H, W), each in a batch of its own.
+        """Return log P (N, A) of answers to one question about images (N, 3, H, W), each in a separate batch.
 
         per_token  the mean over the tokens of an answer in place of the sum
         """
@@ -216,7 +216,7 @@ class LocalModel:
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in moved.items()}
 
     def _takes_tensors(self) -> bool:
-        """Return whether gradients pass the image processor; those of PIL and NumPy raise, or cut the graph."""
+        """Return whether gradients pass the image processor; processors on PIL and NumPy raise, or cut the graph."""
         self.differentiable = True
         try:
             with torch.enable_grad():
@@ -228,7 +228,7 @@ class LocalModel:
 
 
 def _load(model: str, folder: bool) -> tuple[Any, Any]:
-    """Load processor and model by transformers, safetensors only; repositories that bring code are refused."""
+    """Load processor and model by transformers, safetensors only; repositories with code are refused."""
     from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, ProcessorMixin
 
     for read in (PreTrainedConfig.get_config_dict, ProcessorMixin.get_processor_dict):
@@ -244,9 +244,9 @@ def _load(model: str, folder: bool) -> tuple[Any, Any]:
 class EndpointModel:
     """A model behind an OpenAI-compatible endpoint; images are sent as 8-bit PNGs, never differentiable.
 
-    The probability of an answer is the sum over the listed first tokens that are it, without case and spaces; where it
-    is not listed, the least listed probability, an upper bound. A yes/no question with neither among the listed tokens
-    is an error, never 0.
+    The probability of an answer is the sum over the listed first tokens that equal it, ignoring case and spaces; for
+    answers that are not listed, it is the lowest listed probability, an upper bound. A yes/no question without either
+    answer among the listed tokens is an error, never 0.
     """
 
     differentiable = False
@@ -290,7 +290,7 @@ class VqaReward:
 
     model      local or behind an endpoint;  preset: one of PRESETS
     unit       probability (0..1), or log-odds log P(answer) − log P(opposite), in nats, of yes/no questions
-    questions  of each prompt: a mapping, or a function; a prompt's metadata `vqa_list` or `questions` come first
+    questions  questions by prompt: a mapping or a function; a prompt's metadata `vqa_list` or `questions` come first
     """
 
     def __init__(
@@ -324,7 +324,7 @@ class VqaReward:
         return mean.exp() if self._unit == "probability" else mean
 
     def _queries(self, row: int, prompt: str, metadata: Mapping[str, Any]) -> list[Query]:
-        """Return the queries about one image. Raises RewardError where its prompt has no questions."""
+        """Return the queries about one image. Raises RewardError if its prompt has no questions."""
         text = self._preset.question.replace("{prompt}", prompt)
         if "{question}" not in text:
             return [Query(row, text)]
@@ -365,7 +365,7 @@ def read_question(given: Any, prompt: str) -> tuple[str, tuple[str, ...], str | 
 def read_questions(path: Path) -> Callable[[str], Sequence[Any]]:
     """Read questions by prompt. Raises RewardError.
 
-    .jsonl  rows with prompt and vqa_list (or questions), as GenEval 2 has them
+    .jsonl  rows with prompt and vqa_list (or questions), as in GenEval 2
     .yaml   a mapping from prompts to lists, or one list for all prompts, in which {prompt} is replaced
     """
     if path.suffix == ".jsonl":
@@ -402,9 +402,9 @@ def vqa(
     preset     vqascore, soft-tifa (the default with `questions`), unified-reward or rubric
     unit       probability or log-odds;  questions: a file for soft-tifa (`read_questions`)
     template   a text file that replaces the preset's question; {prompt} in it is replaced
-    followups  a file of approving and disapproving sentences in place of all of these (`steer.rewards.followups`)
-    dtype, micro_batch                                    of a local model
-    model, timeout, tries, concurrency, top_logprobs, cache    of an endpoint; cache=off keeps no replies
+    followups  a file of approving and disapproving sentences, replaces the options above (`steer.rewards.followups`)
+    dtype, micro_batch                                    for a local model
+    model, timeout, tries, concurrency, top_logprobs, cache    for an endpoint; cache=off keeps no replies
     """
     if followups:
         if preset or questions or template or unit != "probability" or target.startswith(("http://", "https://")):

@@ -17,14 +17,14 @@ from steer.reward import RewardError
 from steer.tables import one_line
 
 State = Mapping[str, Tensor]
-MAX_KEYS_SHOWN = 4  # in a message
+MAX_KEYS_SHOWN = 4  # keys listed in a message
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NO_NETWORK = "without a network set HF_HUB_OFFLINE=1 (or --offline) once it is in the cache, or name a file: path=…"
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a hub repository at one revision, and its sha256 where one is known."""
+    """One file of a hub repository at one revision, and its sha256 if one is known."""
 
     repo: str
     filename: str
@@ -32,13 +32,13 @@ class HubFile:
     sha256: str | None = None
 
     def fetch(self) -> Path:
-        """Return its path in the hub's cache, downloaded (with a progress bar) if it is not there, and verified.
+        """Download the file to the hub's cache if missing (with a progress bar), verify it, and return its path.
 
         Raises RewardError.
         """
         try:
             path = Path(hf_hub_download(self.repo, self.filename, revision=self.revision))
-        except Exception as error:  # the hub's errors and those of every network library below it
+        except Exception as error:  # errors of the hub and of every network library below it
             raise RewardError(
                 f"cannot fetch {self.filename} of {self.repo}: {one_line(error)}; {NO_NETWORK}"
             ) from error
@@ -54,7 +54,7 @@ class WebFile:
     sha256: str
 
     def fetch(self) -> Path:
-        """Return its path in torch's hub cache, downloaded if it is not there, and verified. Raises RewardError."""
+        """Download the file to torch's hub cache if missing, verify it, and return its path. Raises RewardError."""
         path = Path(get_dir()) / "checkpoints" / f"{self.sha256[:16]}-{self.url.rsplit('/', 1)[1]}"
         if not path.exists():
             if constants.HF_HUB_OFFLINE:
@@ -69,7 +69,7 @@ class WebFile:
 
 
 def verify(path: Path, sha256: str | None) -> None:
-    """Raise RewardError where the file's sha256 is another; None: not checked."""
+    """Raise RewardError if the file's sha256 differs; None: not checked."""
     if sha256 is not None and (digest := file_sha256(path)) != sha256:
         raise RewardError(f"{path}: sha256 is {digest[:12]}…, expected {sha256[:12]}…: remove it, download it again")
 
@@ -78,7 +78,7 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Te
     """Read the tensors of a .safetensors or torch file, on the CPU. A file that holds code is refused, not run.
 
     sha256  expected checksum (`fetch` has verified it already); None: not checked
-    Raises RewardError, one line that names the file and the problem.
+    Raises RewardError, with one line that names the file and the problem.
     """
     path = Path(path)
     if not path.is_file():
@@ -124,7 +124,7 @@ def load_weights(module: nn.Module, state: State, what: str, unused: Sequence[st
 
 
 def check_keys(what: str, complaints: Mapping[str, Collection[str]]) -> None:
-    """Raise RewardError that names `what` and the keys, where there are any: {"missing": keys, …}."""
+    """Raise RewardError that names `what` and the keys, if there are any: {"missing": keys, …}."""
     problems = []
     for kind, keys in complaints.items():
         more = f" and {len(keys) - MAX_KEYS_SHOWN} more" if len(keys) > MAX_KEYS_SHOWN else ""
@@ -133,7 +133,7 @@ def check_keys(what: str, complaints: Mapping[str, Collection[str]]) -> None:
         raise RewardError(f"{what}: the checkpoint does not fit this model ({'; '.join(problems)})")
 
 
-LINEAR_LAYOUT = (0, 2, 4, 6, 7)  # indices of the linear layers where dropouts are between them
+LINEAR_LAYOUT = (0, 2, 4, 6, 7)  # indices of the linear layers in the layout with dropouts between them
 
 
 def linear_layers(widths: Sequence[int], layout: Sequence[int], after: type[nn.Module] = nn.Identity) -> nn.Sequential:

@@ -1,8 +1,8 @@
 """Rewards written by a language model, ranked by a person or a judge, and refined (ICPL, arXiv 2410.14660).
 
-In each iteration the designer, a chat model, writes K files. A critic refuses those that break the rules or the
-contract, and asks for corrections. The others are ranked by the images that they prefer; the next request has code and
-ranks.
+In each iteration the designer, a chat model, writes K files. A critic refuses files that break the rules or the
+contract, and asks for corrections. The accepted files are ranked by the images that they prefer; the next request
+contains their code and ranks.
 """
 
 import re
@@ -20,8 +20,8 @@ from steer.rewards.chat import ChatClient, ChatMessage
 from steer.rewards.sandbox import SandboxReward
 
 CHECKED_IMAGES = 8
-CHECKS = ("contract", "determinism", "batch invariance")  # of `check_reward`, that a written reward must pass
-MAX_ERRORS = 6  # in a request
+CHECKS = ("contract", "determinism", "batch invariance")  # checks of `check_reward` that a written reward must pass
+MAX_ERRORS = 6  # errors listed in a request
 TEMPERATURE, MAX_TOKENS = 0.7, 2000
 
 CONTRACT = """Write a reward for images, in Python.
@@ -55,7 +55,7 @@ class Candidate:
     rank: int = 0
 
     def order(self) -> list[int]:
-        """Return the numbers of the images, best first."""
+        """Return the indices of the images, best first."""
         return self.scores.argsort(descending=True, stable=True).tolist()
 
 
@@ -77,8 +77,8 @@ class WritingSettings:
 
     candidates: int = 6
     iterations: int = 5
-    repairs: int = 2  # corrections of one file
-    seconds: float = 20.0  # of one call of a written reward
+    repairs: int = 2  # attempts to correct one file
+    seconds: float = 20.0  # limit of one call of a written reward
 
     def __post_init__(self) -> None:
         if min(self.candidates, self.iterations) < 1 or self.repairs < 0 or not self.seconds > 0:
@@ -98,7 +98,7 @@ def write_rewards(
 
     images  (N, 3, H, W) that candidates are tested on and ranked by, with N prompts;  rank: a person or a judge
     make    code → Reward: in a child process with limits, unless you trust the designer
-    Raises RewardError where no file of an iteration passes, or the endpoint fails.
+    Raises RewardError if no file of an iteration passes, or if the endpoint fails.
     """
     if len(images) < 2:
         raise InputError(f"rewards are ranked by the images that they prefer: give at least 2, got {len(images)}")
@@ -137,7 +137,7 @@ def _written(
     make: Callable[..., Reward],
     refused: list[str],
 ) -> Candidate | None:
-    """Ask for one file and its corrections; None where the last one is refused too. Reasons go to `refused`."""
+    """Ask for one file and its corrections; None if the last one is refused too. Reasons are appended to `refused`."""
     text = request
     for _ in range(settings.repairs + 1):
         reply = client.ask([ChatMessage(text)], temperature=TEMPERATURE, max_tokens=MAX_TOKENS)[0].text
@@ -151,7 +151,7 @@ def _written(
 
 
 def code_of(reply: str) -> str:
-    """Return the content of the last block of code in a reply; the whole reply where it has none."""
+    """Return the content of the last code block of a reply, or the whole reply if it has none."""
     blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", reply, re.DOTALL)
     return (blocks[-1] if blocks else reply).strip() + "\n"
 
@@ -159,7 +159,7 @@ def code_of(reply: str) -> str:
 def criticise(
     code: str, images: Tensor, prompts: Sequence[str], seconds: float, make: Callable[..., Reward]
 ) -> Candidate | str:
-    """Test a file: rules, contract, determinism, batches, spread of its scores. Return the reason of a refusal."""
+    """Test rules, contract, determinism, batches and spread of scores; return a candidate or a reason to refuse."""
     try:
         reward = make(code, "the file", seconds)
         for result in check_reward(reward, images[:CHECKED_IMAGES], prompts[:CHECKED_IMAGES], CHECKS):
@@ -174,7 +174,7 @@ def criticise(
 
 
 def _feedback(previous: Iteration, refused: Sequence[str]) -> str:
-    """Return the part of a request about the last iteration: code and ranks, best first, and errors to avoid."""
+    """Return a request's section about the last iteration: code and ranks, best first, and errors to avoid."""
     parts = []
     if previous.candidates:
         parts.append(
@@ -189,10 +189,11 @@ def _feedback(previous: Iteration, refused: Sequence[str]) -> str:
 
 
 def rank_by_judge(judge: Judge, goal: str, images: Tensor, keep: int = 4) -> Rank:
-    """Return a ranking by a judge, who sees the goal as prompt.
+    """Return a ranking by a judge, which sees the goal as prompt.
 
-    Of two candidates those images are compared on whose ranks they differ most. Candidate i wins a comparison with the
-    probability that the image which i places higher is preferred to the one which j places higher; ordered by the mean.
+    Two candidates are compared on the images that they rank most differently. Candidate i wins a comparison with the
+    probability that the judge prefers the image ranked higher by i to the image ranked higher by j. The order of the
+    candidates is by the mean of these probabilities.
     """
 
     def rank(candidates: Sequence[Candidate]) -> list[int]:
@@ -217,7 +218,7 @@ def summary(one: Iteration) -> str:
 
 
 def as_record(one: Iteration) -> dict[str, Any]:
-    """Return an iteration as JSON: code, scores and ranks of its candidates, and the reasons of refusals."""
+    """Return an iteration as JSON: code, scores and ranks of its candidates, and the reasons for refusals."""
     shown = [
         {"rank": c.rank, "iteration": c.iteration, "scores": c.scores.tolist(), "code": c.code} for c in one.candidates
     ]

@@ -1,1 +1,1 @@
-"""`steer bench`: what steering and finetuning cost, against the plain pipeline and against naive implementations."""
+"""`steer bench`: the cost of steering and finetuning, against the plain pipeline and naive implementations."""

@@ -1,4 +1,4 @@
-"""The comparisons of `steer bench`: ratios by name, of variants that do the same work or give the same result."""
+"""The comparisons of `steer bench`: ratios, by name, of variants that do the same work or give the same result."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,14 +43,14 @@ from steer.smc.particles import FeynmanKac
 from steer.training.gradient import Batch, two_pass_gradient
 from steer.training.losses import D3PO, DDPO, GRPO, group_advantages
 
-TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.1  # of equal results; in half precision they differ by rounding
+TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.1  # for equal results, which differ by rounding in half precision
 DEFAULT = ComputeOptions()
-BETA = 0.1  # of D3PO, as published
-Steered = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # images best first, rewards (B, K), ancestors
+BETA = 0.1  # β of D3PO, as published
+Steered = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # images (best first), rewards (B, K), ancestors
 
 
 def limit_of(subject: Subject) -> float:
-    """The largest difference of results that must be the same."""
+    """Return the largest difference between results that must be the same."""
     return TOLERANCE if subject.pipe.dtype == torch.float32 else HALF_PRECISION_TOLERANCE
 
 
@@ -73,18 +73,21 @@ def steer_whole(subject: Subject, pipe: Any, reward: Any, **options: Any) -> Ste
     return out.images, out.rewards, tuple(out.ancestors)
 
 
-On = Callable[[Any], AbstractContextManager[Any]]  # a pipeline → a context that gives the pipeline to call
+On = Callable[[Any], AbstractContextManager[Any]]  # a pipeline → a context that yields the pipeline to call
 
 
 def check_family(subject: Subject) -> None:
-    """Raise InputError for a pipeline or solver that the naive loops are not written for."""
+    """Raise InputError for a pipeline or solver that the naive loops do not support."""
     if type(subject.pipe) is not StableDiffusionPipeline or type(subject.pipe.scheduler) is not DDIMScheduler:
         raise InputError("the naive loop is written for Stable Diffusion under DDIM")
 
 
 def fewer(subject: Subject) -> dict[str, Any]:
-    """Arguments for other images of about the same reward: 3/2 K particles at the start, K/2 from the first evaluated
-    step on and K/4 from the third, cheap previews (measured by docs/studies/economies.yaml)."""
+    """Return arguments for different images of about the same reward at lower cost.
+
+    3/2 K particles at the start, K/2 from the first evaluated step on and K/4 from the third, with cheap previews
+    (measured by docs/studies/economies.yaml).
+    """
     if subject.size < 4 or len(subject.read_at) < 3:
         raise InputError("too few particles or evaluated steps for a particle schedule")
     return {
@@ -97,9 +100,9 @@ def fewer(subject: Subject) -> dict[str, Any]:
 
 @contextmanager
 def entered(subject: Subject, on: On, persistent: bool) -> Iterator[On]:
-    """Yield a context for each run: `on` itself, or with `persistent` one that is entered here, for all runs.
+    """Yield a context for each run: `on` itself, or with `persistent` a context that is entered once, for all runs.
 
-    What has to be compiled first is persistent.
+    Variants that must be compiled first are persistent.
     """
     if not persistent:
         yield on
@@ -112,9 +115,9 @@ def entered(subject: Subject, on: On, persistent: bool) -> Iterator[On]:
 def fk(
     subject: Subject, on: On = nullcontext, persistent: bool = False, cheaper: bool = False
 ) -> Iterator[PreparedComparison]:
-    """Steering of one prompt by rewards of 8-bit images, naive against ours with the compute options `on`.
+    """Compare the steering of one prompt by rewards of 8-bit images: naive against ours with the compute options `on`.
 
-    cheaper  ours makes other images with fewer evaluations
+    cheaper  our variant makes different images with fewer evaluations
     """
     check_family(subject)
     one = replace(subject, prompts=subject.prompts[:1])
@@ -142,7 +145,7 @@ def fk(
 
 
 def reno_variant(subject: Subject, checkpointing: bool) -> Variant:
-    """Iterations of our ReNO from its start, without drawing the start and the result."""
+    """Return iterations of our ReNO from its start, without drawing the start and the result."""
     check_family(subject)
     chain = search_of(subject)
     rule = Nesterov()
@@ -159,7 +162,7 @@ def reno_variant(subject: Subject, checkpointing: bool) -> Variant:
 
 @contextmanager
 def reno(subject: Subject) -> Iterator[PreparedComparison]:
-    """Iterations of ReNO, naive against ours, activations kept by both."""
+    """Compare iterations of ReNO, naive against ours; both keep activations."""
     ours, chain = reno_variant(subject, checkpointing=False), search_of(subject)
     reward, prompts = chain.particle_batch.reward, chain.particle_batch.prompts
 
@@ -172,22 +175,22 @@ def reno(subject: Subject) -> Iterator[PreparedComparison]:
 
 
 def zero_grad(preference_batch: PreferenceBatch) -> None:
-    """Drop the gradients of earlier runs."""
+    """Delete the gradients of earlier runs."""
     for parameter in preference_batch.trained.parameters.values():
         parameter.grad = None
 
 
 def gradient_of(preference_batch: PreferenceBatch) -> Tensor:
-    """The gradient of all trained weights in one row, normalised."""
+    """Return the gradient of all trained weights as one normalised vector."""
     gradients = [p.grad.flatten().cpu() for p in preference_batch.trained.parameters.values() if p.grad is not None]
     return torch.cat(gradients) / torch.cat(gradients).norm()
 
 
 @contextmanager
 def d3po(subject: Subject, on_policy: bool = True, computes_reference: bool = False) -> Iterator[PreparedComparison]:
-    """One D3PO update: loss and gradient, by four passes for each step against our two.
+    """Compare one D3PO update, loss and gradient: four passes for each step against our two.
 
-    on_policy           the weights are those that drew the samples: their log-probabilities are known
+    on_policy           the weights are those that drew the samples, so their log-probabilities are known
     computes_reference  the reference's log-probabilities are computed within the update
     """
     check_family(subject)
@@ -216,9 +219,9 @@ def d3po(subject: Subject, on_policy: bool = True, computes_reference: bool = Fa
 
 @contextmanager
 def policy_gradient(subject: Subject, loss: DDPO | GRPO) -> Iterator[PreparedComparison]:
-    """One update of DDPO or GRPO up to the optimiser's step: samples, loss and gradient, no reference in either.
+    """Compare one update of DDPO or GRPO up to the optimiser's step: samples, loss and gradient, without a reference.
 
-    DDPO takes advantages, and here gets those that GRPO computes from the rewards.
+    DDPO takes advantages; here, GRPO computes them from the rewards.
     """
     check_family(subject)
     if subject.make_trainable is None:
@@ -246,11 +249,11 @@ def policy_gradient(subject: Subject, loss: DDPO | GRPO) -> Iterator[PreparedCom
 
 @contextmanager
 def overhead(subject: Subject) -> Iterator[PreparedComparison]:
-    """Steering with free rewards against the plain batch, neither of them decoded."""
+    """Compare steering with free rewards against the plain batch, both without decoding."""
     view = without_decoder(subject.pipe)
 
     def check(steered: Denoised, plain: Tensor) -> Check:
-        # With λ = 0 nothing is resampled: then the steered batch is the plain one.
+        # With λ = 0 nothing is resampled: the steered batch equals the plain batch.
         latents = denoise_steered(subject, subject.pipe, lam=0.0).latents
         given = subject.call | {"prompt": list(subject.prompts), "num_images_per_prompt": subject.size}
         images = Preview(subject.pipe, given, len(latents))(latents)
@@ -262,7 +265,7 @@ def overhead(subject: Subject) -> Iterator[PreparedComparison]:
 
 @contextmanager
 def whole(subject: Subject) -> Iterator[PreparedComparison]:
-    """Steering with previews and rewards against the plain batch, final images decoded to PIL in both."""
+    """Compare steering with previews and rewards against the plain batch; both decode final images to PIL."""
     yield _over_plain(subject)
 
 
@@ -275,7 +278,7 @@ def _over_plain(subject: Subject, **options: Any) -> PreparedComparison:
 
 @contextmanager
 def learned_value(subject: Subject) -> Iterator[PreparedComparison]:
-    """Steering by a learned value, here untrained, and rewards of finished images alone, against the plain batch."""
+    """Compare steering by an untrained learned value, with rewards of finished images only, against the plain batch."""
     values: list[LearnedValue] = []
 
     def value(solver_step: SolverStep, prompts: Sequence[str]) -> Tensor:
@@ -288,9 +291,9 @@ def learned_value(subject: Subject) -> Iterator[PreparedComparison]:
 
 @contextmanager
 def async_rewards(subject: Subject) -> Iterator[PreparedComparison]:
-    """Steering that waits for its rewards against asynchronous rewards."""
+    """Compare steering that waits for its rewards against asynchronous rewards."""
     reward = subject.judge()
-    steps = [step for step in subject.read_at if step <= subject.steps - 3]  # after which another one can resample
+    steps = [step for step in subject.read_at if step <= subject.steps - 3]  # a later step can resample
 
     def steered(overlap: bool) -> Steered:
         return steer_whole(subject, subject.pipe, reward, asynchronous_rewards=overlap, resample_steps=steps)
@@ -304,7 +307,7 @@ def async_rewards(subject: Subject) -> Iterator[PreparedComparison]:
 
 @contextmanager
 def switched(subject: Subject, on: On, off: On = DEFAULT, persistent: bool = False) -> Iterator[PreparedComparison]:
-    """Steered denoising without a compute option, which changes no result, over the same with it."""
+    """Compare steered denoising without a compute option, which changes no result, against the same with it."""
 
     def run(option: On) -> Denoised:
         with option(subject.pipe) as pipe:
@@ -319,10 +322,10 @@ def switched(subject: Subject, on: On, off: On = DEFAULT, persistent: bool = Fal
 class Comparison:
     """A ratio: seconds of one variant over seconds of another.
 
-    about    for the report
+    about    description for the report
     open     prepares both variants, or raises InputError for a subject that cannot be measured; on leaving, the
              pipeline is as it was
-    quick    whether `--quick` has the time for it
+    quick    whether `--quick` includes it
     """
 
     about: str
@@ -332,7 +335,7 @@ class Comparison:
 
 @contextmanager
 def checkpointing(subject: Subject) -> Iterator[PreparedComparison]:
-    """ReNO with activations recomputed against activations kept."""
+    """Compare ReNO with recomputed activations against ReNO with kept activations."""
     recomputed, kept = reno_variant(subject, checkpointing=True), reno_variant(subject, checkpointing=False)
     yield PreparedComparison(recomputed, kept, subject.images, same(subject))
 
@@ -419,9 +422,9 @@ COMPARISONS: Mapping[str, Comparison] = {
 
 
 EMBEDDED = "scenes"
-STEPS = {True: 6, False: 20}  # with --quick, and without
+STEPS = {True: 6, False: 20}  # solver steps with --quick, and without
 ITERATIONS = {True: 2, False: 5}
-PAIRS = {True: 1, False: 2}  # of samples in an update of D3PO
+PAIRS = {True: 1, False: 2}  # pairs of samples in an update of D3PO
 GUIDANCE = 4.0
 
 
@@ -429,8 +432,8 @@ GUIDANCE = 4.0
 class BenchOptions:
     """Options of the command for all models.
 
-    dtype       by default float32 on the CPU and bfloat16 elsewhere
-    resolution  pixels of a side; by default the model's own
+    dtype       precision; by default float32 on the CPU and bfloat16 elsewhere
+    resolution  pixels per side; by default the model's own
     """
 
     device: str
@@ -452,9 +455,9 @@ class BenchOptions:
 
 
 def subjects_of(models: Sequence[str], bench_options: BenchOptions) -> list[tuple[str, Callable[[], Subject]]]:
-    """The name of each model and a function that makes it.
+    """Return the name of each model and a function that makes it.
 
-    Raises InputError for an unknown model, or a resolution that does not fit.
+    Raises InputError for an unknown model, or an invalid resolution.
     """
     if bench_options.resolution is not None and (bench_options.resolution < 64 or bench_options.resolution % 64):
         raise InputError(f"--resolution must be a multiple of 64, got {bench_options.resolution}")
@@ -464,7 +467,7 @@ def subjects_of(models: Sequence[str], bench_options: BenchOptions) -> list[tupl
 
 
 def embedded(bench_options: BenchOptions) -> Subject:
-    """The embedded model, with its one-step version."""
+    """Make the embedded model, with its one-step version."""
 
     def load(name: str) -> Any:
         pipe = load_pipeline(name, bench_options.device, bench_options.dtype)
@@ -477,7 +480,7 @@ def embedded(bench_options: BenchOptions) -> Subject:
 
 
 def of_size(name: str, size: RealSize, bench_options: BenchOptions) -> Subject:
-    """A model of a size that is its own one-step model; made again for training."""
+    """Make a model of a real size; it is also its own one-step model, and made again for training."""
     make = partial(build, size, bench_options.device, resolve_dtype(bench_options.device, bench_options.dtype))
     pipe = make()
     return bench_options.subject(name, pipe, size.guidance, pipe, make)

@@ -1,7 +1,7 @@
-"""Naive implementations, as the published repositories have them: the baselines of `steer bench`.
+"""Naive implementations, as in the published repositories: the baselines of `steer bench`.
 
-Written from their description, for Stable Diffusion pipelines under one-call-a-step solvers. The mathematics and the
-random numbers are those of `steer`, so that the results are the same; what differs is what is computed more than once.
+Written from the published descriptions, for Stable Diffusion pipelines under solvers with one call per step.
+Mathematics and random numbers equal those of `steer`, so the results are the same; naive code repeats computations.
 """
 
 import copy
@@ -40,11 +40,11 @@ def naive_fk(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Steer one prompt: images (K, 3, H, W) best first, rewards (1, K), and ancestors (1, K) at each evaluated step.
 
-    All particles are decoded at once for every evaluation, turned into PIL images and back for the reward; at the end
+    All particles are decoded at once for every evaluation, converted to PIL images and back for the reward; at the end
     they are decoded for their rewards, and once more for the user.
 
     at         solver steps at which rewards are evaluated
-    generator  of the starting noise; rng: of resampling and of the steps of copies
+    generator  draws the starting noise;  rng: draws resampling and the steps of copies
     """
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
@@ -85,7 +85,7 @@ def _noise(pipe: Any, rows: int, generator: Generator | list[Generator]) -> Tens
 
 
 def _guided(pipe: Any, scheduler: Any, x: Tensor, t: Any, texts: Tensor, guidance: float) -> Tensor:
-    """u + g (c − u), both from one batch."""
+    """Return u + g (c − u), with u and c from one batch."""
     both = scheduler.scale_model_input(torch.cat([x, x]), t)
     u, c = pipe.unet(both, t, encoder_hidden_states=texts).sample.chunk(2)
     return u + guidance * (c - u)
@@ -97,7 +97,7 @@ def _decoded(pipe: Any, latents: Tensor) -> Tensor:
 
 
 def _rewards_via_pil(pipe: Any, reward: Reward, prompt: str, latents: Tensor) -> Tensor:
-    """Rewards (K,) of images that went through PIL."""
+    """Return the rewards (K,) of images converted to PIL and back."""
     pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(_decoded(pipe, latents)))
     images = torch.stack([_from_pil(picture) for picture in pictures]).to(latents.device)
     return reward(images, [prompt] * len(images)).float().cpu()
@@ -117,7 +117,7 @@ def naive_reno(
     regularisation: float,
     longest: float,
 ) -> tuple[Tensor, Tensor]:
-    """Optimise noise with the text encoded in every iteration. Returns noise (N, …) and the last rewards (N,)."""
+    """Optimise noise, encoding the text in every iteration. Returns noise (N, …) and the last rewards (N,)."""
     noise, velocity, rewards = noise.clone(), torch.zeros_like(noise), torch.zeros(len(noise))
     scheduler = copy.deepcopy(pipe.scheduler)
     for _ in range(iterations):
@@ -146,7 +146,7 @@ def naive_d3po(
     guidance: float,
     eta: float,
 ) -> float:
-    """Add the gradient of one D3PO update, a backward for each step, to the weights' .grad; returns the loss.
+    """Add the gradient of one D3PO update, a backward pass for each step, to the weights' .grad; return the loss.
 
     Rows 2b and 2b + 1 of `stored` are samples of prompt b, and winners[b], 0 or 1, is the better one. At every step
     the policy and the reference each evaluate the winners, and then the losers.
@@ -164,7 +164,7 @@ def naive_d3po(
     places = torch.cat([first[:, None].cpu(), stored.latents], 1).to(pipe.device)  # x_t of step k, and x_s at k + 1
 
     def log_prob(k: int, rows: list[int]) -> Tensor:
-        """log p(x_s | x_t) of step k, averaged over the elements."""
+        """Return log p(x_s | x_t) of step k, averaged over the elements."""
         x, t = places[rows, k].to(pipe.unet.dtype), scheduler.timesteps[k]
         output = _guided(pipe, scheduler, x, t, texts, guidance)
         x0 = predict_x0(scheduler, output, t, x, k)
@@ -183,7 +183,7 @@ def _d3po_step(
     beta: float,
     stored: Trajectories,
 ) -> float:
-    """− log sigmoid(β (r̂ʷ − r̂ˡ)) of one step, its mean over pairs and share of the mean over steps."""
+    """Return − log sigmoid(β (r̂ʷ − r̂ˡ)) of one step: its mean over pairs, as a share of the mean over steps."""
     policy = [log_prob(k, rows) for rows in (better, worse)]
     with torch.no_grad(), trained.reference():
         reference = [log_prob(k, rows) for rows in (better, worse)]
@@ -196,10 +196,12 @@ def _d3po_step(
 def naive_policy_gradient(
     pipe: Any, rows: Rows, advantages: Tensor, clip: float, steps: int, guidance: float, eta: float
 ) -> float:
-    """Make one update of DDPO or GRPO up to the optimiser's step: draw samples, decode them, and add the gradient of
-    the clipped objective to the weights' .grad, a backward for each step; returns the loss.
+    """Make one update of DDPO or GRPO up to the optimiser's step.
 
-    advantages  (N,) of the rows, which were computed from rewards already. No reference policy is evaluated.
+    Draws samples, decodes them, and adds the gradient of the clipped objective to the weights' .grad, with a backward
+    pass for each step; returns the loss. No reference policy is evaluated.
+
+    advantages  (N,) of the rows, computed from rewards beforehand
     """
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)

@@ -27,12 +27,12 @@ from steer.errors import InputError
 from steer.files import write_errors, write_text
 
 Json = dict[str, Any]
-# Of the report, each by the name of a subject or a comparison.
+# Tables of the report, each keyed by the name of a subject or a comparison.
 TABLES = ("subjects", "ratios", "cpu_ratios", "memory_ratios", "flop_ratios", "checks", "runs", "ceilings", "skipped")
 
 
 def new_report(device: torch.device, quick: bool, seconds: float) -> Json:
-    """An empty report: the device and the versions."""
+    """Create an empty report with the device and the versions."""
     packages = versions(device)
     has_gpu = torch.cuda.is_available()
     note = "" if has_gpu else "no GPU here: CUDA kernels, xformers and CUDA graphs are not measured"
@@ -53,7 +53,7 @@ def new_report(device: torch.device, quick: bool, seconds: float) -> Json:
 def add_comparison(
     report: Json, name: str, about: str, samples: int, over: Measurement, under: Measurement, check: Check | None
 ) -> None:
-    """Add a comparison to a report, as far as it got."""
+    """Add a comparison to a report, with its measurements so far."""
     report["runs"][name] = {"about": about, "variants": {one.name: _summary(one, samples) for one in (over, under)}}
     report["ratios"][name] = over.median / under.median
     if report["device"].startswith("cpu") and all(over.cpu + under.cpu):
@@ -82,13 +82,13 @@ def _summary(measured: Measurement, samples: int) -> Json:
 
 
 def quartiles(seconds: list[float]) -> tuple[float, float, float]:
-    """The three quartiles."""
+    """Return the three quartiles."""
     low, middle, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return low, middle, high
 
 
 def write(report: Json, file: Path) -> None:
-    """Replace the JSON. Raises InputError where it cannot be written."""
+    """Replace the JSON file. Raises InputError if it cannot be written."""
     with write_errors(f"--json {file}", "make room, or choose another file"):
         write_text(file, json.dumps(report, indent=1, ensure_ascii=False))
 
@@ -109,18 +109,18 @@ def table(report: Json) -> str:
 
 
 def spread(run: Json) -> tuple[float, float]:
-    """First and third quartile of the ratio over turns."""
+    """Return the first and third quartile of the ratio over turns."""
     over, under = (variant["seconds"] for variant in run["variants"].values())
     low, _, high = quartiles([a / b for a, b in zip(over, under, strict=False)])
     return low, high
 
 
 SECONDS_COLOUR, FLOPS_COLOUR = colormaps[COLORMAP](0.15), colormaps[COLORMAP](0.7)
-ROW = 0.34  # inches of a ratio
+ROW = 0.34  # inches per ratio
 
 
 def draw(report: Json, path: Path) -> Path | None:
-    """Draw the ratios of seconds with their quartiles beside those of FLOPs; None where nothing was measured."""
+    """Draw the ratios of seconds with their quartiles, beside ratios of FLOPs; None if nothing was measured."""
     names = list(report["ratios"])
     if not names:
         return None
@@ -157,8 +157,8 @@ class Bench:
     """A benchmark.
 
     file     JSON, written after every comparison
-    seconds  for all comparisons: as many repeats as fit, `least` to `most`
-    quick    without the comparisons that take minutes to prepare
+    seconds  time for all comparisons: as many repeats as fit, `least` to `most`
+    quick    skip the comparisons that take minutes to prepare
     say      writes a line of progress
     """
 
@@ -215,7 +215,7 @@ class Bench:
         self.report["ceilings"][subject.name] = ceilings(subject, self.quick)
 
     def _measure(self, subject: Subject, name: str, comparison: Comparison, pace: RepeatPolicy) -> str | None:
-        """Measure one comparison. Returns why it could not be measured, if so."""
+        """Measure one comparison. Returns the reason if it cannot be measured."""
         self.say(f"{name} … {comparison.about}")
         check: Check | None = None
         try:

@@ -1,7 +1,7 @@
-"""Models as large as the published ones, and the ceilings of the device they run on.
+"""Models as large as the published ones, and the ceilings of their device.
 
-Denoisers and VAEs have the published sizes. Text encoders have the published widths and two layers, or one: text is
-encoded once a call, and is not what is measured.
+Denoisers and VAEs have the published sizes. Text encoders have the published widths but only one or two layers: text
+is encoded once per call, and this is not measured.
 """
 
 from collections.abc import Callable
@@ -116,25 +116,25 @@ REAL_SIZES = {
 }
 
 
-SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices
-BYTES = {"cuda": 2**30, "cpu": 2**25}  # that are copied
+SIDE = {"cuda": 8192, "cpu": 1024}  # side of the matrices
+BYTES = {"cuda": 2**30, "cpu": 2**25}  # copied bytes
 
 
 @torch.no_grad()
 def ceilings(subject: Subject, quick: bool) -> dict[str, Any]:
-    """Measure the ceilings of the subject's device in its precision, and how near the denoiser and the step come.
+    """Measure the ceilings of the subject's device in its precision, and which shares denoiser and step reach.
 
     matrix_flops     FLOP/s of one large matrix product
-    copy_bytes       bytes a second, read and written, of one large copy
-    denoiser_flops   FLOP/s of the plain pipeline's call, and `denoiser_share` of the first
-    step_bytes       bytes a second of the fused step on latents that fill the device, and `step_share` of the second
-    fused            whether that was the kernel, or its twin in plain PyTorch
+    copy_bytes       bytes per second, read and written, of one large copy
+    denoiser_flops   FLOP/s of the plain pipeline's call;  `denoiser_share`: its share of matrix_flops
+    step_bytes       bytes per second of the fused step on latents that fill the device;  `step_share`: of copy_bytes
+    fused            whether the step is the kernel, or its equivalent in plain PyTorch
     """
     device, dtype, seconds = subject.device, subject.pipe.dtype, 0.1 if quick else 1.0
     side, count = (table.get(device.type, table["cpu"]) for table in (SIDE, BYTES))
 
     def rate(work: float, run: Callable[[], Any]) -> float:
-        """Work a second of the fastest block of repeats."""
+        """Return the work per second of the fastest block of repeats."""
         timed = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
         return work / min(timed.blocked_autorange(min_run_time=seconds).times)
 
@@ -150,7 +150,7 @@ def ceilings(subject: Subject, quick: bool) -> dict[str, Any]:
     step, shape = linear_step("epsilon", before, after, eta=1.0), (16, count // 256)
     x, output = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
     noise = torch.randn(shape, device=device)
-    moved = x.numel() * (3 * x.element_size() + noise.element_size())  # bytes that have to move, noise in fp32
+    moved = x.numel() * (3 * x.element_size() + noise.element_size())  # bytes that must be moved, noise in fp32
     rates = {
         "matrix_flops": rate(2 * side**3, lambda: a @ a),
         "copy_bytes": rate(2 * count, lambda: target.copy_(source)),

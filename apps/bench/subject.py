@@ -39,7 +39,7 @@ from steer.training.rollout import Sampler, Trajectories
 from steer.training.trainable import LoRA
 
 STRENGTH = 10.0  # λ
-LORA_STD = 0.02  # of a LoRA's B, which begins at 0: a policy that differs from its reference
+LORA_STD = 0.02  # of a LoRA's B, initially 0, so that the policy differs from its reference
 
 
 class EightBits:
@@ -56,14 +56,14 @@ class EightBits:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with all sizes of its measurements.
+    """A model with the sizes of all its measurements.
 
-    pipe      called with `call` (num_inference_steps and guidance_scale among it) for `size` particles of each prompt
+    pipe      called with `call` (including num_inference_steps and guidance_scale) for `size` particles of each prompt
     one_step  a pipeline for ReNO, called for one step without guidance; None: no ReNO
     make_trainable   makes a pipeline for D3PO, which adds a LoRA to it; None: no D3PO
-    iterations  of ReNO
-    pairs, update_steps  of D3PO: its cost is proportional to pairs · steps
-    preview   the cheap decoder of x̂0, by a word of `steer sample`
+    iterations  iterations of ReNO
+    pairs, update_steps  pairs and steps of D3PO: its cost is proportional to pairs · steps
+    preview   the cheap decoder of x̂0, a value of --preview of `steer sample`
     """
 
     name: str
@@ -87,7 +87,7 @@ class Subject:
         return torch.device(self.pipe.device)
 
     def generator(self, name: str = "start") -> Generator:
-        """A generator with the same numbers for each run."""
+        """Return a generator with the same random numbers for each run."""
         return Generator().manual_seed(derived_seed(self.seed, name))
 
     def judge(self) -> Reward:
@@ -110,7 +110,7 @@ class Subject:
 
     @property
     def images(self) -> int:
-        """Images of a run for all prompts."""
+        """Number of images of a run for all prompts."""
         return self.size * len(self.prompts)
 
     @property
@@ -139,7 +139,7 @@ class _FreeRewards(ParticleBatch):
 
 
 def without_decoder(pipe: Any) -> Any:
-    """A copy of a pipeline whose decoder returns the latents, so that only denoising is left."""
+    """Return a copy of a pipeline whose decoder returns the latents, so that only denoising is left."""
     view = copy.copy(pipe)
     if getattr(pipe, "vae", None) is not None:
         proxy_vae = copy.copy(pipe.vae)
@@ -162,8 +162,10 @@ class Denoised(NamedTuple):
 
 
 def denoise_steered(subject: Subject, pipe: Any, lam: float = STRENGTH) -> Denoised:
-    """Steer without decoder and reward: x̂0, weights, resampling and a noisy step of all particles at every evaluated
-    step."""
+    """Steer without decoder and reward.
+
+    Every evaluated step has x̂0, weights, resampling and a noisy step of all particles.
+    """
     particle_batch = _FreeRewards(
         without_decoder(pipe),
         subject.judge(),
@@ -178,8 +180,10 @@ def denoise_steered(subject: Subject, pipe: Any, lam: float = STRENGTH) -> Denoi
 
 
 def search_of(subject: Subject) -> NoiseToImage:
-    """Prepare ReNO with two searches for each prompt: text is encoded and the starting noise drawn before the first
-    iteration. Raises InputError where there is no one-step model."""
+    """Prepare ReNO with two searches for each prompt. Raises InputError if there is no one-step model.
+
+    Text is encoded and the starting noise drawn before the first iteration.
+    """
     if subject.one_step is None:
         raise InputError("there is no one-step model")
     for part in subject.one_step.components.values():
@@ -191,8 +195,10 @@ def search_of(subject: Subject) -> NoiseToImage:
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """The pairs of samples of a D3PO update, drawn by a LoRA that differs from its reference; in two chunks, so that as
-    many rows go through the denoiser at once as the naive way has winners."""
+    """The pairs of samples of a D3PO update, drawn by a LoRA that differs from its reference.
+
+    They are in two chunks, so that the denoiser's batch is as large as the naive batch of winners.
+    """
 
     pipe: Any
     trained: LoRA
@@ -202,7 +208,7 @@ class PreferenceBatch:
 
     @property
     def stored(self) -> Trajectories:
-        """The samples, two of each prompt."""
+        """Samples, two of each prompt."""
         return Trajectories.concatenate(list(self.batch.chunks))
 
     def references(self) -> list[Reference]:
@@ -239,8 +245,8 @@ DDIM = partial(DDIMScheduler, **NOISE_LEVELS, set_alpha_to_one=False, steps_offs
 class RealSize:
     """The classes and configurations of a model.
 
-    text       class and width of each text encoder, which T5 reads with a tokenizer of words
-    guidance   scale of the pipeline's call
+    text       class and width of each text encoder; T5 has a tokenizer of words
+    guidance   guidance scale of the pipeline's call
     """
 
     pipeline: Callable[..., Any]
@@ -252,7 +258,7 @@ class RealSize:
     guidance: float = 5.0
 
     def components(self) -> dict[str, Any]:
-        """Make the arguments of the pipeline: random weights, and tokenizers that know every byte or no word."""
+        """Make the arguments of the pipeline: random weights, and tokenizers that know every byte or no word at all."""
         clip = clip_tokenizer()
         made: dict[str, Any] = {"vae": AutoencoderKL(**self.vae), "scheduler": self.scheduler()}
         made["unet" if self.denoiser_class is UNet2DConditionModel else "transformer"] = self.denoiser_class(
@@ -270,7 +276,7 @@ def build(model: RealSize, device: str, dtype: torch.dtype, seed: int = 0) -> An
     with torch.random.fork_rng(), _default_device_and_dtype(device, dtype):
         torch.manual_seed(seed)
         pipe = model.pipeline(**model.components())
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # it keeps its numbers on the CPU
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # a scheduler keeps its tensors on the CPU
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
@@ -280,7 +286,7 @@ def build(model: RealSize, device: str, dtype: torch.dtype, seed: int = 0) -> An
 
 @contextmanager
 def _default_device_and_dtype(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Make parameters on the device in its precision: twelve billion fit in bfloat16, not in fp32."""
+    """Create parameters on the device in the given precision: twelve billion fit in bfloat16, not in fp32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -291,7 +297,7 @@ def _default_device_and_dtype(device: str, dtype: torch.dtype) -> Iterator[None]
 
 
 def clip_tokenizer(length: int = 77) -> CLIPTokenizer:
-    """A tokenizer that knows every byte."""
+    """Make a tokenizer that knows every byte."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = build_tokenizer(Path(folder))
     tokenizer.model_max_length = length
@@ -299,7 +305,7 @@ def clip_tokenizer(length: int = 77) -> CLIPTokenizer:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer to which every word is unknown, with an end token after them as T5 has it."""
+    """Make a tokenizer that knows no word, with an end token after the words as in T5."""
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -315,7 +321,7 @@ def _clip(cls: type, width: int, tokenizer: CLIPTokenizer) -> Any:
         hidden_size=width,
         intermediate_size=4 * width,
         projection_dim=width,
-        num_hidden_layers=2,  # SDXL and SD3 read the last but one
+        num_hidden_layers=2,  # SDXL and SD3 read the penultimate layer
         num_attention_heads=max(width // 64, 1),
         max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,

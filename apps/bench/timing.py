@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
-PEAK_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 sets the peak back to the present
+PEAK_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak to the current value
 STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
 class Check:
-    """The largest absolute difference of two results, and whether particles had the same ancestors."""
+    """The largest absolute difference of two results, and whether particles have the same ancestors."""
 
     difference: float
     limit: float
@@ -37,14 +37,14 @@ class Check:
 
 
 def compare(first: Any, second: Any, limit: float) -> Check:
-    """Compare two results tensor by tensor: ancestors, which are integers, exactly, others within the limit."""
+    """Compare two results tensor by tensor: ancestors, which are integers, exactly, other tensors within the limit."""
     pairs = list(zip(tree_leaves(first), tree_leaves(second), strict=True))
     ancestors = [torch.equal(a, b) for a, b in pairs if not a.is_floating_point()]
     return Check(max(difference(a, b) for a, b in pairs if a.is_floating_point()), limit, all(ancestors))
 
 
 def difference(first: Tensor, second: Tensor) -> float:
-    """The largest absolute difference; infinite where the shapes differ."""
+    """Return the largest absolute difference; infinite if the shapes differ."""
     if first.shape != second.shape:
         return float("inf")
     return (first.float() - second.float()).abs().max().item() if first.numel() else 0.0
@@ -52,9 +52,9 @@ def difference(first: Tensor, second: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do it: each call of `run` does the same work and returns the same result.
+    """One side of a comparison: each call of `run` does the same work and returns the same result.
 
-    counted  whether FLOPs may be counted: that would recompile a compiled denoiser
+    counted  whether FLOPs may be counted: counting would recompile a compiled denoiser
     """
 
     name: str
@@ -64,10 +64,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class PreparedComparison:
-    """A comparison that is ready: seconds of `over` / seconds of `under`.
+    """A comparison that is ready to run: seconds of `over` / seconds of `under`.
 
-    samples  how many images, or samples learnt from, one run of a variant makes
-    check    compares what the two returned
+    samples  number of images, or of samples to learn from, that one run of a variant makes
+    check    compares the results of both variants
     """
 
     over: Variant
@@ -80,10 +80,10 @@ class PreparedComparison:
 class Measurement:
     """Measurements of a variant.
 
-    seconds  of each repeat
+    seconds  wall time of each repeat
     cpu      seconds of this process's threads in each repeat: less disturbed by other load
-    peak     bytes above those before the call, at most; None where the system cannot tell
-    flops    of one run (a multiplication and an addition are two); 0 where they are not counted
+    peak     maximum of bytes above those before the call; None if the system does not report them
+    flops    FLOPs of one run (a multiplication and an addition are two); 0 if they are not counted
     """
 
     name: str
@@ -94,13 +94,13 @@ class Measurement:
 
     @property
     def median(self) -> float:
-        """Seconds of the middle repeat."""
+        """Median seconds of the repeats."""
         return median(self.seconds)
 
 
 @dataclass(frozen=True)
 class RepeatPolicy:
-    """Repeat until `seconds` are over, `least` to `most` times."""
+    """Rule to repeat until `seconds` are over, `least` to `most` times."""
 
     seconds: float
     least: int = 3
@@ -108,7 +108,7 @@ class RepeatPolicy:
 
 
 def seconds_of(run: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of one run and of the process's threads in it, by PyTorch's clock, which waits for the accelerator.
+    """Return seconds of one run and of its threads, by PyTorch's clock, which waits for the accelerator.
 
     `torch.utils.benchmark.Timer` itself runs twice before each measured run, and cannot take turns with another.
     """
@@ -125,13 +125,13 @@ def measure(
 ) -> tuple[Any, Any]:
     """Run each variant once to warm up, then in turns A B A B …, then once each to count bytes and FLOPs.
 
-    Measurements are added at once, so that they stay when the rest is interrupted. Returns the results.
+    Each measurement is added immediately, so that it is kept after an interruption. Returns the results.
     """
     variants, started = (opened.over, opened.under), time.perf_counter()
     results = tuple(variant.run() for variant in variants)
     gc.collect()
     repeats, last = 0, 0.0
-    # As much as one more turn is left for the run that counts.
+    # The time of one more turn is reserved for the run that counts.
     while repeats < policy.least or (
         repeats < policy.most and time.perf_counter() - started + 2 * last < policy.seconds
     ):
@@ -149,7 +149,7 @@ def measure(
 
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Run, and return the bytes it needed at most above those before; None where the system cannot tell."""
+    """Run, and return the maximum of bytes above those before; None if the system does not report them."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -159,17 +159,17 @@ def peak_of(run: Callable[[], Any], device: torch.device) -> int | None:
     known = reset_peak()
     before = _status("VmRSS") if known else 0
     run()
-    return max(0, _status("VmHWM") - before) if known else None  # the kernel's count of the present is a page off
+    return max(0, _status("VmHWM") - before) if known else None  # the kernel's current value is a page off
 
 
 def reset_peak() -> bool:
-    """Give free memory back to the system and reset its peak; False where the system cannot."""
+    """Give free memory back to the system and reset its peak; False if the system cannot."""
     if sys.platform != "linux":
         return False
     name = ctypes.util.find_library("c")
     trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
     if trim is not None:
-        trim(0)  # else a run would reuse memory that an earlier one left, and seem to need nothing
+        trim(0)  # else a run would reuse an earlier run's memory, and seem to need none
     try:
         PEAK_RESET.write_text("5")
     except OSError:
@@ -178,6 +178,6 @@ def reset_peak() -> bool:
 
 
 def _status(name: str) -> int:
-    """Bytes of one line of this process's status."""
+    """Return the bytes in one line of this process's status."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024

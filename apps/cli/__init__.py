@@ -1,1 +1,1 @@
-"""The `steer` command: one file a command."""
+"""The `steer` command: one file per command."""

@@ -12,23 +12,25 @@ QUICK, LONG = 24.0, 600.0  # seconds of measuring; on two idle cores a quick run
 
 
 @click.command(cls=Command)
-@click.option("--quick", is_flag=True, help="Fewer steps and repeats, nothing compiled: 45 seconds on two cores.")
+@click.option("--quick", is_flag=True, help="Fewer steps and repeats, no compilation: 45 seconds on two cores.")
 @DEVICE
-@click.option("--json", "file", default=Path("out/bench.json"), type=click.Path(path_type=Path), help="The report.")
+@click.option("--json", "file", default=Path("out/bench.json"), type=click.Path(path_type=Path), help="Report file.")
 @click.option(
     "--model",
     "models",
     multiple=True,
-    help="scenes, or of real size and random weights: sd15, sdxl, sd3, flux; repeatable. Default: scenes, on CUDA all.",
+    help="scenes, or real sizes with random weights: sd15, sdxl, sd3, flux; repeatable. Default: scenes, on CUDA all.",
 )
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="By default as in `sample`.")
-@click.option("--particles", default=8, type=click.IntRange(2), help="K.")
-@click.option("--steps", type=click.IntRange(3), help="T; by default 20, 6 with --quick.")
-@click.option("--resolution", type=int, help="Pixels of a side; by default the model's own.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Precision; by default as in `sample`."
+)
+@click.option("--particles", default=8, type=click.IntRange(2), help="K, particles per prompt.")
+@click.option("--steps", type=click.IntRange(3), help="T, solver steps; by default 20, with --quick 6.")
+@click.option("--resolution", type=int, help="Pixels per side; by default the model's own.")
 @click.option(
     "--seconds",
     type=click.FloatRange(0, min_open=True),
-    help=f"For repeats; by default {LONG:g}, {QUICK:g} with --quick.",
+    help=f"Time for repeats; by default {LONG:g}, with --quick {QUICK:g}.",
 )
 def bench(
     quick: bool,
@@ -43,8 +45,8 @@ def bench(
 ) -> None:
     """Measure the cost of steering and finetuning against the plain pipeline and naive implementations.
 
-    Ratios of medians, both sides measured in turns in this run, at equal work, and checked to give the same results.
-    Writes FILE and a picture beside it. Ctrl-C keeps all measurements so far. Exit code 1: results differ.
+    Reports ratios of medians. Both sides are measured in turns in this run, at equal work, and checked to give the same
+    results. Writes FILE and a picture beside it. Ctrl-C keeps all measurements so far. Exit code 1: results differ.
     """
     if file.is_dir():
         raise InputError(f"--json {file}: this is a folder; name a file")

@@ -11,20 +11,20 @@ from steer.errors import InputError
 
 @click.command("check-pipeline", cls=Command)
 @click.argument("model")
-@click.option("--prompt", default="a red circle left of a blue star", help="Of all runs.")
+@click.option("--prompt", default="a red circle left of a blue star", help="Prompt of all runs.")
 @click.option(
     "--call", "arguments", default="{}", help='Further arguments of the pipeline\'s call, as JSON: {"eta": 0.5}.'
 )
 @click.option("--steps", default=4, type=click.IntRange(4), help="Solver steps of each run.")
-@click.option("--size", default=64, type=click.IntRange(8), help="Pixels of a side of the example images it needs.")
+@click.option("--size", default=64, type=click.IntRange(8), help="Pixels per side of example images.")
 @DEVICE
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the outcomes to this file too.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the results to this file.")
 def check_pipeline(
     model: str, prompt: str, arguments: str, steps: int, size: int, device: str | None, file: Path | None
 ) -> None:
-    """Check what steer can do with a pipeline, by short runs of two particles.
+    """Check which features of steer work with a pipeline, by short runs of two particles.
 
-    MODEL is a model as in `steer sample`, or module:NAME, a pipeline or a function without arguments that makes one.
+    MODEL is a model as in `steer sample`, or module:NAME, a pipeline or a function without arguments that returns one.
     Prints one line per check: ok, refused (with the reason), differs (a wrong result) or traceback. Exit code 1: a
     result differs, or a traceback.
     """

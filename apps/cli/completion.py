@@ -1,4 +1,4 @@
-"""`steer completion`: the script by which a shell completes commands, options and names."""
+"""`steer completion`: the script with which a shell completes commands, options and names."""
 
 import click
 from click.shell_completion import get_completion_class

@@ -13,11 +13,11 @@ from steer.errors import InputError
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 def convert_lora(source: Path, out: Path) -> None:
-    """Convert a LoRA between the layouts of diffusers and of kohya, which ComfyUI and A1111 read.
+    """Convert a LoRA between diffusers' layout and kohya's, which ComfyUI and A1111 read.
 
-    SOURCE is a folder such as RUN/final, or a .safetensors file, of a UNet or of a Flux transformer. From diffusers'
-    layout OUT is a .safetensors file in kohya's; from kohya's it is a folder for `load_lora_weights` and
-    `init_adapter`. The tensors are the same.
+    SOURCE is a folder such as RUN/final, or a .safetensors file, for a UNet or a Flux transformer. If SOURCE is in
+    diffusers' layout, OUT is a .safetensors file in kohya's layout; if it is in kohya's, OUT is a folder for
+    `load_lora_weights` and `init_adapter`. The tensors are the same.
     """
     if find_spec("peft") is None:
         raise InputError("convert-lora needs peft: pip install 'steer-diffusion[train]'")

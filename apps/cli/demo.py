@@ -13,24 +13,30 @@ from steer.errors import InputError
 
 
 @click.command(cls=Command)
-@click.option("--host", default="127.0.0.1", help="Address to listen on; beyond this machine only with --auth.")
-@click.option("--port", type=click.IntRange(1, 65535), help="Default: the first free one from 7860.")
-@click.option("--auth", metavar="USER:PASSWORD", help="Login that visitors need.")
-@click.option("--share", is_flag=True, help="A public address through gradio's servers; only with --auth.")
-@click.option("--model", "models", multiple=True, help="Beside the embedded ones: a folder, or ORGANISATION/NAME.")
-@click.option("--reward", "rewards", multiple=True, help="Allowed beside rewards with names: my_file:function.")
-@click.option("--labels", type=click.Path(path_type=Path, file_okay=False), help="Folder of preferences.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; other machines can connect only with --auth.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port; by default the first free one from 7860.")
+@click.option("--auth", metavar="USER:PASSWORD", help="Login for visitors.")
+@click.option("--share", is_flag=True, help="Create a public address through gradio's servers; only with --auth.")
+@click.option("--model", "models", multiple=True, help="A further model: a folder, or ORGANISATION/NAME; repeatable.")
+@click.option(
+    "--reward", "rewards", multiple=True, help="A further allowed reward, such as my_file:function; repeatable."
+)
+@click.option("--labels", type=click.Path(path_type=Path, file_okay=False), help="Folder for the preferences.")
 @click.option(
     "--label-images",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of your images with prompts, to choose between in place of sampled ones.",
+    help="Folder of your images with prompts; annotators compare these in place of sampled images.",
 )
 @click.option(
-    "--max-upload", type=click.IntRange(1), default=512, show_default=True, help="MB of a file, such as a LoRA."
+    "--max-upload",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Size limit of an uploaded file, such as a LoRA, in MB.",
 )
 @DEVICE
-@click.option("--variant", help="Of the weights of --model, such as fp16.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the models.")
+@click.option("--variant", help="Variant of the weights of --model, such as fp16.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Precision of the models.")
 def demo(
     host: str,
     port: int | None,
@@ -47,8 +53,8 @@ def demo(
 ) -> None:
     """Open the app: live particles, finetuning, scoring, and preferences of annotators.
 
-    It listens on this machine only, needs no network and no GPU, and ends with Ctrl-C. Weights are fetched from the
-    hub only with --model or --reward, or with HF_HUB_OFFLINE=0.
+    The app listens on this machine only, needs no network and no GPU, and ends with Ctrl-C. Weights are downloaded from
+    the hub only with --model or --reward, or with HF_HUB_OFFLINE=0.
     """
     if find_spec("gradio") is None:
         raise InputError("the app needs gradio: pip install 'steer-diffusion[app]'")
@@ -56,7 +62,7 @@ def demo(
         raise InputError("--label-images needs --labels FOLDER, where the table of choices is written")
     user = None if auth is None else _user(auth)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is first imported, after this
-    if not (models or rewards):  # visitors shall not fetch from the hub where the owner does not
+    if not (models or rewards):  # visitors must not download from the hub unless the owner does
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     click.echo("steer demo: loading PyTorch, diffusers and gradio …")
     from steer.apps.demo.app import check_address, launch
@@ -69,7 +75,7 @@ def demo(
     studio = Studio(*given, history_file=history, max_upload=max_upload, variant=variant)
     if studio.history_notice:
         click.echo(f"steer demo: {studio.history_notice}", err=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # how services are stopped: run `finally`, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # sent to stop a service; `finally` must run
     try:
         click.echo(f"steer demo: building the page for {', '.join(studio.models)} …")
         app = launch(studio, host, port, user, share)

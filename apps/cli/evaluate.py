@@ -12,21 +12,21 @@ from steer.apps.processes import is_main_process, launch_context
 from steer.apps.settings import errors_with_flags
 from steer.errors import InputError
 
-# Settings with options of their own here: those of a contender or of the whole evaluation.
+# Settings with their own options here: settings of a contender or of the whole evaluation.
 OWN_OPTIONS = ("model", "lora", "method", "reward", "compare", "particles", "seed", "expand", "original")
 PARTICLES = click.option(
     "--particles",
     type=int,
-    help="K, images per run, of which the best is picked; by default the method's own number, for base 1.",
+    help="K, images per run, from which the best is picked; by default the method's own number, for base 1.",
 )
-# Options of its own that a settings file may hold.
+# Options of this command that a settings file may contain.
 IN_A_FILE = {"models", "loras", "methods", "contenders", "prompts", "prompt_column", "num_prompts", "tag_column"}
 IN_A_FILE |= {"rewards", "reward_timeout", "seeds", "kl_prompts", "batch"}
 UNSET = (None, ParameterSource.DEFAULT)
 
 
 class ContenderType(click.ParamType[dict[str, Any]]):
-    """A mapping of a contender's settings: from a settings file, or as text of the command line."""
+    """A mapping of a contender's settings, from a settings file or as text on the command line."""
 
     name = "mapping"
 
@@ -52,13 +52,14 @@ class ContenderType(click.ParamType[dict[str, Any]]):
 @click.option(
     "--lora", "loras", multiple=True, help="Finetuned weights, compared with the plain model: RUN/final; repeatable."
 )
-@click.option("--method", "methods", multiple=True, default=("base",), help="As in `steer sample`; repeatable.")
+@click.option("--method", "methods", multiple=True, default=("base",), help="Method, as in `steer sample`; repeatable.")
 @click.option(
     "--contender",
     "contenders",
     multiple=True,
     type=ContenderType(),
-    help="In place of those three, with settings of its own: 'model: scenes, method: fk, lam: 5'; repeatable.",
+    help="A contender with its own settings, in place of --model, --lora and --method, such as 'model: scenes, "
+    "method: fk, lam: 5'; repeatable.",
 )
 @click.option("--prompts", required=True, help="Embedded list, file (as in `steer sample`), or data set.")
 @click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
@@ -104,10 +105,10 @@ def evaluate(
     """Compare every combination of models, finetuned weights and methods on the same prompts and seeds.
 
     Writes evaluation.md, evaluation.json and figures: rewards of the picked image and of all images of a run, with
-    intervals, against the first contender, by task and by cost; diversity; KL of finetuned weights.
+    intervals, compared with the first contender, by task and by cost; diversity; KL of finetuned weights.
 
-    Run the command again to resume; contenders may be added to a folder. An option whose help begins with a method is
-    for that method. --settings may hold the contenders, prompts, rewards, seeds and batch too.
+    Run the command again to resume; contenders may be added to a folder. An option whose help begins with a method
+    applies to that method. --settings may also contain the contenders, prompts, rewards, seeds and batch.
     """
     defined = [name for name in ("model", "lora", "method") if context.get_parameter_source(f"{name}s") not in UNSET]
     if contenders and defined:

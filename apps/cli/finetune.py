@@ -1,4 +1,4 @@
-"""`steer finetune`: the words of the command line. Heavy imports wait inside the command."""
+"""`steer finetune`: the command line. Heavy imports wait inside the command."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,22 +15,22 @@ from steer.errors import InputError
     cls=Command,
     context_settings={"ignore_unknown_options": True},
     options_metavar="[--KEY VALUE …]",
-    epilog=f"Embedded: {', '.join(CONFIGS)}. Each key is explained in prdp-sd15, which lies in steer/assets/configs.",
+    epilog=f"Embedded: {', '.join(CONFIGS)}. The file of prdp-sd15, in steer/assets/configs, explains each key.",
 )
 @click.argument("config")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="")
 @DEVICE
-@click.option("--resume", is_flag=True, help="Continue from the newest whole checkpoint; start where there is none.")
-@click.option("--yes", is_flag=True, help="Answer the first question of a configuration with `ask: true` by yes.")
+@click.option("--resume", is_flag=True, help="Resume from the newest complete checkpoint; start if there is none.")
+@click.option("--yes", is_flag=True, help="With `ask: true` in the configuration: answer the first question with yes.")
 def finetune(config: str, overrides: tuple[str, ...], device: str | None, resume: bool, yes: bool) -> None:
     """Train a diffusion model on a reward. CONFIG is the name of an embedded configuration, or a YAML file.
 
-    Any key of the configuration is an option here, which overrides the file: --max-steps 20 --beta 0.01
-    --eval-rewards '[scene, jpeg]'. Relative paths start at the current folder.
+    Any key of the configuration is also an option, which overrides the file: --max-steps 20 --beta 0.01
+    --eval-rewards '[scene, jpeg]'. Paths are relative to the current folder.
 
-    The run's folder, output_dir, receives the weights (best/, final/), checkpoints/, metrics.jsonl, evaluations.jsonl,
-    config.yaml, samples/, plots/ and a model card. Ctrl-C ends it with a checkpoint. With `ask: true` and no terminal
-    to ask at, a run whose rewards disagree ends with a checkpoint and exit code 3.
+    The run's folder, output_dir, contains the weights (best/, final/), checkpoints/, metrics.jsonl, evaluations.jsonl,
+    config.yaml, samples/, plots/ and a model card. Ctrl-C ends the run with a checkpoint. With `ask: true` but no
+    terminal, a run whose rewards disagree ends with a checkpoint and exit code 3.
     """
     if config.startswith("-"):
         raise InputError(f"{config}: the configuration comes first: steer finetune CONFIG --KEY VALUE …")
@@ -58,9 +58,9 @@ def finetune(config: str, overrides: tuple[str, ...], device: str | None, resume
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
-    """Keys and values of `--key value`, `--key=value` and, for true, `--key`. Raises InputError for a repeated key."""
+    """Parse `--key value`, `--key=value` and, for true, `--key`. Raises InputError for a repeated key."""
     parsed: dict[str, str] = {}
-    waiting = None  # a key whose value may come next
+    waiting = None  # a key whose value may follow
     for word in words:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")

@@ -11,18 +11,23 @@ from steer.errors import InputError
 
 @click.command(cls=Command)
 @model_runs(min_steps=4)
-@click.option("--judge", help="Reward of the finished images to predict, in place of --reward.")
+@click.option("--judge", help="Reward of the finished images that is predicted, in place of --reward.")
 @click.option(
     "--lookahead",
     "lookaheads",
     multiple=True,
     type=NumberOrWord(int),
     default=(1, 2, 3),
-    help="Coarse steps to the end, 1 is x̂0; or lora:PATH; repeatable.",
+    help="Look-ahead: coarse steps to the end, 1 is x̂0; or lora:PATH; repeatable.",
 )
-@click.option("--value", "values", multiple=True, help="Folder of `steer value train`, as a further row; repeatable.")
+@click.option(
+    "--value",
+    "values",
+    multiple=True,
+    help="Folder of a learned value of `steer value train`, as a further row; repeatable.",
+)
 @click.option("--at", help="Solver steps, from 0, such as 2,5,8; by default at 10, 25, 40, 55, 70 and 85 % of the run.")
-@click.option("--particles", default=4, type=click.IntRange(2), help="Images of each prompt, whose pairs are ranked.")
+@click.option("--particles", default=4, type=click.IntRange(2), help="Images of each prompt; their pairs are ranked.")
 @click.option("--out", default=Path("foresight"), type=click.Path(path_type=Path), help="Output folder.")
 def foresight(
     runs: ModelRuns,
@@ -33,10 +38,11 @@ def foresight(
     particles: int,
     out: Path,
 ) -> None:
-    """Measure how well intermediate rewards rank the images of MODEL as the finished ones do.
+    """Measure how well intermediate rewards predict the final ranking of images of MODEL.
 
-    For each solver step and look-ahead: the share of pairs of images of one prompt that are ranked as at the end. Take
-    the steps and the look-ahead of steering from this table. Writes foresight.md, foresight.json and foresight.png.
+    For each solver step and look-ahead: the share of pairs of images of one prompt that are ranked as at the end.
+    Choose the steps and the look-ahead of steering from this table. Writes foresight.md, foresight.json and
+    foresight.png.
     """
     from steer.apps.evaluation import foresight as analysis
     from steer.apps.reward_specs import resolve_reward

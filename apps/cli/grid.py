@@ -12,8 +12,8 @@ from steer.apps.settings import errors_with_flags
 
 @click.command(cls=Command)
 @click.argument("prompt", required=False)
-@click.option("--x", required=True, help="Columns: NAME=VALUE,VALUE,… or, where values hold commas, NAME=VALUE|VALUE|…")
-@click.option("--y", help="Rows, likewise.")
+@click.option("--x", required=True, help="Columns: NAME=VALUE,VALUE,… or, if values contain commas, NAME=VALUE|VALUE|…")
+@click.option("--y", help="Rows, in the same form.")
 @TIMEOUT
 @setting_options(without=("compare", "best_of"))
 @click.option(
@@ -29,10 +29,11 @@ def grid(
     device: str | None,
     **settings: Any,
 ) -> None:
-    """Sample PROMPT under every pair of values of two settings, with one seed: grid.png, grid.json and the images.
+    """Sample PROMPT with every pair of values of two settings and one seed: grid.png, grid.json and the images.
 
     NAME is any setting below (method, reward, lam, seed, scheduler, lora, …), an argument of the pipeline, or prompt.
-    The value default leaves it as it is. The best image of each run is shown over its reward, and holds its recipe.
+    The value default means the setting's default. The best image of each run is shown over its reward, and contains its
+    recipe.
     """
     from steer.apps.grids import Axis, sample_grid
 

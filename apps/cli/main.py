@@ -33,7 +33,7 @@ from steer.errors import InputError
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="steer")
 @click.option(
-    "--offline", is_flag=True, help="Use no network: load models and rewards from folders and the hub's cache."
+    "--offline", is_flag=True, help="Use no network: load models and rewards from folders and the hub's cache only."
 )
 def steer(offline: bool) -> None:
     """Better images from a diffusion model and a reward."""
@@ -61,8 +61,8 @@ def score(
     """Score IMAGEs and print JSON, with the components of a composed reward.
 
     IMAGE is a file, a folder (of `steer sample`, or with captions), or a table (.csv, .jsonl, .json, .tsv, .parquet)
-    with columns of images and prompts. Prompts are required by rewards that read them. Images that cannot be scored
-    are listed in the error, the others are scored, and the exit code is 2.
+    with columns of images and prompts. Rewards that read prompts require them. Images that cannot be scored are listed
+    in the error, the other images are scored, and the exit code is 2.
     """
     from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
@@ -72,7 +72,7 @@ def score(
     samples = collect_images(images, texts, file, prompt_column)
     loaded = resolve_reward(reward, reward_timeout)
     rows, errors = score_images(loaded, samples, default_device(device))
-    if cost := attribute(loaded, "cost", None):  # of a chat endpoint
+    if cost := attribute(loaded, "cost", None):  # only chat endpoints have it
         click.echo(f"steer: {cost}", err=True)
     prompts = {one.prompt for one in samples}
     output = {"reward": reward, "prompt": prompts.pop() if len(prompts) == 1 else None}
@@ -92,8 +92,8 @@ for command in COMMANDS:
 
 
 def main() -> None:
-    """Run the command; errors of the input are one line on stderr and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # paths may hold bytes that are not text
+    """Run the command; errors in the input become one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # paths may contain bytes that are not text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with ExitGuard():
@@ -113,7 +113,7 @@ def _run() -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
     except click.ClickException as error:
-        if is_main_process():  # all processes parsed the same words
+        if is_main_process():  # all processes parsed the same command line
             click.echo(f"steer: {' '.join(error.format_message().split())}", err=True)
         sys.exit(2)
     except InputError as error:

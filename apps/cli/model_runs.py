@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelRuns:
-    """The model, reward and prompts of a command, as they are given."""
+    """The model, reward and prompts of a command, as given on the command line."""
 
     model: str
     reward: str
@@ -35,7 +35,7 @@ class ModelRuns:
         return {name: value for name, value in given.items() if value is not None}
 
     def load(self) -> "tuple[Any, Reward, list[str]]":
-        """Load the pipeline, the reward and the prompts, evenly spaced where only some are wanted."""
+        """Load the pipeline, the reward and the prompts, evenly spaced if only some are wanted."""
         from steer.apps.models import default_device, load_pipeline
         from steer.apps.prompts import evenly_chosen, load_prompts
         from steer.apps.reward_specs import resolve_reward
@@ -48,14 +48,14 @@ class ModelRuns:
 
 
 def model_runs(min_steps: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command, which gets its `ModelRuns` first and then the options of its own."""
+    """Decorate a command, which receives its `ModelRuns` first and then its own options."""
     options = (
         click.argument("model"),
         click.option("--reward", required=True, help=SPEC),
         TIMEOUT,
         click.option("--prompts", required=True, help="Embedded list, file (as in `steer sample`), or data set."),
         click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption."),
-        click.option("--num-prompts", type=click.IntRange(1), help="So many of them, evenly spaced."),
+        click.option("--num-prompts", type=click.IntRange(1), help="Number of evenly spaced prompts; by default all."),
         click.option(
             "--steps",
             type=click.IntRange(min_steps),

@@ -29,27 +29,27 @@ class Command(click.Command):
     """A command that refuses a repeated single-valued option; click would silently use the last."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """Parse the words of the command line. Raises InputError for a single-valued option that is repeated."""
-        if not context.resilient_parsing:  # of a shell that completes words
+        """Parse the command line. Raises InputError for a single-valued option that is repeated."""
+        if not context.resilient_parsing:  # a shell completes words
             check_not_repeated(self, context, args)
         return super().parse_args(context, args)
 
 
 class Group(click.Group):
-    """A group of such commands, whose own options follow the same rule."""
+    """A group of such commands; its own options follow the same rule."""
 
     command_class = Command
     group_class = type
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the options before the name of a command, as `Command.parse_args` does."""
-        if not context.resilient_parsing:  # of a shell that completes words
+        if not context.resilient_parsing:  # a shell completes words
             check_not_repeated(self, context, args)
         return super().parse_args(context, args)
 
 
 def is_single_valued(option: click.Parameter) -> bool:
-    """Tell whether an option has one value: not `multiple`, not counted, not `--help` or `--version`."""
+    """Return whether an option has one value: not `multiple`, not counted, not `--help` or `--version`."""
     return isinstance(option, click.Option) and not (option.multiple or option.count or option.is_eager)
 
 
@@ -70,7 +70,7 @@ def _checked(context: click.Context, option: click.Parameter, device: str | None
 
         try:
             check_device(device)
-        except InputError as error:  # which only the main process prints
+        except InputError as error:  # only the main process prints it
             raise click.ClickException(str(error)) from error
     return device
 
@@ -83,7 +83,7 @@ DEVICE = click.option(
 
 
 def _read_settings(others: Collection[str], context: click.Context, option: click.Parameter, path: Path | None) -> None:
-    """Take the settings and `others` of a YAML file as defaults of a command. Raises InputError for an unknown one."""
+    """Use the settings and `others` of a YAML file as a command's defaults. Raises InputError for unknown keys."""
     if path is None:
         return
     from steer.apps.yaml_text import read_yaml
@@ -112,7 +112,7 @@ class CallArgument(click.ParamType[dict[str, Any]]):
     name = "NAME=VALUE"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> dict[str, Any]:
-        """Return the argument by its name, its value as text. Raises InputError."""
+        """Return {name: value as text}. Raises InputError."""
         if isinstance(value, dict):
             return value
         name, equals, text = str(value).partition("=")
@@ -122,7 +122,7 @@ class CallArgument(click.ParamType[dict[str, Any]]):
 
 
 def _merge_call(context: click.Context, option: click.Parameter, given: Sequence[dict[str, Any]]) -> Any:
-    """Return all arguments of the call by name. Raises InputError for one that is given twice."""
+    """Return all arguments of the call by name. Raises InputError for an argument that is given twice."""
     names = [name for one in given for name in one]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise InputError(f"--call {repeated[0]} is given {names.count(repeated[0])} times and takes one value")
@@ -133,7 +133,7 @@ def _join_loras(context: click.Context, option: click.Parameter, given: Sequence
     return " + ".join(given) or None
 
 
-# Settings whose option is repeatable: {setting: (type, callback that makes one value)}.
+# Settings with a repeatable option: {setting: (type, callback that merges the values)}.
 REPEATABLE: dict[str, tuple[Any, Callable[..., Any]]] = {
     "call": (CallArgument(), _merge_call),
     "lora": (str, _join_loras),
@@ -141,7 +141,7 @@ REPEATABLE: dict[str, tuple[Any, Callable[..., Any]]] = {
 
 
 class NumberOrWord(click.ParamType[Any]):
-    """A number of one kind, or a word that stands for one, such as auto."""
+    """A number of one kind, or a word in its place, such as auto."""
 
     name = "number or word"
 
@@ -149,7 +149,7 @@ class NumberOrWord(click.ParamType[Any]):
         self.kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
-        """Convert a text to the number that it writes, else leave it."""
+        """Convert the text of a number to the number; return other texts unchanged."""
         try:
             return self.kind(value)
         except ValueError:
@@ -179,9 +179,9 @@ def complete_setting(context: click.Context, option: click.Parameter, incomplete
 
 
 def setting_options(without: Collection[str] = (), others: Collection[str] = ()) -> Callable[[F], F]:
-    """Decorate a command with an option for every setting of `steer.apps.settings`; None is a setting's default.
+    """Decorate a command with an option for every setting of `steer.apps.settings`; None means the default.
 
-    others  the command's own options that a settings file may hold too
+    others  the command's own options that a settings file may also contain
     """
     settings_file = click.option(
         "--settings",
@@ -190,8 +190,8 @@ def setting_options(without: Collection[str] = (), others: Collection[str] = ())
         is_eager=True,
         expose_value=False,
         callback=partial(_read_settings, others),
-        help="YAML file of the settings below, by name; `steer tune` writes one. Options of the command line "
-        "take their place.",
+        help="YAML file of the settings below, by name; `steer tune` writes one. Options on the command line "
+        "override it.",
     )
 
     def decorate(command: F) -> F:
@@ -214,7 +214,7 @@ def setting_options(without: Collection[str] = (), others: Collection[str] = ())
 
 
 def options_of(settings: type[Settings]) -> Callable[[F], F]:
-    """Decorate a command with an option for each number of a settings dataclass: its range, default and help."""
+    """Decorate a command with an option for each number of a settings dataclass, with its range, default and help."""
 
     def decorate(command: F) -> F:
         for one in reversed(fields(settings)):
@@ -229,7 +229,7 @@ def options_of(settings: type[Settings]) -> Callable[[F], F]:
 
 
 def range_of(kind: type, within: str) -> click.ParamType[Any]:
-    """Return the numbers of one kind in an interval such as "(0, 1]" as a type of the command line."""
+    """Return the click type for numbers of one kind in an interval such as "(0, 1]"."""
     low, high = (None if end.strip("-") == "inf" else kind(end) for end in within[1:-1].split(", "))
     limited: Any = click.IntRange if kind is int else click.FloatRange
     numbers: click.ParamType[Any] = limited(low, high, min_open=within[0] == "(", max_open=within[-1] == ")")

@@ -17,9 +17,9 @@ from steer.apps.cli.options import DEVICE, Command
 @click.option("--diverse", default=0.5, type=click.FloatRange(0), help="Weight of coverage; 0: the highest rewards.")
 @click.option("--prompt", "texts", multiple=True, help="Prompt of all images, or one per image; repeatable.")
 @click.option("--prompts", "file", type=click.Path(path_type=Path), help="File with one prompt per image.")
-@click.option("--features", help="A CLIP whose features tell images apart, such as scenes; by default pixels.")
-@click.option("--represent", is_flag=True, help="An image of high rank for each reward, not for their mean.")
-@click.option("--at-least", type=click.IntRange(1), help="Images of each prompt, at least.")
+@click.option("--features", help="CLIP whose features measure diversity, such as scenes; by default pixels.")
+@click.option("--represent", is_flag=True, help="Choose an image of high rank for each reward, not for their mean.")
+@click.option("--at-least", type=click.IntRange(1), help="Minimum number of images of each prompt.")
 @DEVICE
 def pick(
     images: tuple[Path, ...],
@@ -33,9 +33,9 @@ def pick(
     represent: bool,
     at_least: int | None,
 ) -> None:
-    """Choose a few of IMAGEs with high rewards that differ, and print them as JSON in the order of the choice.
+    """Choose a few diverse IMAGEs with high rewards, and print them as JSON in the order of the choice.
 
-    IMAGE is a file, a folder or a table, as of `steer score`.
+    IMAGE is a file, a folder or a table, as for `steer score`.
     """
     from steer.apps.models import default_device
     from steer.apps.picking import pick as pick_images

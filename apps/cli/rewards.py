@@ -15,7 +15,7 @@ FOLDER = click.Path(path_type=Path)
 IMAGES = click.option(
     "--images", required=True, type=FOLDER, help="Folder of images, such as the output of `steer sample`."
 )
-PROMPT = click.option("--prompt", help="Prompt of all images, where the folder contains none.")
+PROMPT = click.option("--prompt", help="Prompt of all images, if the folder contains no prompts.")
 
 
 @click.group(cls=Group, invoke_without_command=True)
@@ -38,14 +38,14 @@ def rewards(context: click.Context) -> None:
 @rewards.command()
 @click.argument("reward", metavar="SPEC")
 @click.option(
-    "--host", default="127.0.0.1", help="Address to listen on; other than the default, other machines can connect."
+    "--host", default="127.0.0.1", help="Address to listen on; with other than the default, other machines can connect."
 )
-@click.option("--port", default=0, type=click.IntRange(0, 65535), help="0: any free port.")
+@click.option("--port", default=0, type=click.IntRange(0, 65535), help="Port to listen on; 0: any free port.")
 @DEVICE
 def serve(reward: str, host: str, port: int, device: str | None) -> None:
     """Serve the reward SPEC over HTTP, for `--reward http://…/` elsewhere, until Ctrl-C.
 
-    If the environment variable STEER_REWARD_TOKEN is set, requests need it: set it for the client too.
+    If the environment variable STEER_REWARD_TOKEN is set, requests need this token: set it for the client too.
     """
     from steer.apps.errors import exit_now
     from steer.apps.models import default_device
@@ -82,10 +82,12 @@ def on_images(command: Callable[..., None]) -> Callable[..., None]:
 @rewards.command()
 @click.argument("reward")
 @on_images
-@click.option("--max-images", default=8, type=click.IntRange(1), help="Images of one size to test on.")
+@click.option("--max-images", default=8, type=click.IntRange(1), help="Maximum number of test images, all of one size.")
 def check(paths: Sequence[Path], prompts: Sequence[str], device: str, reward: str, max_images: int) -> None:
-    """Test REWARD: contract, determinism, batches, gradients, speed; of a judge that both orders of a pair agree. Exit
-    code 1 where a test fails."""
+    """Test REWARD: contract, determinism, batches, gradients, speed; for a judge, agreement of both orders of a pair.
+
+    Exit code 1: a test failed.
+    """
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import load_batch, render_check_results
     from steer.rewards.analysis import check_judge, check_reward
@@ -106,7 +108,7 @@ def check(paths: Sequence[Path], prompts: Sequence[str], device: str, reward: st
 @click.argument("first")
 @click.argument("second")
 @on_images
-@click.option("--out", default=Path("scatter.png"), type=FOLDER, help="The scatter plot, a PNG file.")
+@click.option("--out", default=Path("scatter.png"), type=FOLDER, help="PNG file for the scatter plot.")
 def compare(paths: Sequence[Path], prompts: Sequence[str], device: str, first: str, second: str, out: Path) -> None:
     """Measure the agreement of two rewards on images: rank correlations, STARC distance, and a scatter plot."""
     from steer.apps.reward_specs import resolve_reward
@@ -124,7 +126,7 @@ def compare(paths: Sequence[Path], prompts: Sequence[str], device: str, first: s
 @click.argument("held_out", metavar="HOLDOUT")
 @on_images
 def usefulness(paths: Sequence[Path], prompts: Sequence[str], device: str, proxy: str, held_out: str) -> None:
-    """Find where HOLDOUT peaks as PROXY is optimised, by best-of-n of each prompt's images: a bound for training."""
+    """Find where HOLDOUT peaks while best-of-n of each prompt's images optimises PROXY: a bound for training."""
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import render_usefulness, scores_by_prompt
     from steer.training.overoptimization import point_of_usefulness
@@ -138,7 +140,7 @@ def usefulness(paths: Sequence[Path], prompts: Sequence[str], device: str, proxy
 @click.argument("proxy")
 @click.argument("held_out", metavar="HOLDOUT")
 @on_images
-@click.option("--keep", type=click.IntRange(2), help="Samples of a prompt to keep.  [default: half]")
+@click.option("--keep", type=click.IntRange(2), help="Samples to keep per prompt.  [default: half]")
 def reliability(
     paths: Sequence[Path], prompts: Sequence[str], device: str, proxy: str, held_out: str, keep: int | None
 ) -> None:
@@ -173,9 +175,11 @@ def contrast(paths: Sequence[Path], prompts: Sequence[str], device: str, reward:
 @click.argument("rewards_", nargs=-1, required=True, metavar="REWARD...")
 @IMAGES
 @PROMPT
-@click.option("--optimised", type=FOLDER, help="Images that were optimised: report their correlations too.")
-@click.option("--gold", metavar="REWARD", help="The truth: list images that all members overrate by it.")
-@click.option("--out", type=FOLDER, help="The figures, a JSON file.")
+@click.option("--optimised", type=FOLDER, help="Folder of images that were optimised: also report their correlations.")
+@click.option(
+    "--gold", metavar="REWARD", help="The true reward: list images that all members overrate compared with it."
+)
+@click.option("--out", type=FOLDER, help="JSON file for the figures.")
 @DEVICE
 def herding(
     rewards_: tuple[str, ...],
@@ -199,13 +203,16 @@ def herding(
 @click.argument("rewards_", nargs=-1, required=True, metavar="REWARD...")
 @IMAGES
 @PROMPT
-@click.option("--gold", metavar="REWARD", help="The truth: its best images of a prompt are the right ones.")
+@click.option("--gold", metavar="REWARD", help="The true reward: its best images of a prompt are the right ones.")
 @DEVICE
 def benchmark(
     rewards_: tuple[str, ...], images: Path, prompt: str | None, gold: str | None, device: str | None
 ) -> None:
-    """Measure how often each REWARD puts the right one above ALL wrong ones: changed prompts of an image and, by
-    --gold, images of its prompt; beside the share of pairs, and the gain of best-of-n."""
+    """Measure how often each REWARD scores the right candidate above ALL wrong ones.
+
+    Wrong candidates are changed prompts of an image and, with --gold, other images of its prompt. The table also has
+    the share of right pairs, and the gain of best-of-n.
+    """
     from steer.apps.calibration import benchmark_rewards
     from steer.apps.models import default_device
 
@@ -217,12 +224,14 @@ def benchmark(
 @click.argument("rewards_", nargs=-1, required=True, metavar="REWARD...")
 @IMAGES
 @PROMPT
-@click.option("--out", required=True, type=FOLDER, help="The calibration, a JSON file; other rewards in it are kept.")
+@click.option("--out", required=True, type=FOLDER, help="JSON file of the calibration; other rewards in it are kept.")
 @click.option(
-    "--bound", metavar="TRUTH", help="Fit a lower bound of the reward TRUTH instead, for lower(A, B, from=OUT)."
+    "--bound", metavar="TRUTH", help="Fit a lower bound on the reward TRUTH instead, for lower(A, B, from=OUT)."
 )
 @click.option("--level", default=0.9, help="Share of fresh images on which the bound holds, 0 to 1.")
-@click.option("--optimised", type=FOLDER, help="Images that were optimised: report the bound's share on them too.")
+@click.option(
+    "--optimised", type=FOLDER, help="Folder of images that were optimised: also report the bound's share on them."
+)
 @DEVICE
 def calibrate(
     rewards_: tuple[str, ...],
@@ -249,14 +258,17 @@ def calibrate(
 
 
 PAIRS_PER_PROMPT = click.option(
-    "--pairs-per-prompt", default=32, type=click.IntRange(1), help="At most; drawn without repetition."
+    "--pairs-per-prompt",
+    default=32,
+    type=click.IntRange(1),
+    help="Maximum number of pairs per prompt, drawn without repetition.",
 )
 SEED = click.option("--seed", default=0)
-DATA = click.option("--images", type=FOLDER, help="Folder that image paths are relative to.  [default: that of DATA]")
+DATA = click.option("--images", type=FOLDER, help="Folder that image paths are relative to.  [default: folder of DATA]")
 OUT_PAIRS = click.option(
-    "--out", required=True, type=FOLDER, help="The pairs, a .jsonl file, or .parquet with their images."
+    "--out", required=True, type=FOLDER, help="File for the pairs: .jsonl, or .parquet with their images."
 )
-MAX_ROWS = click.option("--max-rows", type=click.IntRange(1), help="The first rows of DATA alone.")
+MAX_ROWS = click.option("--max-rows", type=click.IntRange(1), help="Read only the first rows of DATA.")
 WORK = click.option(
     "--work", type=FOLDER, help="Folder of checkpoints and logs; run the command again to resume.  [default: runs/OUT]"
 )
@@ -267,7 +279,7 @@ WORK = click.option(
     "--by", "judge", required=True, help="A judge: hierarchy(A > 0.1, B), a reward, http://HOST/v1,model=NAME."
 )
 @on_images
-@click.option("--out", required=True, type=FOLDER, help="The pairs, a .jsonl file for `steer rewards train`.")
+@click.option("--out", required=True, type=FOLDER, help="File for the pairs: .jsonl, for `steer rewards train`.")
 @PAIRS_PER_PROMPT
 @SEED
 def pairs(
@@ -294,11 +306,11 @@ def _report_pairs(rows: int, out: Path) -> None:
 @click.argument("data", type=FOLDER)
 @OUT_PAIRS
 @DATA
-@click.option("--certainty", default=0.3, help="Leave out pairs with |P - 1/2| below it, 0 to 0.5.")
+@click.option("--certainty", default=0.3, help="Leave out pairs with |P - 1/2| below this, 0 to 0.5.")
 @PAIRS_PER_PROMPT
 @SEED
 def counts(data: Path, out: Path, images: Path | None, certainty: float, pairs_per_prompt: int, seed: int) -> None:
-    """Label pairs of images by how often they were liked and shown: rows of image, prompt, shown, liked in DATA."""
+    """Label pairs of images by the counts of likes and views: rows of image, prompt, shown, liked in DATA."""
     from steer.apps.learning import label_counts
 
     _report_pairs(label_counts(data, out, certainty, pairs_per_prompt, seed, images), out)
@@ -310,12 +322,19 @@ def counts(data: Path, out: Path, images: Path | None, certainty: float, pairs_p
 @DATA
 @MAX_ROWS
 @WORK
-@click.option("--folds", default=4, type=click.IntRange(2), help="Each part is measured by members of the others.")
-@click.option("--flip", default=0.1, type=click.FloatRange(0, 1), help="Share of the labels to flip, at most.")
-@click.option("--soften", default=0.1, type=click.FloatRange(0, 1), help="Share whose labels become probabilities.")
-@click.option("--backbone", default="scenes", help="A CLIP, as of `steer rewards train`.")
-@click.option("--head", default="pair", help="pair, image or general.")
-@click.option("--members", default=3, type=click.IntRange(1), help="Members of each part.")
+@click.option(
+    "--folds",
+    default=4,
+    type=click.IntRange(2),
+    help="Parts of the data; members trained on the other parts measure a part.",
+)
+@click.option("--flip", default=0.1, type=click.FloatRange(0, 1), help="Maximum share of the labels to flip.")
+@click.option(
+    "--soften", default=0.1, type=click.FloatRange(0, 1), help="Share of the labels that become probabilities."
+)
+@click.option("--backbone", default="scenes", help="A CLIP, as in `steer rewards train`.")
+@click.option("--head", default="pair", help="Head on the CLIP: pair, image or general.")
+@click.option("--members", default=3, type=click.IntRange(1), help="Ensemble members per part.")
 @click.option("--steps", default=300)
 @click.option("--batch-size", default=64)
 @click.option("--learning-rate", default=1e-3)
@@ -333,8 +352,11 @@ def strength(
     device: str | None,
     **options: Any,
 ) -> None:
-    """Measure the strength of the preferences in DATA by an ensemble, and clean their labels: pairs with the columns
-    strength, spread and change, for `steer rewards train --objective scaled-bradley-terry` or margin."""
+    """Measure the strength of the preferences in DATA by an ensemble, and clean their labels.
+
+    Writes pairs with the columns strength, spread and change, for `steer rewards train` with --objective
+    scaled-bradley-terry or margin.
+    """
     from steer.apps.learning import clean_pairs
     from steer.apps.models import default_device
     from steer.rewards.learned import RewardTrainingConfig
@@ -345,23 +367,23 @@ def strength(
 
 @rewards.command()
 @click.argument("goal")
-@click.option("--chat", required=True, metavar="URL", help="OpenAI-compatible endpoint, http://HOST/v1.")
-@click.option("--chat-model", required=True, metavar="NAME", help="The model's name on that server.")
+@click.option("--chat", required=True, metavar="URL", help="OpenAI-compatible endpoint, such as http://HOST/v1.")
+@click.option("--chat-model", required=True, metavar="NAME", help="Name of the model on that server.")
 @IMAGES
 @PROMPT
 @click.option("--judge", help="Rank by this judge or reward instead of asking you in the terminal.")
-@click.option("--candidates", default=6, type=click.IntRange(1), help="Files in each iteration.")
+@click.option("--candidates", default=6, type=click.IntRange(1), help="Files per iteration.")
 @click.option("--iterations", default=5, type=click.IntRange(1))
-@click.option("--seconds", default=20.0, help="Limit of one call of a written reward.")
-@click.option("--out", required=True, type=FOLDER, help="The reward, a Python file; use it by sandbox:FILE.")
+@click.option("--seconds", default=20.0, help="Time limit of one call of a written reward, in seconds.")
+@click.option("--out", required=True, type=FOLDER, help="Python file for the reward; use it as sandbox:FILE.")
 @click.option("--work", type=FOLDER, help="Folder of the iterations.  [default: runs/OUT]")
 @click.option("--distil", type=FOLDER, help="Train a head on a CLIP to predict the reward, into this folder.")
-@click.option("--backbone", default="scenes", help="The CLIP of --distil, as of `steer rewards train`.")
+@click.option("--backbone", default="scenes", help="The CLIP of --distil, as in `steer rewards train`.")
 @DEVICE
 def write(out: Path, work: Path | None, distil: Path | None, backbone: str, device: str | None, **options: Any) -> None:
     """Have a language model write a reward for GOAL, rank its versions by the images that they prefer, and refine it.
 
-    Written code runs in a child process with limits: a fence, not a wall. Run the command again to resume.
+    Written code runs in a child process with limits: not a complete security boundary. Run the command again to resume.
     """
     from steer.apps import writing
     from steer.apps.models import default_device
@@ -377,7 +399,7 @@ def write(out: Path, work: Path | None, distil: Path | None, backbone: str, devi
 
 @rewards.command()
 @click.argument("data", type=FOLDER)
-@click.option("--out", required=True, type=FOLDER, help="Folder of the reward; load it by `--reward FOLDER`.")
+@click.option("--out", required=True, type=FOLDER, help="Folder for the reward; load it with `--reward FOLDER`.")
 @DATA
 @MAX_ROWS
 @WORK
@@ -388,9 +410,9 @@ def write(out: Path, work: Path | None, distil: Path | None, backbone: str, devi
 @click.option(
     "--objective",
     default="bradley-terry",
-    help="bradley-terry, scaled-bradley-terry, margin, triplet, regression; rating; contrastive (of captions).",
+    help="bradley-terry, scaled-bradley-terry, margin, triplet, regression; rating; contrastive (for captions).",
 )
-@click.option("--start", help="Folder of a trained reward to train further, such as one of ratings.")
+@click.option("--start", help="Folder of a trained reward to train further, such as a reward from ratings.")
 @click.option("--train-backbone", is_flag=True, help="Train the CLIP too, not only the head.")
 @click.option(
     "--members", default=1, help="Size of the ensemble; each member has its own seed and sample of the pairs."
@@ -398,7 +420,7 @@ def write(out: Path, work: Path | None, distil: Path | None, backbone: str, devi
 @click.option("--steps", default=500)
 @click.option("--batch-size", default=64)
 @click.option("--learning-rate", default=1e-3)
-@click.option("--margin", type=float, help="Of --objective triplet, above 0.  [default: 0.3]")
+@click.option("--margin", type=float, help="Margin of --objective triplet, above 0.  [default: 0.3]")
 @click.option("--label-smoothing", default=0.0, help="Label smoothing, 0 to 0.5.")
 @click.option("--label-noise", default=0.0, help="Assumed share of wrong labels, 0 to 0.5.")
 @click.option(
@@ -406,20 +428,26 @@ def write(out: Path, work: Path | None, distil: Path | None, backbone: str, devi
     default=0.0,
     help="Weight of the penalty that centers each prompt's rewards at 0; for ensembles 0.01 to 0.1.",
 )
-@click.option("--slope-penalty", default=0.0, help="Weight of a penalty of slopes above --slope; 10 is usual.")
+@click.option("--slope-penalty", default=0.0, help="Weight of a penalty on slopes above --slope; 10 is usual.")
 @click.option("--slope", default=1.0, help="Bound on ‖∇r‖ with respect to an image in [0, 1], nats per unit norm.")
-@click.option("--mix-text", default=0.0, help="Share of the rows whose prompt is mixed with its nearest one, below 1.")
+@click.option(
+    "--mix-text", default=0.0, help="Share of the rows whose prompt is mixed with the nearest other one, below 1."
+)
 @click.option("--held-out", default=0.1, help="Share of the prompts for evaluation.")
 @SEED
 @click.option(
-    "--features", help='Named rewards, like "clip:scenes, brightness": fit their weights in place of a CLIP head.'
+    "--features", help='Fit weights of named rewards, such as "clip:scenes, brightness", in place of a CLIP head.'
 )
-@click.option("--signs", default="", help='Of the weights: "+ ? -" for at least 0, free, at most 0.')
+@click.option("--signs", default="", help='Signs of the weights: "+ ? -" for at least 0, free, at most 0.')
 @click.option("--hidden", default=0, help="Units of a small network over the features, in place of weights.")
 @click.option(
-    "--groups", type=int, help="Pairs with a column user: learn the weights of each user over so many groups."
+    "--groups",
+    type=int,
+    help="For pairs with a column user: number of groups over which each user's weights are learned.",
 )
-@click.option("--latent", type=int, help="Pairs with a column user: learn a latent vector of each, of so many numbers.")
+@click.option(
+    "--latent", type=int, help="For pairs with a column user: size of the latent vector learned for each user."
+)
 @DEVICE
 def train(
     data: Path,
@@ -436,7 +464,7 @@ def train(
 
     DATA is a .jsonl, .json, .parquet, .csv or .tsv file, a folder, or ORGANISATION/NAME[:SPLIT] on the hub: pairs
     (image_a, image_b, prompt, choice), the tables of Pick-a-Pic, HPDv2, HPDv3 and ImageReward, DPO's chosen and
-    rejected, and preference datasets that the demo recorded; with --objective rating image, prompt and rating.
+    rejected, and preference datasets from the demo; with --objective rating: image, prompt and rating.
     """
     from steer.apps.learning import run_reward_training, summary
     from steer.apps.models import default_device
@@ -470,6 +498,6 @@ def _refuse_others(kind: str, allowed: Collection[str]) -> None:
 
 
 def _config(kind: Any, options: dict[str, Any]) -> Any:
-    """Make a configuration of the options that are its fields."""
+    """Make a configuration from the options that are its fields."""
     names = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in options.items() if name in names})

@@ -27,28 +27,37 @@ WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "
 @click.pass_context
 @click.argument("prompt", nargs=-1)
 @click.option(
-    "--prompts", "prompt_file", type=click.Path(path_type=Path), help="File: .txt, .jsonl, .json, .csv, .tsv, .parquet."
+    "--prompts",
+    "prompt_file",
+    type=click.Path(path_type=Path),
+    help="File of prompts: .txt, .jsonl, .json, .csv, .tsv, .parquet.",
 )
 @click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
 @click.option(
     "--purpose",
-    help="picture: the best one, by search (race); samples: draws from p(x0) exp(λ r(x0)) (fk). In place of --method; "
-    "by default picture, with options that only fk has samples.",
+    help="picture: the best one, by search (race); samples: draws from p(x0) exp(λ r(x0)) (fk). Replaces --method; "
+    "by default picture, or samples if an option is given that only fk has.",
 )
 @TIMEOUT
 @setting_options()
 @click.option(
     "--out", default=Path("out"), type=click.Path(path_type=Path), help="Output folder; a run there is resumed."
 )
-@click.option("--replay", type=click.Path(path_type=Path), help="PNG of an earlier run: make that image again.")
-@click.option("--keep", type=click.IntRange(1), help="Images of each prompt in grid.png: good and different ones.")
-@click.option("--diverse", type=click.FloatRange(0), help="Weight of their difference in that choice.  [default: 0.5]")
+@click.option("--replay", type=click.Path(path_type=Path), help="PNG of an earlier run: reproduce that image.")
+@click.option(
+    "--keep", type=click.IntRange(1), help="Number of good and diverse images of each prompt to show in grid.png."
+)
+@click.option(
+    "--diverse", type=click.FloatRange(0), help="Weight of diversity in the choice of --keep.  [default: 0.5]"
+)
 @click.option("--checklist", help="Reward whose requirements grid.png ticks or crosses below each image: scene.")
 @click.option("--animation", is_flag=True, help="reno, noise-search: also progress.gif for each prompt.")
 @DEVICE
 @click.option("--attention", default="auto", help="Attention backend: auto, xformers, sdpa or eager.")
-@click.option("--compile", "compiled", is_flag=True, help="The denoiser through torch.compile: pays for many prompts.")
-@click.option("--micro-batch", type=int, help="Rows of the denoiser at a time; 0: as many as the memory takes.")
+@click.option(
+    "--compile", "compiled", is_flag=True, help="Run the denoiser through torch.compile: faster for many prompts."
+)
+@click.option("--micro-batch", type=int, help="Rows of the denoiser at a time; 0: as many as fit into memory.")
 @click.option(
     "--offload",
     type=click.Choice(["model", "sequential"]),
@@ -75,16 +84,18 @@ def sample(
     offload: str | None,
     **settings: Any,
 ) -> None:
-    """Steer PROMPT… or the prompts of a file: images (best first), grid.png, report.json; ancestry.png of particles,
-    progress.png of optimised noise. Models of text, such as scenes-text, write texts.jsonl in place of images.
+    """Sample PROMPT…, or the prompts of a file, steered by a reward.
+
+    Writes images (best first), grid.png and report.json; ancestry.png of particles, progress.png of optimised noise.
+    Text models, such as scenes-text, write texts.jsonl in place of images.
 
     Columns of a file that are named after arguments of the pipeline (negative_prompt, seed) apply to their prompt.
 
-    Where help begins with the names of methods, the option belongs to these methods.
+    If help begins with the names of methods, the option belongs to these methods.
 
-    --replay makes an image of an earlier run again from the recipe inside its PNG; only --out, --device, --dtype,
-    --reward, --reward-timeout, --lora, --preview, --lookahead and --value go with it. Exit code 0 where the pixels are
-    the same, else 1.
+    --replay reproduces an image of an earlier run from the recipe inside its PNG; only --out, --device, --dtype,
+    --reward, --reward-timeout, --lora, --preview, --lookahead and --value may be combined with it. Exit code 0 if the
+    pixels are the same, else 1.
 
     Under torchrun or accelerate launch the prompts are divided among the processes.
     """
@@ -127,7 +138,7 @@ def sample(
 
 
 def _keep(report: dict[str, Any], out: Path, keep: int, diverse: float | None, checklist: str | None) -> dict[str, Any]:
-    """Choose images of each prompt, draw grid.png with these alone, and return the report."""
+    """Choose images of each prompt, draw grid.png with only these, and return the report."""
     from steer.apps.picking import keep_diverse
     from steer.apps.plots import draw_grid
     from steer.apps.sampling import load_checklist, with_checklists
@@ -138,7 +149,7 @@ def _keep(report: dict[str, Any], out: Path, keep: int, diverse: float | None, c
 
 
 def _warn_nsfw(entries: Sequence[Mapping[str, Any]]) -> None:
-    """Warn of images that the safety checker blackened: their rewards are those of the images before."""
+    """Warn about images that the safety checker blackened: their rewards are of the images before the check."""
     flags = [flag for entry in entries for one in (entry, entry.get("base", {})) for flag in one.get(FLAGS, ())]
     if any(flags):
         click.echo(
@@ -162,7 +173,7 @@ def _prompts(words: tuple[str, ...], file: Path | None, column: str | None) -> "
 
 
 def _replay(context: click.Context) -> None:
-    """Make the image again; exit with 1 where its pixels are not the same."""
+    """Reproduce the image; exit with 1 if its pixels differ."""
     given_options = [
         option
         for option in context.command.params
@@ -172,7 +183,7 @@ def _replay(context: click.Context) -> None:
         name = surplus[0].opts[0] if isinstance(surplus[0], click.Option) else surplus[0].human_readable_name
         raise InputError(f"--replay takes all from the image: leave out {name}")
     if not is_main_process():
-        return  # one image is for one process
+        return  # one process is enough for one image
     from steer.apps.replay import replay
 
     given = {option.name: context.params[option.name] for option in given_options if option.name != "replay"}

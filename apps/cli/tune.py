@@ -20,12 +20,15 @@ from steer.errors import InputError
 )
 @click.option("--lam", type=float, help="Strength of --purpose samples.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**62))
-@click.option("--out", default=Path("out/tune"), type=click.Path(path_type=Path), help="Folder; a run is resumed.")
+@click.option(
+    "--out", default=Path("out/tune"), type=click.Path(path_type=Path), help="Output folder; a run there is resumed."
+)
 def tune(runs: ModelRuns, budget: int, purpose: str, lam: float | None, seed: int, out: Path) -> None:
     """Choose the options of steering MODEL on prompts, at an equal number of evaluations.
 
-    Particles, steps of resampling or rungs, branches and look-ahead. Writes tune.md, with intervals and differences to
-    best-of-N, tune.json and preset.yaml for `steer sample --preset`. Keep these prompts out of later comparisons.
+    The options are particles, steps of resampling or rungs, branches and look-ahead. Writes tune.md, with intervals and
+    differences from best-of-N, tune.json, and preset.yaml for `steer sample --preset`. Keep these prompts out of later
+    comparisons.
     """
     if (purpose == "samples") != (lam is not None):
         raise InputError("--lam and --purpose samples need each other: the strength decides what is sampled")

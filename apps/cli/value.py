@@ -18,12 +18,14 @@ def value() -> None:
 @value.command()
 @model_runs(min_steps=2)
 @options_of(ValueConfig)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the value; a run is resumed.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the value; a run there is resumed."
+)
 def train(runs: ModelRuns, out: Path, **options: Any) -> None:
     """Train the value of MODEL: the expected reward of the finished image, given the latents of a step.
 
-    Samples images of the prompts, and learns from their steps. Use it by --value OUT of fk, svdd, beam and race, with
-    prompts, steps and guidance like those of the training. Run the command again to resume.
+    Samples images of the prompts, and learns from their steps. Use the value as --value OUT with fk, svdd, beam and
+    race, and with prompts, steps and guidance similar to the training's. Run the command again to resume.
     """
     from steer.pipelines.training.value import train_value
 

@@ -1,4 +1,4 @@
-"""Scores of an IMAGE batch of ComfyUI, (N, H, W, C) in [0, 1], by any reward; the best images first."""
+"""Scores of a ComfyUI IMAGE batch, (N, H, W, C) in [0, 1], by any reward; selection of the best images."""
 
 import functools
 import os
@@ -33,14 +33,14 @@ class BatchScores:
         return "\n".join([self.reward, *lines])
 
     def order(self) -> list[int]:
-        """Return the numbers of the images, best first; the first of equals comes first."""
+        """Return the indices of the images, best first; among equals, the first comes first."""
         return torch.argsort(self.totals, descending=True, stable=True).tolist()
 
 
 def check_reward_text(text: str) -> None:
-    """Raise InputError for a reward that a workflow may not load: workflows are shared, and others may run code.
+    """Raise InputError for a reward that a workflow may not load: workflows are shared, and some rewards run code.
 
-    Allowed are rewards with names, sums and functions of such, and those in the environment variable ALLOWED.
+    Allowed are rewards with names, sums and functions of them, and the rewards in the environment variable ALLOWED.
     """
     allowed = [one.strip() for one in os.environ.get(ALLOWED, "").split(";")]
     if text.strip() not in allowed and not only_named_rewards(text):
@@ -52,16 +52,16 @@ def check_reward_text(text: str) -> None:
 
 @functools.lru_cache(maxsize=2)
 def load_named(text: str) -> Reward:
-    """Load a reward that `check_reward_text` allows; the last two stay in memory."""
+    """Load a reward that `check_reward_text` allows; the last two rewards stay in memory."""
     check_reward_text(text)
     return resolve_reward(text)
 
 
 @torch.no_grad()
 def score_batch(images: Tensor, prompt: str, reward: str) -> BatchScores:
-    """Score images (N, H, W, C) in [0, 1] with C = 3, or 4 of which the last is left out.
+    """Score images (N, H, W, C) in [0, 1] with C = 3, or C = 4, of which the last channel is ignored.
 
-    Raises InputError for another shape, a reward that is not allowed, or an empty prompt where the reward reads one.
+    Raises InputError for any other shape, a reward that is not allowed, or an empty prompt if the reward reads prompts.
     """
     if images.ndim != 4 or images.shape[-1] not in (3, 4) or not len(images):
         raise InputError(f"images must be (N, H, W, 3), got {tuple(images.shape)}")
@@ -77,6 +77,6 @@ def score_batch(images: Tensor, prompt: str, reward: str) -> BatchScores:
 
 
 def pick(images: Tensor, scores: BatchScores, keep: int = 0) -> tuple[Tensor, list[int]]:
-    """Return the best `keep` images, best first, and their numbers in the batch; 0 keeps all."""
+    """Return the best `keep` images, best first, and their indices in the batch; 0 keeps all."""
     numbers = scores.order()[: keep or None]
     return images[numbers], numbers

@@ -25,11 +25,11 @@ def shared_inputs() -> list[Any]:
 
 
 class RewardNode(io.ComfyNode):  # type: ignore[misc]
-    """A node with a reward, which is checked before the workflow runs."""
+    """A node with a reward; the reward is checked before the workflow runs."""
 
     @classmethod
     def validate_inputs(cls, reward: str | None = None) -> bool | str:
-        """Return True, or the problem of the reward in one line; None comes from a link, and is checked later."""
+        """Return True, or the problem of the reward in one line; None comes from a link, which is checked later."""
         try:
             if reward is not None:
                 check_reward_text(reward)
@@ -96,7 +96,7 @@ class RankImages(RewardNode):
 
 
 class LoadAdapter(io.ComfyNode):  # type: ignore[misc]
-    """Apply a LoRA to a model, in the layout of diffusers, as `steer finetune` writes it, or of kohya."""
+    """Apply a LoRA to a model: in diffusers' layout, as `steer finetune` writes it, or in kohya's."""
 
     @classmethod
     def define_schema(cls) -> Any:
@@ -117,7 +117,7 @@ class LoadAdapter(io.ComfyNode):  # type: ignore[misc]
 
     @classmethod
     def execute(cls, model: Any, adapter: str, strength: float = 1.0) -> Any:
-        """Apply the adapter. Raises InputError where the model has no place for one of its layers."""
+        """Apply the adapter. Raises InputError if the model has no place for one of the adapter's layers."""
         tensors = read_as_kohya(folder_paths.get_full_path_or_raise("loras", adapter))
         places = comfy.lora.model_lora_keys_unet(model.model, {})
         layers = [name.removesuffix(DOWN) for name in tensors if name.endswith(DOWN)]

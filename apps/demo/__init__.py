@@ -1,1 +1,1 @@
-"""The demo app: particles live, choices recorded. `steer.apps.demo.app.build` makes it."""
+"""The demo app: live particles, recorded choices. `steer.apps.demo.app.build` makes it."""

@@ -23,7 +23,7 @@ from steer.errors import InputError
 
 
 class PublicApi:
-    """The endpoint /steer, whose components nobody sees; to be made inside the app's Blocks."""
+    """The endpoint /steer, with hidden components; create it inside the app's Blocks."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
@@ -103,13 +103,13 @@ class PublicApi:
 
 STYLE = Path(__file__).parent / "style.css"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_QUEUED_EVENTS = 64  # events of all visitors that wait
-CACHE_LIMITS = (600, 6 * 3600)  # seconds: how often files that nobody needs are looked for, and how old they then are
+MAX_QUEUED_EVENTS = 64  # waiting events of all visitors
+CACHE_LIMITS = (600, 6 * 3600)  # seconds: interval of the search for unused files, and age of the files to delete
 INTRODUCTION = "Images and texts that score higher by a reward you choose, and a look at how they got there."
 
 
 def build(studio: Studio) -> gr.Blocks:
-    """The app over a studio, not yet launched."""
+    """Build the app of a studio, without launching it."""
     with gr.Blocks(title="steer", analytics_enabled=False, delete_cache=CACHE_LIMITS) as app:
         gr.HTML(f'<header class="steer-header"><h1>steer</h1><p>{INTRODUCTION}</p></header>')
         with gr.Tabs() as tabs:
@@ -144,14 +144,14 @@ def build(studio: Studio) -> gr.Blocks:
 
 
 def check_address(host: str, share: bool, auth: tuple[str, str] | None) -> None:
-    """Raise InputError where others could reach the app, and anybody could use it."""
+    """Raise InputError if other machines could reach the app, and anybody could use it."""
     if auth is None and (share or host not in LOOPBACK):
         where = "--share" if share else f"--host {host}"
         raise InputError(f"{where} lets others in: give --auth USER:PASSWORD with it")
 
 
 def launch(studio: Studio, host: str, port: int | None, auth: tuple[str, str] | None, share: bool) -> gr.Blocks:
-    """Serves the app from a thread. Raises InputError for an address that is not safe, or not free."""
+    """Serve the app from a thread. Raises InputError for an address that is not safe, or not free."""
     check_address(host, share, auth)
     try:
         return serve(studio, server_name=host, server_port=port, auth=auth, share=share, prevent_thread_lock=True)
@@ -160,7 +160,7 @@ def launch(studio: Studio, host: str, port: int | None, auth: tuple[str, str] | 
 
 
 def serve(studio: Studio, **address: Any) -> gr.Blocks:
-    """Serve the app with arguments of gradio's `launch`; the caller decides who may reach it."""
+    """Serve the app with arguments of gradio's `launch`; the caller decides who can reach it."""
     os.environ["GRADIO_TEMP_DIR"] = str(studio.home / "served")  # files that gradio serves
     app = build(studio)
     app.launch(
@@ -177,7 +177,7 @@ def serve(studio: Studio, **address: Any) -> gr.Blocks:
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's plain theme, with the fonts that the machine has: nothing is fetched."""
+    """Return Gradio's plain theme with installed fonts, so that nothing is downloaded."""
     return gr.themes.Base(
         primary_hue="blue",
         font=("system-ui", "sans-serif"),

@@ -1,4 +1,4 @@
-"""The cost of a run before it starts: denoiser evaluations by the settings, and seconds by the pace of earlier runs."""
+"""Cost of a run before it starts: denoiser evaluations from the settings, seconds from the pace of earlier runs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,22 +9,22 @@ from steer.apps.sampling import samples_base
 from steer.apps.settings import SamplingConfig
 from steer.pipelines.racing import default_rungs, race_cost
 
-LOOKAHEAD = 2  # evaluations of a look-ahead of three steps beyond the step itself
-RESTART = 0.4  # of renoise, share of the run
+LOOKAHEAD = 2  # evaluations of a three-step look-ahead, besides the step itself
+RESTART = 0.4  # share of the run at which renoise restarts
 
 
 def _early(steps: int, *shares: float) -> int:
-    """Evaluations of look-aheads for each particle: early previews, and those at other shares of the run."""
+    """Return a particle's evaluations for look-aheads: early previews, and look-aheads at other shares of the run."""
     return LOOKAHEAD * len({round(share * steps) for share in (*EARLY_PREVIEWS, *shares)})
 
 
 def _iterative(settings: SamplingConfig, images: int) -> int:
-    """Evaluations of a search over the starting noise: its images, its best once more, and the noise."""
+    """Return the evaluations of a search over the starting noise: its images, the best one once more, and the noise."""
     return settings.particles * ((settings.steps or 1) * (images + 1) + 1)
 
 
 def _per_particle(own: Callable[[int], int]) -> Callable[[SamplingConfig], int]:
-    """Make a count of evaluations for all particles from that for one, by the steps."""
+    """Make a function that counts evaluations for all particles from one that counts them for one, by the steps."""
     return lambda settings: settings.particles * own(settings.steps or 1)
 
 
@@ -61,7 +61,7 @@ EVALUATIONS: dict[str, Callable[[SamplingConfig], int]] = {
 
 
 def evaluations(settings: SamplingConfig) -> int:
-    """Denoiser evaluations of a prompt by the settings, those of the base images with them."""
+    """Return the denoiser evaluations of a prompt by the settings, including the base images."""
     plain = _per_particle(lambda steps: steps)
     made = EVALUATIONS.get(settings.method, plain)(settings)
     if not samples_base(settings):
@@ -71,7 +71,7 @@ def evaluations(settings: SamplingConfig) -> int:
 
 
 class Paces:
-    """Seconds per denoiser evaluation, decoding and rewards with them, of the latest runs."""
+    """Seconds per denoiser evaluation of the latest runs, including decoding and rewards."""
 
     def __init__(self) -> None:
         self._latest: dict[tuple[Any, ...], float] = {}
@@ -82,7 +82,7 @@ class Paces:
             self._latest[self._key(settings)] = seconds / evaluations
 
     def describe(self, settings: SamplingConfig, prompts: int) -> str:
-        """Describe the cost of a run in a sentence; without seconds before the first run of the method and model."""
+        """Describe the cost of a run in a sentence, without seconds before the first run of the method and model."""
         count, pace = prompts * evaluations(settings), self._latest.get(self._key(settings))
         seconds = "" if pace is None else f", {duration(count * pace)} at the pace of the last run"
         return f"About {count:,} denoiser evaluations{seconds}."

@@ -1,4 +1,4 @@
-"""Fields of the tabs, derived from the settings dataclasses: type, range, default, label and help stand there."""
+"""Fields of the tabs; type, range, default, label and help come from the settings dataclasses."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ REWARDS = {
     "preference:scenes + aesthetic:scenes:0.5": "both, the second at half weight",
     "jpeg": "how well it compresses: plain pictures",
 }
-# In place of the helps of options, which use the words of the field without explaining them.
+# These hints replace the help of options, which uses terms without explaining them.
 HINTS = {
     "particles": "Images that are made at a time; more find better ones, and take longer",
     "lam": "λ: how strongly the reward steers; 0: as the model would alone",
@@ -31,30 +31,30 @@ HINTS = {
     "lora_rank": "Size of the addition to the model; a higher one can learn more",
     "kl_weight": "Holds the model to what it was before (KL divergence); 0: not at all",
 }
-EXAMPLE = "three green triangles"  # with the fields as they are: 1 of 4 base images is right, steered all are
-DEFAULTS: dict[str, Any] = {"steps": 20, "guidance": 4.0, "lam": 25.0, "iterations": 20}  # where the app has its own
-LIMITED = ("particles", "steps", "iterations")  # to the ends of their sliders, on a machine that visitors share
+EXAMPLE = "three green triangles"  # with the default fields, 1 of 4 base images is right, and all steered images are
+DEFAULTS: dict[str, Any] = {"steps": 20, "guidance": 4.0, "lam": 25.0, "iterations": 20}  # the app's own defaults
+LIMITED = ("particles", "steps", "iterations")  # at most their slider's end: visitors share the machine
 
 
 def _setting(name: str) -> "tuple[Field[Any], str]":
-    """The dataclass field of a setting, and its help."""
+    """Return the dataclass field of a setting, and its help."""
     owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
     return owner.field(name), owner.help()[name]
 
 
 def _hint(text: str) -> str:
-    """The first clause of a help."""
+    """Return the first clause of a help text."""
     clause = re.split(r"[.;:] ", text)[0]
     return clause[0].upper() + clause[1:] if clause[0].isascii() else clause
 
 
 def label_of(name: str) -> str:
-    """The name of a setting in the app."""
+    """Return the name of a setting in the app."""
     return _setting(name)[0].metadata["label"] or name
 
 
 def setting_field(name: str, **look: Any) -> Any:
-    """Make the field of a setting; `look` takes the place of derived arguments of its component."""
+    """Make the field of a setting; `look` overrides derived arguments of the component."""
     one, text = _setting(name)
     derived = {"label": label_of(name).capitalize(), "info": HINTS.get(name) or _hint(text)}
     look = derived | {"value": DEFAULTS.get(name, one.default)} | look
@@ -66,7 +66,7 @@ def setting_field(name: str, **look: Any) -> Any:
 
 
 def training_field(name: str, config: TrainingConfig, **look: Any) -> Any:
-    """Make the field of a training argument, with its value in a configuration: a slider where `maximum` is given."""
+    """Make the field of a training argument, with its value in a configuration; a slider if `maximum` is given."""
     hint = HINTS.get(name) or _hint(TrainingConfig.help()[name])
     derived = {"label": name.replace("_", " ").capitalize(), "info": hint}
     look = derived | {"value": getattr(config, name)} | look
@@ -74,7 +74,7 @@ def training_field(name: str, config: TrainingConfig, **look: Any) -> Any:
 
 
 def check_limits(settings: SamplingConfig) -> None:
-    """Raise InputError for numbers beyond what this app does."""
+    """Raise InputError for numbers beyond the limits of this app."""
     values = settings.plain()
     for name in LIMITED:
         if (value := values.get(name) or 0) > (most := _setting(name)[0].metadata["slider"][1]):
@@ -83,13 +83,13 @@ def check_limits(settings: SamplingConfig) -> None:
 
 @dataclass(frozen=True)
 class Defaults:
-    """The last defaults of fields by name, and the names of fields that the visitor has set."""
+    """The latest defaults of fields by name, and the names of fields that the visitor has set."""
 
     values: Mapping[str, Any]
     kept: frozenset[str] = frozenset()
 
     def changed(self, now: Mapping[str, Any], to: Mapping[str, Any]) -> tuple["Defaults", dict[str, Any]]:
-        """New defaults, and values of the fields that the visitor has not set."""
+        """Return new defaults, and values for the fields that the visitor has not set."""
         kept = self.kept | {name for name, value in self.values.items() if now[name] != value}
         follows = {name: value for name, value in to.items() if name not in kept}
         return Defaults({**self.values, **to}, kept), follows

@@ -44,8 +44,8 @@ METHODS = {
     "D3PO, from a reward": "d3po",
     "PRDP, from a reward": "prdp",
 }
-DEFAULT_METHOD = "backprop"  # of these the one that raises its reward within the updates a visitor waits for
-DEMO_RATES = {"backprop": 3e-4}  # at the 1e-3 of its configuration `scene` falls within 20 updates of 16 images
+DEFAULT_METHOD = "backprop"  # the method that raises its reward within the updates a visitor waits for
+DEMO_RATES = {"backprop": 3e-4}  # at its configuration's 1e-3, `scene` falls within 20 updates of 16 images
 OF_CHOICES = {"D3PO, from labelled choices": "choices"}
 OF_PAIRS = {"Diffusion-DPO, from labelled images": "pairs"}
 TRAINED_ON, JUDGED_BY, UPDATES = "aesthetic:scenes", "scene", 30
@@ -61,7 +61,7 @@ HELD_OUT_INFO = "Never trained on: it shows when the training exploits the other
 
 
 def finetune_fields(studio: Studio) -> dict[str, Any]:
-    """The components, by the names that `training_request` reads."""
+    """Create the components, by the names that `training_request` reads."""
     models, config = [model for model in MODELS if model in studio.models], usual_config(DEFAULT_METHOD)
     rewards = [*dict.fromkeys([*studio.rewards, JUDGED_BY, *REWARDS])]
     methods = METHODS | (OF_CHOICES if studio.label_images is None else OF_PAIRS)
@@ -84,7 +84,7 @@ def finetune_fields(studio: Studio) -> dict[str, Any]:
 
 
 def usual_config(method: str) -> TrainingConfig:
-    """The configuration of a method that a request changes."""
+    """Return a method's configuration, before the changes of a request."""
     config = read_config(CONFIGURATIONS[method]).training
     return replace(config, learning_rate=DEMO_RATES.get(method, config.learning_rate))
 
@@ -95,7 +95,7 @@ def training_request(field_values: Mapping[str, Any], studio: Studio) -> Trainin
     if field_values["method"] in FROM_LABELS:
         own = {"choices": label_folder(studio), "model": studio.models[0]}
     if field_values["method"] == "pairs":
-        own["kl_weight"] = 0  # no log-probabilities
+        own["kl_weight"] = 0  # this method has no log-probabilities
     asked = TrainingRequest(**{**field_values, **own})
     for spec in [asked.held_out] if own else [asked.reward, asked.held_out]:
         studio.reward(spec)
@@ -104,16 +104,16 @@ def training_request(field_values: Mapping[str, Any], studio: Studio) -> Trainin
 
 EMPTY_TEXT = "Images of prompts that the training never sees appear here, before the first update and after every few."
 ACCURACY = {"accuracy": "pairs put in the right order, share"}
-REDRAW_INTERVAL = 1.0  # seconds between two drawings of the curves
+REDRAW_INTERVAL = 1.0  # seconds between two updates of the curves
 HIGH = 2  # place in [mean, low, high]
-SIDE = 128  # most pixels of a picture's side
+SIDE = 128  # largest side of a picture in pixels
 
 
 @dataclass
 class TrainingView:
     """The records, pictures and status line of a training of `updates` updates.
 
-    frames  the pictures of every evaluation as `gallery` takes them, by their files
+    frames  the pictures of every evaluation by file, in the form of `gallery`
     """
 
     updates: int
@@ -142,7 +142,7 @@ class TrainingView:
         return TrainingResult(self.step, None, None, None, tuple(self.records), tuple(self.evaluations))
 
     def after(self, event: Any) -> bool:
-        """Add an event; returns whether the view changes."""
+        """Add an event; return whether the view changes."""
         match event:
             case Waiting() | Loading():
                 self.line = str(event)
@@ -171,7 +171,7 @@ class TrainingView:
         return True
 
     def conclusion(self) -> str:
-        """The last status: why the training ended, and its results."""
+        """Return the final status: why the training ended, and its results."""
         if self.trained is not None:
             return f"{_describe_end(self.trained.result)} {_describe_outcome(self.trained.result)}".strip()
         if not self.step:
@@ -183,7 +183,7 @@ class TrainingView:
 
 
 def records_of(out: Path) -> tuple[list[Record], list[Record]]:
-    """The records of updates and of evaluations in the folder of a run, as far as it is."""
+    """Return the records of updates and of evaluations so far in the folder of a run."""
     paths = [out / name for name in LOG_FILES.values()]
     lines = [path.read_text(encoding="utf-8").splitlines() if path.exists() else [] for path in paths]
     updates, evaluations = ([json.loads(line) for line in some] for some in lines)
@@ -197,7 +197,7 @@ def _describe_end(result: TrainingResult) -> str:
 
 
 def _describe_outcome(result: TrainingResult) -> str:
-    """The rewards of the held-out prompts from the first to the last evaluation, and a warning of over-optimisation."""
+    """Describe held-out rewards from the first to the last evaluation, and warn about over-optimisation."""
     names = held_out_names(result.evaluations)
     if len(result.evaluations) < 2:
         return ""
@@ -215,7 +215,7 @@ def _describe_outcome(result: TrainingResult) -> str:
 
 
 def samples_view(story: TrainingView, run: str) -> str:
-    """The held-out images of every evaluation, of which run_view.js shows one; a hint where there are none.
+    """Return the held-out images of every evaluation, of which run_view.js shows one; a hint without images.
 
     run  another name for each training
     """
@@ -228,7 +228,7 @@ def samples_view(story: TrainingView, run: str) -> str:
 
 
 def _frame(grid: Path) -> tuple[str, str, str]:
-    """The pictures of an evaluation, cut out of its grid, with prompts and rewards, as `gallery` takes them."""
+    """Return the pictures of an evaluation, cut out of its grid, with prompts and rewards, in the form of `gallery`."""
     grid_metadata = read_grid(grid) or {"step": 0, "cells": [], "boxes": []}
     cells = ""
     with Image.open(grid) as whole:
@@ -246,7 +246,7 @@ def _frame(grid: Path) -> tuple[str, str, str]:
 
 
 def charts_view(story: TrainingView, run: str) -> str:
-    """Curves by update as in the report of the training, and their numbers."""
+    """Return curves by update, as in the report of the training, and a table of their numbers."""
     if not story.evaluations and not story.records:
         return '<section class="steer-run"></section>'
     result = story.result
@@ -293,7 +293,7 @@ class Run:
 
 
 class FinetuneTab(JobTab):
-    """The components and their events; made inside the app's Blocks.
+    """The components and their events; create it inside the app's Blocks.
 
     A visitor has one training, which resumes from its folder.
     """
@@ -332,7 +332,7 @@ class FinetuneTab(JobTab):
         fields["method"].input(self.fit, known, self.follows, **PRIVATE)
 
     def started_by(self, button: gr.Button, tabs: gr.Tabs) -> None:
-        """Connect a button of another tab that opens this one and trains on the labels."""
+        """Connect a button of another tab that opens this tab and trains on the labels."""
         known = [self.fields["learning_rate"], self.defaults]
         chosen = button.click(
             lambda rate, defaults: self.choose_labels(rate, defaults) | {tabs: gr.update(selected="finetune")},
@@ -369,7 +369,7 @@ class FinetuneTab(JobTab):
         yield from self.resume(run, len(records_of(run.folder)[0]), request)
 
     def _follow(self, make_run: Callable[[], Run], request: gr.Request, resume: bool) -> Iterator[Change]:
-        """Show a training from its turn in the queue to its end."""
+        """Show a training from its place in the queue to its end."""
         try:
             run = make_run()
             asked = run.training_asked
@@ -408,7 +408,7 @@ class FinetuneTab(JobTab):
         }
 
     def _refused(self, error: InputError, *folders: Path) -> Change:
-        """Show why not, in the words of the fields."""
+        """Show the reason for a refusal, with the names of the fields."""
         text = str(error)
         for folder in (*folders, label_folder(self.studio)):
             text = text.replace(f"{folder}/", "").replace(str(folder), "the folder")

@@ -1,4 +1,4 @@
-"""The grid of the History tab: a run under every pair of values of two settings, as `steer grid` draws it."""
+"""The grid of the History tab: a run with every pair of values of two settings, drawn as by `steer grid`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +19,7 @@ from steer.apps.plots import short
 from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 
-# Axes, with values to begin with.
+# Axes, with initial values.
 AXES = {
     "method": "race,fk,best-of-n,base",
     "reward": "scene-soft,aesthetic:scenes",
@@ -28,7 +28,7 @@ AXES = {
     "steps": "10,20,40",
     "guidance": "2,4,8",
 }
-MAX_CELLS = 16  # of one visitor on a shared machine
+MAX_CELLS = 16  # cells for one visitor on a shared machine
 
 
 def grid_job(studio: Studio, run: Run, axes: Sequence[Axis], out: Path) -> tuple[int, Callable[[Ticket], None]]:
@@ -66,7 +66,7 @@ def grid_job(studio: Studio, run: Run, axes: Sequence[Axis], out: Path) -> tuple
 
 
 class GridPanel(JobTab):
-    """The components and their events; made inside the History tab. `chosen` names the run."""
+    """The components and their events; create it inside the History tab. `chosen` names the run."""
 
     def __init__(self, studio: Studio, chosen: gr.Dropdown) -> None:
         self.studio, self.axes = studio, list[Any]()
@@ -103,7 +103,7 @@ class GridPanel(JobTab):
         axes = [Axis.read(f"{name}={values}") for name, values in named if name is not None]
         if not axes:
             raise InputError("grid: choose a setting for the columns")
-        out = self.studio.folder(request) / "grid"  # where the same images of the last grid are kept
+        out = self.studio.folder(request) / "grid"  # images of the last grid are kept there and reused
         total, work = grid_job(self.studio, run, axes, out)
         ticket, progress, done, report = self.studio.begin(request, work), Progress(), 0, None
         for event in ticket.events():

@@ -1,6 +1,6 @@
-"""The history of finished runs in one SQLite file: each visitor reads their own runs only.
+"""The history of finished runs in one SQLite file: each visitor can only read their own runs.
 
-A run and its images are written in one transaction: after a kill it is there whole, or not at all.
+A run and its images are written in one transaction: after a crash the run is complete or absent.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ FILE = "history.sqlite"
 VERSION = 1
 TIMEOUT = 10.0  # seconds to wait for another process that writes
 THUMBNAIL = 256  # pixels of the longer side
-STOPPED, TEXTS = "stopped", "texts"  # entries beside the settings: the step of a stop, and the texts of a run
+STOPPED, TEXTS = "stopped", "texts"  # entries besides the settings: the step of a stop, and the texts of a run
 TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")  # 32 random bytes in base64
 SCHEMA = f"""
 PRAGMA auto_vacuum = FULL;
@@ -49,7 +49,7 @@ PRAGMA user_version = {VERSION};
 COMMIT;
 """
 COLUMNS = "number, time, prompt, settings, rewards, base_reward, seconds, thumbnail"
-# Delete all but the newest runs, as long as their number and their bytes are within limits.
+# Delete the oldest runs until number and bytes of the others are within limits.
 EVICT = """
 DELETE FROM runs WHERE {owned} AND number NOT IN (
     SELECT number FROM (
@@ -64,9 +64,9 @@ DELETE FROM runs WHERE {owned} AND number NOT IN (
 class Limits:
     """Bounds of a history; beyond them the oldest runs are deleted.
 
-    runs, bytes  of each visitor
-    total_runs, total_bytes  of all visitors
-    seconds      age of a run; None: any
+    runs, bytes  limits for each visitor
+    total_runs, total_bytes  limits for all visitors together
+    seconds      maximum age of a run; None: no limit
     """
 
     runs: int = 100
@@ -83,12 +83,12 @@ SHARED_LIMITS = Limits(bytes=64 * 2**20, seconds=24 * 3600)
 class Run:
     """A finished or stopped prompt of the history, without its images.
 
-    time         of its end, in seconds since 1970
-    settings     by name, as `SamplingConfig.plain` returns them, with STOPPED or TEXTS
-    rewards      of the images, in their order
-    base_reward  the highest of the base images; None without them
-    seconds      of steering
-    thumbnail    JPEG of the image of the highest reward
+    time         time of its end, in seconds since 1970
+    settings     settings by name, as `SamplingConfig.plain` returns them, with STOPPED or TEXTS
+    rewards      rewards of the images, in their order
+    base_reward  the highest reward of the base images; None without base images
+    seconds      duration of steering
+    thumbnail    JPEG of the image with the highest reward
     """
 
     number: int
@@ -102,21 +102,21 @@ class Run:
 
     @property
     def best(self) -> int:
-        """The index of the image of the highest reward."""
+        """The index of the image with the highest reward."""
         return self.rewards.index(max(self.rewards))
 
     @property
     def config(self) -> SamplingConfig:
-        """The settings. Raises InputError for those of a newer steer."""
+        """Return the settings. Raises InputError for settings of a newer steer."""
         return checked_settings({name: one for name, one in self.settings.items() if name not in (STOPPED, TEXTS)})
 
 
 class History:
-    """The runs of all visitors in a file, which is created where it is missing.
+    """The runs of all visitors in a file, which is created if it is missing.
 
-    shared  whether each visitor has runs of their own, by a secret that the browser keeps; else all are one user's
+    shared  whether each visitor has their own runs, by a secret that the browser keeps; else all runs are one user's
 
-    A file that is no history of this version is renamed to FILE.old. Every method raises InputError where the file
+    A file that is not a history of this version is renamed to FILE.old. Every method raises InputError if the file
     cannot be read or written.
     """
 
@@ -131,7 +131,7 @@ class History:
                 self._create()
 
     def _create(self) -> bool:
-        """Create the tables where they are missing; returns whether the file is a history of this version."""
+        """Create missing tables; return whether the file is a history of this version."""
         self.path.touch(mode=0o600, exist_ok=True)
         with closing(sqlite3.connect(self.path, timeout=TIMEOUT)) as connection:
             try:
@@ -145,7 +145,7 @@ class History:
 
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
-        """Open the file for one transaction; a file that was removed is not created again."""
+        """Open the file for one transaction; a removed file is not created again."""
         try:
             address = f"{self.path.as_uri()}?mode=rw"
             with closing(sqlite3.connect(address, TIMEOUT, uri=True)) as connection, connection:
@@ -156,12 +156,12 @@ class History:
             raise InputError(f"history: {error}; free some space, or delete {FILE} and start the app again") from error
 
     def enter(self, session: str, token: str | None, user: str | None = None) -> None:
-        """Connect a page's session with its visitor, by the secret of the browser; without one, until the page ends."""
+        """Connect a page's session with its visitor by the browser's secret; without a secret, until the page ends."""
         known = token if token and TOKEN.fullmatch(token) else secrets.token_urlsafe(32)
         self._owners[session] = hashlib.sha256(f"{user or ''}\n{known}".encode()).hexdigest()
 
     def leave(self, session: str) -> None:
-        """Forget the session of a page that was closed; the visitor's runs stay."""
+        """Forget the session of a closed page; the visitor's runs stay."""
         self._owners.pop(session, None)
 
     def owner(self, session: str) -> str:
@@ -175,15 +175,15 @@ class History:
     def record(
         self, session: str, images: Sequence[SavedImage], base: Sequence[SavedImage] = (), seconds: float = 0.0
     ) -> int:
-        """Write a finished prompt, and delete the oldest runs beyond the limits; returns its number.
+        """Write a finished prompt, and delete the oldest runs beyond the limits; return the run's number.
 
-        images  with their files; of more than the limit of bytes the first ones
-        base    images beside them, of which only the highest reward is written
+        images  images with their files; beyond the limit of bytes, only the first ones are written
+        base    base images, of which only the highest reward is written
         """
         recipe, rewards = images[0].recipe, [one.recipe.reward for one in images]
         try:
             pngs = [one.path.read_bytes() for one in images]
-        except OSError as error:  # a next run of the visitor has removed them
+        except OSError as error:  # the visitor's next run has removed them
             raise InputError("history: the images of this run are gone, it is not in the history") from error
         best = max((one.recipe.reward for one in base), default=None)
         return self.keep(session, recipe.prompt, recipe.settings.plain(), pngs, rewards, best, seconds)
@@ -198,7 +198,7 @@ class History:
         base_reward: float | None = None,
         seconds: float = 0.0,
     ) -> int:
-        """Write a run of images without recipes: previews of a stopped one, or texts as pictures. Else as `record`."""
+        """Write images without recipes: previews of a stopped run, or texts as pictures. Otherwise like `record`."""
         owner = self.owner(session)
         with Image.open(BytesIO(pngs[rewards.index(max(rewards))])) as image:
             thumbnail = as_jpeg(image, THUMBNAIL)

@@ -1,4 +1,4 @@
-"""The History tab: the visitor's finished runs, two of them compared, and their way back into the other tabs."""
+"""The History tab: the visitor's finished runs, a comparison of two, and their transfer to the other tabs."""
 
 import time
 from base64 import b64encode
@@ -31,7 +31,7 @@ STYLE = """
 .steer-pair img { width: 100%; max-width: 26rem; image-rendering: auto; border-radius: 6px; }
 """
 ADDRESS = "query => query && location.origin + location.pathname + query"
-# The secret by which a browser's runs are found again; without storage it lasts as long as the page.
+# The secret that identifies a browser's runs; without storage it lasts as long as the page.
 TOKEN = """() => {
     const bytes = String.fromCharCode(...crypto.getRandomValues(new Uint8Array(32)));
     const fresh = btoa(bytes).replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
@@ -44,7 +44,7 @@ TOKEN = """() => {
     }
 }"""
 CONFIRM = "() => [confirm('Delete all runs of your history?')]"
-Runs = Sequence[tuple[Run, Sequence[bytes]]]  # with their PNGs
+Runs = Sequence[tuple[Run, Sequence[bytes]]]  # runs with their PNGs
 
 
 def name_of(run: Run) -> str:
@@ -57,14 +57,14 @@ def name_of(run: Run) -> str:
 
 
 def changed_settings(first: Run, second: Run) -> list[tuple[str, Any, Any]]:
-    """List the settings that differ: name, and the value of each run; None where its method has no such setting."""
+    """List the settings that differ: name, and the value of each run; None if its method has no such setting."""
     one, other = ({"prompt": run.prompt, **run.settings} for run in (first, second))
     names = dict.fromkeys([*one, *other])
     return [(name, one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)]
 
 
 def runs_view(runs: Runs) -> str:
-    """The best images of one or two runs side by side, their results and settings: of two, those that differ."""
+    """Return the best images of one or two runs side by side, with results and settings (for two: differing ones)."""
     if not runs:
         return f'<p class="steer-empty">{EMPTY_TEXT}</p>'
     entries = [run for run, _ in runs]
@@ -99,11 +99,11 @@ def _figure(run: Run, pngs: Sequence[bytes]) -> str:
 
 
 class HistoryTab:
-    """The components and their events; made inside the app's Blocks.
+    """The components and their events; create it inside the app's Blocks.
 
-    token   the browser's secret, by which a visitor of a shared app finds their runs again
-    chosen  the components that name one or two runs; live: all that a change of the runs updates
-    form    components of the Steer tab that restored settings update; text: the Text tab, or None
+    token   the browser's secret, which identifies the runs of a visitor of a shared app
+    chosen  the components that name one or two runs;  live: all components that a change of the runs updates
+    form    components of the Steer tab that restored settings update;  text: the Text tab, or None
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class HistoryTab:
         self.studio, self.steer, self.text, self.labels, self.rewards = studio, steer, text, labels, rewards
         self.tabs = tabs
         self.token = gr.Textbox(visible=False)
-        self.numbers = gr.State(())  # of the runs in the gallery
+        self.numbers = gr.State(())  # numbers of the runs in the gallery
         self.form = [steer.status, steer.defaults, *steer.fields.values(), *steer.chips.components]
         self._layout()
         self.chosen = [self.first, self.second]
@@ -172,7 +172,7 @@ class HistoryTab:
 
     @refusing
     def refresh(self, first: int | None, second: int | None, request: gr.Request) -> Change:
-        """Show all runs, with one or two of them chosen: the newest where the first is not there any more."""
+        """Show all runs, with one or two of them chosen: the newest if the first no longer exists."""
         runs = {run.number: run for run in self.studio.history.runs(str(request.session_hash))}
         choices = [(name_of(run), number) for number, run in runs.items()]
         first = first if first in runs else next(iter(runs), None)
@@ -200,7 +200,7 @@ class HistoryTab:
 
     @refusing
     def pick(self, numbers: Sequence[int], second: int | None, event: gr.SelectData, request: gr.Request) -> Change:
-        """Choose the run whose thumbnail was clicked."""
+        """Choose the run of the clicked thumbnail."""
         if event.index >= len(numbers):
             raise InputError("history: this run is not there any more, choose another one")
         first = numbers[event.index]
@@ -208,7 +208,7 @@ class HistoryTab:
 
     @refusing
     def restore(self, number: int | None, weights: Weights | None, request: gr.Request) -> Change:
-        """Set the fields of the Steer or the Text tab as they were for a run, and open it."""
+        """Set the fields of the Steer or the Text tab as they were for a run, and open the tab."""
         run = self.studio.history.run(str(request.session_hash), number)
         if self.text and TEXTS in run.settings:
             return {self.tabs: gr.Tabs(selected="text")} | self.text.fill(run.prompt, run.config)
@@ -224,7 +224,7 @@ class HistoryTab:
         return {self.link: gr.update(value=link, visible=True), self.status: line("Copy the link.")}
 
     def open_link(self, weights: Weights | None, request: gr.Request) -> Change:
-        """Fill the form of the Steer tab from the page's address, where it has settings."""
+        """Fill the form of the Steer tab from the page's address, if it has settings."""
         if (text := request.query_params.get(PARAMETER)) is None:
             return {self.steer.status: gr.skip()}
         try:
@@ -251,13 +251,13 @@ class HistoryTab:
 
     @refusing
     def send(self, number: int | None, request: gr.Request) -> Change:
-        """Put the images of a run into the Rewards tab, and open it."""
+        """Put the images of a run into the Rewards tab, and open the tab."""
         self.studio.history.image_run(str(request.session_hash), number)
         return {self.rewards.files: self._files(request, number)[:MAX_FILES], self.tabs: gr.Tabs(selected="rewards")}
 
     @refusing
     def label(self, number: int | None, request: gr.Request) -> Change:
-        """Offer the images of a run in the Label tab, and open it."""
+        """Offer the images of a run in the Label tab, and open the tab."""
         session, history = str(request.session_hash), self.studio.history
         run, pngs = history.image_run(session, number), history.images(session, number)
         return self.labels.take(pngs, run.prompt, request) | {self.tabs: gr.Tabs(selected="label")}

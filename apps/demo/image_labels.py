@@ -1,4 +1,4 @@
-"""Preferences between the owner's own images: a table of pairs that rewards and Diffusion-DPO learn from."""
+"""Preferences between the owner's images: a table of pairs that rewards and Diffusion-DPO learn from."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from steer.errors import InputError
 from steer.files import DECODE_ERRORS, atomic_write, write_errors, write_text
 
 TABLE = "pairs.jsonl"
-PAIRS_PER_PROMPT = 200  # at most, drawn without repetition
+PAIRS_PER_PROMPT = 200  # maximum number, drawn without repetition
 ORDER = 0  # seed of the order of pairs
 MAX_SIDE = 1024  # pixels of an image on the page
 CHOICES = ("a", "b")
@@ -28,7 +28,7 @@ CHOICES = ("a", "b")
 
 @dataclass(frozen=True)
 class ImagePair:
-    """Two images of one prompt. shared: every annotator is to answer it."""
+    """Two images of one prompt; a shared pair is for every annotator."""
 
     id: str
     prompt: str
@@ -55,7 +55,7 @@ def _png(file: Path) -> bytes:
 def pairs_of(folder: Path) -> list[ImagePair]:
     """Return the pairs of images with the same prompt in a folder, in the order in which they are offered.
 
-    Every third is shared. Raises InputError for a folder without prompts, or without two images of one.
+    Every third pair is shared. Raises InputError for a folder without prompts, or without two images of one prompt.
     """
     paths, prompts = images_with_prompts(folder)
     generator, drawn = random.Random(ORDER), list[tuple[str, Path, Path]]()
@@ -63,7 +63,7 @@ def pairs_of(folder: Path) -> list[ImagePair]:
         own = [path for path, text in zip(paths, prompts, strict=True) if text == prompt]
         pairs = list(combinations(own, 2))
         for pair in generator.sample(pairs, min(PAIRS_PER_PROMPT, len(pairs))):
-            a, b = generator.sample(pair, 2)  # sides at random
+            a, b = generator.sample(pair, 2)  # random sides
             drawn.append((prompt, a, b))
     if not drawn:
         raise InputError(f"{folder}: no prompt has two images to choose between")
@@ -84,7 +84,7 @@ def write_images(folder: Path, pngs: Sequence[bytes], prompt: str) -> None:
 
 
 def copy_table(source: Path, to: Path) -> None:
-    """Copy the table of a folder, with the whole paths of its images."""
+    """Copy the table of a folder, with absolute paths of its images."""
     rows = [json.loads(line) for line in (source / TABLE).read_text(encoding="utf-8").split("\n") if line]
     for row in rows:
         row |= {side: str((source / row[side]).resolve()) for side in ("image_a", "image_b")}
@@ -95,8 +95,8 @@ class ImageLabelStore:
     """Pairs of images and the answers of all annotators, in pairs.jsonl: the rows of `steer rewards train`.
 
     images  folder with prompts (`steer.apps.scoring.images_of_folder`)
-    path    folder of the table; rows there are kept, and must be of these images
-    Thread-safe. An answer is on the disk when its method returns. Raises InputError.
+    path    folder of the table; existing rows are kept, and must be of these images
+    Thread-safe. An answer is on disk when its method returns. Raises InputError.
     """
 
     def __init__(self, images: Path, path: Path) -> None:
@@ -117,7 +117,7 @@ class ImageLabelStore:
                 raise InputError(f"{path / TABLE} is of other images than {images}: give another --labels folder")
 
     def _is_ours(self, row: Any) -> bool:
-        """Tell whether a row of the table is of these images, as this class writes it."""
+        """Tell whether a row of the table is of these images, in the form that this class writes."""
         known = isinstance(row, dict) and row.get("pair") in self.pairs and {"annotator", "choice"} <= row.keys()
         return known and bool(row == row | self._names(row["pair"]))
 
@@ -130,7 +130,7 @@ class ImageLabelStore:
         return [row for row in self._rows if row["annotator"] == annotator]
 
     def offer(self, request: LabelRequest) -> ImagePair | None:
-        """Assign a pair to the annotator: a shared one that they have not answered, or one that nobody has; or None."""
+        """Assign a pair to the annotator: a shared one that they have not answered, or one without answers, or None."""
         with self._lock:
             mine = {row["pair"] for row in self._of(request.annotator)}
             mine |= {pair for name, pair in self._assigned | self._skipped if name == request.annotator}
@@ -141,11 +141,11 @@ class ImageLabelStore:
             return selected
 
     def choose(self, annotator: str, pair: str, chosen: int) -> bool:
-        """Record that an image is the better one; False where the annotator had answered already."""
+        """Record that an image is the better one; False if the annotator has answered already."""
         return self._judge(annotator, pair, {"choice": CHOICES[chosen]})
 
     def tie(self, annotator: str, pair: str, bad: bool = False) -> bool:
-        """Record a tie; False where the annotator had answered already. bad: both images are bad."""
+        """Record a tie; False if the annotator has answered already. bad: both images are bad."""
         return self._judge(annotator, pair, {"choice": "tie"} | ({"bad": True} if bad else {}))
 
     def _judge(self, annotator: str, pair: str, answer: dict[str, Any]) -> bool:
@@ -166,13 +166,13 @@ class ImageLabelStore:
         self._rows = rows
 
     def skip(self, annotator: str, pair: str) -> None:
-        """Leave a pair to others; it is not offered to this annotator again before the app is started again."""
+        """Leave a pair to others; it is not offered to this annotator again until the app restarts."""
         with self._lock:
             self._assigned.discard((annotator, pair))
             self._skipped.add((annotator, pair))
 
     def undo(self, annotator: str) -> ImagePair | None:
-        """Remove the annotator's latest answer and assign its pair again; None where there is none."""
+        """Remove the annotator's latest answer and assign its pair again; None if there is no answer."""
         with self._lock:
             if not (own := self._of(annotator)):
                 return None
@@ -187,14 +187,14 @@ class ImageLabelStore:
             self._assigned -= {(annotator, pair.id) for pair in pairs}
 
     def progress(self, annotator: str) -> Progress:
-        """Count the annotator's answers so far; undone ones since the app was started."""
+        """Count the annotator's answers so far, and answers undone since the app started."""
         with self._lock:
             own = self._of(annotator)
             ties = [row for row in own if row["choice"] == "tie"]
             return Progress(len(own) - len(ties), len(ties), sum("bad" in row for row in ties), self._undone[annotator])
 
     def judgements(self) -> dict[str, dict[str, int | None]]:
-        """Return the answers by pair and annotator: the number of the better image, or None for a tie."""
+        """Return the answers by pair and annotator: the index of the better image, or None for a tie."""
         with self._lock:
             selected: dict[str, dict[str, int | None]] = {}
             for row in self._rows:

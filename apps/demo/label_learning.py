@@ -1,4 +1,4 @@
-"""Learning from the choices of the Label tab: a reward by one button, finetuned weights by another."""
+"""Learning from the choices of the Label tab: one button for a reward, another for finetuned weights."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from steer.rewards.learned import RewardTrainingConfig
 
 CLIP = "scenes"
 CONFIG = RewardTrainingConfig(CLIP, steps=300, batch_size=32, members=2)
-REPORTED_STEPS = 20  # between two events
-NUMBERS = count(1)  # of the rewards of this process, which have them in their names
+REPORTED_STEPS = 20  # training steps between two events
+NUMBERS = count(1)  # numbers in the names of this process's rewards
 READY = "Learns from all choices so far: a reward to steer by, or the model itself, in the Finetune tab."
 
 
@@ -40,7 +40,7 @@ class LearningStep:
 
 @dataclass(frozen=True)
 class NewReward:
-    """An event: the end. `spec` loads the reward by its name, `archive` is its folder as a zip."""
+    """An event: the end of the training. `spec` loads the reward by name, `archive` is its folder as a zip."""
 
     spec: str
     summary: str
@@ -48,10 +48,10 @@ class NewReward:
 
 
 def reward_training(studio: Studio) -> Callable[[Ticket], None]:
-    """Make a job that trains a reward on the choices so far, and gives it a name in this process.
+    """Make a job that trains a reward on the choices so far, and gives the reward a name in this process.
 
-    A small head on the CLIP of scenes. Sends Loading, LearningStep and NewReward events. Raises InputError where
-    nothing is labelled.
+    The reward is a small head on the CLIP of scenes. Sends Loading, LearningStep and NewReward events. Raises
+    InputError if nothing is labelled.
     """
     choices, number = label_folder(studio), next(NUMBERS)
     table = choices / (PREFERENCES if studio.label_images is None else TABLE)
@@ -78,7 +78,7 @@ def reward_training(studio: Studio) -> Callable[[Ticket], None]:
 
 
 class LabelLearning(JobTab):
-    """The buttons and the status; made inside the Label tab. The reward is there for all visitors of the app."""
+    """The buttons and the status; create it inside the Label tab. All visitors of the app can use the reward."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.spec = studio, gr.State("")
@@ -116,6 +116,6 @@ class LabelLearning(JobTab):
         }
 
     def loaded(self, reward: gr.Dropdown, tabs: gr.Tabs) -> None:
-        """Connect the button that writes the reward's name into the Steer tab, and opens it."""
+        """Connect the button that writes the reward's name into the Steer tab, and opens the tab."""
         opened = gr.update(selected="steer")
         self.use.click(lambda spec: (spec, opened), self.spec, [reward, tabs], **PRIVATE)

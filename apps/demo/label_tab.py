@@ -54,7 +54,7 @@ from steer.pipelines.training.preference_files import SampleGroup, file_inside
 TIE, BAD, UNDO, SKIP = "tie", "bad", "undo", "skip"
 SAVED = {TIE: "Saved: a tie.", BAD: "Saved: all bad."}
 Group = SampleGroup | ImagePair
-NO_MESSAGE = ""  # of an answer to a group that is no longer shown
+NO_MESSAGE = ""  # message for an answer to a group that is no longer shown
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Drawing:
 class LabelSession:
     """The groups of images that an annotator sees and answers; thread-safe.
 
-    model   its name
-    submit  submits a job to the worker, as `Worker.submit`
-    lend    a context that gives the pipeline to a job
+    model   name of the model
+    submit  submits a job to the worker, as `Worker.submit` does
+    lend    a context that yields the pipeline to a job
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class LabelSession:
     def advance(self) -> Iterator[Any]:
         """Show the next group; yields events while it is sampled. Closing the iterator early stops the sampling.
 
-        Raises InputError where it cannot be sampled, or too many wait.
+        Raises InputError if the group cannot be sampled, or if too many jobs wait.
         """
         if self._step(must=True):
             return
@@ -105,7 +105,7 @@ class LabelSession:
     def _step(self, must: bool) -> bool:
         """Show the next group if there is one, and prepare another. Returns whether one is shown, or none will be.
 
-        must  raise Busy where too many wait; else the next call tries again
+        must  raise Busy if too many jobs wait; else the next call tries again
         """
         with self._lock:
             if not self.ended:
@@ -146,8 +146,8 @@ class LabelSession:
     def answer(self, group: str, answer: str) -> str:
         """Record an answer: the number of an image, tie, bad or undo. Returns a message.
 
-        group  shown when they answered, or ""; an answer to another group than the one shown is ignored
-        Raises InputError for an unknown answer, and where it could not be recorded.
+        group  the group shown when the annotator answered, or ""; an answer to a group no longer shown is ignored
+        Raises InputError for an unknown answer, and if the answer cannot be recorded.
         """
         with self._lock:
             if self.ended or group != (self.shown.id if self.shown else ""):
@@ -193,7 +193,7 @@ class LabelSession:
 
 
 def name_of(number: int, images: int) -> str:
-    """The name of an image: left or right of two, else its number."""
+    """Return the name of an image: left or right for two images, else its number."""
     return ("left", "right")[number] if images == 2 else f"image {number + 1}"
 
 
@@ -202,10 +202,10 @@ ARROWS = ("←", "→")
 
 
 def group_view(turn: int, group: str, prompt: str, pictures: Sequence[bytes]) -> str:
-    """Two to four images side by side.
+    """Return the view of two to four images side by side.
 
-    turn      another number for each view, so that the page renews it
-    group     its name, which comes back with the answer
+    turn      a different number for each view, so that the page updates it
+    group     name of the group, returned with the answer
     pictures  PNG files
     """
     count = len(pictures)
@@ -224,7 +224,7 @@ def group_view(turn: int, group: str, prompt: str, pictures: Sequence[bytes]) ->
 
 
 def empty_view(turn: int, text: str = IDLE_TEXT, undo: bool = False) -> str:
-    """A view without images that says why; with a button where the last answer can be undone."""
+    """Return a view without images that gives the reason, with a button if the last answer can be undone."""
     button = f'<div class="steer-answers">{_button(UNDO, "Undo", "U")}</div>' if undo else ""
     return (
         f'<section class="steer-label" data-turn="{turn}" data-group="">'
@@ -256,8 +256,8 @@ class Agreement:
     """Agreement of annotators on the groups that two or more of them answered.
 
     annotators  their names
-    share       of equal answers among all pairs of answers to one group, 0..1
-    kappa       Cohen's of two annotators, Fleiss' of more, at most 1; NaN where chance alone would agree
+    share       share of equal answers among all pairs of answers to one group, 0..1
+    kappa       Cohen's κ of two annotators, Fleiss' κ of more, at most 1; NaN if chance alone would agree
     """
 
     annotators: tuple[str, ...]
@@ -289,7 +289,7 @@ def agreement(judgements: Mapping[str, Mapping[str, Hashable]]) -> Agreement | N
 
 
 def cohen(pairs: Sequence[tuple[Hashable, Hashable]]) -> float:
-    """κ = (p_o − p_e) / (1 − p_e), p_e = Σ_c p_1(c) p_2(c) of two annotators' own shares (Cohen 1960)."""
+    """Return κ = (p_o − p_e) / (1 − p_e), p_e = Σ_c p_1(c) p_2(c) from two annotators' own shares (Cohen 1960)."""
     count = len(pairs)
     p_o = sum(a == b for a, b in pairs) / count
     first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
@@ -298,7 +298,7 @@ def cohen(pairs: Sequence[tuple[Hashable, Hashable]]) -> float:
 
 
 def fleiss(rows: Sequence[Sequence[Hashable]]) -> float:
-    """κ = (P − p_e) / (1 − p_e), p_e = Σ_c p(c)² of the shares of all judgements (Fleiss 1971).
+    """Return κ = (P − p_e) / (1 − p_e), p_e = Σ_c p(c)² from the shares of all judgements (Fleiss 1971).
 
     rows  the answers to each group, two or more; P is the mean over groups of the share of equal pairs
     """
@@ -313,16 +313,16 @@ def fleiss(rows: Sequence[Sequence[Hashable]]) -> float:
 
 
 FOLDER = Path(__file__).parent
-OTHER_CALL = {"num_inference_steps": 20, "guidance_scale": 5.0}  # for models that are not embedded, as in d3po-sdxl
+OTHER_CALL = {"num_inference_steps": 20, "guidance_scale": 5.0}  # call of models that are not embedded, as in d3po-sdxl
 PROMPTS = "scenes-training"
 MAX_PROMPTS = 200
 LOADING_TEXT, STOPPED_TEXT = "The next images are being sampled.", "Stopped. All your choices are saved."
 
 
 class LabelTab(JobTab):
-    """The components and their events. All annotators see images of the first of the studio's models.
+    """The components and their events. All annotators see images of the studio's first model.
 
-    Made inside the app's Blocks. Raises InputError for a corrupt folder of preferences.
+    Create it inside the app's Blocks. Raises InputError for a corrupt folder of preferences.
     """
 
     def __init__(self, studio: Studio) -> None:
@@ -334,7 +334,7 @@ class LabelTab(JobTab):
             self.store = LabelStore(label_folder(studio), CALL if self.model in MODELS else OTHER_CALL)
         self._lock = threading.Lock()
         self._visitors: dict[str, LabelSession] = {}
-        self._runs: dict[str, ImageLabelStore] = {}  # images of the history, by the visitor who labels them
+        self._runs: dict[str, ImageLabelStore] = {}  # stores of images of the history, by the visitor who labels them
         self._turns = count()
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
@@ -386,11 +386,11 @@ class LabelTab(JobTab):
             [self.name, self.prompts, self.images, self.goal],
             [self.status, self.view, self.progress, self.stop],
         )
-        # Leave the field in which Enter was pressed: otherwise shortcuts would be typed there.
+        # Blur the field in which Enter was pressed: otherwise shortcuts would be typed there.
         leave = "(...given) => { document.activeElement?.blur(); return given; }"
         for begin in (self.start.click, self.name.submit):
             begin(self.begin, asked, live, js=leave, **RUNS)
-        # Several at a time, for an undo while a group is sampled: an answer names its group.
+        # Several events at a time allow an undo while a group is sampled: an answer names its group.
         self.view.answer(self.answer, None, live, trigger_mode="multiple", **RUNS)
         self.stop.click(self.end, None, live, queue=False, **PRIVATE)
         if self.studio.labels is None:
@@ -417,14 +417,14 @@ class LabelTab(JobTab):
     def take(self, pngs: Sequence[bytes], prompt: str, request: gr.Request) -> Change:
         """Offer the images of a run to a visitor, in pairs, until they press Stop. Raises InputError for one image.
 
-        The images and the table of the answers are in a folder of their own beside the other choices.
+        The images and the table of the answers are in a separate folder beside the other choices.
         """
         if len(pngs) < 2:
             raise InputError("history: this run has one image, and labels need two to choose between")
         folder = label_folder(self.studio) / f"{RUN}{hashlib.sha256(b''.join(pngs)).hexdigest()[:12]}"
         write_images(folder, pngs, prompt)
         with self._lock:
-            same = (store for store in [*self._runs.values()] if store.path == folder)  # of another page
+            same = (store for store in [*self._runs.values()] if store.path == folder)  # used by another page
             store = self._runs[str(request.session_hash)] = next(same, None) or ImageLabelStore(folder, folder)
         self._replace(request, None)
         pairs = plural(len(store.pairs), "pair")
@@ -442,7 +442,7 @@ class LabelTab(JobTab):
         yield from self._advance(session, message)
 
     def _advance(self, session: LabelSession, message: str) -> Iterator[Change]:
-        """Show the progress until a group is there; nothing after the session has ended."""
+        """Show the progress until a group is ready; nothing after the session has ended."""
         status, empty = line(message or "Choose by button or by key."), LOADING_TEXT
         try:
             for event in session.advance():
@@ -455,7 +455,7 @@ class LabelTab(JobTab):
             yield self._now(session, status, empty)
 
     def _now(self, session: LabelSession | None, status: str, empty: str = LOADING_TEXT) -> Change:
-        """The present view; `empty` is shown while there is no group."""
+        """Return the current view; `empty` is shown while there is no group."""
         turn, group = next(self._turns), session.shown if session else None
         if session is None or session.ended:
             view = empty_view(turn)
@@ -487,7 +487,7 @@ class LabelTab(JobTab):
         self._replace(request, None)
 
     def _replace(self, request: gr.Request, session: LabelSession | None) -> LabelSession | None:
-        """End a visitor's session, and start another one or none. Returns the ended one."""
+        """End a visitor's session, and start another one if given. Returns the ended session."""
         visitor = str(request.session_hash)
         with self._lock:
             before = self._visitors.pop(visitor, None)
@@ -512,13 +512,13 @@ def _images(turn: int, group: Group) -> str:
         if isinstance(group, ImagePair):
             return group_view(turn, group.id, group.prompt, group.pictures())
         files = [file_inside(group.folder, group.image_file(number)) for number in range(len(group.rows))]
-    except InputError as error:  # the files were removed
+    except InputError as error:  # the files have been removed
         return empty_view(turn, public(str(error)))
     return group_view(turn, group.id, group.rows.prompts[0], [file.read_bytes() for file in files])
 
 
 def prompts_of(text: str, model: str) -> tuple[str, ...]:
-    """Read the prompts of a field, one a line; by default the embedded list. Raises InputError."""
+    """Read the prompts of a field, one per line; by default the embedded list. Raises InputError."""
     if prompts := prompts_in(text, MAX_PROMPTS):
         return tuple(dict.fromkeys(prompts))
     if model not in MODELS:

@@ -30,20 +30,20 @@ from steer.pipelines.training.preference_files import (
 )
 from steer.training.rollout import Rows, Sampler
 
-IMAGES = (2, 3, 4)  # of a group
+IMAGES = (2, 3, 4)  # sizes of a group
 LONGEST_NAME, MAX_GOAL = 40, 10_000
-OVERLAP_EVERY = 3  # every so many groups an annotator gets one that others have answered
-ORDER = 0  # seed of the order that prompts come in
+OVERLAP_EVERY = 3  # an annotator gets a group that others have answered once in this many groups
+ORDER = 0  # seed of the order of prompts
 
 
 @dataclass(frozen=True)
 class LabelRequest:
     """A request of an annotator for images to choose between.
 
-    annotator  their name, 1 to 40 characters
-    prompts    of the images
-    images     of a group, 2 to 4
-    goal       groups that they plan to answer; 0: none planned
+    annotator  name of the annotator, 1 to 40 characters
+    prompts    prompts of the images
+    images     number of images of a group, 2 to 4
+    goal       number of groups that the annotator plans to answer; 0: none planned
     """
 
     annotator: str
@@ -69,7 +69,7 @@ class LabelRequest:
 
 @dataclass(frozen=True)
 class Verdict:
-    """An answer: the number of the preferred image, or None; bad: all images are bad."""
+    """An answer: the index of the preferred image, or None; bad: all images are bad."""
 
     chosen: int | None
     bad: bool = False
@@ -93,17 +93,17 @@ class LabelStore:
     """The groups and answers of all annotators, in a folder that `steer finetune d3po-scenes --preferences` reads.
 
     path  an existing folder keeps its sampling arguments; a new one takes `call`
-    Thread-safe; one program at a time may write. An answer is on the disk when its method returns.
+    Thread-safe; one program at a time may write. An answer is on disk when its method returns.
     """
 
     def __init__(self, path: Path, call: Mapping[str, Any] = CALL) -> None:
         self.path = path
         self._lock = threading.RLock()
         self._folder: PreferenceFolder | None = None
-        self._verdicts: dict[str, dict[str, Verdict]] = {}  # by annotator and group, the latest last
+        self._verdicts: dict[str, dict[str, Verdict]] = {}  # verdicts by annotator and group, the latest last
         self._undone = Counter[str]()
         self._skipped: set[tuple[str, str]] = set()
-        self._assigned: set[tuple[str, str]] = set()  # annotators and the groups they are to answer
+        self._assigned: set[tuple[str, str]] = set()  # pairs of annotator and assigned group
         self._sampling: tuple[dict[str, Any], float, str] = dict(call), 1.0, "float32"
         self._checked = False
         if (path / SETTINGS).exists():
@@ -119,7 +119,7 @@ class LabelStore:
         for number, row in read_lines(path):
             choice, name = parse_preference(f"{path}, line {number}", row, self.groups), row.get("annotator")
             if not isinstance(name, str):
-                continue  # written by a program: no annotator may undo it
+                continue  # a program wrote it: no annotator may undo it
             if row.get("undo") is True:
                 self._verdicts.get(name, {}).pop(row["lot"], None)
                 self._undone[name] += 1
@@ -139,7 +139,7 @@ class LabelStore:
     def offer(self, request: LabelRequest) -> SampleGroup | None:
         """Assign a stored group to the annotator until they answer or it is released; None: one must be sampled.
 
-        Every third is one that others have answered, the oldest first, to measure agreement; the others are new.
+        Every third group has answers of others, the oldest first, to measure agreement; the other groups are new.
         """
         with self._lock:
             answered = self._of(request.annotator).keys()
@@ -158,8 +158,8 @@ class LabelStore:
     def draw(self, pipe: Any, request: LabelRequest, check: Callable[[], object]) -> SampleGroup:
         """Sample a group as one batch and assign it to the annotator; one thread at a time may sample.
 
-        check  is called before each step; an exception of it ends the sampling, and nothing is written
-        Raises InputError for another pipeline than that of the stored groups.
+        check  called before each step; an exception from it ends the sampling, and nothing is written
+        Raises InputError if the pipeline differs from that of the stored groups.
         """
         with self._lock:
             folder = self._open_folder(pipe)
@@ -183,18 +183,18 @@ class LabelStore:
         return group
 
     def _open_folder(self, pipe: Any) -> PreferenceFolder:
-        """The folder, after a check that the pipeline is that of its groups."""
+        """Open the folder, after checking that its groups are of this pipeline."""
         if self._folder is None or not self._checked:
             self._folder = PreferenceFolder.create(self.path, pipe, *self._sampling)
             self._checked = True
         return self._folder
 
     def choose(self, annotator: str, group: str, chosen: int) -> bool:
-        """Record that an image is the best of its group; False where the annotator had answered already."""
+        """Record that an image is the best of its group; False if the annotator has answered already."""
         return self._judge(annotator, group, Verdict(chosen))
 
     def tie(self, annotator: str, group: str, bad: bool = False) -> bool:
-        """Record a tie; False where the annotator had answered already. bad: all images are bad."""
+        """Record a tie; False if the annotator has answered already. bad: all images are bad."""
         return self._judge(annotator, group, Verdict(None, bad))
 
     def _judge(self, annotator: str, group: str, verdict: Verdict) -> bool:
@@ -215,13 +215,13 @@ class LabelStore:
             return True
 
     def skip(self, annotator: str, group: str) -> None:
-        """Leave a group to others; it is not offered to this annotator again before the app is started again."""
+        """Leave a group to others; it is not offered to this annotator again until the app restarts."""
         with self._lock:
             self._assigned.discard((annotator, group))
             self._skipped.add((annotator, group))
 
     def undo(self, annotator: str) -> SampleGroup | None:
-        """Undo the annotator's latest answer and assign its group again; None where there is none."""
+        """Undo the annotator's latest answer and assign its group again; None if there is no answer."""
         with self._lock, write_errors(self.path):
             if not (verdicts := self._of(annotator)):
                 return None
@@ -246,7 +246,7 @@ class LabelStore:
             return Progress(choices, len(verdicts) - choices, bad, self._undone[annotator])
 
     def judgements(self) -> dict[str, dict[str, int | None]]:
-        """The answers by group and annotator: the preferred image, or None for a tie."""
+        """Return the answers by group and annotator: the preferred image, or None for a tie."""
         with self._lock:
             selected: dict[str, dict[str, int | None]] = {}
             for name, verdicts in self._verdicts.items():
@@ -259,14 +259,14 @@ class LabelStore:
 
 
 def now() -> str:
-    """Return the present time as text."""
+    """Return the current time as text."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def goal_text(request: LabelRequest, judgements: Mapping[str, Mapping[str, Any]]) -> str:
-    """Say how many of the planned answers there are, and how many groups have answers of others too.
+    """Describe how many of the planned answers are given, and how many of these groups others have answered too.
 
-    Every third group is one that others answer too, so that agreement can be measured.
+    Every third group is also answered by others, so that agreement can be measured.
     """
     own = [answers for answers in judgements.values() if request.annotator in answers]
     shared = sum(len(answers) > 1 for answers in own)
@@ -279,16 +279,16 @@ def goal_text(request: LabelRequest, judgements: Mapping[str, Mapping[str, Any]]
 
 CONFIG, CONFIG_MODEL = "d3po-scenes", "scenes"  # and the model in it
 ARCHIVE_FOLDER = "choices"  # folder inside the zip
-RUN = "run-"  # begins the names of folders with the images of a run, and their labels
+RUN = "run-"  # prefix of folders with the images of a run, and their labels
 
 
 def label_folder(studio: Studio) -> Path:
-    """The owner's folder of preferences, or a temporary one."""
+    """Return the owner's folder of preferences, or a temporary one."""
     return studio.labels or studio.home / "labels"
 
 
 def storage_notice(studio: Studio) -> str:
-    """A sentence that says where choices are stored."""
+    """Return a sentence about the place where choices are stored."""
     if studio.labels is not None:
         return f"Every choice is written to {studio.labels} at once, with the images and how they were drawn."
     return (
@@ -299,7 +299,7 @@ def storage_notice(studio: Studio) -> str:
 
 
 def command_of(studio: Studio) -> str:
-    """The command that finetunes the model from the choices, or from the unpacked zip beside it."""
+    """Return the command that finetunes the model from the choices, or from the unpacked zip beside it."""
     if studio.label_images is not None:
         words = ["steer", "rewards", "train", str(label_folder(studio) / "pairs.jsonl"), "--out", "my-reward"]
         return shlex.join(words)
@@ -313,7 +313,7 @@ def command_of(studio: Studio) -> str:
 
 
 def write_label_zip(folder: Path, path: Path) -> None:
-    """Zip a preference folder, while it may be written to. Raises InputError where it is empty."""
+    """Zip a preference folder, even during writes to it. Raises InputError if it is empty."""
     files = [*label_files(folder)] if (folder / PREFERENCES).exists() else []
     if not (files := [*files, *sorted(folder.glob(f"{RUN}*/*"))]):
         raise InputError("nothing has been chosen yet: label some images first")
@@ -321,8 +321,8 @@ def write_label_zip(folder: Path, path: Path) -> None:
 
 
 def label_files(folder: Path) -> Iterator[Path]:
-    """List the files of a preference folder that may be written to: read each before the next."""
-    for name in (PREFERENCES, GROUPS, SETTINGS):  # before the files that they name, which are there by then
+    """List the files of a preference folder, even during writes to it: read each before the next."""
+    for name in (PREFERENCES, GROUPS, SETTINGS):  # before the files that they name, which exist by then
         yield folder / name
     for kind in ("images", "trajectories"):
         yield from (one for one in sorted((folder / kind).iterdir()) if one.suffix != ".new")

@@ -1,6 +1,6 @@
 """Links that fill the form of the Steer tab: `?settings=` with a prompt and settings as JSON.
 
-A link comes from a stranger: its values have the types and ranges of a recipe's, and nothing is loaded to check it.
+A link may come from a stranger: its values are checked for the types and ranges of a recipe, without loading anything.
 """
 
 import json
@@ -13,11 +13,11 @@ from steer.apps.settings import SHARED, SamplingConfig
 from steer.errors import InputError
 
 PARAMETER = "settings"
-MAX_CHARACTERS = 6000  # browsers and proxies cut longer addresses
+MAX_CHARACTERS = 6000  # browsers and proxies truncate longer addresses
 
 
 def link_of(prompt: str, settings: SamplingConfig) -> str:
-    """Return the query of a link, from its `?` on. Raises InputError for finetuned weights, and for a long prompt."""
+    """Return the query of a link, with its `?`. Raises InputError for finetuned weights, and for a long prompt."""
     if settings.lora is not None:
         raise InputError("a link holds no finetuned weights: send the zip of the Finetune tab")
     data = {"prompt": prompt, "settings": given_options(settings, SHARED)}
@@ -28,7 +28,7 @@ def link_of(prompt: str, settings: SamplingConfig) -> str:
 
 
 def read_link(text: str) -> tuple[str, SamplingConfig]:
-    """Read the decoded value of `?settings=`. Raises InputError for one that `link_of` cannot have written."""
+    """Read the decoded value of `?settings=`. Raises InputError for a value that `link_of` cannot have written."""
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"link: {len(text)} characters, at most {MAX_CHARACTERS}")
     try:

@@ -6,18 +6,18 @@ from pathlib import Path
 
 from steer.apps.plots import short
 
-RUN_SCRIPT = (Path(__file__).parent / "run_view.js").read_text()  # of views with a gallery, a tree or folded tables
+RUN_SCRIPT = (Path(__file__).parent / "run_view.js").read_text()  # for views with a gallery, a tree or folded tables
 HIDDEN = ' hidden=""'
 
 
 class Html(str):
-    """A cell that is not escaped."""
+    """HTML of a cell, which is not escaped."""
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]], by: str | None = None) -> str:
-    """A <table>: the first cell of each row is its name. Floats are shortened; None is a dash.
+    """Return a <table>; the first cell of each row is its name. Floats are shortened; None becomes a dash.
 
-    by  the column that the rows are sorted by, the highest first
+    by  the column by which the rows are sorted, the highest first
     """
     order = {by: ' aria-sort="descending"'}
     columns = "".join(f'<th scope="col"{order.get(name, "")}>{escape(name)}</th>' for name in head)
@@ -39,15 +39,15 @@ def _cell(value: object) -> str:
 
 
 def folded(summary: str, content: str) -> str:
-    """Content that opens under its summary; run_view.js keeps it open when the view around it changes."""
+    """Return content that opens below its summary; run_view.js keeps it open when the view around it changes."""
     return f'<details class="steer-numbers"><summary>{summary}</summary>{content}</details>'
 
 
 def gallery(title: str, frames: Sequence[tuple[str, str, str]], note: str) -> str:
-    """A scrubber and frames of images, of which it shows one; run_view.js moves it.
+    """Return a scrubber and frames of images, of which it shows one; run_view.js moves the scrubber.
 
-    frames  label, classes and HTML of each
-    note    escaped, below the images
+    frames  label, classes and HTML of each frame
+    note    text below the images, which is escaped
     """
     last, label = len(frames) - 1, frames[-1][0]
     earlier, later = (

@@ -1,6 +1,6 @@
 """Presets of the Steer tab: named settings, without prompt and seed, which stay in the visitor's browser.
 
-A browser returns any text: saved settings are checked like those of a link.
+A browser can return any text: saved settings are checked like a link's.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from steer.apps.recipes import checked_settings
 from steer.apps.settings import SHARED
 from steer.errors import InputError
 
-BUILT_IN: dict[str, dict[str, Any]] = {  # fields, beside the defaults of the method
+BUILT_IN: dict[str, dict[str, Any]] = {  # fields that differ from the defaults of the method
     "Best picture": {"method": "race", "compare": True},
     "Fast": {"method": "best-of-n", "steps": 8, "compare": False},
     "Samples": {"method": "fk", "particles": 8, "auto": True, "compare": True},
@@ -25,7 +25,7 @@ MAX_PRESETS, MAX_NAME = 20, 40
 
 
 def saved_presets(value: Any) -> dict[str, Any]:
-    """Read the presets that a browser returned; what this version cannot have written is left out."""
+    """Read the presets that a browser returned, without entries that this version cannot have written."""
     items = value.items() if isinstance(value, dict) else ()
     return {name: one for name, one in items if isinstance(name, str) and 0 < len(name) <= MAX_NAME}
 
@@ -38,7 +38,7 @@ class Presets:
 
     def __init__(self, studio: Studio, steer: SteerTab) -> None:
         self.studio, self.steer, self.status = studio, steer, steer.status
-        # Nothing of it is secret: with a fixed word a restarted app reads it again.
+        # Presets are not secret: with a fixed word, a restarted app can read them again.
         self.saved = gr.BrowserState({}, storage_key="steer-presets", secret="steer")
         with steer.above_fields:
             self.name = gr.Dropdown(
@@ -81,7 +81,7 @@ class Presets:
 
     @refusing
     def save(self, given: Change) -> Change:
-        """Save the present settings under a name, in place of those of the same name."""
+        """Save the current settings under a name; they replace settings of the same name."""
         name, saved = str(given[self.name] or "").strip(), saved_presets(given[self.saved])
         if not 0 < len(name) <= MAX_NAME or not name.isprintable():
             raise InputError(f"preset: give it a name of 1 to {MAX_NAME} characters")

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar, and the seconds that are left at the measured pace."""
+"""Progress of a run: a bar, and the remaining seconds at the measured pace."""
 
 import math
 import time
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from steer.apps.demo.studio import line
 
-SHORTEST = 1.5  # seconds left below which none are shown
+SHORTEST = 1.5  # remaining seconds below which none are shown
 
 
 @dataclass
 class Progress:
-    """The share of a run that is done, and its pace: that of all steps after the first, which may load or compile.
+    """The finished share of a run, and its pace over all steps after the first, which may load or compile.
 
     share  0 to 1; None before the first step
     """
@@ -23,20 +23,20 @@ class Progress:
     _elapsed: float = 0.0
 
     def update(self, share: float) -> None:
-        """Add a step after which a share is done."""
+        """Add a step, after which `share` is done."""
         now = self.clock()
         self._first = self._first or (now, share)
         self._elapsed, self.share = now - self._first[0], share
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds to the end; None before the second step."""
+        """Return the seconds to the end; None before the second step."""
         if self.share is None or self._first is None or self.share <= self._first[1]:
             return None
         return self._elapsed * (1 - self.share) / (self.share - self._first[1])
 
     def status(self, text: str) -> str:
-        """Show a line of status with the remaining time, above a bar; the bar has no value before the first step."""
+        """Return a status line with the remaining time, above a bar; the bar has no value before the first step."""
         left = self.seconds_left
         remaining = "" if left is None or left < SHORTEST else f", about {duration(left)} left"
         value = "" if self.share is None else f' max="1" value="{self.share:.3f}"'

@@ -49,7 +49,7 @@ MAX_ASPECT_RATIO = 8
 
 @dataclass(frozen=True)
 class Score:
-    """A reward's score of an image, and those of its components, where it has several."""
+    """A reward's score of an image, and the scores of its components if it has several."""
 
     total: float
     components: Mapping[str, float]
@@ -59,7 +59,7 @@ class Score:
 class Row:
     """An image: its file's name, pixels across and down, and its scores by the rewards that could score it.
 
-    prompt  that it was scored by; inside: whether that comes from the image's own metadata
+    prompt  prompt of the scores;  inside: whether the prompt comes from the image's own metadata
     """
 
     name: str
@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Image `number`, from 1, of `count` is being scored."""
+    """An event: image `number`, from 1, of `count` is being scored."""
 
     number: int
     count: int
@@ -91,12 +91,12 @@ class Scores:
     notes: tuple[str, ...]
 
     def best_first(self, reward: str) -> list[Row]:
-        """Sort the images by one reward, those without a score last."""
+        """Sort the images by one reward; images without a score come last."""
         return sorted(self.rows, key=lambda row: -row.scores[reward].total if reward in row.scores else float("inf"))
 
 
 def check_request(paths: Sequence[Path], prompt: str, rewards: Sequence[str]) -> None:
-    """Check the amounts of a request. Raises InputError."""
+    """Check the numbers of images, rewards and characters of a request. Raises InputError."""
     if not paths:
         raise InputError("no images: drop some first")
     if not rewards:
@@ -118,11 +118,11 @@ def score_files(
 ) -> None:
     """Score image files, one in memory at a time; sends Scoring events and, at the end, Scores.
 
-    prompt  of all images; empty: that in the metadata of each, if any
+    prompt  prompt of all images; empty: the prompt in the metadata of each image, if any
     find    returns the reward of a specification, or raises InputError
     device  where the images are scored
-    Each failure is one line of the notes, and the rest is scored. Raises InputError where no reward
-    was found, or no image could be read.
+    Each failure is one line of the notes, and the rest is scored. Raises InputError if no reward can be loaded, or no
+    image can be read.
     """
     notes: dict[str, None] = {}
     rewards_by_spec = {}
@@ -168,14 +168,14 @@ def _scored(row: Row, image: Tensor, rewards: Mapping[str, Reward], notes: dict[
 def read_upload(path: Path) -> Tensor:
     """Read an uploaded image as (3, H, W) in [0, 1]. Its size is checked before its pixels are decoded.
 
-    Raises InputError, without the file's place, for one that is too big, too long or no image.
+    Raises InputError, without the file's path, for a file that is too big, too long or not an image.
     """
     if (size := path.stat().st_size) > MAX_BYTES:
         raise InputError(f"{size / 2**20:.1f} MB: at most {MAX_BYTES / 2**20:.0f} MB an image")
     try:
         with Image.open(path, formats=FORMATS) as file:
             width, height = file.size
-    except DECODE_ERRORS as error:  # Pillow's own words name the place
+    except DECODE_ERRORS as error:  # Pillow's messages contain the path
         raise InputError("not an image that can be read: use PNG, JPEG or WebP") from error
     if width * height > MAX_PIXELS:
         raise InputError(f"{width} × {height} pixels: at most {MAX_PIXELS // 10**6} megapixels, make it smaller")
@@ -196,7 +196,7 @@ SIZE, SIDE = (5.6, 4.7), 32.0  # inches of the chart, points of a thumbnail in i
 
 
 def scores_view(scores: Scores, by: str) -> str:
-    """A table of all scores, the best by one reward first, one of components, and the notes."""
+    """Return a table of all scores, the best by one reward first, a table of components, and the notes."""
     rows = scores.best_first(by)
     images = plural(len(rows), "image") + (f", the best by {by} first" if len(rows) > 1 else "")
     own = any(row.inside for row in rows)
@@ -218,7 +218,7 @@ def _picture_cell(row: Row, star: str) -> Html:
 
 
 def _components_table(scores: Scores, rows: Sequence[Row]) -> str:
-    """A table of the components' scores, where there are any."""
+    """Return a table of the components' scores, if there are any."""
     columns = {
         (reward, part): f"{reward}: {part}"
         for reward in scores.rewards
@@ -243,9 +243,9 @@ def _notes(notes: Sequence[str]) -> str:
 
 
 def scatter_view(scores: Scores, across: str, up: str) -> str:
-    """A scatter plot of the images by two rewards, and the rank correlation of the two.
+    """Return a scatter plot of the images by two rewards, and the rank correlation of the two.
 
-    Thumbnails can be reached by Tab, and have their scores as labels; nothing where there are fewer than two.
+    Thumbnails can be reached with the Tab key, and have their scores as labels; nothing for fewer than two images.
     """
     rows = [row for row in scores.rows if across in row.scores and up in row.scores]
     if len(rows) < 2:
@@ -259,7 +259,7 @@ def scatter_view(scores: Scores, across: str, up: str) -> str:
     axes.set_xlabel(plain_text(across), size=8, color=INK)
     axes.set_ylabel(plain_text(up), size=8, color=INK)
     axes.plot(xs, ys, ls="")
-    svg = as_svg(figure, title, role="group")  # lays the axes out
+    svg = as_svg(figure, title, role="group")  # also computes the layout of the axes
     places = axes.transData.transform(np.column_stack([xs, ys])).tolist()
     height = figure.bbox.height
     pictures = "".join(
@@ -285,7 +285,7 @@ def _describe_correlation(xs: Sequence[float], ys: Sequence[float]) -> str:
 
 
 def _picture(row: Row, place: tuple[float, float], description: str) -> str:
-    """A thumbnail around its place, in a frame that shows the focus."""
+    """Return a thumbnail centred at its place, in a frame that shows the focus."""
     left, top, words = place[0] - SIDE / 2, place[1] - SIDE / 2, escape(description, quote=True)
     box = f'x="{left:.1f}" y="{top:.1f}" width="{SIDE:g}" height="{SIDE:g}"'
     return (
@@ -295,13 +295,13 @@ def _picture(row: Row, place: tuple[float, float], description: str) -> str:
 
 
 def names_view() -> str:
-    """The rewards that have a name, and what they measure."""
+    """Return a list of the named rewards with their descriptions."""
     names = {name: f"{about}; {FACTS[name]}" if name in FACTS else about for name, about in reward_names().items()}
     return table("Rewards that have a name", ["name", "what it measures"], sorted(names.items()))
 
 
-DEFAULT_REWARDS = ("preference:scenes", "aesthetic:scenes", "clip:scenes")  # which score any image
-EMBEDDED = ("scene", "scene-soft", *DEFAULT_REWARDS, "jpeg", "brightness")  # which need no network
+DEFAULT_REWARDS = ("preference:scenes", "aesthetic:scenes", "clip:scenes")  # these score any image
+EMBEDDED = ("scene", "scene-soft", *DEFAULT_REWARDS, "jpeg", "brightness")  # these need no network
 
 
 class RewardsTab(JobTab):
@@ -373,7 +373,7 @@ class RewardsTab(JobTab):
         yield {self.status: line("Stopped.")} if scores is None else self._shown(scores)
 
     def _shown(self, scores: Scores) -> Change:
-        """Show all scores: sorted by the first reward, the first two plotted."""
+        """Show all scores, sorted by the first reward, with a plot of the first two rewards."""
         names = list(scores.rewards)
         first, second = names[0], names[min(1, len(names) - 1)]
         several = len(names) > 1 and len(scores.rows) > 1

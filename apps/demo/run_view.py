@@ -1,6 +1,6 @@
 """The view of a steered run: its images, the ancestry of its particles, its curves and its numbers as HTML.
 
-In the ancestry columns are evaluated steps, rows are slots, and lines lead to descendants; every dot lists its whole
+In the ancestry, columns are evaluated steps, rows are slots, and lines lead to descendants; every dot lists its whole
 lineage in `data-path`, which run_view.js highlights.
 """
 
@@ -22,9 +22,9 @@ from steer.apps.demo.studio import Waiting, plural
 from steer.apps.plots import COLORMAP, chart, draw_series, short
 
 EMPTY_TEXT = "The particles appear here while they are being steered."
-GRID_CLASSES = ((1, "steer-single"), (4, "steer-few"), (8, "steer-some"))  # up to so many images
+GRID_CLASSES = ((1, "steer-single"), (4, "steer-few"), (8, "steer-some"))  # largest number of images for each class
 FINISHED = 256  # pixels of a finished image's longer side
-REDRAW_INTERVAL = 0.15  # seconds between two lines about single steps
+REDRAW_INTERVAL = 0.15  # seconds between two status lines about single steps
 
 Key = tuple[int, int]  # column and slot
 Lineages = dict[Key, list[Key]]
@@ -32,7 +32,7 @@ Lineages = dict[Key, list[Key]]
 
 @dataclass
 class RunView:
-    """The frames of the present prompt, its result and those of all finished prompts, and the status line."""
+    """The frames and the result of the current prompt, the results of all finished prompts, and the status line."""
 
     frames: tuple[Frame, ...] = ()
     made: PromptResult | None = None
@@ -42,7 +42,7 @@ class RunView:
     _last_redraw: float = field(default=0.0, repr=False)
 
     def after(self, event: Any) -> bool:
-        """Add an event; returns whether the view changes."""
+        """Add an event; return whether the view changes."""
         match event:
             case Frame():
                 self.frames = (*self.frames, event)
@@ -64,7 +64,7 @@ class RunView:
 
     @property
     def status(self) -> str:
-        """The status line with the progress of the run."""
+        """Return the status line with the progress of the run."""
         return self.progress.status(self.line)
 
     def conclusion(self, stopped: bool) -> str:
@@ -78,7 +78,7 @@ class RunView:
 
 
 def run_view(frames: Sequence[Frame], made: PromptResult | None) -> str:
-    """The HTML of a run so far; a hint before the first evaluated step.
+    """Return the HTML of a run so far; a hint before the first evaluated step.
 
     frames  the particles at the evaluated steps so far
     made    the result, once there is one
@@ -101,7 +101,7 @@ def run_view(frames: Sequence[Frame], made: PromptResult | None) -> str:
 
 
 def _finished(made: PromptResult, total: int) -> Frame:
-    """The finished images as a last frame, in their slots."""
+    """Return the finished images as a last frame, in their slots."""
     pictures, images = [made.images[made.order.index(slot)] for slot in sorted(made.order)], []
     for picture in pictures:
         with Image.open(picture.path) as file:
@@ -112,7 +112,7 @@ def _finished(made: PromptResult, total: int) -> Frame:
 
 
 def _gallery(columns: Sequence[Frame]) -> str:
-    """The particles at every evaluated step, of which one is shown."""
+    """Return the particles at every evaluated step; one step is shown at a time."""
     size = len(columns[-1].images)
     note = "each image: the particle’s number and its reward, ★ the highest" if size > 1 else "the image: its reward"
     frames = []
@@ -139,12 +139,12 @@ def _spread(column: Frame) -> tuple[float, float, float] | None:
 
 
 def _num_living_ancestors(columns: Sequence[Frame], paths: Lineages) -> list[int]:
-    """At each column the number of first particles with a descendant."""
+    """Return, for each column, the number of initial particles with a descendant."""
     return [len({way[0] for (column, _), way in paths.items() if column == place}) for place in range(len(columns))]
 
 
 def _curves(columns: Sequence[Frame], paths: Lineages) -> str:
-    """Charts of rewards, of ESS and of surviving ancestors."""
+    """Return charts of rewards, ESS and surviving ancestors."""
     span, several = (1.0, float(columns[-1].total)), len(columns[0].rewards) > 1
     spreads = [(column.step, *spread[: 3 if several else 1]) for column in columns if (spread := _spread(column))]
     drawn: dict[tuple[str, str], Sequence[tuple[float, ...]]] = {
@@ -170,7 +170,7 @@ def _curves(columns: Sequence[Frame], paths: Lineages) -> str:
 
 
 def _table(columns: Sequence[Frame], paths: Lineages) -> str:
-    """The numbers of the ancestry and of the charts as a table."""
+    """Return the numbers of the ancestry and of the charts as a table."""
     head = ["step", "lowest reward", "mean", "highest"]
     head += ["ESS", "first particles alive", "ancestors of the next"] if paths else []
     living, rows = _num_living_ancestors(columns, paths), []
@@ -183,10 +183,10 @@ def _table(columns: Sequence[Frame], paths: Lineages) -> str:
     return folded("As a table", table("Rewards and ancestors" if paths else "Rewards", head, rows))
 
 
-MAX_LABELLED_PARTICLES = 8  # particles up to which every dot has its reward
-LEFT, RIGHT, TOP = 44, 96, 52  # around the dots, for names and finished images
-WIDE, NARROWEST, WIDEST = 420, 58, 105  # of all columns together, of one column
-ICON = 28  # of a finished image
+MAX_LABELLED_PARTICLES = 8  # largest number of particles for which every dot shows its reward
+LEFT, RIGHT, TOP = 44, 96, 52  # margins around the dots, for names and finished images
+WIDE, NARROWEST, WIDEST = 420, 58, 105  # widths of all columns together, and of one column
+ICON = 28  # side of a finished image
 HELP = (
     "Each dot is a particle; lines lead to its descendants, thick ones to {end}. "
     "Choose a dot to highlight its ancestors and descendants."
@@ -210,7 +210,7 @@ def ancestor_paths(parents: Sequence[Sequence[int]], size: int) -> Lineages:
 
 
 def full_lineages(paths: Lineages) -> Lineages:
-    """The ancestors and descendants of each particle, from the paths of all."""
+    """Return the ancestors and descendants of each particle, from the paths of all particles."""
     result = {key: list(way) for key, way in paths.items()}
     for key, way in paths.items():
         for older in way[:-1]:
@@ -219,7 +219,7 @@ def full_lineages(paths: Lineages) -> Lineages:
 
 
 def ancestry(columns: Sequence[Frame], paths: Lineages) -> str:
-    """The tree with its heading, and a legend of the colours.
+    """Return the tree with its heading, and a legend of the colours.
 
     paths  from `ancestor_paths`
     """
@@ -243,7 +243,7 @@ def ancestry(columns: Sequence[Frame], paths: Lineages) -> str:
 
 
 def _links(spots: dict[Key, Key], paths: Lineages, last: int) -> str:
-    """A line to every particle from the one before; those that lead to the last column are alive, and on top."""
+    """Return a line from each parent to its child; lines that lead to the last column are alive, and on top."""
     alive = {key for end, way in paths.items() if end[0] == last for key in way}
     markup = {True: "", False: ""}
     for key, way in paths.items():
@@ -258,7 +258,7 @@ def _links(spots: dict[Key, Key], paths: Lineages, last: int) -> str:
 
 
 def _dot(column: Frame, key: Key, lineage: list[Key], shade: Normalize, spot: Key) -> str:
-    """A particle, with its reward above it, or a finished image on its right."""
+    """Return the dot of a particle, with its reward above it, or a finished image on its right."""
     reward, description = column.rewards[key[1]], column.describe(key[1])
     color = to_hex(colormaps[COLORMAP](shade(reward))) if reward in column.known else "none"
     beside = ""
@@ -276,7 +276,7 @@ def _dot(column: Frame, key: Key, lineage: list[Key], shade: Normalize, spot: Ke
 
 
 def _names(columns: Sequence[Frame], spots: dict[Key, Key]) -> str:
-    """Above each column its step, with the ESS where it is known; left of each row its slot."""
+    """Return the step above each column, with the ESS if it is known, and the slot left of each row."""
     markup = ""
     for (place, slot), (x, y) in spots.items():
         if slot == 0:

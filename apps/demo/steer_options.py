@@ -15,14 +15,14 @@ from steer.errors import InputError
 from steer.rewards import FACTS
 
 IMAGE_SETTINGS = ("negative_prompt", "height", "width", "scheduler")
-MAX_SIZE = 1024  # pixels of an image's side, on a machine that visitors share
+MAX_SIZE = 1024  # pixels of an image's side, because visitors share the machine
 MAX_LORAS = 4
-LORA_NAME = re.compile(r"[\w.-]+\.safetensors")  # no separator of a sum of adapters
+LORA_NAME = re.compile(r"[\w.-]+\.safetensors")  # contains no separator of a sum of adapters
 MORE_REWARDS = {"brightness": "how light it is", "colour:red": "how red it is; other names work too"}
 
 
 def reward_choices(allowed: Sequence[str]) -> dict[str, str]:
-    """The rewards to choose from, with their meanings and units; `allowed` are those of the owner."""
+    """Return the rewards to choose from, with meanings and units; `allowed` are the owner's additional rewards."""
     meanings = dict.fromkeys(allowed, "of this app") | REWARDS | MORE_REWARDS
     single = {name: text for name, text in meanings.items() if " + " not in name}
     units = {name: facts.unit for name in single if (facts := FACTS.get(name.partition(":")[0]))}
@@ -35,7 +35,7 @@ def reward_text(weights: Mapping[str, float]) -> str:
 
 
 class RewardChips:
-    """Rewards to tick, with a slider of the weight of each; together they write the field of the reward."""
+    """Checkboxes of rewards, with a slider for the weight of each; together they write the reward's field."""
 
     def __init__(self, reward: Any, allowed: Sequence[str]) -> None:
         self.reward, choices = reward, reward_choices(allowed)
@@ -54,19 +54,19 @@ class RewardChips:
         reward.input(self.clear, None, self.components, **PRIVATE)
 
     def write(self, values: Change) -> Change:
-        """Write the reward's text, and show the weights where there are several."""
+        """Write the reward's text, and show the weights if there are several rewards."""
         chosen = values[self.chosen]
         text = reward_text({name: values[self.sliders[name]] for name in chosen})
         shown = {slider: gr.update(visible=name in chosen) for name, slider in self.sliders.items()}
         return shown | ({self.reward: text} if chosen else {})
 
     def clear(self) -> Change:
-        """Untick all: the field of the reward holds another text."""
+        """Clear all checkboxes: the reward's field contains a different text."""
         return {self.chosen: []} | {slider: gr.update(visible=False) for slider in self.sliders.values()}
 
 
 def image_fields() -> dict[str, Any]:
-    """The fields of IMAGE_SETTINGS."""
+    """Create the fields of IMAGE_SETTINGS."""
     with gr.Accordion("Negative prompt, size and solver", open=False):
         hint = "What the images should not show; needs a guidance above 1"
         fields: dict[str, Any] = {"negative_prompt": gr.Textbox("", label="Negative prompt", info=hint)}
@@ -84,7 +84,7 @@ def image_fields() -> dict[str, Any]:
 
 
 def lora_fields() -> dict[str, Any]:
-    """The fields of uploaded LoRA files and their weights."""
+    """Create the fields of uploaded LoRA files and their weights."""
     with gr.Accordion("LoRA files", open=False):
         files = gr.File(
             label=f"LoRA files, up to {MAX_LORAS}",
@@ -105,7 +105,7 @@ def image_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"{name} can be at most {MAX_SIZE} pixels in this app, got {size}")
         elif name in given:
             given[name] = size
-    if ("height" in given) != ("width" in given):  # several pipelines of diffusers ignore one alone
+    if ("height" in given) != ("width" in given):  # several pipelines of diffusers ignore a single one
         raise InputError("width and height: give both, or 0 for each")
     if len(given.get("negative_prompt", "")) > MAX_PROMPT_CHARACTERS:
         raise InputError(f"the negative prompt has more than {MAX_PROMPT_CHARACTERS} characters: shorten it")
@@ -133,5 +133,5 @@ def uploaded_loras(asked: Mapping[str, Any]) -> str | None:
 
 
 def on_disk(lora: str, places: Mapping[str, Path]) -> str:
-    """Write adapters, named as in the settings, with their paths on the disk."""
+    """Write adapters, named as in the settings, with their paths on disk."""
     return " + ".join(f"{places[name]}:{weight!r}" for name, weight in read_loras(lora))

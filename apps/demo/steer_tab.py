@@ -42,7 +42,7 @@ from steer.rewards.scene import COLOURS, PLURALS
 
 EXAMPLES = (EXAMPLE, "a red circle left of a blue star", "two yellow squares and a black cross")
 KEYS_SCRIPT = (Path(__file__).parent / "keys.js").read_text()
-MAX_PROMPTS = 4  # of one visitor on a shared machine
+MAX_PROMPTS = 4  # prompts of one visitor on a shared machine
 SETTINGS = ("method", "reward", "particles", "lam", "steps", "guidance", "iterations", "seed", "model", "compare")
 ONE_STEP = "scenes-turbo"
 
@@ -56,18 +56,18 @@ def drawable(model: str) -> str:
 
 
 def prompt_info(model: str) -> str:
-    """The hint of the field of the prompts."""
+    """Return the hint of the prompts' field."""
     return f"One a line, up to {MAX_PROMPTS}. Ctrl+Enter runs. {drawable(model)}"
 
 
 def prompt_field(model: str) -> gr.Textbox:
-    """The field of the prompts."""
+    """Create the field of the prompts."""
     info = prompt_info(model)
     return gr.Textbox(EXAMPLE, label="Prompt", lines=2, max_lines=MAX_PROMPTS, info=info, elem_id="steer-prompts")
 
 
 def steer_fields(studio: Studio) -> dict[str, Any]:
-    """The components of the settings, by the names that `settings_of` reads."""
+    """Create the components of the settings, by the names that `settings_of` reads."""
     rewards = [*dict.fromkeys([*studio.rewards, *REWARDS])]
     fields: dict[str, Any] = {
         "method": gr.Dropdown(
@@ -108,14 +108,14 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
 def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> SamplingConfig:
     """Read the settings from the fields, with the weights that the visitor loaded.
 
-    Raises InputError for numbers beyond what this app does.
+    Raises InputError for numbers beyond the limits of this app.
     """
     own = set(ALL_OPTIONS) - set(option_names(asked["method"]))  # fields of other methods stay as they are
     given = {name: asked[name] for name in SETTINGS if name not in own}
     if empty := [name for name, value in given.items() if value is None and name != "seed"]:
         raise InputError(f"{label_of(empty[0])}: the field is empty, give a number")
     if asked["method"] != "fk":
-        given.pop("lam", None)  # svdd takes the best candidate
+        given.pop("lam", None)  # svdd selects the best candidate
     elif asked.get("auto"):
         given["lam"] = "auto"
     given |= _particle_options(asked["method"], asked["particles"])
@@ -128,12 +128,12 @@ def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> Sam
 
 
 def _particle_options(method: str, particles: int) -> dict[str, Any]:
-    """The options of a method that follow from the number of particles."""
+    """Return the options of a method that follow from the number of particles."""
     return {"beams": 2 - particles % 2} if method == "beam" else {}
 
 
 def _adapter_path(model: str, weights: Weights | None) -> str:
-    """The path of the finetuned weights in the settings. Raises InputError where they do not fit the model."""
+    """Return the path of the finetuned weights for the settings. Raises InputError if they do not match the model."""
     if weights is None:
         raise InputError("no finetuned weights are loaded here: train some in the Finetune tab")
     if weights.model != model:
@@ -142,21 +142,21 @@ def _adapter_path(model: str, weights: Weights | None) -> str:
 
 
 def prompts_of(text: str) -> list[str]:
-    """Read the prompts of a field, one a line. Raises InputError for none, or too many."""
+    """Read the prompts of a field, one per line. Raises InputError for none, or too many."""
     if prompts := prompts_in(text, MAX_PROMPTS):
         return prompts
     raise InputError("the prompt is empty: say what the image should show")
 
 
 def fields_from_recipe(recipe: Recipe, models: Sequence[str], weights: Weights | None = None) -> dict[str, Any]:
-    """Restore the fields from a recipe. Raises InputError for one without a field for each setting."""
+    """Restore the fields from a recipe. Raises InputError if a setting has no field."""
     return fields_from_settings(recipe.prompt, recipe.settings, models, weights)
 
 
 def fields_from_settings(
     prompt: str, settings: SamplingConfig, models: Sequence[str], weights: Weights | None = None
 ) -> dict[str, Any]:
-    """Restore the fields from settings. Raises InputError for some without a field for each."""
+    """Restore the fields from settings. Raises InputError if a setting has no field."""
     first = settings.plain()
     if settings.model not in models:
         what = f"model {settings.model!r:.80}"
@@ -176,12 +176,12 @@ def fields_from_settings(
 
 
 def defaults_of(method: str, models: Sequence[str], weights: Weights | None = None) -> dict[str, Any]:
-    """Default values of the fields that depend on the method: some are for one-step models.
+    """Return default values of the fields that depend on the method: some methods are for one-step models.
 
-    The other methods use finetuned weights where some are loaded.
+    The other methods use finetuned weights if some are loaded.
     """
     own = {"particles": default_of(method, "num_particles")}
-    if METHODS[method].is_iterative:  # it makes many images, by a one-step model if there is one
+    if METHODS[method].is_iterative:  # such a method makes many images, with a one-step model if there is one
         model = weights.model if weights else models[0]
         return own | {"steps": 1, "guidance": 0, "model": ONE_STEP if ONE_STEP in models else model, "adapter": False}
     if weights:
@@ -190,13 +190,13 @@ def defaults_of(method: str, models: Sequence[str], weights: Weights | None = No
 
 
 def visible_fields(method: str, weights: Weights | None = None) -> dict[str, bool]:
-    """The visibility of the fields that not all methods have."""
+    """Return the visibility of the fields that not all methods have."""
     own = {"lam": method == "fk", "auto": method == "fk", "iterations": "iterations" in option_names(method)}
     return own | {"compare": method != "base" or weights is not None, "adapter": weights is not None}
 
 
 class Results:
-    """The components of the results, hidden until there are some."""
+    """The components of the results, hidden until there are results."""
 
     def __init__(self) -> None:
         with gr.Column(visible=False, elem_id="steer-results") as self.box:
@@ -204,7 +204,7 @@ class Results:
             files: dict[str, Any] = {"type": "filepath", "format": "png", "interactive": False}
             self.slider = gr.ImageSlider(max_height=420, elem_id="steer-slider", **files)
             shown: dict[str, Any] = {"columns": 4, "height": "auto", "object_fit": "contain"}
-            shown["buttons"] = ["download", "fullscreen"]  # of an image that was clicked; arrow keys show the next
+            shown["buttons"] = ["download", "fullscreen"]  # buttons of a clicked image; arrow keys show the next one
             self.images = gr.Gallery(label="Images, best first", elem_id="steer-images", **shown, **files)
             self.gallery = gr.Gallery(label="Base images", elem_id="steer-base", **shown, **files)
             self.archive = gr.DownloadButton("Download all images (zip)", size="sm", elem_id="steer-archive")
@@ -244,10 +244,10 @@ class Results:
 
 
 def compared(made: PromptResult) -> tuple[SavedImage, SavedImage] | None:
-    """The two sides of the slider: the best base image and the best image of as many, by the same reward.
+    """Return both sides of the slider: the best base image and the best of as many images, by the same reward.
 
     Plain sampling does not sort: with finetuned weights the sides are the same noise before and after. None without
-    base images, and for best of N, whose image is the best base image itself.
+    base images, and for best of N, whose image is itself the best base image.
     """
     if not made.base or (made.settings.method == "best-of-n" and made.base_cost is None):
         return None
@@ -257,7 +257,7 @@ def compared(made: PromptResult) -> tuple[SavedImage, SavedImage] | None:
 
 
 def best(pictures: Sequence[SavedImage]) -> SavedImage:
-    """The one of the highest reward, the first of several."""
+    """Return the image with the highest reward; among equals, the first."""
     return max(pictures, key=lambda one: one.recipe.reward)
 
 
@@ -271,17 +271,17 @@ def sides(made: PromptResult, left: SavedImage, right: SavedImage) -> str:
 
 
 def image_captions(made: PromptResult) -> list[tuple[str, str]]:
-    """Every image with its rank and reward."""
+    """Return every image with its rank and reward."""
     return [(str(one.path), f"{rank + 1}: {short(one.recipe.reward)}") for rank, one in enumerate(made.images)]
 
 
 def images_label(made: PromptResult) -> str:
-    """The label of the images, which plain sampling does not sort."""
+    """Return the label of the images; plain sampling does not sort them."""
     return "Images" if made.settings.method == "base" else "Images, best first"
 
 
 def archive_of(made: PromptResult) -> Path:
-    """Zip all images of a prompt beside them, once."""
+    """Zip all images of a prompt into a file beside them, once."""
     files = [picture.path for picture in (*made.images, *made.base)]
     folder, name = files[0].parent, files[0].stem.removesuffix("-00")
     path = folder / f"{name}.zip"
@@ -289,7 +289,7 @@ def archive_of(made: PromptResult) -> Path:
 
 
 def base_captions(made: PromptResult) -> list[tuple[str, str]]:
-    """Every base image with its number and reward, the best with a star."""
+    """Return every base image with its number and reward, the best with a star."""
     top = best(made.base) if made.base else None
     return [
         (str(one.path), f"{'★ ' if one is top else ''}base {slot + 1}: {short(one.recipe.reward)}")
@@ -298,7 +298,7 @@ def base_captions(made: PromptResult) -> list[tuple[str, str]]:
 
 
 def rewards_table(made: PromptResult) -> str:
-    """Every image's reward and its components: steered ones best first, then the base ones."""
+    """Return a table of every image's reward and components: steered images best first, then base images."""
     components = list(made.images[0].recipe.components)
     components = components if len(components) > 1 else []
 
@@ -313,7 +313,7 @@ def rewards_table(made: PromptResult) -> str:
 
 
 def describe_means(made: PromptResult) -> str:
-    """Compare the mean rewards in a sentence, where there are base images."""
+    """Compare the mean rewards in a sentence, if there are base images."""
     if not made.base:
         return ""
     before, after = (fmean(one.recipe.reward for one in pictures) for pictures in (made.base, made.images))
@@ -324,7 +324,7 @@ def describe_means(made: PromptResult) -> str:
 
 
 def total_cost(made: PromptResult) -> tuple[int, float]:
-    """Denoiser evaluations and seconds of a prompt, those of its base images with them."""
+    """Return denoiser evaluations and seconds of a prompt, including its base images."""
     costs = [cost for cost in (made.cost, made.base_cost) if cost is not None]
     return sum(cost.nfe for cost in costs), sum(cost.seconds for cost in costs)
 
@@ -342,9 +342,9 @@ def _cost(cost: Cost) -> str:
 
 
 class SteerTab(JobTab):
-    """The components and their events; made inside the app's Blocks.
+    """The components and their events; create it inside the app's Blocks.
 
-    `weights` holds the finetuned Weights that the visitor loaded, or None; `defaults` those of their fields.
+    `weights` holds the finetuned Weights that the visitor loaded, or None; `defaults` the Defaults of the fields.
     """
 
     def __init__(self, studio: Studio) -> None:
@@ -433,7 +433,7 @@ class SteerTab(JobTab):
             yield self.show(0, state.finished) | {self.estimate: self.describe_cost(field_values)}
 
     def describe_cost(self, field_values: dict[Any, Any]) -> str:
-        """Describe the cost of a run with the present fields; nothing where they do not make one."""
+        """Describe the cost of a run with the current fields; nothing if they are invalid."""
         asked = self.values(field_values) | {"seed": 0}
         try:
             prompts, settings = prompts_of(asked["prompts"]), settings_of(asked, field_values[self.weights])

@@ -37,12 +37,12 @@ from steer.reward import Reward
 THUMBNAIL = 160  # pixels of a preview's longer side
 LONGEST_NAME = 80  # bytes of a prompt in the names of its images
 NOTHING_KEPT_HINT, MEMORY_HINT = "nothing of this run is kept", "fewer particles need less"
-EARLY_PREVIEWS = (0.0, 0.15)  # shares of a run, before the first rewards: a picture at once
-MAX_FRAMES = 12  # of a noise optimisation, which has many more iterations
+EARLY_PREVIEWS = (0.0, 0.15)  # shares of a run, before the first rewards, to show a picture early
+MAX_FRAMES = 12  # frames of a noise optimisation, which has many more iterations
 
 
 def data_uri(image: Image.Image) -> str:
-    """Encode an image for a page, with no file to serve."""
+    """Encode an image for a page, so that no file is served."""
     file = BytesIO()
     image.convert("RGB").save(file, "JPEG", quality=88, subsampling=0)
     return f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
@@ -52,7 +52,7 @@ def data_uri(image: Image.Image) -> str:
 class Frame:
     """The particles at an evaluated step, or the finished images: previews, rewards, ancestors; ESS before resampling.
 
-    step       of `total`, from 1
+    step       step of `total`, from 1
     ancestors  by slot; None in a method without resampling
     """
 
@@ -66,7 +66,7 @@ class Frame:
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """The images as data: URIs, cached, because every update of the view holds all earlier frames."""
+        """The images as data: URIs, cached, because every update of the view contains all earlier frames."""
         return tuple(map(data_uri, self.images))
 
     @property
@@ -94,7 +94,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: a step of prompt `number` of `count`, in the phase of a method, or `beside`.
+    """Progress: a step of prompt `number` of `count`, in the phase of a method, or "beside": of the base images.
 
     before, after  steps of the phases before and after this one
     """
@@ -109,7 +109,7 @@ class Step:
 
     @property
     def share(self) -> float:
-        """The share of the run's steps that are done, 0 to 1."""
+        """The finished share of the run's steps, 0 to 1."""
         return (self.number + (self.before + self.step) / (self.before + self.total + self.after)) / self.count
 
     def __str__(self) -> str:
@@ -120,10 +120,10 @@ class Step:
 
 @dataclass(frozen=True)
 class PromptResult:
-    """The finished images of a prompt, best first, and the base ones of the same seed, by slot.
+    """The finished images of a prompt, best first, and the base images of the same seed, by slot.
 
     order   the slot of the run that each image comes from
-    cost    of steering; that of the base images, where they were not the same run
+    cost    cost of steering, and of the base images if they are a separate run
     frames  the particles at the evaluated steps
     """
 
@@ -158,7 +158,7 @@ def steering(
     def work(ticket: Ticket) -> None:
         ticket.say(Loading(settings.model))
         for other in sorted(folder.parent.glob("run-*"), key=lambda one: one.stat().st_mtime)[:-1]:
-            shutil.rmtree(other, ignore_errors=True)  # the page may still load the latest
+            shutil.rmtree(other, ignore_errors=True)  # the page may still load the latest one
         with (
             wrap_errors("this run", NOTHING_KEPT_HINT, MEMORY_HINT),
             studio.model(settings.model) as pipe,
@@ -193,7 +193,7 @@ def steer_all(
 ) -> None:
     """Steer every prompt; sends Step, Frame and, for each prompt, PromptResult events.
 
-    adapter_disabled  inside, the pipeline is without its finetuned weights
+    adapter_disabled  context in which the pipeline is without its finetuned weights
     """
     make_folder(folder)
     for number, prompt in enumerate(prompts):
@@ -208,19 +208,19 @@ def steer_all(
 
 
 class _StepCounts:
-    """The steps of the phases of a prompt: those of the method, and those of the base images after it."""
+    """The steps of the phases of a prompt: the method's, and then the base images'."""
 
     def __init__(self, settings: SamplingConfig) -> None:
         self.base, self.method = (settings.steps or 1) if samples_base(settings) else 0, 0
 
     def of_method(self, step: int, total: int) -> tuple[int, int, int, int]:
-        """Arguments of `Step` after its phase."""
+        """Return the arguments of `Step` that follow its phase."""
         self.method = total
         return step, total, 0, self.base
 
 
 def _slug(prompt: str) -> str:
-    """A prompt as the start of a file's name, with a dash after it; "" without letters and digits."""
+    """Return a prompt as the prefix of a file's name, with a dash after it; "" without letters and digits."""
     words = re.sub(r"\W+", "-", prompt.lower()).strip("-").encode()[:LONGEST_NAME].decode(errors="ignore").strip("-")
     return f"{words}-" if words else ""
 
@@ -240,7 +240,7 @@ def _steer_one(job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callab
         if (evaluation := report.evaluation) is not None and report.previews is not None:
             ess, ancestors = evaluation.ess[0].item(), tuple(evaluation.ancestors[0].tolist())
             show(report.step, report.total, report.previews, evaluation.rewards, ess, ancestors)
-        elif report.previews is not None and method != "base":  # without rewards, and all particles stay
+        elif report.previews is not None and method != "base":  # without rewards, all particles stay
             count = len(report.previews)
             unknown = torch.full((1, count), math.nan)
             show(report.step, report.total, report.previews, unknown, None, tuple(range(count)))
@@ -275,7 +275,7 @@ def _base_unless_stopped(job: Job, output: SteeringOutput) -> tuple[Job, Steerin
         return job, None
 
 
-# Shared options of the command, and as arguments of Python.
+# Shared options, as options of the command and as arguments in Python.
 OPTIONS = ("model", "lora", "scheduler", "method", "reward", "particles", "steps", "guidance", "seed")
 CALL = ("negative_prompt", "height", "width")
 ARGUMENTS = {"particles": "num_particles", "steps": "num_inference_steps", "guidance": "guidance_scale"}
@@ -295,7 +295,7 @@ print(out.rewards)
 
 
 def given_options(settings: SamplingConfig, shared: Iterable[str]) -> dict[str, Any]:
-    """Return those shared options that are given, and the options of the method that are not its defaults."""
+    """Return the given ones of the shared options, and the options of the method that are not its defaults."""
     given = {name: value for name in shared if (value := getattr(settings, name)) is not None}
     own = {name: getattr(settings.options, name) for name in settings.option_names}
     return given | {name: value for name, value in own.items() if value != default_of(settings.method, name)}
@@ -319,7 +319,7 @@ def as_python(prompt: str, settings: SamplingConfig) -> str:
 
 
 def _load_adapters(lora: str) -> str:
-    """Write the lines that load adapters, each from beside the program."""
+    """Write the lines that load adapters, each from the folder of the program."""
     terms = read_loras(lora)
     if len(terms) == 1 and terms[0][1] == 1:
         return f"pipe.load_lora_weights({terms[0][0]!r})  # unpacked\n"
@@ -330,7 +330,7 @@ def _load_adapters(lora: str) -> str:
 
 
 def as_command(prompt: str, settings: SamplingConfig, axes: Sequence[Axis] = ()) -> str:
-    """Write a command that makes the same images, or their grid with one or two axes."""
+    """Write a command that makes the same images, or a grid of them with one or two axes."""
     words = ["grid"] if axes else ["sample"] if settings.compare else ["sample", "--no-compare"]
     for flag, axis in zip(("--x", "--y"), axes, strict=False):
         words += [flag, f"{axis.name}={('|' if any(',' in value for value in axis.values) else ',').join(axis.values)}"]

@@ -32,7 +32,7 @@ from steer.reward import Reward
 
 MAX_WAITING_JOBS = 8
 MAX_EVENTS = 64
-EVENT_TIMEOUT = 20.0  # seconds that a job waits for a visitor who does not take its events
+EVENT_TIMEOUT = 20.0  # seconds that a job waits for a visitor who does not receive its events
 POLL_INTERVAL = 0.2
 
 
@@ -42,7 +42,7 @@ class Busy(InputError):
 
 @dataclass(frozen=True)
 class Waiting:
-    """An event: jobs that come first."""
+    """An event: the number of jobs that run first."""
 
     before: int
 
@@ -52,7 +52,7 @@ class Waiting:
 
 
 class Ticket(StopRequest):
-    """A visitor's job: its events, and a stop request, which its `check` raises at every step."""
+    """A visitor's job: its events, and a stop request; `check`, called at every step, raises it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Ticket(StopRequest):
         self.future: Future[None] = Future()
 
     def say(self, event: Any) -> None:
-        """For the job: send an event. Raises Stopped where the visitor left or stopped it, after the event."""
+        """Send an event of the job. Raises Stopped, after the event, if the visitor left or stopped the job."""
         for _ in range(round(EVENT_TIMEOUT / POLL_INTERVAL)):
             try:
                 self._events.put(event, timeout=POLL_INTERVAL)
@@ -76,14 +76,14 @@ class Ticket(StopRequest):
         return self.requested
 
     def stop(self) -> None:
-        """Request a stop: a waiting job never begins, a running one ends with its present step."""
+        """Request a stop: a waiting job never begins, a running job ends with its current step."""
         self.requested = True
         self.future.cancel()
 
     def events(self) -> Iterator[Any]:
-        """Yield the job's events in order, and its place while it waits. Closing the iterator early stops the job.
+        """Yield the job's events in order, and its place in the queue while it waits.
 
-        Exceptions of the job are raised here.
+        Closing the iterator early stops the job. Exceptions of the job are raised here.
         """
         last_place = -1
         try:
@@ -91,7 +91,7 @@ class Ticket(StopRequest):
                 if not self.future.running() and not self.future.done() and (before := self._place()) != last_place:
                     last_place = before
                     yield Waiting(before)
-                done = self.future.done()  # before the queue is read: no event comes after it
+                done = self.future.done()  # set before the queue is read: no event follows
                 try:
                     yield self._events.get(timeout=0.0 if done else POLL_INTERVAL)
                 except queue.Empty:
@@ -119,7 +119,7 @@ class Worker:
         self._tickets: list[Ticket] = []
 
     def submit(self, work: Callable[[Ticket], None]) -> Ticket:
-        """Queue a job and return its ticket. Raises Busy where too many wait."""
+        """Queue a job and return its ticket. Raises Busy if too many jobs wait."""
         ticket = Ticket()
         with self._lock:
             self._tickets = [one for one in self._tickets if not one.future.done()]
@@ -137,7 +137,7 @@ class Worker:
 
     @property
     def pending(self) -> int:
-        """Jobs that run or wait."""
+        """Number of jobs that run or wait."""
         with self._lock:
             return sum(not one.future.done() for one in self._tickets)
 
@@ -156,16 +156,16 @@ VISITOR = re.compile(r"[A-Za-z0-9-]{1,40}")  # as Gradio names sessions
 class Studio:
     """The owner's configuration of the app, and the resources of its jobs.
 
-    models   that visitors may choose, the first by default
+    models   models that visitors may choose, the first by default
     rewards  specifications that the owner allows; visitors may also use rewards that have names
     labels   folder of preferences; None: one in `home`, which is removed when the app ends
-    text_models  of the Text tab
+    text_models  models of the Text tab
     label_images  folder of images with prompts that annotators choose between; None: images are sampled
     home     a temporary folder: nothing but labels and history is written outside it, nothing else is served
     max_upload  largest file that visitors may upload, in MB: LoRA files are large
-    variant  of the weights of models that are not embedded, such as fp16
-    history_file  history of one user, which outlives the app; None: one in `home`, apart for each visitor. Where it
-        cannot be written, one in `home` takes its place, and history_notice says so
+    variant  variant of the weights of models that are not embedded, such as fp16
+    history_file  history of one user, kept after the app ends; None: a history in `home`, separate for each visitor. If
+        the file cannot be written, a history in `home` replaces it, and history_notice reports this
     """
 
     models: tuple[str, ...]
@@ -196,7 +196,7 @@ class Studio:
             self.history_notice = f"{error}: runs are kept until the app ends"
 
     def begin(self, request: gr.Request, work: Callable[[Ticket], None]) -> Ticket:
-        """Start a visitor's job in place of their last one. Raises Busy."""
+        """Start a visitor's job, and stop their previous one. Raises Busy."""
         self.stop(request)
         visitor, ticket = str(request.session_hash), self.worker.submit(work)
         self._running = {name: one for name, one in self._running.items() if not one.future.done()}
@@ -204,29 +204,29 @@ class Studio:
         return ticket
 
     def stop(self, request: gr.Request) -> None:
-        """Stop a visitor's job after its present step."""
+        """Stop a visitor's job after its current step."""
         if (ticket := self._running.pop(str(request.session_hash), None)) is not None:
             ticket.stop()
 
     def folder(self, request: gr.Request) -> Path:
-        """Make the visitor's folder. Raises InputError without a session, and once the app has ended."""
+        """Make the visitor's folder. Raises InputError without a session, and after the app has ended."""
         folder = self._place(request)
         try:
-            for one in (folder.parent, folder):  # without `home`, which `close` removes for good
+            for one in (folder.parent, folder):  # not `home` itself, which `close` removes for good
                 one.mkdir(mode=0o700, exist_ok=True)
         except FileNotFoundError as error:
             raise InputError("the app has ended: start it again") from error
         return folder
 
     def _place(self, request: gr.Request) -> Path:
-        """The path of the visitor's folder, which may not exist. Raises InputError without a session."""
+        """Return the path of the visitor's folder, which may not exist. Raises InputError without a session."""
         visitor = request.session_hash or ""
         if not VISITOR.fullmatch(visitor):
             raise InputError("this request has no session: open the app in a browser, or use its client")
-        return self.home / "visitors" / visitor  # in a folder of its own, because the name comes from outside
+        return self.home / "visitors" / visitor  # in a separate folder, because the name comes from outside
 
     def run_folder(self, request: gr.Request) -> Path:
-        """A folder for one run of the visitor, with a number unique in this app: run-7."""
+        """Return a folder for one run of the visitor, with a number unique in this app: run-7."""
         return self.folder(request) / "steer" / f"run-{next(self._runs)}"
 
     def forget(self, request: gr.Request) -> None:
@@ -240,7 +240,7 @@ class Studio:
             ticket.future.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
 
     def reward(self, spec: str) -> Reward:
-        """Load a reward that visitors may use. Raises InputError for one that could run code or read files."""
+        """Load a reward that visitors may use. Raises InputError for a reward that could run code or read files."""
         self.check_reward(spec)
         return resolve_reward(spec.strip())
 
@@ -256,12 +256,12 @@ class Studio:
     def model(self, name: str) -> Iterator[Any]:
         """Load a pipeline for a job in the worker.
 
-        Raises InputError for a model that is not among those of this app.
+        Raises InputError for a model that this app does not offer.
         """
         if name not in (*self.models, *self.text_models):
             raise InputError(f"model {name!r:.80} is not one of this app's: choose {', '.join(self.models)}")
         if self._pipe is None or self._pipe[0] != name:
-            self._pipe = None  # frees the memory of the one before
+            self._pipe = None  # frees the memory of the previous model
             variant = None if name in MODELS | TEXT_MODELS else self.variant
             pipe = load_pipeline(name, self.device, self.dtype, variant=variant)
             pipe.set_progress_bar_config(disable=True)
@@ -271,7 +271,7 @@ class Studio:
     def close(self) -> None:
         """Stop the worker and remove all folders of visitors."""
         self.worker.close()
-        for _ in range(20):  # the server may still remove, or write, a file of a page that closes
+        for _ in range(20):  # the server may still remove, or write, a file of a closing page
             shutil.rmtree(self.home, ignore_errors=True)
             if not self.home.exists():
                 break
@@ -279,12 +279,12 @@ class Studio:
 
 
 def embedded_text_models() -> tuple[str, ...]:
-    """The embedded models of texts that are installed."""
+    """Return the installed embedded text models."""
     return tuple(name for name, place in TEXT_MODELS.items() if Path(place).is_dir())
 
 
 def embedded_models() -> tuple[str, ...]:
-    """The embedded models that are installed: the package lacks some of the repository."""
+    """Return the installed embedded models: the package lacks some of the repository's models."""
     return tuple(name for name, place in MODELS.items() if Path(place).is_dir())
 
 
@@ -298,33 +298,33 @@ def write_zip(path: Path, root: Path, files: Iterable[Path], name: str) -> Path:
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # for events
 RUNS = PRIVATE | {"concurrency_limit": None}  # for events that start a job: the worker has a queue
-Change = dict[Any, Any]  # by component
+Change = dict[Any, Any]  # updates by component
 MAX_PROMPT_CHARACTERS = 500
-RANDOM, LARGEST_SEED = -1, 2**53  # the seed that stands for a new one; above the other, a browser's numbers have gaps
+RANDOM, LARGEST_SEED = -1, 2**53  # the seed that means a new one; the largest exact integer of browsers
 FAILED = "The run failed. The reason is in the message on this page, or in the app's log."
-# An absolute path after a space, a quote, a bracket or a colon: all before its last name; not a part of an address.
+# An absolute path after a space, a quote, a bracket or a colon, up to its last name; not a part of an address.
 ABSOLUTE_PATH = re.compile(r"""(?<![^\s'"`(\[{=,:])(?:/(?!/)|[A-Za-z]:\\)(?:[^/\\\s'"`:]+[/\\])*(?=[\w.-])""")
 
 
 def public(text: str) -> str:
     """Remove paths on the owner's disk from a message; names of files stay."""
-    for place in (tempfile.gettempdir(), str(Path.cwd()), str(Path.home())):  # which may have spaces in them
+    for place in (tempfile.gettempdir(), str(Path.cwd()), str(Path.home())):  # these may contain spaces
         text = text.replace(f"{place}/", "/") if len(place) > 1 else text
     return ABSOLUTE_PATH.sub("", text)
 
 
 def line(text: str, role: str = "status") -> str:
-    """A status line, which screen readers announce."""
+    """Return a status line, which screen readers announce."""
     return f'<p class="steer-line" role="{role}">{escape(public(text))}</p>'
 
 
 def plural(count: int, noun: str) -> str:
-    """A count with its noun."""
+    """Return a count with its noun."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def prompts_in(text: str, most: int) -> list[str]:
-    """Read the prompts of a field, one a line. Raises InputError for too many, or too long ones."""
+    """Read the prompts of a field, one per line. Raises InputError for too many, or too long prompts."""
     prompts = [one.strip() for one in text.splitlines() if one.strip()]
     if len(prompts) > most:
         raise InputError(f"{len(prompts)} prompts: at most {most} at a time in this app")
@@ -334,14 +334,14 @@ def prompts_in(text: str, most: int) -> list[str]:
 
 
 def number(name: str, value: float | None) -> float:
-    """Read a number from a field. Raises InputError where it is empty."""
+    """Read a number from a field. Raises InputError if it is empty."""
     if value is None or not math.isfinite(value):
         raise InputError(f"{name}: the field is empty, give a number")
     return float(value)
 
 
 def whole(name: str, value: float | None) -> int:
-    """Read a whole number from a field. Raises InputError where it is empty, or a fraction."""
+    """Read a whole number from a field. Raises InputError if it is empty, or a fraction."""
     checked_value = number(name, value)
     if not checked_value.is_integer():
         raise InputError(f"{name} must be a whole number, got {checked_value:g}")
@@ -349,7 +349,7 @@ def whole(name: str, value: float | None) -> int:
 
 
 def seed_of(value: float | None, fresh: bool = False) -> int:
-    """Read the seed of a field; a new one for −1 or `fresh`. Raises InputError."""
+    """Read the seed of a field; draw a new seed for −1 or `fresh`. Raises InputError."""
     if fresh or value == RANDOM:
         return random.randrange(2**32)
     seed = whole("seed", value)
@@ -359,7 +359,7 @@ def seed_of(value: float | None, fresh: bool = False) -> int:
 
 
 class JobTab:
-    """A tab with a job that a visitor starts and stops: two buttons, and a line of status."""
+    """A tab with a job that a visitor starts and stops: two buttons, and a status line."""
 
     studio: Studio
     fields: dict[str, Any]
@@ -374,7 +374,7 @@ class JobTab:
             self.stop = gr.Button("Stop", **look, elem_id=f"{prefix}-stop")
 
     def _connect_job(self, *events: Dependency) -> None:
-        """Connect the ways to start the job with `fail`, and the stop button with the studio."""
+        """Connect the events that start the job with `fail`, and the stop button with the studio."""
         for event in events:
             event.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
         self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
@@ -386,17 +386,17 @@ class JobTab:
         return {self.start: gr.update(interactive=not running), self.stop: gr.update(interactive=running)}
 
     def refuse(self, text: str) -> Change:
-        """Show why not, at once and in the status, without paths on the owner's disk."""
+        """Show the reason for a refusal, as a warning and in the status, without paths on the owner's disk."""
         gr.Warning(escape(public(text)))
         return {self.status: line(text, "alert")}
 
     def fail(self) -> Change:
-        """Show that a job failed by an error it does not know, or that Gradio refuses the value of a field."""
+        """Show that a job failed by an unknown error, or that Gradio refuses the value of a field."""
         return self.running(False) | {self.status: line(FAILED, "alert")}
 
 
 def guarded(handler: Callable[..., Iterator[Change]]) -> Callable[..., Iterator[Change]]:
-    """Decorate a handler of a JobTab that shows a job to its end; bad input is a warning and the status."""
+    """Decorate a JobTab's handler that shows a job to its end; bad input becomes a warning and the status."""
 
     @wraps(handler)
     def shown(self: JobTab, *given: Any) -> Iterator[Change]:
@@ -412,7 +412,7 @@ def guarded(handler: Callable[..., Iterator[Change]]) -> Callable[..., Iterator[
 
 @contextmanager
 def warning() -> Iterator[None]:
-    """Show bad input as a warning, and continue after the block: a history that cannot be written ends no run."""
+    """Show bad input as a warning, and continue after the block: an unwritable history does not end a run."""
     try:
         yield
     except InputError as error:
@@ -420,7 +420,7 @@ def warning() -> Iterator[None]:
 
 
 def refusing(handler: Callable[..., Change]) -> Callable[..., Change]:
-    """Decorate a handler of a tab: bad input is shown in its status, and all else stays."""
+    """Decorate a tab's handler: bad input is shown in the status, and nothing else changes."""
 
     @wraps(handler)
     def shown(self: Any, *given: Any) -> Change:
@@ -439,10 +439,10 @@ ARCHIVE_NAME = "finetuned"  # folder inside the zip, and the name of the run's f
 class Weights:
     """Finetuned weights to steer with: `steer.apps.models.find_adapter(str(folder))` reads them.
 
-    model            that they were trained from
-    label            for people
-    reward           that they were trained on; None: preferences
-    steps, guidance  that they were trained with
+    model            model that was finetuned
+    label            label for people
+    reward           reward of the training; None: preferences
+    steps, guidance  sampling settings of the training
     """
 
     model: str
@@ -454,5 +454,5 @@ class Weights:
 
     @property
     def archive_path(self) -> str:
-        """Their path beside the unpacked zip, for images, commands and programs."""
+        """The path of the weights beside the unpacked zip, for images, commands and programs."""
         return f"{ARCHIVE_NAME}/final"

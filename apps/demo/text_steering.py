@@ -18,7 +18,7 @@ from steer.pipelines.fk_steering import StepReport
 
 @dataclass(frozen=True)
 class Token:
-    """A place of a text: its word; predicted, not drawn yet, where the place is masked."""
+    """A place of a text: its word; predicted, not yet drawn, if the place is masked."""
 
     word: str
     masked: bool
@@ -26,9 +26,9 @@ class Token:
 
 @dataclass(frozen=True)
 class TextFrame:
-    """The particles after step `step` of `total`, from 1: their tokens, and rewards where the step has some.
+    """The particles after step `step` of `total`, from 1: their tokens, and rewards if the step is evaluated.
 
-    ess        before resampling
+    ess        ESS before resampling
     ancestors  by slot; None in a method without resampling
     """
 
@@ -42,7 +42,7 @@ class TextFrame:
 
 @dataclass(frozen=True)
 class ScoredText:
-    """A finished text, its reward, and those of the reward's components."""
+    """A finished text, its reward, and the reward's components."""
 
     text: str
     reward: float
@@ -51,7 +51,7 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class TextResult:
-    """The finished texts of a prompt, best first, and those without steering of the same seed, if any."""
+    """The finished texts of a prompt, best first, and the texts of the same seed without steering, if any."""
 
     prompt: str
     settings: SamplingConfig
@@ -61,7 +61,7 @@ class TextResult:
 
 
 def text_steering(studio: Studio, prompt: str, settings: SamplingConfig) -> Callable[[Ticket], None]:
-    """Make a job for the worker: sends Loading, Step, TextFrame and, at the end, TextResult events.
+    """Make a job for the worker that sends Loading, Step, TextFrame and, at the end, TextResult events.
 
     Raises InputError for a reward that visitors may not use.
     """
@@ -76,7 +76,7 @@ def text_steering(studio: Studio, prompt: str, settings: SamplingConfig) -> Call
 
 
 def steer_texts(job: Job, say: Callable[[Any], None]) -> TextResult:
-    """Steer the texts of a job; `say` takes the events of its steps, and may raise to end it."""
+    """Steer the texts of a job; `say` receives the events of its steps, and may raise to end the job."""
     live = LiveTokens(job.pipe, job.settings.method, say)
     steps = tuple(range(max((job.settings.steps or 0) - 1, 0)))
     watched = replace(
@@ -107,15 +107,15 @@ def scored_texts(output: SteeringOutput) -> tuple[ScoredText, ...]:
 
 
 class LiveTokens:
-    """An observer that makes a TextFrame of each step: the solver's ids, and the words predicted at masked places."""
+    """Observer that makes a TextFrame from each step: the solver's ids, and the words predicted at masked places."""
 
     def __init__(self, pipe: Any, method: str, say: Callable[[Any], None]) -> None:
         self._pipe, self._method, self._say = pipe, method, say
         self._report: StepReport | None = None
-        self._predicted: Tensor | None = None  # x̂0 (K, L) of the latest evaluation, in the slots after it
+        self._predicted: Tensor | None = None  # x̂0 (K, L) of the latest evaluation, in the slots after resampling
 
     def on_step(self, report: StepReport) -> None:
-        """Keep the rewards of a step, which come before its ids."""
+        """Store the rewards of a step, which precede its ids."""
         self._report = report
         self._say(Step(0, 1, self._method, report.step + 1, report.total))
         if report.previews is not None:
@@ -123,7 +123,7 @@ class LiveTokens:
             self._predicted = report.previews if own is None else report.previews[own.ancestors[0]]
 
     def on_end(self, pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
-        """Send the ids after a step, as the callback of the pipeline."""
+        """Send the ids after a step; the pipeline's callback."""
         report, self._report = self._report, None
         texts = tuple(map(self._tokens, values["latents"].tolist(), self._guesses(values["latents"])))
         own = None if report is None else report.evaluation
@@ -142,7 +142,7 @@ class LiveTokens:
         return predicted.tolist() if known and predicted is not None else ids.tolist()
 
     def _tokens(self, ids: Sequence[int], predicted: Sequence[int]) -> tuple[Token, ...]:
-        """Return the places of a text, without begin tokens and padding at open places."""
+        """Return the places of a text, without begin tokens, and without padding at open places."""
         special = {self._pipe.tokenizer.bos_token_id, self._pipe.tokenizer.pad_token_id}
         return tuple(
             Token(self._word(guess if one == self._pipe.mask_id else one), one == self._pipe.mask_id)

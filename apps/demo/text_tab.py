@@ -43,7 +43,7 @@ REDRAW_INTERVAL = 0.15  # seconds between two updates of the view
 
 
 def text_settings(asked: dict[str, Any]) -> SamplingConfig:
-    """Read the settings from the fields. Raises InputError for numbers beyond what this app does."""
+    """Read the settings from the fields. Raises InputError for numbers beyond the limits of this app."""
     own = ("particles", "steps", *(["lam"] if "lam" in option_names(asked["method"]) else []))
     if empty := [name for name in own if asked[name] is None]:
         raise InputError(f"{empty[0]}: the field is empty, give a number")
@@ -54,7 +54,7 @@ def text_settings(asked: dict[str, Any]) -> SamplingConfig:
 
 
 def text_view(frames: Sequence[TextFrame], made: TextResult | None) -> str:
-    """The HTML of a run so far: its frames, of which a scrubber shows one, and the finished texts."""
+    """Return the HTML of a run so far: its frames, of which a scrubber shows one, and the finished texts."""
     if not frames:
         return f'<section class="steer-run"><p class="steer-empty">{EMPTY_TEXT}</p></section>'
     shown = [(f"step {one.step} of {one.total}", "steer-lines", _lines(one)) for one in frames]
@@ -79,7 +79,7 @@ def _word(token: Token) -> str:
 
 
 def results_table(made: TextResult) -> str:
-    """The finished texts, best first, then those without steering, with rewards and components."""
+    """Return a table of the finished texts, best first, then texts without steering, with rewards and components."""
     components = list(made.texts[0].components) if len(made.texts[0].components) > 1 else []
     rows: list[list[object]] = []
     for label, texts in (("", made.texts), ("base ", made.base)):
@@ -108,7 +108,7 @@ def card(text: str) -> bytes:
 
 
 class TextTab(JobTab):
-    """The components and their events; made inside the app's Blocks."""
+    """The components and their events; create it inside the app's Blocks."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
@@ -152,7 +152,7 @@ class TextTab(JobTab):
         return fields
 
     def fit(self, method: str) -> Any:
-        """Show the strength where the method has one."""
+        """Show the strength if the method has one."""
         return gr.update(visible="lam" in option_names(method))
 
     def remember(self, request: gr.Request, made: TextResult) -> None:

@@ -31,9 +31,9 @@ CONFIGURATIONS = {
     "choices": "d3po-scenes",
     "pairs": "dpo-scenes",
 }
-FROM_LABELS = {"choices": PREFERENCES, "pairs": TABLE}  # methods that learn from the Label tab, and its file
-MODELS = ("scenes", "scenes-flow", "scenes-large")  # embedded; one step leaves nothing to learn from
-# Changes of these configurations for runs of visitors: on a CPU an update takes seconds.
+FROM_LABELS = {"choices": PREFERENCES, "pairs": TABLE}  # methods that learn from the Label tab, and the tab's file
+MODELS = ("scenes", "scenes-flow", "scenes-large")  # embedded models; one-step models have no steps to learn from
+# Changes to these configurations for visitors' runs: on a CPU an update takes seconds.
 DEMO_CHANGES = {
     "train_batch_size": "4",
     "num_generations": "4",
@@ -43,8 +43,8 @@ DEMO_CHANGES = {
     "save_steps": "5",
     "log_with": "[]",
 }
-PREFERENCE_CHANGES = {"train_batch_size": "8", "num_generations": "2"}  # with preferences: as many images
-EVALUATIONS = 8  # of a run, after the first
+PREFERENCE_CHANGES = {"train_batch_size": "8", "num_generations": "2"}  # with preferences: the same number of images
+EVALUATIONS = 8  # evaluations of a run, after the first
 MAX_UPDATES, MAX_RANK = 200, 64
 CHOICES_COPY = "choices"  # folder of a run with a copy of its preferences
 CHECKPOINT_HINT, MEMORY_HINT = "a checkpoint is kept: Resume continues", "a LoRA of a lower rank needs less"
@@ -54,9 +54,9 @@ CHECKPOINT_HINT, MEMORY_HINT = "a checkpoint is kept: Resume continues", "a LoRA
 class TrainingRequest:
     """A visitor's request.
 
-    method    backprop, d3po or prdp, from a reward; from labels choices, d3po from a preference folder, or pairs, dpo
-              of images
-    reward    that is trained on; held_out: another one, for evaluation only
+    method    from a reward: backprop, d3po or prdp; from labels: choices (d3po on a preference folder) or pairs (dpo on
+              images)
+    reward    reward that is trained on;  held_out: another reward, only for evaluation
     choices   the folder of labels; None with a reward
     """
 
@@ -99,7 +99,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An event: an evaluation; `grid` as `steer.apps.plots` writes it."""
+    """An event: an evaluation; `grid` is a file in the form of `steer.apps.plots`."""
 
     record: Record
     grid: Path
@@ -107,7 +107,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Trained:
-    """An event: the end; `archive`: the weights, the model card and the logs as a zip."""
+    """An event: the end of the training; `archive` has the weights, the model card and the logs as a zip."""
 
     result: TrainingResult
     weights: Weights
@@ -131,12 +131,12 @@ def configured(request: TrainingRequest, folder: Path, studio: Studio) -> Finetu
     }
     if request.choices is None:
         return read_config(CONFIGURATIONS[request.method], changes | {"reward": request.reward})
-    own = folder / CHOICES_COPY  # there once the run has begun
+    own = folder / CHOICES_COPY  # exists after the run has begun
     source = own if own.exists() else request.choices
     if not (source / FROM_LABELS[request.method]).exists():
         raise InputError("nothing has been labelled yet: choose between some images in the Label tab first")
     if request.method == "pairs":
-        table = {"preferences": str(own / TABLE)}  # a copy, which is written when the run begins
+        table = {"preferences": str(own / TABLE)}  # a copy, written when the run begins
         return read_config(CONFIGURATIONS[request.method], changes | PREFERENCE_CHANGES | table)
     stored_settings = {key: json.dumps(value) for key, value in sampling_config_of(source).items()}
     changes |= stored_settings | PREFERENCE_CHANGES | {"reward": "null", "prompts": "null", "preferences": str(source)}
@@ -147,8 +147,8 @@ def configured(request: TrainingRequest, folder: Path, studio: Studio) -> Finetu
 def training(request: TrainingRequest, folder: Path, studio: Studio, resume: bool) -> Callable[[Ticket], None]:
     """Make the job of a request, in a folder beside those of the visitor's other trainings. Raises InputError.
 
-    Only the latest training can be resumed: the checkpoints of the others are removed. Preferences are copied when it
-    begins.
+    Only the latest training can be resumed: the checkpoints of the others are removed. Preferences are copied when the
+    training begins.
     """
     config = configured(request, folder, studio)
 
@@ -166,7 +166,7 @@ def training(request: TrainingRequest, folder: Path, studio: Studio, resume: boo
 
 
 def _copy_choices(source: Path, to: Path) -> None:
-    """Copy a preference folder, while it may be written to."""
+    """Copy a preference folder, even during writes to it."""
     for one in label_files(source):
         copy = to / one.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -174,9 +174,9 @@ def _copy_choices(source: Path, to: Path) -> None:
 
 
 def train(config: FinetuneConfig, data: dict[str, Any], resume: bool, ticket: Ticket) -> None:
-    """Train in the folder of the configuration; sends Loading, Evaluation, Update and, unless stopped, Trained events.
+    """Train in the folder of the configuration; send Loading, Evaluation, Update and, unless stopped, Trained events.
 
-    A stop acts within one call of the denoiser and leaves a checkpoint; `resume` continues to the same weights as an
+    A stop acts within one call of the denoiser and leaves a checkpoint; `resume` leads to the same weights as an
     uninterrupted training. Raises InputError; the latest checkpoint is kept.
     """
     job = config.job
@@ -194,7 +194,7 @@ def train(config: FinetuneConfig, data: dict[str, Any], resume: bool, ticket: Ti
 
 
 class Progress:
-    """Shows updates and evaluations to the visitor."""
+    """Callback that shows updates and evaluations to the visitor."""
 
     def __init__(self, ticket: Ticket, out: Path) -> None:
         self.ticket, self.out = ticket, out
@@ -208,7 +208,7 @@ class Progress:
 
 
 def _weights(config: FinetuneConfig, result: TrainingResult) -> Weights:
-    """Copy the final weights to a folder that a resumed training leaves alone."""
+    """Copy the final weights to a folder that a resumed training does not change."""
     job, settings, out = config.job, config.training, Path(config.training.output_dir)
     folder = out / f"final-{result.weights_step}"
     shutil.copytree(out / "final", folder, dirs_exist_ok=True)
@@ -219,7 +219,7 @@ def _weights(config: FinetuneConfig, result: TrainingResult) -> Weights:
 
 
 def _public_config(config: FinetuneConfig) -> dict[str, Any]:
-    """The configuration for the files of the run, without paths on the owner's disk."""
+    """Return the configuration for the files of the run, without paths on the owner's disk."""
     config_dict = config.plain() | {"output_dir": ARCHIVE_NAME}
     return config_dict | ({} if config.job.preferences is None else {"preferences": CHOICES_COPY})
 

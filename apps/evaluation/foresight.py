@@ -1,4 +1,4 @@
-"""Foresight: how well intermediate rewards rank the images of a prompt as their finished rewards do, by solver step."""
+"""Foresight: how well intermediate rewards predict the final ranking of a prompt's images, by solver step."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -37,20 +37,20 @@ def foresight(
     call: Mapping[str, Any] | None = None,
     values: Sequence[str] = (),
 ) -> Foresight:
-    """Measure how well intermediate rewards at some solver steps predict the finished ones.
+    """Measure how well intermediate rewards at some solver steps predict the rewards of finished images.
 
-    Among `size` unsteered images of one prompt: the share of pairs that the reward at a step ranks as the finished
-    images' rewards do; 0.5 is chance. All look-aheads see the same runs.
+    Among `size` unsteered images of one prompt: the share of pairs in the same order by the reward at a step and by the
+    finished images' rewards; 0.5 is chance. All look-aheads see the same runs.
 
     lookaheads  as `lookahead` of FKSteeringPipeline: 1 is x̂0
     steps       solver steps, from 0; None: at 10, 25, 40, 55, 70 and 85 % of the run
-    judge       a reward of the finished images in place of `reward`: what the reward at a step is to predict
+    judge       a reward of the finished images in place of `reward`, as the target of the prediction
     call        arguments of the pipeline's call
     values      folders of learned values, beside the look-aheads
 
-    Returns "agreement", by look-ahead a [mean, low, high] over prompts for each step; "final", that of the finished
-    rewards themselves with the judge; "nfe", evaluations per image. Raises InputError where no prompt has two images
-    of different reward.
+    Returns "agreement", by look-ahead a [mean, low, high] over prompts for each step; "final", the agreement of the
+    finished rewards themselves with the judge; "nfe", evaluations per image. Raises InputError if no prompt has two
+    images of different reward.
     """
     call = dict(call or {})
     steps = _default_steps(pipe, call) if steps is None else sorted(steps)
@@ -105,7 +105,7 @@ def _default_steps(pipe: Any, call: Mapping[str, Any]) -> list[int]:
 
 
 def agreement(guess: Tensor, truth: Tensor) -> float:
-    """Share of the pairs in a row of (P, K) with different `truth` that `guess` ranks the same way; ties count half."""
+    """Return the share of pairs in rows of (P, K) with different `truth` that `guess` orders alike; ties count half."""
     separable = (truth[:, :, None] - truth[:, None]).sign()
     ranked = (guess[:, :, None] - guess[:, None]).sign()
     return ((ranked[separable > 0] + 1) / 2).mean().item()

@@ -36,7 +36,7 @@ from steer.apps.plots import (
 from steer.files import write_text
 from steer.pipelines.training.evaluation import interval
 
-Table = Mapping[str, Tensor]  # by reward
+Table = Mapping[str, Tensor]  # values by reward
 
 # ---- Statistics: evaluation.json ----
 
@@ -82,7 +82,7 @@ def _statistics(spec: EvaluationSpec, one: ContenderResults, first: ContenderRes
 
 
 def reward_tables(spec: EvaluationSpec, one: ContenderResults) -> tuple[Table, Table]:
-    """Tabulate rewards as (prompts, seeds): of the picked image of each run, and the mean of all its images."""
+    """Tabulate rewards as (prompts, seeds): the picked image's reward in each run, and the mean of all images."""
 
     def table(name: str, value: Callable[[list[float]], float]) -> Tensor:
         places = range(len(spec.prompts))
@@ -121,26 +121,26 @@ def _task_statistics(tags: Sequence[str], picked: Table, means: Table) -> dict[s
 
 PICKED, ALL_IMAGES = (colormaps[COLORMAP](place) for place in (0.12, 0.6))  # differ in lightness too
 MARKERS = "osD^vP*X<>ph"
-NAME_LETTERS, NAME_LINES = 30, 3  # of a contender's name: letters in a line, lines
+NAME_LETTERS, NAME_LINES = 30, 3  # of a contender's name: letters per line, lines
 ROW, LINE = 0.3, 0.15  # inches of a contender with a name in one line, and of each further line
 ROW_OFFSET = 0.055  # inches, of two marks in one row
 PANEL, MIN_FIGURE = 2.7, 5.2  # inches of width
 MAX_REWARDS, MAX_TASK_REWARDS, MAX_TASKS, TASK_COLUMNS = 4, 2, 12, 4
 LOG_SCALE_RATIO = 12  # largest by smallest cost from which the scale is logarithmic
-MARKER_OFFSET = 0.012  # of the scale, between contenders that cost the same
+MARKER_OFFSET = 0.012  # share of the scale, between contenders of equal cost
 PICKED_LABEL, ALL_LABEL, FIRST_LABEL = "picked image", "mean of all images", "the first contender"
 COSTS = {"nfe": "denoiser evaluations of a run", "seconds": "seconds of a run"}
 
 
 def labels(contenders: Sequence[Json]) -> list[str]:
-    """Name contenders for a figure, without the model where all have the same."""
+    """Name contenders for a figure, without the model if all have the same."""
     models = {one["model"] for one in contenders}
     model = models.pop() if len(models) == 1 else ""
     return [one["name"].removeprefix(model).strip() or one["name"] for one in contenders]
 
 
 def wrap_name(name: str, letters: int = NAME_LETTERS, most: int = NAME_LINES) -> list[str]:
-    """Wrap a name into at most `most` lines; of a longer one the end is kept, where names differ."""
+    """Wrap a name into at most `most` lines; a longer name keeps its end, where names differ."""
     lines = textwrap.wrap(name, letters, break_on_hyphens=False)
     if len(lines) > most:
         joined = " ".join(lines)
@@ -195,7 +195,7 @@ def draw_tasks(report: Json, out: Path) -> Path | None:
 def draw_costs(report: Json, out: Path) -> Path:
     """Write costs.png: rewards against denoiser evaluations and seconds of a run.
 
-    A line joins contenders that differ in their options alone.
+    A line joins contenders that differ only in their options.
     """
     names, families = report["rewards"][:MAX_REWARDS], _families(report["contenders"])
     figure = Figure(figsize=(9.2, 3.1 * len(names) + 0.9), dpi=DPI, layout="constrained")
@@ -313,7 +313,7 @@ def _save_panels(figure: Figure, path: Path) -> Path:
 
 MAX_CONTENDERS = 16  # in grid.png
 MARGIN = 160  # pixels for the prompts, on the left
-TITLE, LINE_HEIGHT = 54, 15  # pixels: above the names, of a line of them
+TITLE, LINE_HEIGHT = 54, 15  # pixels: space above the names, height of a line of names
 
 
 def draw_images(report: Mapping[str, Any], store: ResultStore, grid_places: Sequence[int]) -> Path:
@@ -456,7 +456,7 @@ def _costs(report: Json) -> str:
 
 
 def _remarks(report: Json) -> list[str]:
-    """List what limits the numbers: missing KL, runs that stopped early, a single prompt."""
+    """List limitations of the numbers: missing KL, runs that stopped early, a single prompt."""
     groups: dict[str, list[str]] = {}
     for one in report["contenders"]:
         name, kl = _code(one["name"]), one.get("kl") or {}

@@ -52,8 +52,8 @@ def estimate_kl(
 ) -> KLEstimate:
     """Estimate the KL of finetuned weights from the base model: {"nats": [mean, low, high], "by_prompt", "eta"}.
 
-    eta  of the steps; None and 0, which have no density, become 1
-    {"skipped": reason} for a solver without a Gaussian kernel.
+    eta  noise of the steps; None and 0, which have no density, become 1
+    Returns {"skipped": reason} for a solver without a Gaussian kernel.
     """
     noise = eta or 1.0
     rows = rows_of(prompts, 1, seed, "kl", shared_start=False)
@@ -113,13 +113,13 @@ def evaluate(
 ) -> Json:
     """Compare contenders on the same prompts and seeds, write everything to `out`, and return evaluation.json.
 
-    rewards     the first one steers and picks images, the others score alone
-    options     fields of SamplingConfig for all contenders, overridden by a contender's own
-    tags        a tag per prompt, such as its task
+    rewards     the first reward steers and picks images, the others only score
+    options     fields of SamplingConfig for all contenders; a contender's own options override them
+    tags        a tag for each prompt, such as its task
     kl_prompts  number of evenly spaced prompts for the KL of finetuned weights; 0: no KL
     batch       images per call, for methods with independent runs
-    The same call resumes an interrupted evaluation, in any number of processes; the main one writes the report, the
-    others return {}. Raises InputError for invalid arguments before anything is sampled.
+    The same call resumes an interrupted evaluation, with any number of processes; the main process writes the report,
+    the others return {}. Raises InputError for invalid arguments before anything is sampled.
     """
     context, store = launch_context(), ResultStore(out)
     with context.local_main_process_first():
@@ -210,9 +210,9 @@ class EvaluationRunner:
     kl_cache: dict[str, Json] = field(default_factory=dict)
 
     def check(self, prepared_contenders: Sequence[PreparedContender]) -> None:
-        """Raise InputError for a model that cannot be loaded, or weights that do not fit, before any image is sampled.
+        """Raise InputError for a model that cannot be loaded, or weights that do not match, before sampling any image.
 
-        In reverse order: the first model then stays loaded.
+        Contenders are checked in reverse order, so that the first model stays loaded.
         """
         distinct = {
             (one.contender.model, one.settings.dtype, one.identity["weights"], *one.settings.loading.items()): one
@@ -254,7 +254,7 @@ class EvaluationRunner:
         reward = self.spec.rewards[self.spec.first]
         call = plain_call(BatchedJob(pipe, reward, prompts, settings, self.store.out))
         key = json.dumps([prepared.identity["model"], prepared.identity["weights"], call, settings.eta, settings.dtype])
-        if key not in self.kl_cache:  # methods with the same weights share it
+        if key not in self.kl_cache:  # methods with the same weights share the KL
             self.kl_cache[key] = estimate_kl(pipe, off, prompts, call, settings.eta, settings.seed, self.batch)
         return self.kl_cache[key]
 

@@ -100,11 +100,11 @@ class EvaluationSpec:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """All options that contenders share."""
+        """Return all options that contenders share."""
         return DEFAULTS | dict(self.options)
 
     def identity(self) -> dict[str, Any]:
-        """Collect what all results of a folder share, as plain values."""
+        """Collect the values that all results of a folder share, as plain values."""
         return {
             "prompts": list(self.prompts),
             "rewards": list(self.rewards),
@@ -113,7 +113,7 @@ class EvaluationSpec:
         }
 
     def run_seed(self, place: int, number: int) -> int:
-        """Derive the seed of a run from the index of its prompt and the number of the seed alone."""
+        """Derive the seed of a run only from the index of its prompt and the number of the seed."""
         return derived_seed(self.shared["seed"], f"evaluate {place} {number}")
 
 
@@ -127,7 +127,7 @@ class PreparedContender:
 
     @property
     def particles(self) -> int:
-        """K, images of a run."""
+        """K, the number of images of a run."""
         return self.settings.particles
 
     @cached_property
@@ -152,7 +152,7 @@ def prepare_contenders(contenders: Sequence[Contender], spec: EvaluationSpec) ->
     if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
         raise InputError(f"contender {repeated[0]!r} is repeated: give each contender once")
     _check_options(spec.options, "")
-    for method in set(METHODS) - {"beam"}:  # options without a contender too; beams need a number of particles
+    for method in set(METHODS) - {"beam"}:  # options without a contender too; beam needs a number of particles
         _settings_of(Contender("", None, method), spec)
     return [_prepare_contender(one, spec) for one in contenders]
 
@@ -186,8 +186,8 @@ def _check_options(options: Mapping[str, Any], prefix: str) -> None:
 class BatchedJob(Job):
     """Several runs as one call of a method, with a prompt and a seed each.
 
-    Each image has a generator of its own: it does not depend on the others in its call, and the K images of a run start
-    from the noise of the first K of a larger one.
+    Each image has its own generator: it does not depend on other images of the call, and the K images of a run start
+    from the same noise as the first K images of a larger run.
     """
 
     prompt: Any  # one per run: pipelines take several
@@ -215,9 +215,9 @@ Json = dict[str, Any]
 class ContenderResults:
     """The results of a contender so far.
 
-    runs       by index of the prompt, in the order of the seeds: see `ContenderRunner.make`
-    diversity  by index of the prompt; None for one seed
-    kl         of finetuned weights, by the number of prompts
+    runs       runs by index of the prompt, in the order of the seeds: see `ContenderRunner.make`
+    diversity  diversity by index of the prompt; None for one seed
+    kl         KL of finetuned weights, by the number of prompts
     environments  versions and devices
     """
 
@@ -282,7 +282,7 @@ class ResultStore:
             )
 
     def read(self, prepared: PreparedContender, process: int | None = None) -> ContenderResults:
-        """Read the results of a contender, of all processes or of one. Raises InputError for another of that name."""
+        """Read a contender's results, of all processes or one. Raises InputError for another contender of that name."""
         result = ContenderResults(prepared.identity)
         pattern = f"{file_key(prepared.contender.name)}.{'*' if process is None else process}.json"
         for path in sorted((self.out / RUNS).glob(pattern)):
@@ -290,15 +290,15 @@ class ResultStore:
         return result
 
     def write(self, stored: ContenderResults, process: int) -> None:
-        """Replace the results of a contender by this process."""
+        """Replace this process's results of a contender."""
         write_text(self.out / RUNS / f"{file_key(stored.identity['name'])}.{process}.json", stored.text())
 
     def search(self, name: str, place: int, number: int) -> Path:
-        """Path of the checkpoint of an iterative run."""
+        """Return the path of the checkpoint of an iterative run."""
         return self.out / RUNS / f"{file_key(name)}.{place}.{number}.safetensors"
 
     def image(self, name: str, place: int) -> Path:
-        """Path of the image of a contender for a prompt of the grid."""
+        """Return the path of a contender's image for a prompt of the grid."""
         return self.out / IMAGES / file_key(name) / f"{place:04d}.png"
 
     def keep_images(self, name: str, images: Iterable[tuple[int, Image.Image]]) -> None:
@@ -361,9 +361,9 @@ class ContenderRunner:
     def make(self, group: range, stored: ContenderResults) -> None:
         """Sample a group of prompts with all seeds, and add the results to `stored`.
 
-        A run is {"seed", "rewards": of the K images by name, best first (`base` does not sort),
-        and their "components" where a reward is composed; "stopped": the reason
-        of an early stop or None; "cost": its share of the cost of its call}.
+        A run is {"seed", "rewards": rewards of the K images by name, best first (`base` does not sort), and their
+        "components" if a reward is composed; "stopped": the reason of an early stop or None; "cost": its share of the
+        cost of its call}.
         """
         pending = [(place, number) for place in group for number in range(self.spec.seeds)]
         size, self._picked = self._runs_per_call(), {place: [] for place in group}

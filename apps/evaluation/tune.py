@@ -1,4 +1,4 @@
-"""Tuning: options of steering chosen on prompts at an equal number of evaluations, kept as a preset."""
+"""Tuning: choose options of steering on prompts, at an equal number of evaluations, and keep them as a preset."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +49,7 @@ def picture_candidates(budget: int, steps: int) -> Iterator[Candidate]:
     for m in RACE_LOOKAHEADS:
         try:
             race = plan_race(budget, steps, lookahead=m)
-        except InputError:  # too small for a race of two
+        except InputError:  # the budget is too small for a race of two
             continue
         shown = plain_value(race.rungs)
         yield Candidate(f"race {race.starts} {shown} m={m}", "race", race.starts, {"rungs": race.rungs, "lookahead": m})
@@ -67,7 +67,7 @@ def picture_candidates(budget: int, steps: int) -> Iterator[Candidate]:
 
 
 def _keeps(size: int, parents: int, places: Sequence[int], steps: int, m: int, budget: int) -> bool:
-    """Whether a beam search of so many slots is possible and within the budget."""
+    """Return whether a beam search with `size` slots is possible and within the budget."""
     return size % parents == 0 and race_cost(size, dict.fromkeys(places, size), steps, m) <= budget
 
 
@@ -102,12 +102,12 @@ def tune(
     """Run all candidates within `budget` evaluations for each prompt, and write the best as a preset.
 
     purpose  picture: the score of a prompt is its best reward; samples: the mean reward under the weights at strength
-             `lam`, which few particles and bad steps leave too low
+             `lam`, which is too low with few particles or bad steps
     call     arguments of the pipeline's call
     shared   further settings for the preset, such as the model
 
-    Each finished candidate is kept in tune.json: the same call resumes. Raises InputError for a budget of less than
-    two images, and for a folder of another tuning.
+    Each finished candidate is kept in tune.json, and the same call resumes. Raises InputError for a budget of less
+    than two images, and for a folder of another tuning.
     """
     call = dict(call or {})
     first, _ = first_solver_step(pipe, reward, prompts[0], call, None)
@@ -131,7 +131,7 @@ def tune(
 
 
 def _open_results(out: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the results so far, or start new ones. Raises InputError for those of another tuning."""
+    """Read the results so far, or start new ones. Raises InputError for results of another tuning."""
     path, header = out / RESULTS, json.loads(json.dumps(header))
     if not path.exists():
         return {"header": header, "scores": {}, "nfe": {}}
@@ -153,7 +153,7 @@ def _scores(
     lam: float | None,
     seed: int,
 ) -> tuple[list[float], float]:
-    """Run a candidate on every prompt, with the same seeds for all: scores, and evaluations for a prompt."""
+    """Run a candidate on every prompt, with the same seeds for all; return scores, and evaluations per prompt."""
     pipeline = METHODS[candidate.method].pipeline(pipe, reward)
     own = {"num_particles": candidate.particles, "output_type": "latent", **candidate.options, **call}
     own |= {"lam": lam} if candidate.method == "fk" else {}
@@ -168,7 +168,7 @@ def _scores(
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Format the candidates as a Markdown table, best first, with differences to best-of-N on the same prompts."""
+    """Format the candidates as a Markdown table, best first, with differences from best-of-N on the same prompts."""
     control = torch.tensor(results["scores"][CONTROL])
     rows = ["| candidate | evaluations | score | against best-of-N |", "|---|---|---|---|"]
     for name, scores in sorted(results["scores"].items(), key=lambda one: -sum(one[1])):
@@ -185,10 +185,10 @@ def _shown(values: Tensor) -> str:
 def _preset(
     best: Candidate, lam: float | None, call: Mapping[str, Any], reward: Reward, shared: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the settings of the best candidate, as `steer sample --preset` reads them."""
+    """Return the settings of the best candidate, in the form of `steer sample --preset`."""
     values = {**shared, "method": best.method, "particles": best.particles}
     values |= {SETTINGS[name]: value for name, value in call.items() if name in SETTINGS}
     values |= {name: plain_value(value) for name, value in best.options.items()}
     values |= {"lam": lam} if best.method == "fk" else {}
-    SamplingConfig.of(**values)  # every value is accepted
+    SamplingConfig.of(**values)  # raises if a value is invalid
     return values
