@@ -66,7 +66,8 @@ class SamplingConfig(Settings):
     variant           variant of the model's weights, such as fp16; by default none, or the folder's only variant
     model_config      for a single file: folder of such a model in diffusers' format
     method            steering method: fk, svdd, beam, race, drafts, renoise, best-of-n, base, reno (for one-step
-                      models, like scenes-turbo), noise-search or map-elites
+                      models, like scenes-turbo), noise-search or map-elites; by default fk, for `steer sample` that of
+                      its purpose
     vae               autoencoder that replaces the model's own: a folder, .safetensors file, or ORGANISATION/NAME
     scheduler         solver that replaces the model's own: NAME[:OPTION=VALUE,…], such as euler-a or
                       dpm++:use_karras_sigmas=true
@@ -263,7 +264,9 @@ def help_of(name: str) -> str:
     if name in SHARED:
         default = SamplingConfig.field(name).default
         text = _sentence(SamplingConfig.help()[name])
-        return text[0].upper() + text[1:] + ("" if default is None else f" [default: {default}]")
+        return (
+            text[0].upper() + text[1:] + ("" if default is None or "by default" in text else f" [default: {default}]")
+        )
     methods: dict[str, list[str]] = {}
     for method in methods_with(name):
         methods.setdefault(_sentence(METHOD_OPTIONS[method].settings.help()[name]), []).append(method)

@@ -24,7 +24,7 @@ WIDTH = 0.1
 
 
 class Diversity:
-    """Marginal gain of each image in log det(I + L), nats: log 2 if no other is like it, 1/K if all are equal.
+    """Marginal gain of each image in log det(I + L), nats: log 2 if no other is like it, log(1 + 1/K) if all equal.
 
     width  h, the root mean square difference of pixels 0..1 at which images begin to differ
     Add it to a reward of single images: "scene-soft + diversity:0.3". Differentiable.

@@ -17,7 +17,7 @@ from steer.rewards.inputs import takes_any_images
 
 WEIGHTS = weights.HubFile("MizzenAI/HPSv3", "HPSv3.safetensors", "main")
 BASE = "Qwen/Qwen2-VL-7B-Instruct"  # its configuration, tokenizer and processor
-PIXELS, FACTOR = 256 * 28 * 28, 28  # pixels of the resized image, exactly or just above; both sides are multiples of 28
+PIXELS, FACTOR = 256 * 28 * 28, 28  # pixels of the resized image, about; both sides are multiples of 28
 REWARD_TOKEN = "<|Reward|>"
 HEAD = (0, 3, 5)  # indices of the linear layers of rm_head, with ReLUs and a dropout between them
 
