@@ -11,7 +11,7 @@ FIRST = "_first_transition"
 
 
 def starting_at(scheduler: Scheduler, step: int) -> Scheduler:
-    """Copy a scheduler so that its runs begin with solver step `step`, of the whole run, from 0; `step` is unchanged."""
+    """Copy a scheduler so that its runs begin with solver step `step` (from 0) of the whole run, by its own `step`."""
     kind: type = type(scheduler)
     later = copy.copy(scheduler)
     later.__class__ = _later_class(kind)
