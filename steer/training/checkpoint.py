@@ -95,7 +95,7 @@ def write_files(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tens
 def read_manifest(folder: Path) -> tuple[int, dict[str, FileRecord]]:
     """Return the step, and the record of each file by its name; the manifest's own checksum is verified.
 
-    Raises OSError; InputError where the manifest is missing, unreadable, of another version or refers out of the folder.
+    Raises OSError; InputError for a manifest that is missing, unreadable, of another version or naming files elsewhere.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
