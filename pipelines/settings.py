@@ -190,7 +190,7 @@ class RacingSettings(IntermediateSettings):
     """Settings of racing: many starts, of which the best by intermediate reward continue from every rung.
 
     num_particles  K₀, starts of each prompt; a budget replaces it. The images are the particles left by the last rung
-    lookahead      as in IntermediateSettings; six steps from the first step on give a draft of the image
+    lookahead      coarse solver steps of a look-ahead, as for fk; six steps at the first step give a draft of the image
     budget         denoiser evaluations for each prompt, from which K₀ and the rungs follow (`plan_race`)
     rungs          particles of each prompt that continue from a solver step on, such as 5:4,10:2 or {5: 4, 10: 2}. By
                    default a sixth of K₀ from the first step on; with a look-ahead of fewer than 4 steps a quarter at
@@ -345,7 +345,7 @@ class NoiseSearchSettings(IterationSettings):
     """Settings of the search among neighbours of the best noise, the control of ReNO.
 
     neighbours  images of each search in an iteration
-    distance    d of √(1 − d²) ε + d u, from a noise to its neighbours; 1 is best-of-N
+    distance    distance d from a noise ε to its neighbours √(1 − d²) ε + d u; 1 is best-of-N
     """
 
     iterations: int = option(12, "[1, inf]")
@@ -358,9 +358,10 @@ class MapElitesSettings(IterationSettings):
     """Settings of MAP-Elites (arXiv 1504.04909).
 
     num_particles  K, children in each iteration, and images, which are the best elites
-    describe       one or two descriptors, rewards separated by ", ", or pca:CLIP, principal axes of the first images
+    describe       one or two descriptors: rewards separated by ", "; or pca:CLIP, principal axes of the CLIP features
+                   of the first images
     cells          intervals of each descriptor, such as 8 or 8x8
-    distance       d of √(1 − d²) ε + d u, from an elite's noise to its child's
+    distance       distance d from an elite's noise ε to its child's √(1 − d²) ε + d u
     first_batches  batches of new noise in the first iteration, by which the intervals are chosen
     """
 

@@ -231,7 +231,7 @@ def _check(file: Image.Image, name: object) -> None:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey, which Pillow would clip at 255, to 8 bits; other images are returned as they are."""
+    """Convert 16-bit grey, which Pillow would clip at 255, to 8 bits; other images are returned unchanged."""
     if not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)

@@ -409,7 +409,7 @@ def has_abandoned_calls() -> bool:
 
 
 class RewardProxy:
-    """Proxy of another reward: attributes that it does not define are those of the other reward."""
+    """Proxy of another reward: attributes that it does not define are the other reward's."""
 
     images = "pt"  # `evaluate` converts images to the form that the other reward takes
 

@@ -222,7 +222,7 @@ def _use_sdpa_processor(layer: nn.Module, stack: ExitStack) -> None:
 
 
 def _convert_processor(processor: Any, twin: type) -> Any:
-    """Create a processor of another class with the weights of the given one; only those of IP-adapters have any."""
+    """Create a processor of another class with the weights of the given one; only IP-adapters' processors have any."""
     if not isinstance(processor, nn.Module):
         return twin()
     with torch.device("meta"):

@@ -35,7 +35,7 @@ def micro_batched(pipe: Any, rows: int | None = None) -> Iterator[Any]:
     rows  rows of a denoiser's batch, which guidance may double; None: all of them, until the device's memory is full
 
     When memory runs out, `rows` is halved, finished rows are kept, and the smaller number is used until the block ends.
-    The images equal those of the whole batch. The pipeline stays unchanged; offloading hooks work, and a compiled view
+    The images equal the whole batch's. The pipeline stays unchanged; offloading hooks work, and a compiled view
     may be given (`compiled`). Gradients flow, but need the memory of the whole batch.
 
     Raises InputError where `rows` is below 1, nothing can be split, or a single row does not fit.

@@ -28,7 +28,7 @@ def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False
     their flags stay unchanged. A safety checker does not support gradients: set the copy's to None, and check later.
 
     checkpointing  keep no activations: denoiser calls, their blocks and the decoder are recomputed in the backward
-                   pass. Memory is that of one block, and one set of latents per solver step
+                   pass. Memory holds one block, and one set of latents per solver step
     one_call       the graph holds one denoiser call: only its blocks are recomputed
     """
     twin = differentiable_images(pipe)

@@ -47,7 +47,7 @@ def inner_levels(before: Level, between: Bridge, steps: int) -> Iterator[Level]:
     """Yield the levels (ā_u, σ̄_u) of x̃_u = ā_u z + σ̄_u ε from (0, 1) to (ā, σ̄), for `steps` deterministic steps.
 
     The denoiser's precision P_u = α_t²/σ_t² + ā_u²/σ̄_u² grows in equal steps of log(σ/α) = −½ log P, from x_t's own
-    level on. Where σ̄ = 0 the last level is z itself, and the grid is that of a straight line, ā_u = u ā, σ̄_u = 1 − u.
+    level on. Where σ̄ = 0 the last level is z itself, and the grid is a straight line, ā_u = u ā, σ̄_u = 1 − u.
     """
     alpha, sigma = between.alpha, between.sigma
     own = (before.alpha / before.sigma) ** 2

@@ -46,7 +46,7 @@ def as_callable(pipe: Any) -> Any:
 
 
 class _Called:
-    """The members of a view that other pipelines have and modular ones lack."""
+    """The members of a view that modular pipelines lack and other pipelines have."""
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Configure the progress bars of all blocks."""

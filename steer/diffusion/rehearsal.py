@@ -1,6 +1,6 @@
 """Verification of a scheduler before a run: a copy of it samples a known image, with the exact denoiser of that image.
 
-No list of class names decides: a scheduler is steered if its levels are those of its own `add_noise` (`scale_noise`),
+No list of class names decides: a scheduler is steered if its levels agree with its own `add_noise` (`scale_noise`),
 and both its own x̂0 at every step and its last latents equal the known image. The few rules for single schedulers
 (`steer.diffusion.schedules`: clipping, noise of another law, an ignored η) are checked against the same steps.
 """
@@ -54,7 +54,7 @@ def check_verified(scheduler: Scheduler) -> None:
 
 
 def reason_against(scheduler: Scheduler) -> str | None:
-    """Return why a scheduler cannot be steered, with a remedy, or None."""
+    """Return the reason why a scheduler cannot be steered, with a remedy, or None."""
     if not hasattr(scheduler, "step"):
         return f"has no step(): its pipeline samples by methods of its own, which cannot be hooked. {SCORE_INSTEAD}"
     parameters = inspect.signature(type(scheduler).step).parameters
@@ -81,7 +81,7 @@ def _remedy(scheduler: Scheduler) -> str:
 
 
 def rehearse(scheduler: Scheduler) -> str | None:
-    """Sample a known image with its exact denoiser; return what disagrees with the rules of `schedules`, or None."""
+    """Sample a known image with its exact denoiser; return any disagreement with the rules of `schedules`, or None."""
     _set_timesteps(scheduler)
     timesteps = stepped_timesteps(scheduler)
     first, last = (_noise_ratio(level(scheduler, timesteps[k], k)) for k in (0, len(timesteps) - 1))

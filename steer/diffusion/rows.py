@@ -84,7 +84,7 @@ class RowsCall:
         change  function applied to the arguments of each call, before `given`
 
         Raises UnsupportedPipelineError where no form of the call has N rows, and where the pipeline fails later; the
-        errors of `on_step` and of the caller's own callbacks reach the caller as they are.
+        errors of `on_step` and of the caller's own callbacks reach the caller unchanged.
         """
         values = [value for value in (*self.call.values(), *given.values()) if value is not None]
         random = RandomState.of([one for value in values for one in (value if isinstance(value, list) else [value])])
@@ -95,7 +95,7 @@ class RowsCall:
                 return self._run(pipe, progress, given, grad, change or dict)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # what a pipeline raises for a form that does not fit is not documented
+            except Exception as error:  # pipelines do not document their errors for a form that does not fit
                 raised_here = type(error).__module__.startswith("steer.") and not isinstance(
                     error, UnsupportedPipelineError
                 )

@@ -246,7 +246,7 @@ class Sampler:
     ) -> None:
         """Call `at(t, kernel, x_s)` for each stochastic step t = 0 … T − 1: p(· | x_t) by the current weights, and x_s.
 
-        With `grad` the kernel's mean (N, …) has a graph; what the callback does not keep is freed before the next step.
+        With `grad` the kernel's mean (N, …) has a graph, freed before the next step unless the callback keeps it.
 
         only  the steps t to visit; for others the denoiser is not called
         """

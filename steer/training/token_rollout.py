@@ -68,7 +68,7 @@ class TokenSampler(Sampler):
     ) -> None:
         """Call `at(t, kernel, z_s)` for each step t = 0 … T − 1: p(· | z_t) by the current weights, and z_s.
 
-        With `grad` the kernel has a graph; what the callback does not keep is freed before the next step.
+        With `grad` the kernel has a graph, which is freed before the next step unless the callback keeps it.
 
         only  the steps t to visit; for others the denoiser is not called
         """
