@@ -156,7 +156,7 @@ def _same_numbers(noise: Tensor, draw: Tensor) -> bool:
 
 
 def _start_of(particle_batch: ParticleBatch, quiet_pipe: Any, to_step: bool = False, **given: Any) -> _CallStart:
-    """Run a call up to its first denoiser call, or, with `to_step` or without a denoiser, to its first solver step.
+    """Run a call up to its first denoiser call; with `to_step` or without a denoiser, through its first solver step.
 
     The state of the global generator is restored: every call draws from it to encode a control image.
     """

@@ -68,7 +68,7 @@ def _in_own_precision(decoder: Any) -> Callable[..., Any]:
 class Preview:
     """Decoder for one call of `pipe`: from x̂0 (N, …), shaped like the latents, to images (N, 3, H, W) in [0, 1].
 
-    `call` are the arguments of the user's call; `chunk` images are decoded at a time. Decoding has its own random
+    `call` holds the arguments of the user's call; `chunk` images are decoded at a time. Decoding has its own random
     numbers, no safety checker (which would blacken images), no watermark, no callbacks and no progress bar; text is
     encoded once. With a `differentiable` pipeline, gradients flow from the images to x̂0.
 
