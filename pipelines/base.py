@@ -26,8 +26,11 @@ from steer.rewards.parser import load_reward
 
 
 class RewardedPipeline:
-    """A diffusers pipeline, which stays as it is, and a reward: a Reward, a function (images, prompts) → (N,), a name,
-    a dict of weights or a list (see `steer.load_reward`)."""
+    """A diffusers pipeline, which stays unchanged, and a reward.
+
+    The reward is a Reward, a function (images, prompts) → (N,), a name, a dict of weights or a list (see
+    `steer.load_reward`).
+    """
 
     def __init__(self, pipe: Any, reward: Any) -> None:
         self.pipe = as_callable(pipe)
@@ -45,7 +48,7 @@ class RewardedPipeline:
 
 
 class SteeringPipeline(RewardedPipeline):
-    """A steering method over a diffusers pipeline; attributes that it lacks are the pipeline's, read and set."""
+    """A steering method for a diffusers pipeline; attributes of the pipeline are read and set through it."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "pipe" or name.startswith("__"):  # a copy that has no attributes yet
@@ -66,7 +69,7 @@ S_contra = TypeVar("S_contra", bound=Settings, contravariant=True)
 
 
 class SteeringMethod(Protocol[S_contra]):
-    """The body of a method's call: its settings are checked, `call` are the pipeline's own arguments."""
+    """The body of a method's call, with checked settings; `call` holds the pipeline's own arguments."""
 
     def __call__(
         self, pipeline: Any, prompt: Prompts, settings: S_contra, call: dict[str, Any], /
@@ -74,7 +77,7 @@ class SteeringMethod(Protocol[S_contra]):
 
 
 class SteeringCall(Protocol[P]):
-    """The call of a steering pipeline, for type checkers and editors: the fields of its settings by keyword."""
+    """The call of a steering pipeline for type checkers and editors, with the fields of its settings as keywords."""
 
     @overload
     def __call__(self, prompt: Prompts = None, /, *args: P.args, **settings: P.kwargs) -> "SteeringOutput": ...
@@ -83,7 +86,7 @@ class SteeringCall(Protocol[P]):
 
 
 def steering_call(settings: Callable[P, S]) -> Callable[[SteeringMethod[S]], SteeringCall[P]]:
-    """Decorate the body of a method's call: its signature and its docstring are made from the settings dataclass."""
+    """Decorate the body of a method's call: signature and docstring are derived from the settings dataclass."""
     kind = cast(type[Settings], settings)
     shared = {one.name for one in fields(IntermediateSettings)} - {"num_particles"}  # shown after the method's own
     parameters = sorted(inspect.signature(kind).parameters.values(), key=lambda one: one.name in shared)
@@ -121,7 +124,7 @@ _POSITIONAL, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Paramet
 def route_eta(pipe: Any, call: dict[str, Any], eta: float | None) -> tuple[dict[str, Any], float | None]:
     """Route η to the pipeline where it and its solver know η (DDIM), else to the Gaussian kernel.
 
-    The kernel takes it too where DDIM's own step is another one: with x̂0 clipped but not ε̂, or not finite at zero SNR.
+    The kernel also takes η where DDIM's own step is different: with x̂0 clipped but not ε̂, or not finite at zero SNR.
     """
     if eta is None:
         return call, None
@@ -144,10 +147,16 @@ def _step_differs_from_kernel(scheduler: Any) -> bool:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a call. nfe: denoiser evaluations, one per particle and model call (a guided pair counts once);
-    decodes: images decoded by the model's own VAE, previews included; reward_calls: images scored; seconds: wall clock;
-    gradients: images differentiated (about two more evaluations of everything for each, three where activations are
-    recomputed); other_decodes: previews by a cheaper decoder, which `decodes` leaves out."""
+    """The cost of a call.
+
+    nfe            denoiser evaluations, one per particle and model call (a guided pair counts once)
+    decodes        images decoded by the model's own VAE, previews included
+    reward_calls   images scored
+    seconds        wall clock
+    gradients      images differentiated; each costs about two more evaluations of everything, or three where
+                   activations are recomputed
+    other_decodes  previews by a cheaper decoder, which `decodes` leaves out
+    """
 
     nfe: int
     decodes: int
@@ -163,8 +172,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class ResamplingInfo:
-    """The rewards (B, K) of x̂0 at one solver step, the strength λ_j (B, 1) used, the ESS (B,) before resampling and the
-    ancestors (B, K) of the slots."""
+    """The evaluation and resampling at one solver step.
+
+    Rewards (B, K) of x̂0, the strength λ_j (B, 1) used, the ESS (B,) before resampling, ancestors (B, K) of the slots.
+    """
 
     step: int
     rewards: Tensor
@@ -175,8 +186,11 @@ class ResamplingInfo:
 
 @dataclass(frozen=True)
 class Iteration:
-    """One iteration of a noise optimisation, number `number` of `total`, by slot: rewards (B, K) and those of their
-    components, ‖ε‖/√D (B, K), the best rewards (B, K) so far; for observers also the images (B·K, 3, H, W)."""
+    """Iteration `number` of `total` of a noise optimisation, by slot.
+
+    Rewards (B, K) and their components, ‖ε‖/√D (B, K), the best rewards (B, K) so far; for observers also the images
+    (B·K, 3, H, W).
+    """
 
     number: int
     total: int
@@ -189,12 +203,12 @@ class Iteration:
 
 @dataclass(frozen=True)
 class InitialNoise:
-    """Starting noise (B·K, …) of images in the model's dtype, and how the pipeline's own call takes it.
+    """Starting noise (B·K, …) of images in the model's dtype, and the way to give it to the pipeline's own call.
 
-    seeds      one for each image, of everything else that the call draws
+    seeds      one for each image, for everything else that the call draws
     draws      whether the plain call draws this noise itself; then the generators are advanced past it
-    draw       number of the normal draw of the call that the noise replaces; None: the noise is its `latents`
-    generator  the call's own, one or several, where images need them; rows that share one come in its order
+    draw       number of the call's normal draw that the noise replaces; None: the noise is passed as `latents`
+    generator  the call's own generators, where images need them; rows that share a generator use it in order
     """
 
     noise: Tensor
@@ -206,7 +220,7 @@ class InitialNoise:
     def arguments(self) -> dict[str, Any]:
         """Return `latents` and `generator` for the pipeline's own call, which then makes these images again.
 
-        Where `draw` is a number the generators alone: make the call inside `applied()`.
+        Where `draw` is a number, return the generators alone: make the call inside `applied()`.
         """
         if self.generator is not None:
             return {"generator": copy_generators(self.generator)}
@@ -236,8 +250,9 @@ class Elites:
 
     pictures   (B, C, 3, 64, 64) of 8 bits, scaled to squares
     rewards    (B, C), −∞ where a cell is empty
-    names      of the descriptors; shape: intervals of each, whose combinations are the cells, the last one fastest
-    low, high  (D,) ends of what the intervals divide
+    names      names of the descriptors
+    shape      number of intervals of each; the cells are their combinations, the last descriptor changing fastest
+    low, high  (D,) ends of the ranges that the intervals divide
     """
 
     pictures: Tensor
@@ -252,22 +267,22 @@ class Elites:
 class SteeringOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
     """The images of a call, best first within each of B prompts of K particles; an object, a dict and a tuple.
 
-    images          B·K of them, prompt after prompt, in the requested output type
+    images          B·K images, prompt after prompt, in the requested output type
     rewards         (B, K) of the finished images
-    components      scores (B, K) of the rewards that a composed reward is made of, by name
-    log_weights     (B, K) unnormalised; their softmax are the weights of the images as draws from p(x0) exp(λ r(x0))
+    components      scores (B, K) of the components of a composed reward, by name
+    log_weights     (B, K) unnormalised; their softmax gives the weights of the images as draws from p(x0) exp(λ r(x0))
     log_normaliser  (B,)   log of the estimate of E_p[exp(λ r(x0))]
     latents         (B·K, …) final latents
     nsfw_content_detected  (B, K) bool: images that the pipeline's safety checker blackened, after they were scored;
-                    None where it has none, or a noise was optimised
+                    None without a checker, or where noise was optimised
     lam             the strength λ of Feynman–Kac steering, as given or as chosen by lam="auto"; None in other methods
     elites          the archive of MAP-Elites; None in other methods
     order           (B, K) the slot of the run that each image comes from
-    history         one ResamplingInfo per evaluated step, in slots of that step
+    history         one ResamplingInfo per evaluated step, in the slots of that step
     cost            evaluations and seconds
     start           optimised noise, in the order of the images
     trace           iterations of an optimised noise, by slot
-    stopped         reason of an early end, with the best so far; else None
+    stopped         reason for an early end with the best images so far; else None
     """
 
     images: Any

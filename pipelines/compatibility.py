@@ -1,6 +1,6 @@
 """Compatibility of a diffusers pipeline with steer, measured by short runs of two particles.
 
-Each check has an independent truth: the pipeline's own call, or a second path to the same images.
+Each check compares with an independent truth: the pipeline's own call, or a second path to the same images.
 """
 
 import copy
@@ -31,9 +31,9 @@ from steer.rewards.parser import load_reward
 from steer.training.rollout import Rows, Sampler, log_probs
 
 PARTICLES = 2
-TOLERANCE = 2e-3  # of pixels in [0, 1], and of log-densities relative to their size
-LAST_BITS = 1e-5  # of pixels: no more is rounding
-ROUNDING = 4e-3  # of pixels, where a safety checker returns them in 8 bits
+TOLERANCE = 2e-3  # for pixels in [0, 1], and for log-densities relative to their size
+LAST_BITS = 1e-5  # for pixels: a larger difference is not rounding
+ROUNDING = 4e-3  # for pixels that a safety checker returns in 8 bits
 SEED = 3
 
 
@@ -51,7 +51,7 @@ class _Differs(Exception):
 
 @dataclass
 class PipelineCheck:
-    """The checks of one pipeline: `call` are the arguments of its call for one prompt, without a generator."""
+    """The checks of one pipeline; `call` holds the arguments of its call for one prompt, without a generator."""
 
     pipe: Any
     call: Mapping[str, Any]
@@ -60,7 +60,7 @@ class PipelineCheck:
         self.pipe = as_callable(self.pipe)
 
     def row(self, names: Any = None) -> dict[str, Outcome]:
-        """Run the checks, by name."""
+        """Run the checks and return their outcomes by name."""
         return {name: self._outcome(CHECKS[name]) for name in names or CHECKS}
 
     def _outcome(self, check: Callable[["PipelineCheck"], None]) -> Outcome:
@@ -76,12 +76,12 @@ class PipelineCheck:
         return Outcome("ok")
 
     def split(self) -> tuple[Any, dict[str, Any]]:
-        """Return the prompt and the other arguments, fresh."""
+        """Return new copies of the prompt and of the other arguments."""
         call = {name: _copied(value) for name, value in self.call.items()}
         return call.pop("prompt", None), call
 
     def plain_call(self, seed: int) -> dict[str, Any]:
-        """Return the arguments of a plain call, fresh."""
+        """Return new copies of the arguments of a plain call."""
         prompt, call = self.split()
         pt = filter_call_kwargs(self.pipe, {"output_type": "pt", "generator": Generator().manual_seed(seed)})
         return call | ({} if prompt is None else {"prompt": prompt}) | pt
@@ -97,14 +97,14 @@ class PipelineCheck:
             ) from error
 
     def equals_plain(self, given: Tensor, plain: Tensor, what: str) -> None:
-        """Raise _Differs unless two tensors are equal to the bit, or as nearly as plain calls are."""
+        """Raise _Differs unless two tensors are equal to the bit, or as close as repeated plain calls are."""
         _equal(given, plain, 0.0 if torch.equal(given, plain) else self._rounding, what)
 
     @functools.cached_property
     def _rounding(self) -> float:
-        """Tolerance of a run that should be a plain one: 0, or ten times the last bits in which plain calls differ.
+        """Tolerance of a run that should equal a plain call: 0, or ten times the last bits in which plain calls differ.
 
-        Calls of Stable Diffusion 3 with a ControlNet do, by some 1e-7 on a CPU.
+        Calls of Stable Diffusion 3 with a ControlNet differ by some 1e-7 on a CPU.
         """
         first, *others = (self.plain(SEED) for _ in range(3))
         gap = max(float((other.double() - first.double()).abs().max()) for other in others)
@@ -112,7 +112,7 @@ class PipelineCheck:
 
     @functools.cached_property
     def reward(self) -> Reward:
-        """A differentiable reward of what the pipeline makes: brightness, or the loudness of audio."""
+        """A differentiable reward for the pipeline's output: brightness, or the loudness of audio."""
         _, media = self.plain_batch
         return AudioReward(_loudness, "loudness", differentiable=True) if is_audio(media) else load_reward("brightness")
 
@@ -133,7 +133,7 @@ class PipelineCheck:
 
 
 def load_object(spec: str) -> Any:
-    """Return the pipeline that `module:NAME` names, or that this function or class makes without arguments.
+    """Return the pipeline `module:NAME`, or the pipeline that this function or class returns without arguments.
 
     Raises InputError where there is none.
     """
@@ -158,7 +158,7 @@ PICTURES = ("image", "control_image", "mask_image", "conditioning_image", "video
 
 
 def example_call(pipe: Any, prompt: str, steps: int, size: int) -> dict[str, Any]:
-    """Return arguments of a cheap call: pictures where the signature requires some, `size` pixels wide."""
+    """Return arguments of a cheap call, with pictures of `size` pixels width where the signature requires some."""
     parameters = inspect.signature(type(as_callable(pipe)).__call__).parameters
     draws = Generator().manual_seed(SEED)
     call: dict[str, Any] = {}
@@ -185,7 +185,7 @@ def _loudness(waveforms: Tensor, prompts: Sequence[str], sample_rate: int | None
 
 
 def _generators() -> list[Generator]:
-    """Return a generator for each particle; the first one's is that of the plain call."""
+    """Return a generator for each particle; the first particle's is the same as in the plain call."""
     return [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
 
 
@@ -194,16 +194,16 @@ def _nothing(solver_step: SolverStep) -> None:
 
 
 def check_steps(check: PipelineCheck) -> None:
-    """Compare the images of a watched run with those of the plain call: equal to the bit where two plain calls are."""
+    """Compare the images of a run with step hooks and the plain call: equal to the bit where two plain calls are."""
     plain = check.plain(SEED)
     with hook_steps(check.pipe, _nothing) as view:
         check.equals_plain(first_output(view(**check.plain_call(SEED))), plain, "a watched run")
 
 
 def check_rows(check: PipelineCheck) -> None:
-    """Compare the first particle of a batch with a plain call of its own generator.
+    """Compare the first particle of a batch with a plain call with the same generator.
 
-    Others may draw in another order: some pipelines draw once for all rows, then for each.
+    Other particles may draw in another order: some pipelines draw once for all rows, then for each.
     """
     _, images = check.plain_batch
     try:
@@ -218,9 +218,9 @@ def check_rows(check: PipelineCheck) -> None:
 
 
 def check_swap(check: PipelineCheck) -> None:
-    """Let two particles trade places after the second step: their images trade places.
+    """Check that particles that trade places after the second step make images in swapped order.
 
-    A solver that adds noise of its own, to each slot another, is exempt: copies of one particle part.
+    A solver that adds its own noise, different for each slot, is exempt: there, copies of one particle diverge.
     """
     _, plain = check.plain_batch
 
@@ -241,7 +241,7 @@ def check_swap(check: PipelineCheck) -> None:
 
 
 def check_unsteered(check: PipelineCheck) -> None:
-    """Compare the images at λ = 0 with those of the plain batch: equal to the bit where two plain calls are."""
+    """Compare the images at λ = 0 with the plain batch: equal to the bit where two plain calls are."""
     prompt, call = check.split()
     _, plain = check.plain_batch
     out = FKSteeringPipeline(check.pipe, check.reward)(
@@ -251,7 +251,7 @@ def check_unsteered(check: PipelineCheck) -> None:
 
 
 def check_fk(check: PipelineCheck) -> None:
-    """Steer: resample by the reward of previews, with finite rewards."""
+    """Check that steering resamples by the reward of previews, with finite rewards."""
     prompt, call = check.split()
     out = FKSteeringPipeline(check.pipe, check.reward)(
         prompt, num_particles=PARTICLES, lam=1e8, ess_threshold=1.0, generator=_generators(), output_type="pt", **call
@@ -269,7 +269,7 @@ def check_preview(check: PipelineCheck) -> None:
 
 
 def check_reno(check: PipelineCheck) -> None:
-    """Take one step of noise optimisation; the first image is that of the plain pipeline."""
+    """Take one step of noise optimisation; compare the first image with the plain pipeline's."""
     _, plain = check.plain_batch
     prompt, call = check.split()
     if (guidance := inspect.signature(type(check.pipe).__call__).parameters.get("guidance_scale")) is not None:
@@ -294,7 +294,7 @@ def check_reno(check: PipelineCheck) -> None:
 
 
 def check_rollout(check: PipelineCheck) -> None:
-    """Compare the log-densities of a replay with those of the rollout."""
+    """Compare the log-densities of a replay with the rollout's."""
     prompt, call = check.split()
     sampler = Sampler(check.pipe, call)
     texts = (prompt,) * PARTICLES if isinstance(prompt, str) else tuple(prompt or ("",) * PARTICLES)

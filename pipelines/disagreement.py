@@ -1,4 +1,4 @@
-"""Asking where rewards disagree: what asking is worth, and the question of a resampling."""
+"""Questions to a person where rewards disagree: the value of asking, and the question about a resampling."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from steer.errors import InputError
 from steer.reward import Reward
 
 
-# The worth of asking before an action of utility U ~ N(m, s²), where a person knows U and the alternative is worth 0:
+# The value of asking before an action of utility U ~ N(m, s²), where a person knows U and the alternative is worth 0:
 # Δ = E[max(U, 0)] − max(E U, 0) = m Φ(m/s) + s φ(m/s) − max(m, 0)
 # (the off-switch game, arXiv 1611.08219, for a person who answers correctly)
 def value_of_asking(mean: float, deviation: float) -> float:
@@ -25,14 +25,14 @@ def value_of_asking(mean: float, deviation: float) -> float:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Whether the particles of prompt `prompt` are to be resampled at solver step `step`, from 0.
+    """The question whether to resample the particles of prompt `prompt` at solver step `step`, from 0.
 
-    ancestors  (K,) of the slots, if they are
-    previews   (K, 3, H, W) that were scored
-    gains      by member or term: how much higher the mean of the ancestors is than that of all particles, in the
-               reward's standard deviations among them
+    ancestors  (K,) of the slots, if they are resampled
+    previews   (K, 3, H, W), as scored
+    gains      by member or term: the mean reward of the ancestors minus the mean of all particles, in standard
+               deviations of the reward among the particles
     mean, deviation  m and s of the gains
-    value      of asking, in the same unit (`value_of_asking`)
+    value      value of asking, in the same unit (`value_of_asking`)
     """
 
     step: int
@@ -46,7 +46,7 @@ class Disagreement:
 
 
 def term_signs(reward: Reward) -> Callable[[str], float]:
-    """Return the direction in which each component raises the reward, by name: of an ensemble, or of a weighted sum.
+    """Return the sign with which each component of an ensemble or weighted sum enters the reward, by name.
 
     Raises InputError for any other reward, and for a single member or term.
     """
@@ -61,7 +61,7 @@ def term_signs(reward: Reward) -> Callable[[str], float]:
 def disagreements(
     step: int, components: Mapping[str, Tensor], sign: Callable[[str], float], ancestors: Tensor, previews: Tensor
 ) -> list[Disagreement]:
-    """Return what a resampling by ancestors (B, K) is worth to each component (B, K), for every prompt."""
+    """Return for every prompt the question about resampling by ancestors (B, K), with the gain of each component."""
     gains = {
         name: sign(name) * (values.gather(1, ancestors) - values).mean(1) / values.std(1, correction=0).clamp(min=1e-12)
         for name, values in ((name, values.double().cpu()) for name, values in components.items())
@@ -80,5 +80,5 @@ OnDisagreement = Callable[[Disagreement], bool]
 
 
 def agreed(questions: list[Disagreement], ask_cost: float, on_disagreement: OnDisagreement) -> Tensor:
-    """Return (B,) whether each prompt's particles are to be resampled; those worth more than `ask_cost` are asked."""
+    """Return (B,) whether to resample each prompt's particles; ask where the value is above `ask_cost`."""
     return torch.tensor([one.value <= ask_cost or bool(on_disagreement(one)) for one in questions])

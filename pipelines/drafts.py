@@ -1,7 +1,7 @@
 """Drafts: images of few solver steps rank many starts; the best are made in full, or noised again and finished.
 
 Both are searches by the reward of the drafts (Flash-BoN, arXiv 2607.04461; ABCD, arXiv 2505.14036), and controls of
-steering: whatever steers must beat many cheap drafts.
+steering: a steering method must beat many cheap drafts.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from steer.pipelines.racing import first_solver_step
 from steer.pipelines.selection import BestOfNPipeline, PreviewRun, Selection
 from steer.pipelines.settings import DraftsSettings, Prompts, RenoiseSettings
 
-DEFAULT_RESTART = 0.4  # share of the run that copies of a draft leave out
+DEFAULT_RESTART = 0.4  # share of the run that copies of a draft skip
 
 
 class DraftsPipeline(SteeringPipeline):
@@ -36,10 +36,10 @@ class DraftsPipeline(SteeringPipeline):
 
     @steering_call(DraftsSettings)
     def __call__(self, prompt: Prompts, settings: DraftsSettings, call: dict[str, Any]) -> SteeringOutput:
-        """Draft, then sample; all other arguments are those of the pipeline's own `__call__`.
+        """Draft, then sample; all other arguments go to the pipeline's own `__call__`.
 
-        The first K drafts start from the pipeline's own noise: drafts = K is best-of-N. Errors and output are those of
-        `FKSteeringPipeline`; it is a search, whose weights are 0.
+        The first K drafts start from the pipeline's own noise: drafts = K is best-of-N. Errors and output are as in
+        `FKSteeringPipeline`; this is a search, with log-weights 0.
         """
         s = settings
         _check_free(call, "drafts")
@@ -77,10 +77,10 @@ class RenoisePipeline(SteeringPipeline):
 
     @steering_call(RenoiseSettings)
     def __call__(self, prompt: Prompts, settings: RenoiseSettings, call: dict[str, Any]) -> SteeringOutput:
-        """Draft, renoise and finish; all other arguments are those of the pipeline's own `__call__`.
+        """Draft, renoise and finish; all other arguments go to the pipeline's own `__call__`.
 
-        x_τ = α_τ x0* + σ_τ ε, for K/parents draws of ε of each draft x0*. Errors and output are those of
-        `FKSteeringPipeline`; it is a search, whose weights are 0.
+        x_τ = α_τ x0* + σ_τ ε, for K/parents draws of ε for each draft x0*. Errors and output are as in
+        `FKSteeringPipeline`; this is a search, with log-weights 0.
         """
         s = settings
         _check_free(call, "renoise")
@@ -119,7 +119,7 @@ class RenoisePipeline(SteeringPipeline):
 
 
 class RestartedRun(PreviewRun):
-    """A run in which all particles stay, from latents x (N, …) on, which the pipeline takes divided by `scale`."""
+    """A run without selection from latents x (N, …), which are divided by `scale` for the pipeline."""
 
     def __init__(
         self, x: Tensor, scale: Any, particle_batch: ParticleBatch, eta: float | None, settings: RenoiseSettings
@@ -128,7 +128,7 @@ class RestartedRun(PreviewRun):
         self.x, self.scale = x, scale
 
     def sample(self) -> Tensor:
-        """Run the pipeline from the latents: the finished images (B·K, 3, H, W)."""
+        """Run the pipeline from the latents; return the finished images (B·K, 3, H, W)."""
         seeds = [derived_seed(seed, "solver after renoising") for seed in self.particle_batch.seeds]
         generators = [Generator().manual_seed(seed) for seed in seeds]
         given = {"latents": self.x / self.scale, "generator": generators}
@@ -148,7 +148,7 @@ class RestartedRun(PreviewRun):
 def draft(
     best_of_n: BestOfNPipeline, prompt: Prompts, s: DraftsSettings | RenoiseSettings, call: dict[str, Any]
 ) -> SteeringOutput:
-    """Sample M images of S solver steps of each prompt, best first."""
+    """Sample M images of each prompt with S solver steps, best first."""
     given: Generator | Sequence[Generator] | None = call.get("generator")
     if given is not None and not isinstance(given, Generator):
         groups = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
@@ -157,6 +157,6 @@ def draft(
 
 
 def _check_free(call: dict[str, Any], method: str) -> None:
-    """Raise InputError for arguments that the drafts take the place of."""
+    """Raise InputError for arguments that conflict with drafts."""
     if conflicting := [one for one in RESERVED_ARGUMENTS if call.get(one) is not None]:
         raise InputError(f"{conflicting[0]} and {method} exclude each other: leave {conflicting[0]} out")

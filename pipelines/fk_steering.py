@@ -25,7 +25,7 @@ from steer.pipelines.token_batch import batch_class
 from steer.reward import Reward, RewardError, Submit, run_in_background
 from steer.smc.particles import FeynmanKac, Particles
 
-ResampleResult = tuple[Particles, Tensor | None]  # and their ancestors (B, n); None: all stay where they are
+ResampleResult = tuple[Particles, Tensor | None]  # particles, and ancestors (B, n); None: all stay
 
 
 class Algorithm(Protocol):
@@ -46,7 +46,7 @@ SelectionRule = Callable[[Algorithm, Particles, int, Generator], ResampleResult]
 
 
 def resample_down(algorithm: Algorithm, particles: Particles, count: int, generator: Generator) -> ResampleResult:
-    """Draw `count` of K particles by their weights: unbiased, the same distribution."""
+    """Draw `count` of K particles by their weights: unbiased, so the distribution stays the same."""
     return algorithm.select(particles, generator, count)
 
 
@@ -57,7 +57,7 @@ def top_k(algorithm: Algorithm, particles: Particles, count: int, generator: Gen
 
 
 def top_k_indices(rewards: Tensor, count: int) -> Tensor:
-    """Return the indices (B, count) of the highest of rewards (B, M), ascending; the lower index wins ties."""
+    """Return the ascending indices (B, count) of the highest rewards of (B, M); the lower index wins ties."""
     return rewards.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
 
 
@@ -70,8 +70,8 @@ class ResamplingSchedule:
 
     requested_steps    solver steps, from 0, with intermediate rewards; None: the method's default
     particle_schedule  {solver step: particles that continue from it}; rewards are evaluated there too
-    rule               which particles continue where they get fewer: `PARTICLE_SCHEDULE_RULES`
-    target             intermediate reward at which its particle alone continues, without further evaluations
+    rule               selects the particles that continue where their number falls (`PARTICLE_SCHEDULE_RULES`)
+    target             a particle with this intermediate reward continues alone, without further evaluations
     """
 
     requested_steps: Iterable[int] | None = None
@@ -85,7 +85,7 @@ class ResamplingSchedule:
         return bool(self.particle_schedule) or self.target is not None
 
     def rule_at(self, step: int, size: int) -> tuple[SelectionRule, int]:
-        """Return how the particles that continue from a step are selected among `size`, and their number."""
+        """Return the rule that selects the particles that continue from a step among `size`, and their number."""
         count = self.particle_schedule.get(step, size)
         return (PARTICLE_SCHEDULE_RULES[self.rule] if count < size else resample_down), count
 
@@ -94,9 +94,9 @@ class ResamplingSchedule:
         return self.target is not None and bool((rewards >= self.target).any())
 
     def steps(self, default_steps: Iterable[int], first: int, last: int, total: int, name: str) -> frozenset[int]:
-        """Return the steps with intermediate rewards: the requested or default ones, and those of the schedule.
+        """Return the steps with intermediate rewards: the requested or default steps, and the schedule's.
 
-        Raises InputError for others than `first` to `last`, in a run of `total` steps; `name`: the caller's argument.
+        Raises InputError for steps outside `first` to `last` in a run of `total` steps; `name`: the caller's argument.
         """
         for argument, steps in ((name, self.requested_steps or ()), ("particle_schedule", self.particle_schedule)):
             if wrong := sorted(step for step in steps if not first <= step <= last):
@@ -107,15 +107,15 @@ class ResamplingSchedule:
 
 
 PREVIEW_LOOKAHEAD = 3  # coarse steps of previews for an observer alone
-DEFAULT_STEPS = (0.4, 0.55, 0.7, 0.85)  # of intermediate rewards, as shares of the run
+DEFAULT_STEPS = (0.4, 0.55, 0.7, 0.85)  # steps with intermediate rewards, as shares of the run
 
 
 @dataclass(frozen=True)
 class StepReport:
     """Progress for an observer after solver step `step` of `total`.
 
-    evaluation  intermediate rewards, where the step has some
-    previews    images (B·K, 3, H, W) that they were computed from, of the K particles left; also at `preview_steps`
+    evaluation  intermediate rewards, if the step has any
+    previews    images (B·K, 3, H, W) of the K particles left from which rewards were computed; also at `preview_steps`
     """
 
     step: int
@@ -126,8 +126,11 @@ class StepReport:
 
 @dataclass(frozen=True)
 class IntermediateRewards:
-    """The images (B·K, 3, H, W) of x̂0 at one step, their rewards (B, K) and those of their components, and in a guided
-    run ∇r (B·K, …). A learned value has rewards alone."""
+    """Intermediate rewards at one step.
+
+    The images (B·K, 3, H, W) of x̂0, their rewards (B, K) and components, and in a guided run ∇r (B·K, …). A learned
+    value gives rewards alone.
+    """
 
     previews: Tensor | None
     rewards: Tensor
@@ -136,7 +139,7 @@ class IntermediateRewards:
 
 
 def route_kernel_eta(pipe: Any, call: dict[str, Any], s: IntermediateSettings) -> tuple[dict[str, Any], float | None]:
-    """Route η as `route_eta`; with a GLASS transition all of it to the kernel."""
+    """Route η as `route_eta` does; with GLASS transitions always to the kernel."""
     return route_eta(pipe, call, s.eta) if s.kernel == "gaussian" else (call, s.eta)
 
 
@@ -149,7 +152,7 @@ Agreement = Callable[[int, IntermediateRewards, Tensor], Tensor]
 
 
 def agreement_of(s: FKSettings, reward: Reward) -> Agreement | None:
-    """Return whether each prompt's particles (B,) are to be resampled to ancestors (B, K), where a caller is asked.
+    """Return a function that decides for each prompt (B,) whether to resample its particles; None: nobody is asked.
 
     Raises InputError for a reward without members or terms.
     """
@@ -189,8 +192,12 @@ class Run:
         s: StepSettings,
         value: Value | None = None,
     ) -> None:
-        """`eta`: noise of every step that the kernel draws, None for the solver's own; `value`: in place of
-        intermediate rewards; `s`: the observer, its previews, λ and the kernel."""
+        """Create a run on a particle batch.
+
+        eta    noise of every step that the kernel draws; None: the solver's own
+        s      settings: the observer and its previews, λ and the kernel
+        value  learned value in place of intermediate rewards
+        """
         self.algorithm, self.particle_batch, self.schedule, self.value = algorithm, particle_batch, schedule, value
         self.settings, self.preview_steps = s, frozenset(s.preview_steps or ())
         # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
@@ -199,17 +206,17 @@ class Run:
         self.agrees = agreement_of(s, particle_batch.reward) if isinstance(s, FKSettings) else None
         # Inner steps of a GLASS transition in place of the Gaussian kernel.
         self.glass_steps = s.glass_steps if isinstance(s, IntermediateSettings) and s.kernel == "glass" else 0
-        self.steps: frozenset[int] = frozenset()  # with intermediate rewards; set by `begin`
+        self.steps: frozenset[int] = frozenset()  # steps with intermediate rewards; set by `begin`
         self.target_reached = self.from_search = False  # a particle met the target; particles were selected by reward
         self.particles = Particles.start(particle_batch.groups, particle_batch.size)
         self.history: list[ResamplingInfo] = []
 
     def sample(self) -> Tensor:
-        """Run the pipeline: the finished images (B·K, 3, H, W) of the K particles that are left."""
+        """Run the pipeline; return the finished images (B·K, 3, H, W) of the K particles left."""
         return self.particle_batch.sample(self.on_solver_step)
 
     def on_solver_step(self, solver_step: SolverStep) -> StepOverride:
-        """Begin the run at its first solver step, and make each: ancestors of the slots, and their next latents."""
+        """Make a solver step, after `begin` at the first; return ancestors of the slots and their next latents."""
         if solver_step.k == 0:
             self.begin(solver_step.total, solver_step.scheduler)
         return self._make_step(solver_step)
@@ -236,7 +243,7 @@ class Run:
     def _reweight_and_resample(
         self, intermediate: IntermediateRewards, step: int, solver_step: SolverStep
     ) -> Tensor | None:
-        """Reweight by the rewards of `step`, resample at `solver_step`: ancestor rows of the slots, None: all stay."""
+        """Reweight by rewards of `step`, resample at `solver_step`; return ancestor rows of slots, None if all stay."""
         progress = step / solver_step.total
         self._choose_strength(intermediate.rewards, progress)
         reweighted = self.algorithm.reweight(self.particles, intermediate.rewards, progress)
@@ -258,14 +265,14 @@ class Run:
         return None if ancestors is None else self.particle_batch.set_ancestors(ancestors).to(solver_step.x.device)
 
     def _select(self, reweighted: Particles, step: int) -> ResampleResult:
-        """Select the particles that continue: they and their ancestors; None: all stay."""
+        """Select the particles that continue; return them and their ancestors, None: all stay."""
         self.target_reached = self.schedule.reaches_target(reweighted.path.rewards[-1])
         rule, count = (top_k, 1) if self.target_reached else self.schedule.rule_at(step, self.particle_batch.alive)
         self.from_search = self.from_search or rule is top_k
         return rule(self.algorithm, reweighted, count, self.particle_batch.rng)
 
     def _as_agreed(self, reweighted: Particles, ancestors: Tensor, agreed: Tensor) -> ResampleResult:
-        """Resample those prompts alone for which `agreed` (B,); the others keep their particles and weights."""
+        """Resample only the prompts with `agreed` (B,) true; the others keep their particles and weights."""
         resampled = (self.particles.log_weights == 0).all(1)  # resampling leaves equal weights
         ancestors = torch.where(agreed[:, None], ancestors, torch.arange(ancestors.shape[1]))
         return reweighted.resample(ancestors, resampled & agreed), ancestors
@@ -276,13 +283,13 @@ class Run:
         return self._score_x0(self.particle_batch.predict(solver_step))
 
     def _choose_strength(self, rewards: Tensor, progress: float) -> None:
-        """Choose λ by the first rewards (B, K) that differ within a prompt, where it is to be chosen."""
+        """Choose λ, if it is "auto", by the first rewards (B, K) that differ within a prompt."""
         differ = bool((rewards != rewards[:, :1]).any())
         if self.auto_strength and isinstance(self.algorithm, FeynmanKac) and (differ or progress == 1.0):
             self.algorithm, self.auto_strength = self.algorithm.at_half_ess(self.particles, rewards, progress), False
 
     def finish(self, rewards: Tensor) -> Particles:
-        """Return the particles, those of Feynman–Kac steering with the terminal factor, by the final rewards (B, K)."""
+        """Return the particles; in Feynman–Kac steering, with the terminal factor of the final rewards (B, K)."""
         if not isinstance(self.algorithm, FeynmanKac):
             return self.particles
         self._choose_strength(rewards, 1.0)
@@ -291,7 +298,7 @@ class Run:
         return self.algorithm.finish(self.particles, rewards)  # log G_end = λ r(x0) − Σ_j log G_j
 
     def _observed(self, solver_step: SolverStep) -> Tensor | None:
-        """Return previews for the observer alone, at the steps that it asked for."""
+        """Return previews for the observer alone, at the requested steps."""
         if self.settings.on_step is None or solver_step.k not in self.preview_steps:
             return None
         with torch.no_grad():
@@ -305,7 +312,7 @@ class Run:
     def _next_latents(
         self, solver_step: SolverStep, rows: Tensor | None, intermediate: IntermediateRewards | None
     ) -> Tensor | None:
-        """Return the latents of the slots after this step; None: those of the solver.
+        """Return the latents of the slots after this step; None: the solver's own.
 
         Where particles may be resampled, all of them take the Gaussian kernel, whether they are resampled or not: a
         kernel that depended on the weights would change the distribution that the weights refer to.
@@ -342,7 +349,7 @@ class Run:
 class AsynchronousRun(Run):
     """A run whose potentials G_j(x̂0(x_t)) multiply the weights one step after x_t.
 
-    G_j is a function of the path up to x_t. Multiplied there or one step later, before the next evaluation, the product
+    G_j is a function of the path up to x_t. If it is multiplied one step later, before the next evaluation, the product
     over the path is the same, and so is the distribution of the weighted particles.
     """
 
@@ -352,13 +359,13 @@ class AsynchronousRun(Run):
     pending: Callable[[], IntermediateRewards] | None = None
 
     def sample(self) -> Tensor:
-        """Run the pipeline: the finished images (B·K, 3, H, W) of the K particles that are left."""
+        """Run the pipeline; return the finished images (B·K, 3, H, W) of the K particles left."""
         check_not_offloaded(self.particle_batch.pipe)
         with self.background(torch.device(self.particle_batch.pipe.device)) as self.submit:
             return super().sample()
 
     def _make_step(self, solver_step: SolverStep) -> StepOverride:
-        """Resample by the rewards of the step before, and submit x̂0 of this one to the background."""
+        """Resample by the rewards of the previous step, and submit x̂0 of this step to the background."""
         rows: Tensor | None = None
         intermediate: IntermediateRewards | None = None
         if self.pending is None:
@@ -373,7 +380,7 @@ class AsynchronousRun(Run):
 
 
 def check_not_offloaded(pipe: Any) -> None:
-    """Raise InputError where the pipeline's components take turns on the device: then two cannot compute at once."""
+    """Raise InputError where the pipeline's components take turns on the device, as two cannot compute at once then."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     if moved := [name for name, module in modules.items() if is_offloaded(module)]:
         raise InputError(
@@ -384,8 +391,8 @@ def check_not_offloaded(pipe: Any) -> None:
 class GuidedRun(Run):
     """A run of the Gaussian kernel, drawn from N(mean + γ τ² λ_j ∇r(x̂0(x_t)), τ² I) at steps with rewards.
 
-    The pipeline of the particle batch is a `differentiable` copy. Only latents are kept between the steps: leaves of
-    the graph, which require a gradient where the next one is taken.
+    The pipeline of the particle batch is a `differentiable` copy. Only latents are kept between the steps, as leaves of
+    the graph; they require a gradient where the next step takes one.
     """
 
     first = 1  # x_T comes out of the pipeline without a graph
@@ -393,7 +400,7 @@ class GuidedRun(Run):
     settings: FKSettings
 
     def sample(self) -> Tensor:
-        """Run the pipeline: the finished images (B·K, 3, H, W) of the K particles that are left."""
+        """Run the pipeline; return the finished images (B·K, 3, H, W) of the K particles left."""
         with torch.enable_grad():
             return super().sample().detach()
 
@@ -421,7 +428,7 @@ class GuidedRun(Run):
     def _next_latents(
         self, solver_step: SolverStep, rows: Tensor | None, intermediate: IntermediateRewards | None
     ) -> Tensor:
-        kernel = solver_step.kernel(self.resampling_eta, rows)  # which is that of every step
+        kernel = solver_step.kernel(self.resampling_eta, rows)  # the kernel of every step
         if intermediate is None or intermediate.gradient is None:
             moved = kernel.sample(self.particle_batch.rng)
         else:
@@ -456,7 +463,7 @@ def check_guidance(scheduler: Any, reward: Reward, eta: float) -> None:
 
 
 def with_asset(lookahead: int | str) -> int | str:
-    """Return a look-ahead with the path of an embedded adapter in place of its name: lora:scenes-lcm."""
+    """Replace the name of an embedded adapter in a look-ahead, such as lora:scenes-lcm, by its path."""
     name = str(lookahead).removeprefix(ADAPTER)
     return f"{ADAPTER}{ADAPTERS[name]}" if name in ADAPTERS and name != lookahead else lookahead
 
@@ -477,7 +484,7 @@ def run_particles(
     """Sample the particles of one call by a run, and score them.
 
     pipe     copy of the pipeline to call in its place
-    size     K, where it is not that of the settings
+    size     K, if it differs from the settings
     options  `preview` and `live` of `ParticleBatch`
     """
     pipe = pipeline.pipe if pipe is None else pipe
@@ -510,7 +517,7 @@ class FKSteeringPipeline(SteeringPipeline):
 
     @steering_call(FKSettings)
     def __call__(self, prompt: Prompts, settings: FKSettings, call: dict[str, Any]) -> SteeringOutput:
-        """Steer one call of the pipeline; all other arguments are those of the pipeline's own `__call__`.
+        """Steer one call of the pipeline; all other arguments go to the pipeline's own `__call__`.
 
         The images are draws from p(x0) exp(λ r(x0)): each particle's weight ends as Π_j G_j · G_end = exp(λ r(x0)).
 

@@ -1,4 +1,4 @@
-"""The starting noise of a pipeline's call: found, taken by the call in another value, and screened by short runs."""
+"""The starting noise of a pipeline's call: find it, replace it, and screen candidates by short runs."""
 
 import copy
 import functools
@@ -34,8 +34,11 @@ CALLBACK_ARGUMENTS = ("callback", "callback_steps", "callback_on_step_end", "cal
 
 @dataclass
 class _CallStart:
-    """The start of a call: tensors (R, …) of the first denoiser call, the normal draws before it, and, where the run
-    went on to the first solver step, latents x (N, …), the scale of their noise and the number of steps."""
+    """The start of a call.
+
+    Tensors (R, …) of the first denoiser call and the normal draws before it. If the run continued to the first solver
+    step, also latents x (N, …), the scale of their noise and the number of steps.
+    """
 
     inputs: list[Tensor]
     draws: list[Tensor]
@@ -45,13 +48,13 @@ class _CallStart:
 
 
 def find_initial_noise(particle_batch: ParticleBatch, quiet_pipe: Any) -> tuple[InitialNoise, int]:
-    """Return the noise that a call starts from, with the way in which the call takes another, and its solver steps.
+    """Return the noise that a call starts from, with the way to replace it, and the number of solver steps.
 
-    The noise goes in as `latents` where the pipeline takes its own draw back there, scaled by the scheduler and
-    rearranged at most: also what it returns can then be given to the plain pipeline. Else it replaces the draw itself
-    (`steer.diffusion.draws.find_draw`): in pipelines without `latents`, and in those that add an image or a video to
-    the noise. Each row draws everything else from a seed of its own: that of its generator, or one derived from the
-    state of the generators. Where this gives other numbers than the plain call, all rows use copies of the call's own.
+    The noise is passed as `latents` where the pipeline accepts its own draw there, at most scaled by the scheduler and
+    rearranged: the plain pipeline then accepts an optimised noise too. Otherwise the noise replaces the draw itself
+    (`steer.diffusion.draws.find_draw`): in pipelines without `latents`, and in pipelines that add an image or a video
+    to the noise. Each row draws everything else from its own seed: its generator's, or one derived from the state of
+    the generators. Where this gives other numbers than the plain call, all rows use copies of the call's generators.
 
     Raises UnsupportedPipelineError where no way gives the denoiser the inputs of the plain call, bit for bit.
     """
@@ -61,13 +64,13 @@ def find_initial_noise(particle_batch: ParticleBatch, quiet_pipe: Any) -> tuple[
     random = RandomState.of(list_generators(own))
     form = particle_batch.form
     plain = _start_of(particle_batch, quiet_pipe, to_step=True)
-    if particle_batch.form != form:  # forms of the call that failed left inputs and draws of theirs
+    if particle_batch.form != form:  # failed forms of the call have left their inputs and draws
         random.restore()
         plain = _start_of(particle_batch, quiet_pipe, to_step=True)
     for candidate in _candidates(particle_batch, quiet_pipe, plain, seeds, copies):
         if _reaches(candidate, particle_batch, quiet_pipe, plain):
             return candidate, plain.total
-    if own is None and plain.draws:  # a state of the global numbers cannot be used twice
+    if own is None and plain.draws:  # a state of the global generator cannot be used twice
         particle_batch.call["generator"] = Generator().manual_seed(int(torch.randint(2**62, ())))
         return find_initial_noise(particle_batch, quiet_pipe)
     raise UnsupportedPipelineError(
@@ -83,7 +86,7 @@ def _candidates(
     seeds: tuple[int, ...],
     copies: Generators | None,
 ) -> Iterator[InitialNoise]:
-    """Yield the ways in which a call may take its noise, the plainest first."""
+    """Yield the ways in which a call may take its noise, the simplest first."""
     assert plain.x is not None, "the run went to the first step"
     rows = len(plain.x)
     latents = particle_batch.call.get("latents")
@@ -105,10 +108,10 @@ def _candidates(
 
 
 def _reaches(candidate: InitialNoise, particle_batch: ParticleBatch, quiet_pipe: Any, plain: _CallStart) -> bool:
-    """Return whether a call with this noise begins as the plain call does, and one with another noise does not.
+    """Return whether a call with this noise begins as the plain call does, and a call with other noise does not.
 
-    Other draws before the first denoiser call must be those of the plain call too: inputs do not show all of them yet,
-    such as the noise that an inpainted region follows. The call is that of the plain one, in its form for several rows.
+    Other draws before the first denoiser call must equal the plain call's too: inputs do not show all of them yet, such
+    as the noise that an inpainted region follows. The call has the same form for several rows as the plain call.
     """
     form = particle_batch.form
 
@@ -125,7 +128,7 @@ def _reaches(candidate: InitialNoise, particle_batch: ParticleBatch, quiet_pipe:
         without = start.draws if candidate.draw is None else _without(start.draws, noise)
         return same and torch.equal(_numbers(without), _numbers(_without(plain.draws, candidate.noise)))
 
-    if candidate.draws:  # tried unasked: the pipeline may want other latents than those of its steps
+    if candidate.draws:  # a guess: the pipeline may expect other latents than its steps have
         try:
             return begins_alike(candidate.noise)
         except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
@@ -134,7 +137,7 @@ def _reaches(candidate: InitialNoise, particle_batch: ParticleBatch, quiet_pipe:
 
 
 def _without(draws: Sequence[Tensor], noise: Tensor) -> list[Tensor]:
-    """Return the draws but the first that are this noise, drawn at once or row by row."""
+    """Return the draws without the first draw of this noise, made at once or row by row."""
     number, _ = find_draw(draws, [noise[0].numel()], len(noise)) or (0, noise)
     count = 1 if draws[number].numel() == noise.numel() else len(noise)
     return [*draws[:number], *draws[number + count :]]
@@ -145,7 +148,7 @@ def _numbers(draws: Sequence[Tensor]) -> Tensor:
 
 
 def _same_numbers(noise: Tensor, draw: Tensor) -> bool:
-    """Return whether both are the same numbers in any order, up to rounding."""
+    """Return whether both contain the same numbers in any order, up to rounding."""
     if noise.numel() != draw.numel():
         return False
     one, other = (values.flatten().cpu().double().sort().values for values in (noise, draw))
@@ -153,9 +156,9 @@ def _same_numbers(noise: Tensor, draw: Tensor) -> bool:
 
 
 def _start_of(particle_batch: ParticleBatch, quiet_pipe: Any, to_step: bool = False, **given: Any) -> _CallStart:
-    """Run a call up to its first denoiser call, or through its first solver step; without a denoiser, through that.
+    """Run a call up to its first denoiser call; with `to_step` or without a denoiser, through its first solver step.
 
-    The global random numbers stay as they are: an encoded control image is a draw of them in every call.
+    The state of the global generator is restored: every call draws from it to encode a control image.
     """
     start = _CallStart([], [])
     modules = denoising_modules(quiet_pipe)
@@ -186,7 +189,7 @@ def _start_of(particle_batch: ParticleBatch, quiet_pipe: Any, to_step: bool = Fa
 
 
 def own_seeds(generator: Generator | Sequence[Generator] | None, rows: int) -> list[int] | None:
-    """Return the seed of each row's own generator; None where they share one, or one has drawn numbers before."""
+    """Return the seed of each row's own generator; None if rows share one, or one is not on the CPU or was used."""
     given = list_generators(generator)
     if len(given) != rows or any(one.device.type != "cpu" for one in given):
         return None
@@ -197,13 +200,13 @@ def own_seeds(generator: Generator | Sequence[Generator] | None, rows: int) -> l
 
 @dataclass(frozen=True)
 class ScreenedNoise:
-    """The screening of B prompts × M candidates, K of which are kept.
+    """The result of a screening of M candidates for each of B prompts, K of which are kept.
 
-    noise      (B·K, …) of those kept, prompt after prompt, for the `latents` argument of the pipeline's call
+    noise      (B·K, …) of the kept candidates, prompt after prompt, for the `latents` argument of the pipeline's call
     rewards    (B, M) of the images of the short runs
-    chosen     (B, K) which candidates were kept, in ascending order
-    generator  the call's own, one or several, after the pipeline drew the starting noise
-    cost       of the short runs
+    chosen     (B, K) numbers of the kept candidates, in ascending order
+    generator  the call's own generators, after the pipeline drew the starting noise
+    cost       cost of the short runs
     """
 
     noise: Tensor
@@ -215,7 +218,7 @@ class ScreenedNoise:
     def arguments(self) -> dict[str, Any]:
         """Return `latents` and `generator` for the pipeline's call, always in the same state.
 
-        A stochastic solver must not draw again the numbers that the starting noise is made of.
+        A stochastic solver must not draw the numbers of the starting noise again.
         """
         return {"latents": self.noise, "generator": copy_generators(self.generator)}
 
@@ -237,17 +240,17 @@ def screen_initial_noise(
 ) -> ScreenedNoise:
     """Select the `keep` (K) best of `candidates` (M) starting noises of each prompt by short runs of `steps` steps.
 
-    The first K candidates are the pipeline's own draws for K images with this generator: M = K changes nothing. The
-    others are drawn from seeds derived from it. The generator does not advance; without one, a seed is drawn from
-    PyTorch's global generator. The lower candidate wins ties. It is a search: the noises kept are no longer draws from
-    the model's prior, and images sampled from them do not have the distribution of Feynman–Kac steering.
+    The first K candidates are the pipeline's own draws for K images with this generator: M = K changes nothing. Seeds
+    derived from the generator give the others. The generator does not advance; without one, a seed is drawn from
+    PyTorch's global generator. The lower candidate wins ties. This is a search: the kept noises are not draws from the
+    model's prior, and images sampled from them do not have the distribution of Feynman–Kac steering.
 
-    steps                 of the short runs, in place of the call's num_inference_steps
+    steps                 solver steps of the short runs, in place of the call's num_inference_steps
     candidate_batch_size  candidates of each prompt at a time; by default K, with the memory of the real run
     chunk_size            images scored at a time
-    call                  arguments of the pipeline's own call, those of the real run
+    call                  arguments of the pipeline's own call, as in the real run
 
-    Raises InputError for numbers and calls that do not fit, UnsupportedPipelineError for pipelines without `latents`,
+    Raises InputError for invalid numbers and calls, UnsupportedPipelineError for pipelines without `latents`,
     RewardError for a reward that breaks its contract.
     """
     _check(pipe, keep, candidates, steps, keep if candidate_batch_size is None else candidate_batch_size, call)
@@ -311,7 +314,7 @@ def _screen_batch(
 
 
 def _first_latents(quiet_pipe: Any, call: Mapping[str, Any]) -> Tensor:
-    """Return the starting noise of a call without the scheduler's scale; its generators have drawn it.
+    """Return the starting noise of a call without the scheduler's scale, drawn from the call's generators.
 
     The call ends at the solver's first step; the denoiser is not evaluated.
     """

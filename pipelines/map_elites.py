@@ -4,7 +4,7 @@ The archive of a prompt has a cell for each interval of one or two descriptors (
 of the CLIP features of the first images; after TAXONS, arXiv 1909.05508), with the best image there, its elite. A child
 is a neighbour of an elite, √(1 − d²) ε + d u, and replaces the elite of its own cell where its reward is higher. Its
 parent is drawn among the cells that had the fewest children, so that new cells come first (as in SERENE, arXiv
-2102.03140), or, with probability ¼, is the best elite, so that the best reward is level with that of a noise search.
+2102.03140), or, with probability ¼, is the best elite, so that the best reward keeps up with a noise search.
 """
 
 import math
@@ -29,8 +29,8 @@ from steer.rewards.grammar import COMMA, split
 from steer.rewards.parser import load_reward
 from steer.rewards.weights import to_module_device
 
-PCA = "pca"  # in `describe`, of a CLIP's features
-SPAN = 3.5  # deviations of a descriptor, around its mean at the first images, that the cells divide
+PCA = "pca"  # in `describe`: principal axes of CLIP features
+SPAN = 3.5  # the cells divide this many deviations of a descriptor on each side of its mean over the first images
 SIDE = 64  # pixels of an elite's picture
 BEST_PARENT = 0.25  # share of the children whose parent is the best elite
 
@@ -43,10 +43,10 @@ class MapElitesPipeline(SteeringPipeline):
 
     @steering_call(MapElitesSettings)
     def __call__(self, prompt: Prompts, settings: MapElitesSettings, call: dict[str, Any]) -> SteeringOutput:
-        """Fill the archive of each prompt; all other arguments are those of the pipeline's own `__call__`.
+        """Fill the archive of each prompt; all other arguments go to the pipeline's own `__call__`.
 
         Every iteration makes K children. The images are the elites of the K cells of highest reward; where fewer are
-        filled, the best one is repeated. Output and errors as in `ReNOPipeline`.
+        filled, the best elite is repeated. Output and errors are as in `ReNOPipeline`.
         """
         s = settings
         shape = s.shape
@@ -71,7 +71,7 @@ Describe = Callable[[Tensor, Sequence[str]], Tensor]  # features (N, F) of image
 
 
 def load_descriptors(text: str, cells: str, count: int) -> tuple[tuple[str, ...], Describe]:
-    """Return names of `count` descriptors and their function: rewards, or the features of a CLIP, pca[:CLIP].
+    """Return the names and the function of `count` descriptors: rewards, or pca[:CLIP], the features of a CLIP.
 
     Raises InputError where rewards and `cells` do not fit each other.
     """
@@ -88,7 +88,7 @@ def load_descriptors(text: str, cells: str, count: int) -> tuple[tuple[str, ...]
 
 
 def _frames(images: Tensor) -> Tensor:
-    """Return images (N, 3, H, W), of videos (N, F, 3, H, W) the middle frames."""
+    """Return images (N, 3, H, W), or the middle frames of videos (N, F, 3, H, W)."""
     return images[:, images.shape[1] // 2] if images.ndim == 5 else images
 
 
@@ -103,9 +103,9 @@ class Archive:
     """Elites of B prompts over C cells: noise (B, C, …), rewards (B, C), −∞ where a cell is empty; and the intervals.
 
     pictures   (B, C, 3, 64, 64) of 8 bits
-    children   (B, C) made of the elites of a cell
-    low, high  (D,) of the descriptors, not a number before the first images
-    axes       (F, D), from F features to the descriptors; the identity where these are rewards
+    children   (B, C) number of children made from the elites of a cell
+    low, high  (D,) ends of the range of each descriptor, NaN before the first images
+    axes       (F, D), from F features to the descriptors; the identity where the descriptors are rewards
     """
 
     noise: Tensor
@@ -133,7 +133,7 @@ class Archive:
         return cls(state["elites"], rewards, pictures, children, state["low"], state["high"], state["axes"].cpu())
 
     def stored_in(self, search: Search) -> Search:
-        """Return a search with the archive in its state, which its checkpoint holds."""
+        """Return a search with the archive in its state, so that its checkpoint contains the archive."""
         state = {"elites": self.noise, "elite_rewards": self.rewards, "pictures": self.pictures}
         state |= {"children": self.children, "low": self.low, "high": self.high, "axes": self.axes}
         return replace(search, state=state)
@@ -144,8 +144,10 @@ class Archive:
         return self.rewards > -torch.inf
 
     def spanning(self, features: Tensor) -> "Archive":
-        """Return an archive whose cells divide mean ± SPAN deviations of features (N, F): themselves where they are D,
-        else their first D principal components."""
+        """Return an archive whose cells divide mean ± SPAN deviations of the descriptors of features (N, F).
+
+        The descriptors are the features themselves if there are D, else their first D principal components.
+        """
         axes = self.axes
         if features.shape[1] != len(self.low):
             directions = torch.linalg.eigh(torch.cov(features.T, correction=0)).eigenvectors
@@ -164,8 +166,7 @@ class Archive:
         return number
 
     def with_children(self, noise: Tensor, images: Tensor, rewards: Tensor, cells: Tensor) -> "Archive":
-        """Return the archive with children, noise and images (B·K, …), where they are better than the elites of their
-        cells."""
+        """Return the archive with children, noise and images (B·K, …), in place of the elites with lower reward."""
         elites, best, per_prompt = self.noise.clone(), self.rewards.clone(), len(noise) // len(self.noise)
         pictures, own = self.pictures.clone(), pictures_of(images)
         for row, (value, cell) in enumerate(zip(rewards.tolist(), cells.tolist(), strict=True)):
@@ -175,7 +176,7 @@ class Archive:
         return replace(self, noise=elites, rewards=best, pictures=pictures)
 
     def parents(self, seeds: Sequence[int], stream: str) -> tuple[Tensor, "Archive"]:
-        """Draw an elite for each row, of a cell with the fewest children or the best: noise (B·K, …) and counts."""
+        """Draw a parent per row, the elite of a cell with the fewest children or the best; return noise and counts."""
         per_prompt, chosen, children = len(seeds) // len(self.noise), [], self.children.clone()
         for row, seed in enumerate(seeds):
             prompt = row // per_prompt
@@ -190,8 +191,7 @@ class Archive:
         return torch.stack(chosen), replace(self, children=children)
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the noise (B·K, …) and rewards (B·K,) of the best `count` elites of each prompt, the best repeated
-        where there are fewer."""
+        """Return noise (B·K, …) and rewards (B·K,) of each prompt's best `count` elites, repeated if too few."""
         order = self.rewards.argsort(1, descending=True)
         order = torch.cat([order, order[:, :1].expand(-1, max(count - order.shape[1], 0))], 1)[:, :count]
         rewards = self.rewards.gather(1, order)
@@ -202,13 +202,13 @@ class Archive:
 
 @dataclass(frozen=True)
 class MapElites:
-    """One iteration: a child of an elite for each row; the first one evaluates `first` batches of fresh noise.
+    """One iteration: a child of an elite for each row; the first iteration evaluates `first` batches of new noise.
 
-    describe  features of images, of which the D descriptors are made
-    names     of the descriptors, by which a state file knows them
-    shape     intervals of each descriptor; the cells are all combinations
+    describe  function to the features of images, from which the D descriptors are computed
+    names     names of the descriptors, by which a state file identifies them
+    shape     number of intervals of each descriptor; the cells are all combinations
     distance  d, from an elite's noise to its child's
-    first     batches of fresh noise in the first iteration
+    first     batches of new noise in the first iteration
     target    reward at which a search is finished
     """
 

@@ -40,12 +40,12 @@ def _weighted(order: Tensor, log_weights: Tensor, generator: Generator) -> Tenso
     return torch.cat([first_slot, order[order != first_slot].view(len(order), -1)], 1)
 
 
-# The first image of each prompt.
+# Choices of the first image of each prompt.
 DRAWS = {"best": _best, "weighted": _weighted}
 
 
 class ParticleBatch:
-    """One call of `pipe` with K particles for each prompt: it samples, scores and counts the cost."""
+    """One call of `pipe` with K particles for each prompt; samples, scores and counts the cost."""
 
     def __init__(
         self,
@@ -61,17 +61,21 @@ class ParticleBatch:
         lookahead: int = 1,
         adapter: Adapter | None = None,
     ) -> None:
-        """`call`: arguments for `pipe.__call__`, and `metadata` for the reward, a Mapping for each
-        prompt; `preview`: see `steer.diffusion.preview`; `live`: the rows in use, where particles may get fewer;
-        `lookahead`, `adapter`: of the predicted clean latents, see `steer.diffusion.lookahead`.
-        Raises InputError where arguments do not fit the pipeline or each other."""
+        """Prepare the call.
+
+        call                arguments for `pipe.__call__`, and `metadata` for the reward, a Mapping for each prompt
+        preview             see `steer.diffusion.preview`
+        live                the rows in use, where the number of particles may fall
+        lookahead, adapter  for the predicted clean latents, see `steer.diffusion.lookahead`
+        Raises InputError where arguments do not fit the pipeline or each other.
+        """
         if size < 1:
             raise InputError(f"num_particles must be at least 1, got {size}")
         if chunk_size < 1:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
         reward = with_media_rates(reward, pipe, call)
         self.pipe, self.reward, self.size, self.chunk_size = cache_text_encoding(pipe), reward, size, chunk_size
-        self.live, self.alive = live or ActiveRows(), size  # particles of a prompt that are left, in its first slots
+        self.live, self.alive = live or ActiveRows(), size  # particles left per prompt, in its first slots
         call = dict(call)
         metadata = call.pop("metadata", None)
         reward_texts = prompt if reward_prompt is None else reward_prompt
@@ -90,7 +94,7 @@ class ParticleBatch:
         self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
         self.seeds = _row_seeds(call.get("generator"), len(self.prompts))
         self.latents = torch.empty(0)
-        self._flags: Tensor | None = None  # (B·K,) of the finished images by the safety checker, and its images
+        self._flags: Tensor | None = None  # (B·K,) safety checker's flags of the finished images, and its images
         self._replaced = torch.empty(0)
         self._shapes = OutputShapes()
         self._preview = build_preview(self.live.decoder(preview), self.pipe, self._rows_call, chunk_size, self._shapes)
@@ -100,7 +104,7 @@ class ParticleBatch:
 
     @property
     def call(self) -> dict[str, Any]:
-        """The arguments of the pipeline's call, of its first row where it has one call for each."""
+        """The arguments of the pipeline's call; if it has one call for each row, of the first call."""
         return self._rows_call.call
 
     @property
@@ -115,8 +119,7 @@ class ParticleBatch:
     def sample(
         self, on_solver_step: Callable[[SolverStep], StepOverride | None], pipe: Any = None, **given: Any
     ) -> Tensor:
-        """Run the pipeline, or a copy of it, with step hooks: the finished images (B·K, 3, H, W) in [0, 1] of the K
-        particles that are left.
+        """Run the pipeline, or a copy, with step hooks; return images (B·K, 3, H, W) in [0, 1] of the K particles left.
 
         given  arguments of the pipeline's call in place of the user's own
         """
@@ -136,23 +139,23 @@ class ParticleBatch:
         return images
 
     def predict(self, solver_step: SolverStep, steps: int = 1) -> Tensor:
-        """Predict the clean latents (N, …) of the whole batch: x̂0, or by look-ahead, of at least so many steps."""
+        """Predict the clean latents (N, …) of the whole batch: x̂0, or by a look-ahead of at least `steps` steps."""
         look_ahead = self._look_ahead.at_least(steps)
         latents = look_ahead(solver_step)
         self._nfe += look_ahead.evaluations * self.groups * self.alive
         return latents
 
     def values(self, value: Value, solver_step: SolverStep) -> Tensor:
-        """Evaluate a learned value (B, K) at a step, of the K particles that are left. Raises InputError."""
+        """Evaluate a learned value (B, K) at a step, for the K particles left. Raises InputError."""
         values = self.live.of(value(solver_step, self.prompts)).detach().float().cpu()
         if values.shape != (self.groups * self.alive,) or not values.isfinite().all():
             raise InputError(f"value: expected {self.groups * self.alive} finite numbers, got {tuple(values.shape)}")
         return values.view(self.groups, self.alive)
 
     def glass(self, solver_step: SolverStep, eta: float, rows: Tensor | None, steps: int) -> Tensor:
-        """Draw x_s (N, …) by a GLASS transition of so many inner steps, with the noise correlation of η.
+        """Draw x_s (N, …) by a GLASS transition of `steps` inner steps, with the noise correlation of η.
 
-        rows  of the particles that each row continues: of its own prompt
+        rows  the particle that each row continues, of the same prompt
         """
         before, after = step_levels(solver_step.scheduler, solver_step.t, solver_step.index)
         x, x0 = (one if rows is None else one[rows] for one in (solver_step.x.float(), solver_step.x0()))
@@ -169,7 +172,7 @@ class ParticleBatch:
         return drawn
 
     def preview(self, x0: Tensor) -> Tensor:
-        """Decode x̂0 of the whole batch: images (B·K, 3, H, W) of the K particles that are left."""
+        """Decode x̂0 of the whole batch; return images (B·K, 3, H, W) of the K particles left."""
         before, images = self._preview.decodes, self.live.of(self._preview(x0))
         if self._preview.decodes > before:
             self._decodes += len(images)
@@ -178,11 +181,11 @@ class ParticleBatch:
         return images
 
     def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Score images (B·K, 3, H, W): rewards (B, K), and those of the reward's components where it has any.
+        """Score images (B·K, 3, H, W); return rewards (B, K), and the scores of the reward's components, if any.
 
-        For videos (B·K, F, 3, H, W) the mean over evenly spaced frames, or the reward of whole videos.
-        Images with a graph give rewards with one.
-        Raises InputError for audio and a reward of images, and the other way round.
+        Videos (B·K, F, 3, H, W) get the mean over evenly spaced frames, or the reward of whole videos.
+        Images with a graph give rewards with a graph.
+        Raises InputError for audio with a reward of images, and the reverse.
         """
         for one in plain_rewards(self.reward).values():
             check_media(self.pipe, one, images)
@@ -206,8 +209,10 @@ class ParticleBatch:
         }
 
     def set_ancestors(self, ancestors: Tensor) -> Tensor:
-        """Continue with as many particles as there are ancestors (B, K), slots of each group; return the rows (N,) of
-        the whole batch that its rows continue from. Where there are fewer than before, the later slots are dropped."""
+        """Continue with the particles of ancestors (B, K), slots of each group; return the ancestors as rows (N,).
+
+        The rows are numbers in the whole batch. Where K is smaller than before, the later slots are dropped.
+        """
         rows = torch.arange(self.groups * self.size).view(self.groups, self.size)
         rows[:, : ancestors.shape[1]] = ancestors + rows[:, :1]
         if ancestors.shape[1] < self.alive:
@@ -229,7 +234,7 @@ class ParticleBatch:
         output_type: str = "pil",
         draw: str = "best",
     ) -> SteeringOutput:
-        """Assemble the output: within each prompt by reward, after the slot that is drawn first."""
+        """Assemble the output: the images of each prompt by reward, after the first one, which `draw` selects."""
         order = rewards.sort(dim=1, descending=True, stable=True).indices
         order = DRAWS[draw](order, particles.log_weights, self.rng)
         rows = self.rows(order)
@@ -259,7 +264,7 @@ class ParticleBatch:
 def as_type(images: Tensor, output_type: str) -> Any:
     """Convert images (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1] to diffusers' "pil", "np" or "pt".
 
-    Waveforms are arrays but for "pt".
+    Waveforms become arrays, except for "pt".
     """
     if output_type == "pt":
         return images
@@ -284,7 +289,7 @@ def _bound_call(pipe: Any, prompt: str | Sequence[str] | None, groups: int, call
             "several images and several prompts in one call: diffusers pairs them wrongly; one prompt a call"
         )
     hints = annotations_of(type(pipe).__call__)
-    bound = {  # None is a pipeline's own matter: Sana Sprint wants it where it says float
+    bound = {  # None is left to the pipeline: Sana Sprint takes it for a float
         name: None if one is None else coerce_value(name, hints.get(name, Any), one) for name, one in call.items()
     }
     if prompt is not None and "prompt" in accepted:
@@ -293,7 +298,7 @@ def _bound_call(pipe: Any, prompt: str | Sequence[str] | None, groups: int, call
 
 
 def rows_of_metadata(metadata: Any, groups: int, name: str = "metadata") -> list[Mapping[str, Any]] | None:
-    """Return one row for each prompt. Raises InputError for another number of them, and for other things than rows."""
+    """Return one row of metadata per prompt. Raises InputError for another number of rows, and for malformed rows."""
     if metadata is None:
         return None
     rows = [metadata] if isinstance(metadata, Mapping) else list(metadata)
@@ -310,14 +315,14 @@ def _embedded_prompts(call: Mapping[str, Any]) -> int:
 
 
 def _row_seeds(generator: Generator | Sequence[Generator] | None, rows: int) -> list[int]:
-    """Derive a seed for every row of the batch, from its own generator where each has one."""
+    """Derive a seed for every row of the batch, from the row's own generator where each has one."""
     if isinstance(generator, Sequence) and len(generator) == rows:
         return [_derived_seed(one, b"rows") for one in generator]
     return [_derived_seed(generator, b"rows") + row for row in range(rows)]
 
 
 def _derived_seed(generator: Generator | Sequence[Generator] | None, salt: bytes = b"steer") -> int:
-    """Derive a seed from the state of the pipeline's random numbers, without advancing it."""
+    """Derive a seed from the state of the call's generators, without advancing them."""
     states = [one.get_state() for one in list_generators(generator)] or [torch.get_rng_state(), *_gpu_states()]
     digest = hashlib.sha256(salt)
     for state in states:

@@ -28,14 +28,14 @@ from steer.pipelines.settings import Prompts, RacingSettings
 from steer.reward import Reward
 from steer.smc.particles import Particles
 
-DRAFT_LOOKAHEAD = 4  # coarse steps from which on a look-ahead from the first step is a draft of the image
+DRAFT_LOOKAHEAD = 4  # with this many coarse steps, a look-ahead from the first step is a draft of the image
 DRAFTS_PER_SURVIVOR = 6
-DEFAULT_RUNGS = ((0.25, 4), (0.5, 8))  # shares of the run, and by how much K₀ is divided there
-BRANCHING_RUNGS = (0.25, 0.4, 0.6)  # shares at which all slots continue as children: beam search
+DEFAULT_RUNGS = ((0.25, 4), (0.5, 8))  # shares of the run, and the divisors of K₀ there
+BRANCHING_RUNGS = (0.25, 0.4, 0.6)  # shares of the run at which all slots continue as children: beam search
 
 
 class RacingPipeline(SteeringPipeline):
-    """Racing: of many starts the best by intermediate reward continue from every rung, and the rest cost no more.
+    """Racing: at every rung, the starts with the best intermediate rewards continue; the rest cost nothing further.
 
     pipe = StableDiffusionPipeline.from_pretrained(...)
     race = RacingPipeline(pipe, reward="scene-soft")
@@ -45,10 +45,10 @@ class RacingPipeline(SteeringPipeline):
 
     @steering_call(RacingSettings)
     def __call__(self, prompt: Prompts, settings: RacingSettings, call: dict[str, Any]) -> SteeringOutput:
-        """Race in one call of the pipeline; all other arguments are those of the pipeline's own `__call__`.
+        """Race in one call of the pipeline; all other arguments go to the pipeline's own `__call__`.
 
-        Errors and output are those of `FKSteeringPipeline`. It is a search, without a known distribution:
-        `log_weights` and `log_normaliser` are 0. The images are the particles that the last rung leaves.
+        Errors and output are as in `FKSteeringPipeline`. This is a search, without a known distribution:
+        `log_weights` and `log_normaliser` are 0. The images are the particles that remain after the last rung.
         """
         s = settings
         call, kernel_eta = route_kernel_eta(self.pipe, call, s)
@@ -64,7 +64,7 @@ class RacingPipeline(SteeringPipeline):
         return run_particles(self, prompt, s, call, make_run, lookahead=lookahead, **batch)
 
     def _race(self, prompt: Prompts, s: RacingSettings, call: dict[str, Any]) -> tuple["Race", dict[str, Any]]:
-        """Return the race, and the call with a generator for each of its starts where there are several."""
+        """Return the race, and the call; a list of generators is spread over the starts of the race."""
         if s.budget is None:
             return Race(s.num_particles, s.rungs), call
         if call.get("latents") is not None:
@@ -85,12 +85,12 @@ class Race:
 
 
 def default_rungs(starts: int, steps: int, branches: int = 1, lookahead: int = 1) -> dict[int, int]:
-    """Return the rungs of K₀ starts in a run of T steps, by the evaluations of a look-ahead.
+    """Return the default rungs of K₀ starts in a run of T steps, by the evaluations of a look-ahead.
 
-    From a look-ahead of four steps on, which is a draft of the image already at the first step: ⌈K₀/6⌉ continue from
-    there. With less: ⌈K₀/4⌉ from step T/4, ⌈K₀/8⌉ from T/2. With branches: all of K₀, rounded down to a multiple of
-    them, from 25, 40 and 60 % of the run. A rung that would leave as many starts, or that the run is too short for, is
-    left out.
+    A look-ahead of four or more steps gives a draft of the image at the first step: ⌈K₀/6⌉ continue from there. With
+    fewer steps, ⌈K₀/4⌉ continue from step T/4 and ⌈K₀/8⌉ from T/2. With branches, all of K₀, rounded down to a multiple
+    of `branches`, from 25, 40 and 60 % of the run. A rung is left out if it would leave as many starts, or if the run
+    is too short for it.
     """
     if branches > 1:
         whole = starts // branches * branches
@@ -125,7 +125,7 @@ def race_cost(starts: int, rungs: Mapping[int, int], steps: int, lookahead: int 
 def plan_race(budget: int, steps: int, branches: int = 1, lookahead: int = 1) -> Race:
     """Return the race with the most starts whose cost is within the budget, with the default rungs of a run of T steps.
 
-    Raises InputError for a budget of less than a race of two.
+    Raises InputError for a budget below the cost of a race of two starts.
     """
 
     def cost(starts: int) -> int:
@@ -164,7 +164,7 @@ def first_solver_step(
 
 
 class RacingRun(SelectionRun):
-    """A run with fewer slots from each rung on, which continue from the survivors (successive halving).
+    """A run whose slots get fewer at each rung and continue from the survivors (successive halving).
 
     for each solver step t → s:
         x_s ~ p(x_s | x_t)
@@ -185,7 +185,7 @@ class RacingRun(SelectionRun):
         s: RacingSettings,
         value: Value | None,
     ) -> None:
-        """`rungs`: of the race, None for the default ones; see `Run` for the others."""
+        """Create a run with the `rungs` of the race, None for the defaults; other arguments are as in `Run`."""
         super().__init__(Selection(1), particle_batch, eta, ResamplingSchedule(()), s, value)
         self.rungs = rungs
 

@@ -1,4 +1,4 @@
-"""ReNO: the starting noise of a pipeline, optimised by the gradient of a reward (arXiv 2406.04312)."""
+"""ReNO: optimisation of a pipeline's starting noise by the gradient of a reward (arXiv 2406.04312)."""
 
 import functools
 import hashlib
@@ -40,9 +40,9 @@ logger = logging.getLogger(__name__)
 class NoiseToImage:
     """The images of a particle batch as a function of its noise ε (B·K, …), standard normal and fp32.
 
-    initial  the noise that the pipeline itself draws, or the user's `latents`, and how its call takes another
-    start    its values, in fp32
-    seeds    one for every row: of what else a call draws, which is the same in all calls
+    initial  the noise that the pipeline itself draws, or the user's `latents`, and the way to replace it
+    start    values of the initial noise, in fp32
+    seeds    one for every row, for everything else that a call draws, which is the same in all calls
     Text is encoded once. Raises UnsupportedPipelineError for a pipeline whose noise cannot be replaced.
     """
 
@@ -50,12 +50,12 @@ class NoiseToImage:
         self.particle_batch = particle_batch
         self.in_fp16 = computes_in_fp16(particle_batch.pipe)
         self._differentiable_pipes: dict[bool, Any] = {}
-        self.first_slope: float | None = None  # of the reward at the first images, see `Ascent`
+        self.first_slope: float | None = None  # slope of the reward at the first images, see `Ascent`
         self.initial, self.steps = find_initial_noise(particle_batch, self._quiet_pipe)
         self.start, self.dtype, self.seeds = self.initial.noise.float(), self.initial.noise.dtype, self.initial.seeds
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return everything but the noise that decides the images, as plain values."""
+        """Return everything that determines the images except the noise, as plain values."""
         particle_batch, pipe = self.particle_batch, self.particle_batch.pipe
         call = {name: value for name, value in particle_batch.call.items() if name not in ("generator", "latents")}
         return {
@@ -99,14 +99,16 @@ class NoiseToImage:
 
     @functools.cached_property
     def needs_checkpointing(self) -> bool:
-        """Whether activations would take much memory: more than KEPT_ELEMENTS of noise times solver steps, or a
-        denoiser of more than KEPT_PARAMETERS."""
+        """Whether activations would take much memory.
+
+        True above KEPT_ELEMENTS of noise times solver steps, or for a denoiser of more than KEPT_PARAMETERS.
+        """
         pipe = self.particle_batch.pipe
         weights = sum(p.numel() for name in denoisers_in(pipe) for p in getattr(pipe, name).parameters())
         return self.start.numel() * self.steps > KEPT_ELEMENTS or weights > KEPT_PARAMETERS
 
     def lets_no_gradients_through(self) -> UnsupportedPipelineError:
-        """Return the refusal of a pipeline without a gradient."""
+        """Return the error for a pipeline without a gradient."""
         return UnsupportedPipelineError(
             f"{type(self.particle_batch.pipe).__name__} lets no gradients through: use the zero-order estimator "
             "(gradient='zero-order', on the command line --gradient zero-order)"
@@ -136,16 +138,16 @@ class NoiseToImage:
             return self.particle_batch.sample(lambda solver_step: None, pipe, **initial.arguments())
 
 
-KEPT_ELEMENTS = 2**14  # of the noise of one 512×512 image of Stable Diffusion, in one solver step
+KEPT_ELEMENTS = 2**14  # the noise of one 512×512 image of Stable Diffusion, in one solver step
 KEPT_PARAMETERS = 10**9
-REJECTED = (TypeError, ValueError, AttributeError, RuntimeError)  # by blocks whose arguments do not fit a checkpoint
+REJECTED = (TypeError, ValueError, AttributeError, RuntimeError)  # blocks whose arguments do not fit a checkpoint
 
 TRACE_FIELDS = ("rewards", "norms", "best")
-CHECKSUM_KEY = "sha256"  # of the tensors
+CHECKSUM_KEY = "sha256"  # key of the tensors' checksum
 
 
 class SearchCheckpoint:
-    """The file of a search, none where `path` is None; `fingerprint` identifies its run."""
+    """The file of a search; no file if `path` is None. `fingerprint` identifies the run."""
 
     def __init__(self, path: str | Path | None, fingerprint: dict[str, Any]) -> None:
         self.path = None if path is None else Path(path)
@@ -170,7 +172,7 @@ class SearchCheckpoint:
     def load(self, device: torch.device, total: int) -> tuple[Search, list[Iteration]] | None:
         """Load the saved state for a run of `total` iterations; None where there is none.
 
-        Raises InputError for the file of another run, and for a corrupt one.
+        Raises InputError for the file of another run, and for a corrupt file.
         """
         if self.path is None or not self.path.exists():
             return None
@@ -186,7 +188,7 @@ class SearchCheckpoint:
             raise InputError(f"{self.path} belongs to another run; delete it, or call with its settings and seed")
         if expected_checksum is not None and expected_checksum != _checksum(
             tensors
-        ):  # files of older versions have none
+        ):  # files of older versions have no checksum
             raise InputError(f"{self.path} is corrupt: its sha256 does not match; delete it to start again")
         if missing := sorted({*TRACE_FIELDS} - tensors.keys()):
             raise InputError(f"{self.path} lacks {missing[0]}; delete it to start again")
@@ -224,8 +226,11 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class IterationResult:
-    """One iteration: images (B·K, 3, H, W), rewards (B, K) and components at `noise` (B·K, …), the searches after it,
-    and why they can go no further, if so."""
+    """The result of one iteration.
+
+    Images (B·K, 3, H, W), rewards (B, K) and components at `noise` (B·K, …), the searches after the iteration, and the
+    reason if the searches cannot continue.
+    """
 
     images: Tensor
     rewards: Tensor
@@ -236,7 +241,7 @@ class IterationResult:
 
 
 class UpdateRule(Protocol):
-    """One iteration of a method; its repr is part of the checkpoint's fingerprint, without the target."""
+    """One iteration of a method; its repr, without the target, is part of the checkpoint's fingerprint."""
 
     @property
     def target(self) -> float | None: ...
@@ -245,10 +250,10 @@ class UpdateRule(Protocol):
 
 
 class NoiseRun:
-    """A run to the last iteration, the end of all searches, an observer's request or a failure.
+    """A run until the last iteration, the end of all searches, an observer's request or a failure.
 
-    A reward that fails in the first iteration raises its RewardError; later the best so far is kept. Raises
-    InputError for the state file of another run.
+    A reward that fails in the first iteration raises its RewardError; after a later failure the best iterates are kept.
+    Raises InputError for the state file of another run.
     """
 
     def __init__(
@@ -261,7 +266,7 @@ class NoiseRun:
         observer: Callable[[Iteration], bool | None] | None = None,
     ) -> None:
         self.generate, self.update_rule, self.iterations, self.observer = generate, update_rule, iterations, observer
-        # A search that was finished stays where it is: another target is another run.
+        # A finished search does not continue, so another target is another run.
         target_setting = {} if update_rule.target is None else {"target": update_rule.target}
         self.file = SearchCheckpoint(state_file, {"move": str(update_rule), **generate.fingerprint(), **target_setting})
         self.search, self.trace = self.file.load(generate.start.device, iterations) or (search, [])
@@ -285,9 +290,9 @@ class NoiseRun:
         return bool(self.observer and self.observer(replace(self.trace[-1], images=updated.images)))
 
     def output(self, output_type: str) -> SteeringOutput:
-        """Iterate to the end: the best iterate of each search, made once more by the plain pipeline."""
+        """Iterate to the end; return the best iterate of each search, made once more by the plain pipeline."""
         particle_batch = self.generate.particle_batch
-        # By its configuration, not its method: that of a combined pipeline shows the bars of its stages.
+        # Through the configuration, not the method, which in a combined pipeline shows the bars of its stages.
         bar_config = getattr(particle_batch.pipe, "_progress_bar_config", {})
         for number in tqdm(range(len(self.trace), self.iterations), **bar_config):
             if self.search.finished.all() or self._iterate(number):
@@ -304,11 +309,11 @@ class NoiseRun:
         return replace(out, start=start, trace=tuple(self.trace), stopped=self.stopped)
 
     def _best_scores(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scores of the trace: a reward that failed is not called again.
+        """Return the best scores from the trace: a reward that failed is not called again.
 
-        The best iterate is that of the iteration after which the best reward did not rise: one with a higher reward
-        may have been rejected (`max_slope`). Without components where the trace lacks them: an elite of MAP-Elites may
-        be of another row or batch.
+        The best iterate is from the iteration after which the best reward did not rise: an iterate with a higher reward
+        may have been rejected (`max_slope`). Components are left out where the trace lacks them: an elite of MAP-Elites
+        may come from another row or batch.
         """
         best = self.trace[-1].best
         at = torch.stack([one.best < best for one in self.trace]).sum(0, keepdim=True)
@@ -322,9 +327,9 @@ class NoiseRun:
 
 @dataclass(frozen=True)
 class Estimate:
-    """At some noise: images (B·K, 3, H, W), rewards (B, K) with their components, ∇_ε r (B·K, …) in fp32 if wanted.
+    """Images (B·K, 3, H, W) at some noise, rewards (B, K) with components, and ∇_ε r (B·K, …) in fp32 if wanted.
 
-    slopes  ‖∇_x r‖ at the images (B·K,), with the gradient of automatic differentiation
+    slopes  ‖∇_x r‖ at the images (B·K,), if the gradient is from automatic differentiation
     """
 
     images: Tensor
@@ -335,14 +340,14 @@ class Estimate:
 
 
 class NoiseGradient(Protocol):
-    """(noise → images, noise, number of the iteration) → Estimate, without the gradient in the last iteration."""
+    """A function (noise → images, noise, iteration number) → Estimate, without gradient in the last iteration."""
 
     def __call__(self, generate: NoiseToImage, noise: Tensor, iteration: int, wanted: bool = True) -> Estimate: ...
 
 
 @dataclass(frozen=True)
 class Backprop:
-    """∇_ε r(G(ε)) by automatic differentiation. Raises InputError for a reward that lets no gradients through.
+    """∇_ε r(G(ε)) by automatic differentiation. Raises InputError for a reward without gradients.
 
     checkpointing  recompute activations in the backward pass instead of storing them; None: above a size
     """
@@ -360,7 +365,7 @@ class Backprop:
             except RuntimeError as error:
                 if "inplace operation" not in str(error):
                     raise
-                raise generate.lets_no_gradients_through() from error  # it overwrites what the backward pass needs
+                raise generate.lets_no_gradients_through() from error  # it overwrites tensors of the backward pass
         if wanted and gradient is None:
             raise _not_differentiable(generate.particle_batch.reward.name)
         generate.particle_batch.count_gradients(len(noise) if wanted else 0)
@@ -370,12 +375,12 @@ class Backprop:
 
 @dataclass(frozen=True)
 class ZeroOrder:
-    """For rewards that are black boxes: 1/n Σ_i [r(ε + δu_i) − r(ε − δu_i)]/2δ · u_i, u_i ~ N(0, I).
+    """Gradient estimate for black-box rewards: 1/n Σ_i [r(ε + δu_i) − r(ε − δu_i)]/2δ · u_i, u_i ~ N(0, I).
 
     (antithetic evolution strategies, arXiv 1703.03864)
 
-    directions  n: an iteration makes 2n + 1 images of each
-    distance    δ, in the noise's own standard deviations
+    directions  n: an iteration makes 2n + 1 images for each search
+    distance    δ, in standard deviations of the noise
     """
 
     directions: int = 8
@@ -431,14 +436,14 @@ class ReNOPipeline(SteeringPipeline):
 
     @steering_call(ReNOSettings)
     def __call__(self, prompt: Prompts, settings: ReNOSettings, call: dict[str, Any]) -> SteeringOutput:
-        """Optimise the noise of one call; all other arguments are those of the pipeline's own `__call__`.
+        """Optimise the noise of one call; all other arguments go to the pipeline's own `__call__`.
 
-        By default the pipeline is called as one-step models are, with `num_inference_steps=1, guidance_scale=0`. With
+        By default the pipeline is called like a one-step model, with `num_inference_steps=1, guidance_scale=0`. With
         more steps the gradient goes through all of them.
 
         The best iterate of each search is returned, made once more by the plain pipeline; `out.start` reproduces it. A
         gradient that is not finite, or a reward that fails after the first iteration, ends all searches with the best
-        so far, and `out.stopped` is the reason. Raises InputError and its kinds as `FKSteeringPipeline` does.
+        so far, and `out.stopped` is the reason. Raises the same errors as `FKSteeringPipeline`.
         """
         s = settings
         rule = s.implementation("optimiser")
@@ -482,9 +487,9 @@ def _optimise(
 class Ascent:
     """One iteration of ReNO: a gradient ascent step of each search.
 
-    max_slope  κ: a search ends, with its best before, at an image where ‖∇_x r‖ is above κ times the median at the
-               first images: there the reward changes much faster with the pixels than among images of the model
-    last  number of the last iteration, after which no step is taken; None: a later run may continue from its step
+    max_slope  κ: a search ends with its best earlier iterate at an image where ‖∇_x r‖ is above κ times the median at
+               the first images: there the reward changes much faster with the pixels than among images of the model
+    last       number of the last iteration, after which no step is taken; None: a later run may continue from its step
     """
 
     gradient: NoiseGradient
@@ -498,7 +503,7 @@ class Ascent:
     last: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.optimiser.lr < float("inf"):  # an optimiser object has one of its own
+        if not 0 < self.optimiser.lr < float("inf"):  # an optimiser object has its own lr
             raise InputError(f"lr must be above 0 and finite, got {self.optimiser.lr}")
 
     def __call__(self, generate: NoiseToImage, search: Search, number: int) -> IterationResult:
@@ -532,7 +537,7 @@ class Ascent:
         return estimate.slopes > self.max_slope * generate.first_slope if number else None
 
     def _nonfinite_gradient(self, generate: NoiseToImage, uphill: Tensor, number: int) -> str | None:
-        """Return which gradient is not finite, if any."""
+        """Return the reason to stop if a gradient is not finite, else None."""
         rows = (~uphill.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
         if not rows:
             return None
@@ -557,10 +562,10 @@ class NoiseSearchPipeline(SteeringPipeline):
 
     @steering_call(NoiseSearchSettings)
     def __call__(self, prompt: Prompts, settings: NoiseSearchSettings, call: dict[str, Any]) -> SteeringOutput:
-        """Search the noise of one call; all other arguments are those of the pipeline's own `__call__`.
+        """Search the noise of one call; all other arguments go to the pipeline's own `__call__`.
 
-        The first iteration evaluates ε itself. Output and errors as in `ReNOPipeline`; steps and guidance are the
-        pipeline's own by default.
+        The first iteration evaluates ε itself. Output and errors are as in `ReNOPipeline`; steps and guidance default
+        to the pipeline's own.
         """
         rule = Neighbours(settings.neighbours, settings.distance, settings.target_reward)
         return _optimise(self, prompt, settings, call, rule)
@@ -589,7 +594,7 @@ class Neighbours:
 
 
 def best_of(candidates: Sequence[IterationResult]) -> IterationResult:
-    """Return for each image the candidate with the highest reward, and the searches of the last."""
+    """Return for each image the candidate with the highest reward, and the searches of the last candidate."""
     at = torch.stack([one.rewards for one in candidates]).argmax(0)
     rows = range(at.numel())
 

@@ -1,5 +1,7 @@
-"""Per-step selection: the best of K candidates continues from every solver step (SVDD, arXiv 2408.08252), or a few of
-them (beam search); and best-of-N. Controls of Feynman–Kac steering, without weights."""
+"""Per-step selection and best-of-N: controls of Feynman–Kac steering, without weights.
+
+The best of K candidates continues from every solver step (SVDD, arXiv 2408.08252), or a few of them (beam search).
+"""
 
 import math
 from collections.abc import Iterable
@@ -36,9 +38,9 @@ class SelectionPipeline(SteeringPipeline):
 
     @steering_call(SelectionSettings)
     def __call__(self, prompt: Prompts, settings: SelectionSettings, call: dict[str, Any]) -> SteeringOutput:
-        """Steer one call of the pipeline; all other arguments are those of the pipeline's own `__call__`.
+        """Steer one call of the pipeline; all other arguments go to the pipeline's own `__call__`.
 
-        Errors and output are those of `FKSteeringPipeline`. It is a search, without a known distribution:
+        Errors and output are as in `FKSteeringPipeline`. This is a search, without a known distribution:
         `log_weights` and `log_normaliser` are 0, and the ESS is K.
         """
         s = settings
@@ -78,7 +80,7 @@ class Selection:
         """Select the slots (groups, B) that continue, in order, by rewards (groups, K); the first wins ties.
 
         The B largest of λ r + G, with standard Gumbel numbers G, are a draw without replacement (Gumbel-top-k, Kool et
-        al. 2019); one of them is categorical. In float64 on the CPU, as all resampling is.
+        al. 2019), for B = 1 a categorical draw. Computed in float64 on the CPU, like all resampling.
         """
         keys = rewards.detach().cpu().double()
         if self.lam < math.inf:
@@ -88,7 +90,7 @@ class Selection:
 
 
 class SelectionRun(Run):
-    """A run whose slots continue from the selected ones."""
+    """A run whose slots continue from the selected slots."""
 
     steps_argument = "select_steps"
     algorithm: Selection
@@ -131,7 +133,7 @@ class BestOfNPipeline(SteeringPipeline):
     def __call__(self, prompt: Prompts, settings: BestOfNSettings, call: dict[str, Any]) -> SteeringOutput:
         """Sample N = num_particles images of each prompt, best first; all weights are equal.
 
-        All other arguments are those of the pipeline's own `__call__`; errors and output as in `FKSteeringPipeline`.
+        All other arguments go to the pipeline's own `__call__`; errors and output are as in `FKSteeringPipeline`.
         """
         s = settings
         call, kernel_eta = route_eta(self.pipe, call, s.eta)

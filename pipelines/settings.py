@@ -1,7 +1,7 @@
-"""Settings of the steering methods: one dataclass per method; and of the training of a learned value.
+"""Settings of the steering methods, one dataclass per method, and of the training of a learned value.
 
-A field, its type, range, default and help stand here alone. The signature of the pipeline's call, the options of
-`steer sample` and `steer evaluate`, the recipe inside a PNG and the fields of the demo are derived from them.
+Each field, with its type, range, default and help, is defined only here. The signature of the pipeline's call, options
+of `steer sample` and `steer evaluate`, the recipe inside a PNG and the fields of the demo are derived from the fields.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 from steer.arguments import IMAGES_PER_PROMPT, Settings, argument, option
 from steer.errors import InputError
 
-ADAPTER = "lora:"  # PATH, of a few-step adapter for the look-ahead
+ADAPTER = "lora:"  # before the PATH of a few-step adapter for the look-ahead
 Prompts = str | Sequence[str] | None
 
 
@@ -21,7 +21,7 @@ Prompts = str | Sequence[str] | None
 class CallSettings(Settings):
     """Arguments of every method's call.
 
-    num_particles  K, images for each prompt; num_images_per_prompt is the same
+    num_particles  K, images for each prompt; also as num_images_per_prompt
     chunk_size     images decoded and scored at a time
     reward_prompt  text for the reward in place of the prompt; needed with prompt_embeds
     output_type    pil, np, pt or latent
@@ -40,7 +40,7 @@ class StepSettings(CallSettings):
     eta            noise η of every solver step, from 0 to 1; by default the solver's own
     on_step        observer of every solver step, called with a StepReport; an exception from it ends the run
     preview_steps  further solver steps, from 0, at which on_step gets previews, by a look-ahead of at least 3 steps.
-                   They are not scored, and change no image
+                   These previews are not scored, and change no image
     """
 
     eta: float | None = argument(None, "[0, 1]")
@@ -52,17 +52,17 @@ class StepSettings(CallSettings):
 class IntermediateSettings(StepSettings):
     """Arguments of methods with intermediate rewards.
 
-    lookahead    coarse solver steps from x_t to the end whose result is rewarded in place of x̂0: 1 is x̂0, each further
-                 one an evaluation. Or lora:PATH, one step by an LCM or Turbo adapter
+    lookahead    coarse solver steps from x_t to the end, whose result is scored in place of x̂0; 1 is x̂0, each further
+                 step costs an evaluation. Or lora:PATH, one step with an LCM or Turbo adapter
     value        learned value in place of intermediate rewards: a folder of `steer value train`, or a function of a
-                 SolverStep and the prompts of its rows. Nothing is decoded or scored before the end; without a
+                 SolverStep and the prompts of its rows. Nothing is decoded or scored before the end; it excludes a
                  look-ahead
     kernel       transition of steps with noise: gaussian; or glass, a draw of x0 given x_t by an inner ODE
-                 (arXiv 2509.25170) of glass_steps steps, each after the first an evaluation
+                 (arXiv 2509.25170) of glass_steps steps, each of which costs an evaluation after the first
     glass_steps  inner steps of kernel="glass"
     preview      decoder of x̂0 for the reward: full, the pipeline's VAE; linear, a map fitted to the first previews; or
                  a small autoencoder (tiny, a folder, ORGANISATION/NAME on the command line, an object in Python).
-                 Finished images are the VAE's
+                 Finished images are always decoded by the VAE
     """
 
     lookahead: int | str = option(1, "[1, inf]")
@@ -84,32 +84,32 @@ class FKSettings(IntermediateSettings):
     """Settings of Feynman–Kac steering (arXiv 2501.06848).
 
     lam                     strength λ of the reward: images are drawn from p(x0) exp(λ r(x0)); 0 gives the pipeline's
-                            own batch. auto: the λ with an ESS of half the particles at the first evaluation whose
-                            rewards differ, on average over prompts; the output names it
-    potential               potential G_j: difference, max, sum or now. Also a function of a path's rewards
-    resampler               systematic, stratified, residual, ssp or multinomial. Also a function
-    tempering               schedule of λ along the run: constant, geometric or ess. Also a function
+                            own batch. auto: the λ that gives an ESS of half the particles, on average over prompts, at
+                            the first evaluation whose rewards differ; the output reports this λ
+    potential               potential G_j: difference, max, sum or now. Or a function of a path's rewards
+    resampler               systematic, stratified, residual, ssp or multinomial. Or a function
+    tempering               schedule of λ along the run: constant, geometric or ess. Or a function
     resample_steps          solver steps, from 0, with intermediate rewards; by default at 40, 55, 70 and 85 % of the
-                            run, with reward_guidance all of them from 1 on
-    ess_threshold           resample when the ESS is below this share of K (adaptive); 1: at every one of those steps
-    reward_guidance         the kernel's mean moves by γ τ² λ_j ∇r(x̂0) at those steps, corrected by the weights; 1 is
-                            DAS. The reward must be differentiable
-    particle_schedule       particles of each prompt from a solver step on, such as 8:4,14:2 or {8: 4, 14: 2}. Fewer and
-                            fewer; rewards are evaluated at these steps too, and particles left out have no images
-    particle_schedule_rule  which particles stay: resample, by weight; or top_k, by reward, a search
-    target_reward           intermediate reward at which its particle alone continues, without further resampling. One
-                            prompt a call; a search, whose log-weights and log-normaliser are 0
+                            run, with reward_guidance all steps from 1 on
+    ess_threshold           resample when the ESS is below this share of K (adaptive); 1: at every one of resample_steps
+    reward_guidance         γ in the shift γ τ² λ_j ∇r(x̂0) of the kernel's mean at resample_steps, which the weights
+                            correct; 1 is DAS. The reward must be differentiable
+    particle_schedule       particles of each prompt from a solver step on, such as 8:4,14:2 or {8: 4, 14: 2}. Numbers
+                            decrease; rewards are evaluated at these steps too, and dropped particles have no images
+    particle_schedule_rule  selection of the particles that continue: resample, by weight; or top_k, by reward, a search
+    target_reward           intermediate reward at which the best particle alone continues, without further resampling.
+                            One prompt per call; a search, whose log-weights and log-normaliser are 0
     asynchronous_rewards    decode and score in the background during the next denoiser call, and resample one step
                             later
-    draw                    first image of each prompt: best, of the highest reward; or weighted, a draw by the final
-                            weights. The others follow by reward
+    draw                    first image of each prompt: best, with the highest reward; or weighted, a draw by the final
+                            weights. The others are sorted by reward
     on_disagreement         called with a `Disagreement` before a resampling about which the members of a learned
-                            ensemble, or the terms of a weighted sum, disagree; its False leaves the prompt's particles
-                            where they are, with their weights: the distribution is the same
+                            ensemble, or the terms of a weighted sum, disagree; if it returns False, the particles of
+                            the prompt stay with their weights, and the distribution is the same
     ask_cost                value of asking above which on_disagreement is called, in standard deviations of the rewards
-    eta                     noise η of every solver step, from 0 to 1. By default, and with 0, the solver's own steps,
-                            except that all particles take the Gaussian kernel with η = 1 where they may be resampled.
-                            With reward_guidance every step is the kernel's, by default with η = 1
+    eta                     noise η of every solver step, from 0 to 1. By default, and with 0, steps are the solver's
+                            own, except that all particles take the Gaussian kernel with η = 1 where they may be
+                            resampled. With reward_guidance every step takes the kernel, by default with η = 1
     """
 
     lam: float | str = option("auto", "(-inf, inf)", choices=("auto",), label="strength", slider=(0, 100, 1))
@@ -170,8 +170,8 @@ class SelectionSettings(IntermediateSettings):
     beams         B of the K candidates that continue from each step, with K/B children each. 1 is SVDD, K a plain batch
     lam           candidates are drawn without replacement with probability ∝ exp(λ r(x̂0)); inf takes the best
     select_steps  solver steps, from 0, at which candidates are scored and chosen; by default all but the last
-    eta           noise η of every solver step, from 0 to 1, out of which candidates are drawn. None: the solver's own;
-                  None and 0 leave the children of a candidate one step with η = 1 to diverge
+    eta           noise η of every solver step, from 0 to 1, by which candidates differ. None: the solver's own; with
+                  None and 0, children of one candidate diverge by a step with η = 1
     """
 
     beams: int = option(1, "[1, inf]")
@@ -189,16 +189,16 @@ class SelectionSettings(IntermediateSettings):
 class RacingSettings(IntermediateSettings):
     """Settings of racing: many starts, of which the best by intermediate reward continue from every rung.
 
-    num_particles  K₀, starts of each prompt; a budget takes its place. The images are those of the last rung
-    lookahead      as in IntermediateSettings; six steps from the first step on are a draft of the image
+    num_particles  K₀, starts of each prompt; a budget replaces it. The images are the particles left by the last rung
+    lookahead      coarse solver steps of a look-ahead, as for fk; six steps at the first step give a draft of the image
     budget         denoiser evaluations for each prompt, from which K₀ and the rungs follow (`plan_race`)
     rungs          particles of each prompt that continue from a solver step on, such as 5:4,10:2 or {5: 4, 10: 2}. By
                    default a sixth of K₀ from the first step on; with a look-ahead of fewer than 4 steps a quarter at
                    25 % of the run, and an eighth at 50 %; with branches all at 25, 40, 60 %
-    branches       children of each survivor of a rung: of the n that continue, n/branches are the best, with so many
-                   children each. 1: survivors alone
-    eta            noise η of every solver step, from 0 to 1; by default the solver's own. None and 0 leave the children
-                   of a survivor one step with η = 1 to diverge
+    branches       children of each survivor of a rung: of n particles that continue, the best n/branches survive, with
+                   this many children each. 1: survivors alone
+    eta            noise η of every solver step, from 0 to 1; by default the solver's own. With None and 0, children of
+                   one survivor diverge by a step with η = 1
     """
 
     budget: int | None = option(None, "[1, inf]")
@@ -209,7 +209,7 @@ class RacingSettings(IntermediateSettings):
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of an intermediate reward, that of the solver step itself among them."""
+        """Evaluations for an intermediate reward, including the solver step's own."""
         if self.value is not None:
             return 1
         return 2 if isinstance(self.lookahead, str) else self.lookahead  # an adapter needs one more than x̂0
@@ -257,7 +257,7 @@ class RenoiseSettings(StepSettings):
     num_particles  K, images for each prompt: K/parents copies of each draft, with noise of their own
     drafts         M, few-step images of each prompt that the reward ranks
     draft_steps    S, solver steps of a draft
-    parents        drafts that are renoised
+    parents        number of drafts of each prompt that are renoised
     restart_step   solver step, from 0, at whose noise level the copies start; by default at 40 % of the run
     """
 
@@ -278,9 +278,9 @@ class RenoiseSettings(StepSettings):
 class BestOfNSettings(StepSettings):
     """Settings of best-of-N: the pipeline's own batch, sorted by reward.
 
-    preview_steps  solver steps, from 0, at which x̂0 is decoded and scored for on_step and the history. The images stay
-                   as they are; None: the steps of FKSettings
-    lookahead      coarse solver steps from x_t to the end whose result is shown and scored there in place of x̂0
+    preview_steps  solver steps, from 0, at which x̂0 is decoded and scored for on_step and the history. The images do
+                   not change; None: the default resample_steps of FKSettings
+    lookahead      coarse solver steps from x_t to the end, whose result is shown and scored in place of x̂0
     """
 
     preview_steps: Iterable[int] | None = argument(())
@@ -293,9 +293,9 @@ class IterationSettings(CallSettings):
 
     num_particles  K, seeds for each prompt; every image is a search of its own
     iterations     evaluations of the reward for each image
-    target_reward  reward at which a search is finished; the run ends once all are
+    target_reward  reward at which a search is finished; the run ends once all searches are
     state_file     file saved after every iteration, from which the same call resumes
-    on_iteration   observer of every iteration; true from it ends the run
+    on_iteration   observer of every iteration; the run ends if it returns true
     """
 
     num_particles: int = argument(1, "[1, inf]")
@@ -309,15 +309,15 @@ class IterationSettings(CallSettings):
 class ReNOSettings(IterationSettings):
     """Settings of ReNO (arXiv 2406.04312).
 
-    optimiser       sgd (Nesterov) or adam. Also an object of steer.noise
+    optimiser       sgd (Nesterov) or adam. Or an object of steer.noise
     lr              learning rate; by default the optimiser's own: sgd 5 (published for 16,384 numbers), adam 0.05
-    regularisation  weight of log p(‖ε‖), which keeps the norm of the noise that of a normal draw
+    regularisation  weight of log p(‖ε‖), which keeps the norm of the noise near the norm of a normal draw
     max_grad_norm   norm to which the gradient of each image is clipped
-    gradient        backprop; or zero-order, for any reward. Also an object of steer.pipelines.reno
+    gradient        backprop; or zero-order, for any reward. Or an object of steer.pipelines.reno
     patience        iterations without a better reward after which a search ends, or restarts from new noise
-    restarts        restarts of each search when its patience is out
-    max_slope       end a search, with its best before, at an image where the norm of the reward's gradient is above so
-                    many times the median at the first images; a guard against over-optimisation
+    restarts        restarts of each search when its patience runs out
+    max_slope       end a search with its best earlier image where the norm of the reward's gradient is above this many
+                    times the median at the first images; a guard against over-optimisation
     gradient_checkpointing  recompute activations in the backward pass: true, false, or auto: above 16,384 elements of
                     noise times solver steps, or a billion weights
     """
@@ -345,7 +345,7 @@ class NoiseSearchSettings(IterationSettings):
     """Settings of the search among neighbours of the best noise, the control of ReNO.
 
     neighbours  images of each search in an iteration
-    distance    d of √(1 − d²) ε + d u, from a noise to its neighbours; 1 is best-of-N
+    distance    distance d from a noise ε to its neighbours √(1 − d²) ε + d u; 1 is best-of-N
     """
 
     iterations: int = option(12, "[1, inf]")
@@ -357,11 +357,12 @@ class NoiseSearchSettings(IterationSettings):
 class MapElitesSettings(IterationSettings):
     """Settings of MAP-Elites (arXiv 1504.04909).
 
-    num_particles  K, children of each iteration, and images: the best elites
-    describe       one or two descriptors, rewards separated by ", ", or pca:CLIP, principal axes of the first images
+    num_particles  K, children in each iteration, and images, which are the best elites
+    describe       one or two descriptors: rewards separated by ", "; or pca:CLIP, principal axes of the CLIP features
+                   of the first images
     cells          intervals of each descriptor, such as 8 or 8x8
-    distance       d of √(1 − d²) ε + d u, from an elite's noise to its child's
-    first_batches  batches of fresh noise in the first iteration, by which the intervals are chosen
+    distance       distance d from an elite's noise ε to its child's √(1 − d²) ε + d u
+    first_batches  batches of new noise in the first iteration, by which the intervals are chosen
     """
 
     num_particles: int = argument(4, "[1, inf]")
@@ -378,7 +379,7 @@ class MapElitesSettings(IterationSettings):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The intervals of each descriptor."""
+        """The number of intervals of each descriptor."""
         return tuple(int(size) for size in self.cells.split("x"))
 
 
@@ -386,13 +387,13 @@ class MapElitesSettings(IterationSettings):
 class ValueConfig(Settings):
     """Settings of the training of a learned value.
 
-    rollouts       images of the pipeline whose steps and rewards are learned from
+    rollouts       number of sampled images, whose steps and rewards are the training data
     num_particles  images of each prompt in one call
     updates        optimiser steps
     batch_size     latents of one optimiser step
     learning_rate  step size of AdamW
     width          channels of the first convolution
-    held_out       share of the rollouts, the last ones, for R² by step
+    held_out       share of the rollouts (the last ones) held out to measure R² by step
     seed           random seed of the rollouts and the training
     """
 
@@ -407,7 +408,7 @@ class ValueConfig(Settings):
 
 
 def read_arguments(kind: type[Settings], arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Split the arguments of a call into settings and those of the pipeline. Raises InputError."""
+    """Split the arguments of a call into settings and arguments of the pipeline. Raises InputError."""
     names = {one.name for one in fields(kind)}
     if counts := [name for name in IMAGES_PER_PROMPT if name in arguments]:
         if "num_particles" in arguments or len(counts) > 1:

@@ -20,7 +20,7 @@ from steer.pipelines.base import SteeringOutput
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.reward import Texts, score_components
 
-MAX_DRAWS = 64  # of x̂0 at one step
+MAX_DRAWS = 64  # largest number of draws of x̂0 at one step
 PREDICTIONS = (
     "argmax, samples:N (N draws of x̂0, combined by log-mean-exp) or finish:M (M steps of the pipeline to the end)"
 )
@@ -37,7 +37,7 @@ class TextOutput(SteeringOutput):
 
 
 def batch_class(pipe: Any) -> type[ParticleBatch]:
-    """Return the kind of particle batch of a pipeline: of texts, VQ images or latents."""
+    """Return the class of particle batch for a pipeline: for texts, VQ images or latents."""
     if not is_token_scheduler(pipe.scheduler):
         return ParticleBatch
     return VQBatch if isinstance(pipe, AmusedPipeline) else TextBatch
@@ -49,7 +49,7 @@ class TokenBatch(ParticleBatch):
     def __init__(
         self, *args: Any, preview: Any = "full", lookahead: int = 1, adapter: Adapter | None = None, **options: Any
     ) -> None:
-        """As `ParticleBatch`, with `preview` one of PREDICTIONS."""
+        """Prepare the call as `ParticleBatch` does, with `preview` one of PREDICTIONS."""
         if lookahead > 1 or adapter is not None:
             raise InputError(f"lookahead={lookahead}: tokens have no noise level to step along: use preview='finish:2'")
         super().__init__(*args, **options)
@@ -61,7 +61,7 @@ class TokenBatch(ParticleBatch):
     def sample(
         self, on_solver_step: Callable[[SolverStep], StepOverride | None], pipe: Any = None, **given: Any
     ) -> Tensor:
-        """Run the pipeline with step hooks: the finished samples, in the order of the slots."""
+        """Run the pipeline with step hooks; return the finished samples in the order of the slots."""
 
         def on_token_step(step: TokenStep) -> StepOverride | None:
             return on_solver_step(replace(step, predict=self._predict))  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ class TokenBatch(ParticleBatch):
         return super().sample(on_token_step, pipe, **given)  # type: ignore[arg-type]
 
     def predict(self, solver_step: Any, steps: int = 1) -> Tensor:
-        """Predict the clean ids (N, …): tokens have no look-ahead but `preview="finish:M"`."""
+        """Predict the clean ids (N, …); the only look-ahead of tokens is `preview="finish:M"`."""
         return solver_step.x0()
 
     def _score_draws(
@@ -82,7 +82,7 @@ class TokenBatch(ParticleBatch):
 
 
 def _prediction(preview: Any, batch: TokenBatch) -> Callable[[TokenStep], Tensor] | None:
-    """Return how x̂0 is predicted; None: by the most likely tokens. Raises InputError for an unknown name."""
+    """Return the function that predicts x̂0; None: the most likely tokens. Raises InputError for an unknown name."""
     if preview in ("full", "argmax"):
         return None
     parsed = re.fullmatch(r"(samples|finish):(\d{1,3})", preview) if isinstance(preview, str) else None
@@ -111,11 +111,11 @@ class TextBatch(TokenBatch):
     """Particles that are texts."""
 
     def preview(self, x0: Tensor) -> Tensor:
-        """Return x̂0 of the whole batch as it is: ids need no decoding."""
+        """Return x̂0 of the whole batch unchanged: ids need no decoding."""
         return x0
 
     def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Score ids (B·K, L), or several draws of each (n·B·K, L): rewards (B, K), and those of the components."""
+        """Score ids (B·K, L), or several draws of each (n·B·K, L); return rewards (B, K) and component scores."""
         rows = self.groups * self.alive
         return self._score_draws(self._score_ids, images.split(rows)) if len(images) > rows else self._score_ids(images)
 
@@ -133,7 +133,7 @@ class TextBatch(TokenBatch):
         return decode_ids(self.pipe, ids)
 
     def output(self, *args: Any, output_type: str = "pil", **kwargs: Any) -> TextOutput:
-        """Assemble the output: texts, whatever type of images was asked for, or ids as "latent"."""
+        """Assemble the output: ids for the output type "latent", texts for any other."""
         images, rewards, components, particles, history, *rest = args
         output = super().output(images, rewards, components, particles, history, "pt", *rest[1:], **kwargs)
         ids = output.images
@@ -142,7 +142,7 @@ class TextBatch(TokenBatch):
 
 
 def quiet(pipe: Any) -> Any:
-    """Return the pipeline for calls inside of its own: with a scheduler of its own and no progress bar."""
+    """Copy a pipeline for calls inside its own call: with a separate scheduler and no progress bar."""
     view = copy.copy(pipe)
     vars(view).update(_progress_bar_config={"disable": True}, scheduler=copy.copy(view.scheduler))
     return view
@@ -182,6 +182,6 @@ class VQBatch(TokenBatch):
         return decoded.clip(0, 1)
 
     def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Score images, or several draws of each: rewards (B, K), and those of the components."""
+        """Score images, or several draws of each; return rewards (B, K) and component scores."""
         rows, plain = self.groups * self.alive, super().score
         return self._score_draws(plain, images.split(rows)) if len(images) > rows else plain(images)

@@ -1,7 +1,6 @@
 """steer: reward steering and finetuning of diffusers pipelines, with guards against reward over-optimisation.
 
-Everything a user needs is imported from here, and loaded at its first use: `import steer` loads neither torch nor
-diffusers.
+Import everything from here. Each name is loaded at its first use: `import steer` loads neither torch nor diffusers.
 """
 
 import ast
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-# The public names, a line each: for type checkers, which see them as re-exported, and read by the code below.
+# The public names, one per line. Type checkers see them as re-exports; the code below reads the lines.
 if TYPE_CHECKING:
     from steer.assets import MODELS as MODELS
     from steer.assets import TEXT_MODELS as TEXT_MODELS

@@ -1,6 +1,6 @@
-"""Arguments and settings: values coerced to their annotations, and dataclasses whose fields know range and choices.
+"""Arguments coerced to their annotations, and settings dataclasses whose fields have ranges, choices and help.
 
-2.0 becomes 2, an array of strings a list; all else is an InputError. Nothing heavy is imported.
+2.0 becomes 2 and an array of strings becomes a list; any other mismatch raises InputError. Nothing heavy is imported.
 """
 
 import functools
@@ -17,7 +17,7 @@ from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar, Union, get_args,
 from steer.errors import InputError
 from steer.registry import choose
 
-# diffusers' names of num_particles
+# Names that diffusers uses for num_particles
 IMAGES_PER_PROMPT = (
     "num_images_per_prompt",
     "num_videos_per_prompt",
@@ -70,7 +70,7 @@ def coerce_value(name: str, hint: Any, value: Any) -> Any:
 
 @functools.cache
 def _coercion(hint: Any) -> tuple[Callable[[str, Any], Any] | None, bool]:
-    """Return the coercion to an annotation, None where its values stay as they are; and whether it includes None."""
+    """Return the coercion for an annotation (None: values stay unchanged) and whether the annotation allows None."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain = [kind for kind in kinds if kind is not NoneType]
     items = [get_args(kind) for kind in plain if get_origin(kind) in LISTS]
@@ -130,7 +130,7 @@ def _scalar(kinds: Sequence[Any], name: str, value: Any) -> bool | int | float:
 
 
 def _number_or_word(kind: type, name: str, value: Any) -> int | float | str:
-    """Return a word as it is, and a number, also one in text, as an integer or a float. Raises InputError."""
+    """Return a word unchanged, and a number or the text of a number as int or float. Raises InputError."""
     if isinstance(value, str):
         try:
             value = kind(value)
@@ -180,26 +180,26 @@ def option(
     label: str | None = None,
     slider: tuple[float, float, float] | None = None,
 ) -> Any:
-    """Return a field that decides the image: an argument in Python, an option of the command line, part of the recipe.
+    """Return a field that affects the image: an argument in Python, a command-line option and part of the recipe.
 
-    within   the interval of its values, such as "(0, 1]"
-    choices  the names it takes: a tuple, or "module:TABLE" of names and what they stand for
-    flags    of the command line, where they are not --name
-    label    its name in the app, where it is not `name`
-    slider   lowest value, highest value and step of its slider in the app
+    within   interval of its values, such as "(0, 1]"
+    choices  allowed names: a tuple, or "module:TABLE", a table from names to implementations
+    flags    command-line flags, if they are not --name
+    label    label in the app, if it is not `name`
+    slider   lowest value, highest value and step of the slider in the app
     """
     metadata = {"within": within, "choices": choices, "flags": flags, "label": label, "slider": slider, "saved": True}
     return field(default=default, metadata=metadata)
 
 
 def argument(default: Any, within: str | None = None, *, choices: Choices = None) -> Any:
-    """Return a field of the Python call alone: how much is computed at a time, what comes back, who observes."""
+    """Return a field of the Python call alone, such as a batch size, the form of the output or a callback."""
     return field(default=default, metadata={"within": within, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Fields with a range, choices and help. Raises InputError for a value that does not fit, by the field's name."""
+    """Dataclass whose fields have range, choices and help. Raises InputError with the field's name for a bad value."""
 
     def __post_init__(self) -> None:
         for name, hint, within, choices in self._rules():
@@ -218,12 +218,12 @@ class Settings:
                 choose(name, value, _table(choices))  # raises
 
     def error(self, message: str) -> InputError:
-        """Return an InputError about the settings that the message names, up to its first quoted value."""
+        """Return an InputError about the settings that the message names before its first quoted value."""
         words = dict.fromkeys(re.findall(r"\w+", message.partition("'")[0]))
         return InputError(message, *(word for word in words if word in self.hints()))
 
     def implementation(self, name: str) -> Any:
-        """Return what the value of a field with choices stands for: the function of a name, or the function itself."""
+        """Return the implementation that a field with choices selects: by its name, or the given function itself."""
         return choose(name, getattr(self, name), _table(type(self).field(name).metadata["choices"]))
 
     @classmethod
@@ -245,7 +245,7 @@ class Settings:
     @classmethod
     @functools.cache
     def saved(cls) -> tuple[str, ...]:
-        """Return the names of the fields that decide the image."""
+        """Return the names of the fields that affect the image."""
         return tuple(one.name for one in fields(cls) if one.metadata.get("saved"))
 
     @classmethod
@@ -265,19 +265,19 @@ class Settings:
         return {one.name: texts[one.name] for one in fields(cls)}
 
     def plain(self) -> dict[str, Any]:
-        """Return the fields that decide the image as JSON holds them; None where there is no limit."""
+        """Return the fields that affect the image as JSON values; None where there is no limit."""
         return {name: plain_value(getattr(self, name)) for name in self.saved()}
 
 
 def plain_kinds(hint: Any) -> tuple[type, ...]:
-    """Return the types of a field in JSON and on the command line, where mappings and lists are texts."""
+    """Return the types of a field in JSON and on the command line, where mappings and lists are strings."""
     functions = get_origin(Callable[..., Any])
     kinds = [kind for kind in get_args(hint) or (hint,) if get_origin(kind) is not functions]
     return tuple(kind if kind in (bool, int, float, NoneType) else str for kind in kinds)
 
 
 def plain_value(value: Any) -> Any:
-    """Return a value as JSON and the command line hold it: "8:4,14:2", "4,8", None for no limit."""
+    """Convert a value to its form in JSON and on the command line: "8:4,14:2", "4,8", None for no limit."""
     if isinstance(value, Mapping):
         return ",".join(f"{step}:{count}" for step, count in value.items())
     if isinstance(value, tuple | list):
@@ -286,7 +286,7 @@ def plain_value(value: Any) -> Any:
 
 
 def _setting(name: str, hint: Any, value: Any) -> Any:
-    """Return a value as its annotation has it; texts such as "8:4,14:2" and "4,8" are mappings and lists."""
+    """Convert a value to its annotation; strings such as "8:4,14:2" and "4,8" become mappings and lists."""
     kinds = get_args(hint)
     if isinstance(value, str) and Mapping[int, int] in kinds:
         value = _schedule(name, value)
@@ -302,7 +302,7 @@ def _setting(name: str, hint: Any, value: Any) -> Any:
 
 
 def _schedule(name: str, text: str) -> dict[int, int]:
-    """Return {solver step: particles} of a text such as "8:4,14:2". Raises InputError."""
+    """Parse a string such as "8:4,14:2" to {solver step: particles}. Raises InputError."""
     pairs = [part.split(":") for part in text.split(",") if text.strip()]
     try:
         schedule = {int(step): int(count) for step, count in pairs}

@@ -16,7 +16,7 @@ class AudioReward:
     function        (waveforms, prompts, sample_rate) → (N,): waveforms (N, C, L) or (N, L), neither scaled nor clamped;
                     sample_rate in Hz, None where the pipeline has none
     differentiable  whether gradients flow back to the waveforms
-    sample_rate     set by the pipeline that is steered
+    sample_rate     set by the steered pipeline
     """
 
     function: Callable[[Tensor, Sequence[str], int | None], Tensor]
@@ -36,7 +36,7 @@ def is_audio(media: Tensor) -> bool:
 
 
 def as_scored(media: Tensor) -> Tensor:
-    """Return images in [0, 1], and waveforms as they are, in fp32."""
+    """Clamp images to [0, 1] and leave waveforms unscaled; both in fp32."""
     return media.float() if is_audio(media) else media.float().clamp(0, 1)
 
 

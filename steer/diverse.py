@@ -1,4 +1,4 @@
-"""A few images out of many: high rewards, and little repetition, by a submodular objective."""
+"""Selection of a few images out of many, with high rewards and little repetition, by a submodular objective."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from steer.errors import InputError
 
-SIDE = 8  # of the downscaled images
+SIDE = 8  # pixels of the downscaled images
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ def diverse(
 
         f(S) = Σ_{i ∈ S} q_i + η Σ_{i ∈ U} max_{j ∈ S} sim_ij,   sim_ij = max(cos(x_i, x_j), 0)
 
-    f is monotone and submodular, so that greedy choice reaches 1 − 1/e of the best subset (Nemhauser et al. 1978).
+    f is monotone and submodular, so greedy selection reaches 1 − 1/e of the best subset (Nemhauser et al. 1978).
 
     rewards    (N,), or (M, N) of M rewards, whose ranks are averaged (Borda)
     features   (N, D) of the images
     weight     η ≥ 0; 0 chooses the highest rewards
-    represent  Σ_m max_{i ∈ S} rank_m(i) in place of Σ q_i: an image of high rank for each of the M rewards (Chamberlin,
-               Courant 1983)
-    groups     the group of each image, of each of which at least `at_least` images are chosen
+    represent  use Σ_m max_{i ∈ S} rank_m(i) in place of Σ q_i: each of the M rewards ranks some chosen image high
+               (Chamberlin, Courant 1983)
+    groups     the group of each image; at least `at_least` images of each group are chosen
     Raises InputError.
     """
     q = quality(rewards)
     _check(count, weight, len(q), len(features), groups, at_least)
-    cover = weight * cosine(features)  # (U, N): of image i by j
+    cover = weight * cosine(features)  # (U, N): coverage of image i by image j
     if represent:
         cover, q = torch.cat([ranks(rewards), cover]), torch.zeros_like(q)
     covered, rows, gains = cover.new_zeros(len(cover)), list[int](), list[float]()
@@ -79,7 +79,7 @@ def _check(count: int, weight: float, images: int, features: int, groups: Sequen
 
 
 def quality(rewards: Tensor) -> Tensor:
-    """Return q (N,) ≥ 0 in deviations: of the rewards, or of the mean rank over M rewards (M, N)."""
+    """Return q (N,) ≥ 0, in standard deviations of the rewards (N,) or of the mean rank over M rewards (M, N)."""
     several = rewards.ndim == 2 and len(rewards) > 1
     values = ranks(rewards).mean(0) if several else rewards.detach().double().cpu().flatten()
     spread = values.std() if len(values) > 1 else values.new_zeros(())
@@ -87,9 +87,9 @@ def quality(rewards: Tensor) -> Tensor:
 
 
 def ranks(rewards: Tensor) -> Tensor:
-    """Return the rank of each image, in deviations, 0 the lowest reward: (M, N) of (M, N), or of (N,) with M = 1."""
+    """Return the rank of each image in standard deviations (M, N), 0 for the lowest reward; M = 1 for rewards (N,)."""
     order = rewards.detach().double().cpu().view(-1, rewards.shape[-1]).argsort(1).argsort(1).double()
-    return order / order.std(1, correction=0, keepdim=True).clamp(min=0.5)  # of two images it is one half
+    return order / order.std(1, correction=0, keepdim=True).clamp(min=0.5)  # two images: a deviation of one half
 
 
 def cosine(features: Tensor) -> Tensor:
@@ -99,6 +99,6 @@ def cosine(features: Tensor) -> Tensor:
 
 
 def pixel_features(images: Tensor) -> Tensor:
-    """Return images (N, 3, H, W) downscaled to 8 × 8 pixels, less their common mean: (N, 192)."""
+    """Return images (N, 3, H, W) downscaled to 8 × 8 pixels, with their common mean subtracted: (N, 192)."""
     small = F.interpolate(images.float(), (SIDE, SIDE), mode="area").flatten(1)
     return small - small.mean(0)

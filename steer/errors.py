@@ -11,9 +11,9 @@ class InputError(ValueError):
     """An invalid argument, file or setting; the message is one line with the value given and the remedy.
 
     Line breaks and control characters in quoted values are escaped as Python writes them (\\n, \\x1b). Messages over
-    1,000 characters lose their middle, because the remedy stands at the end.
+    1,000 characters lose their middle, because the remedy is at the end.
 
-    fields  names of settings in the message, each in its first place; the command line shows their flags
+    fields  names of settings in the message; the command line replaces the first mention of each by its flag
     """
 
     def __init__(self, message: str, *fields: str) -> None:

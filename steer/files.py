@@ -27,7 +27,7 @@ SYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP)
 
 @contextmanager
 def write_errors(place: object, hint: str = "make room, and run the command again to resume") -> Iterator[None]:
-    """Raise an InputError, which names the place and the remedy, for an error of writing in the block."""
+    """Turn a write error in the block into an InputError that names the place and the remedy."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -89,8 +89,8 @@ def sync(path: Path) -> None:
 
 CHECKSUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-MAX_CHECKSUMS_BYTES = 1 << 20  # of a SHA256SUMS from an untrusted source
-CHECKSUM_KEY = "sha256"  # in a JSON file with its own checksum
+MAX_CHECKSUMS_BYTES = 1 << 20  # limit for a SHA256SUMS from an untrusted source
+CHECKSUM_KEY = "sha256"  # key of the checksum that a JSON file contains
 
 
 def file_sha256(path: Path) -> str:
@@ -131,7 +131,7 @@ def atomic_write_with_checksums(folder: Path, names: Sequence[str]) -> Iterator[
 def verify_checksums(*files: Path) -> list[Path]:
     """Verify files against the SHA256SUMS of their folder or its parent; return those without a checksum.
 
-    Raises InputError for a checksum mismatch and for a malformed SHA256SUMS; OSError.
+    Raises InputError for a checksum mismatch or a malformed SHA256SUMS, and OSError.
     """
     unknown = []
     for path in files:
@@ -181,8 +181,8 @@ def loads_with_checksum(text: str) -> Any:
     return {name: value for name, value in stored.items() if name != CHECKSUM_KEY}
 
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no other: some formats start outside programs
-MAX_PIXELS = 1 << 26  # 8192 x 8192: small files can decode to more than the memory
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others: Pillow runs external programs for some
+MAX_PIXELS = 1 << 26  # 8192 x 8192: a small file can decode to more than fits in memory
 DECODE_ERRORS = (  # raised by Pillow; IndexError for a truncated colour profile, TypeError for TIFF tags
     OSError,
     ValueError,
@@ -196,13 +196,13 @@ DECODE_ERRORS = (  # raised by Pillow; IndexError for a truncated colour profile
 )
 
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of the images of a folder
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # image files of a folder
 
 
 def read_image(path: Path | bytes) -> Tensor:
     """Read an image file, or its bytes, as (3, H, W) in [0, 1]: EXIF rotation applied, transparency on white.
 
-    The first frame of an animation; 16 bits per channel are reduced to 8. Raises InputError for a file that is not a
+    An animation gives its first frame; 16 bits per channel are reduced to 8. Raises InputError for a file that is not a
     readable image, or larger than 8192 x 8192 pixels.
     """
     name = f"an image of {len(path)} bytes" if isinstance(path, bytes) else path
@@ -231,7 +231,7 @@ def _check(file: Image.Image, name: object) -> None:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey, which Pillow would clip at 255, to 8 bits; other images are returned as they are."""
+    """Convert 16-bit grey, which Pillow would clip at 255, to 8 bits; other images are returned unchanged."""
     if not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)

@@ -1,4 +1,4 @@
-"""Optimisation of the initial noise ε so that the image G(ε) scores higher (ReNO, arXiv 2406.04312), without any model.
+"""Optimisation of the initial noise ε for a higher reward of the image G(ε) (ReNO, arXiv 2406.04312); knows no model.
 
 max_ε  Σ_m w_m r_m(G(ε)) + w_reg · log p(‖ε‖)
 log p(‖ε‖) = (D − 1) log‖ε‖ − ½‖ε‖² + const, the χ distribution with D degrees of freedom
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from steer.errors import InputError
 
-OptimizerState = Mapping[str, Tensor]  # of an update rule: tensors of N rows, zero at the start of a search
-STATE_PREFIX = "optimizer_state."  # of its tensors in a saved search
+OptimizerState = Mapping[str, Tensor]  # state of an update rule: tensors of N rows, zero at the start
+STATE_PREFIX = "optimizer_state."  # prefix of its tensors in a saved search
 
 
 def norms(noise: Tensor) -> Tensor:
-    """Return ‖ε‖/√D of each row (N,), fp32: near 1 for noise as in training."""
+    """Return ‖ε‖/√D of each row (N,), fp32: near 1 for standard normal noise."""
     flat = noise.float().flatten(1)
     return flat.norm(dim=1) / flat.shape[1] ** 0.5
 
@@ -102,7 +102,7 @@ class Search:
     """The state of N independent searches, immutable.
 
     noise            (N, …) fp32, current iterates
-    state            of the update rule, or the archive of MAP-Elites, which does not restart
+    state            state of the update rule, or the archive of MAP-Elites, where no search restarts
     best_noise       (N, …) best iterates so far, over all restarts; best_rewards (N,) their rewards
     peak             (N,) best reward since the last restart, not improved for `stale` (N,) iterations
     starts           (N,) number of starts
@@ -120,7 +120,7 @@ class Search:
 
     @classmethod
     def start(cls, noise: Tensor, optimiser: Optimiser | None = None) -> "Search":
-        """Start from noise (N, …), nothing evaluated; without an update rule the state is empty."""
+        """Start from noise (N, …) with no rewards yet; without an update rule the state is empty."""
         noise, rows = noise.detach().float(), len(noise)
         lowest, zero = torch.full((rows,), -torch.inf), torch.zeros(rows, dtype=torch.int64)
         state = optimiser.start(noise) if optimiser else {}

@@ -1,4 +1,4 @@
-"""The Reward protocol, contract checks of every call, and scores of images and videos."""
+"""The Reward protocol, the contract check of every call, and scoring of images and videos."""
 
 import functools
 import inspect
@@ -32,7 +32,7 @@ class Submit(Protocol):
 class ThreadContext:
     """The PyTorch state of the current thread: gradients, inference mode, autocast and CUDA stream.
 
-    New threads start with the defaults of all of them.
+    A new thread starts with PyTorch's defaults instead.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,10 +55,10 @@ class ThreadContext:
 
 @contextmanager
 def run_in_background(device: torch.device, threads: int = 1) -> Iterator[Submit]:
-    """Yield a function that submits work to background threads, in order; to one of them by default.
+    """Yield a function that submits work to background threads, in order; by default to one thread.
 
-    On CUDA the work has its own stream, which waits for everything the caller's stream was given before; waiting for
-    a result orders the caller's stream after it. At the end of the block all work is done.
+    On CUDA the work runs on its own stream, after everything queued on the caller's stream before. Waiting for a
+    result makes the caller's stream wait for the work. At the end of the block all work is done.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with ThreadPoolExecutor(threads, "steer-background") as thread:
@@ -91,9 +91,9 @@ def run_in_background(device: torch.device, threads: int = 1) -> Iterator[Submit
 
 
 Metadata = Sequence[Mapping[str, Any]]  # one row per image: the metadata of its prompt
-METADATA_PARAMETERS = ("metadata", "prompt_metadata")  # names of the parameter that receives it
-IMAGE_FORMS = ("pt", "np", "pil")  # of images, as diffusers' output_type
-TEXT_FORMS = ("text", "ids")  # of token sequences
+METADATA_PARAMETERS = ("metadata", "prompt_metadata")  # names of the parameter that receives the metadata
+IMAGE_FORMS = ("pt", "np", "pil")  # forms of images, as diffusers' output_type
+TEXT_FORMS = ("text", "ids")  # forms of token sequences
 PIL_ONLY_ERRORS = (AttributeError, TypeError, ValueError)  # from code that expects PIL images
 
 CPU = torch.device("cpu")  # the device of scores
@@ -110,9 +110,9 @@ class Reward(Protocol):
     `__call__(images, prompts)` takes images (N, 3, H, W) in [0, 1] and one prompt per image and returns
     (N,) fp32. `differentiable` states whether gradients flow back to the images. Optional:
 
-    images    "pt" (the default), "np" ((N, H, W, 3) in [0, 1]) or "pil" (a list): the form of the images; "text" (a
-              list of str) or "ids" (N, L): of a reward of texts
-    metadata  a parameter of `__call__` of this name receives the metadata row of each image's prompt, a Mapping
+    images    "pt" (the default), "np" ((N, H, W, 3) in [0, 1]) or "pil" (a list): the form of the images; a reward of
+              texts has "text" (a list of str) or "ids" (N, L)
+    metadata  a parameter of `__call__` with this name receives one Mapping per image: the metadata of its prompt
     """
 
     @property
@@ -125,7 +125,7 @@ class Reward(Protocol):
 
 
 class Texts(list[str]):
-    """The texts of a batch, with the token ids (N, L) that they were decoded from, where there are any."""
+    """The texts of a batch, with the token ids (N, L) that they were decoded from, if known."""
 
     def __init__(self, texts: Sequence[str], ids: Tensor | None = None) -> None:
         super().__init__(texts)
@@ -138,8 +138,8 @@ class SequenceReward(Protocol):
     """Scores token sequences; higher is better.
 
     `__call__(ids, prompts)` takes ids (N, L) int64 and one prompt per sequence and returns (N,) fp32. Where
-    `differentiable`, `relaxed(p, prompts)` takes tokens p (N, L, V) whose rows are probabilities and returns (N,) with
-    a graph: equal to `__call__` where p is one-hot. As a reward among others it has the attribute `images = "ids"`.
+    `differentiable`, `relaxed(p, prompts)` takes token probabilities p (N, L, V) and returns (N,) with a graph, equal
+    to `__call__` where p is one-hot. The attribute `images = "ids"` makes it usable like any other reward.
     """
 
     @property
@@ -154,7 +154,7 @@ class SequenceReward(Protocol):
 
 
 def as_texts(samples: Any) -> Texts | None:
-    """Return samples that are texts, a list of them; None for images."""
+    """Return a list of texts as `Texts`; None for images."""
     if isinstance(samples, Texts):
         return samples
     texts = isinstance(samples, list | tuple) and bool(samples) and all(isinstance(one, str) for one in samples)
@@ -187,7 +187,7 @@ class Judge(Protocol):
 def compare(judge: Judge, images_a: Tensor, images_b: Tensor, prompts: Sequence[str]) -> Tensor:
     """Compare images by a judge and validate the result: P(a ≻ b) (N,), fp32 on the CPU.
 
-    Raises RewardError, which names the judge, where it fails or returns anything but probabilities.
+    Raises RewardError with the judge's name if the judge fails or returns anything but probabilities.
     """
     for images in (images_a, images_b):
         _check_lengths(images, prompts, None)
@@ -213,7 +213,7 @@ def takes_videos(reward: Any) -> bool:
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
     """Score images with a reward and validate the result: (N,) finite fp32 on the CPU, gradients kept.
 
-    Raises RewardError, which names the reward, where it fails or violates the contract.
+    Raises RewardError with the reward's name if the reward fails or violates the contract.
     """
     if torch.is_tensor(images) and images.dim() == 5 and not takes_videos(reward):
         return mean_over_frames(images, lambda frames: (score(reward, frames, prompts, metadata), {}))[0]
@@ -241,8 +241,8 @@ def evaluate(
 ) -> Any:
     """Call a reward with images in its own form, and with metadata where its signature accepts it.
 
-    The form is the reward's `images`, else what its first parameter is annotated with. Where neither is given and the
-    first call with a tensor raises as code for PIL images does, that call is repeated once with PIL images.
+    The form is the reward's `images`, else the annotation of its first parameter. With neither, if the first call with
+    a tensor raises an error typical of code for PIL images, that call is repeated once with PIL images.
     """
     given = keywords(reward, len(prompts), metadata)
     form = _form(reward)
@@ -268,7 +268,7 @@ def evaluate(
 
 
 def attribute(reward: Any, name: str, default: Any) -> Any:
-    """Return an attribute of a reward; of a functools.partial that of its function."""
+    """Return an attribute of a reward; for a functools.partial, an attribute of its function."""
     while isinstance(reward, partial) and name not in vars(reward):
         reward = reward.func
     return getattr(reward, name, default)
@@ -283,7 +283,7 @@ def parameters_of(call: Callable[..., Any]) -> Mapping[str, inspect.Parameter] |
 
 
 def keywords(call: Callable[..., Any], count: int, metadata: Metadata | None) -> dict[str, Any]:
-    """Return the metadata as keyword argument of a call that accepts it; empty rows if required but missing."""
+    """Return the metadata as a keyword argument if the call accepts it; empty rows if required but missing."""
     parameters = parameters_of(call) or {}
     name = next((name for name in METADATA_PARAMETERS if name in parameters), None)
     if name is None:
@@ -402,16 +402,16 @@ class TimedThread(threading.Thread):
 def has_abandoned_calls() -> bool:
     """Return whether a call that timed out is still running in this process.
 
-    Then the interpreter must not be shut down: Python before 3.14 ends such a thread inside PyTorch's C++, which
+    If so, the interpreter must not be shut down: Python before 3.14 ends such a thread inside PyTorch's C++, which
     aborts the process. Exit by `os._exit`, as the command line does.
     """
     return any(isinstance(thread, TimedThread) for thread in threading.enumerate())
 
 
 class RewardProxy:
-    """A reward that stands for another one, whose attributes it has but for its own."""
+    """Proxy of another reward: attributes that it does not define are the other reward's."""
 
-    images = "pt"  # `evaluate` converts them to the form that the other one takes
+    images = "pt"  # `evaluate` converts images to the form that the other reward takes
 
     def __init__(self, reward: Any) -> None:
         self.reward = reward
@@ -426,8 +426,8 @@ class RewardProxy:
 class WrappedReward(RewardProxy):
     """A reward with a timeout on every call, or with the metadata of each prompt from a table.
 
-    With a timeout, each call runs in its own thread. Python cannot end a thread: one that hangs is abandoned and ends
-    with the process, see `has_abandoned_calls`. Raises RewardError, which names the reward, on a timeout.
+    With a timeout, each call runs in its own thread. Python cannot end a thread: a hanging thread is abandoned and ends
+    with the process, see `has_abandoned_calls`. Raises RewardError with the reward's name on a timeout.
 
     seconds   the timeout; None: no limit
     metadata  a row for each prompt, in place of the caller's rows; None: the caller's
@@ -508,9 +508,9 @@ Scores = tuple[Tensor, dict[str, Tensor]]
 
 
 def mean_over_frames(images: Tensor, score: Callable[[Tensor], Scores], reward: Any = None) -> Scores:
-    """Score images (N, 3, H, W), waveforms or texts; of videos (N, F, 3, H, W) evenly spaced frames: the mean.
+    """Score images (N, 3, H, W), waveforms or texts; videos (N, F, 3, H, W) by the mean over evenly spaced frames.
 
-    reward  where it takes whole videos, these are scored with all frames
+    reward  a reward that takes whole videos scores them with all frames
     """
     if isinstance(images, Texts) or images.dim() <= 4 or takes_videos(reward):
         return score(images)
@@ -523,8 +523,8 @@ def mean_over_frames(images: Tensor, score: Callable[[Tensor], Scores], reward: 
 
 logger = logging.getLogger(__name__)
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")
-MAX_TOKENS = 1_000_000  # a tokenizer without a limit states one far beyond
-# A fast tokenizer stores the padding of the current call: threads that share one would use each other's.
+MAX_TOKENS = 1_000_000  # a tokenizer without a limit reports a far larger number
+# A fast tokenizer stores the padding of the current call: threads that share a tokenizer would mix up their paddings.
 ENCODING_LOCK = threading.RLock()
 
 
@@ -539,7 +539,7 @@ def warn_if_truncated(reader: str, prompt: str, tokens: int, limit: int) -> None
 def warn_if_pipeline_truncates(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
     """Warn about prompts that a tokenizer of a diffusers pipeline truncates.
 
-    The limit of CLIP's tokenizers is their own, that of others the call's max_sequence_length.
+    CLIP's tokenizers have a limit of their own; for others the limit is the call's max_sequence_length.
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
     given = call.get("max_sequence_length")
@@ -552,7 +552,7 @@ def warn_if_pipeline_truncates(pipe: Any, prompts: Sequence[str], call: Mapping[
             continue
         limit = own if "CLIP" in type(tokenizer).__name__ or not isinstance(given, int) else given
         for prompt in dict.fromkeys(prompts):
-            if limit < MAX_TOKENS and len(prompt) + 2 > limit:  # all but begin and end are at least one character
+            if limit < MAX_TOKENS and len(prompt) + 2 > limit:  # tokens but begin and end have at least one character
                 warn_if_truncated(f"{name} of {type(pipe).__name__}", prompt, token_count(tokenizer, prompt), limit)
 
 
@@ -565,7 +565,7 @@ def token_count(tokenizer: Any, prompt: str) -> int:
 def with_truncation_warning(
     reader: str, encode: Callable[[list[str]], Tensor], count: Callable[[str], int], limit: int
 ) -> Callable[[list[str]], Tensor]:
-    """Wrap an encoder of prompts to warn about those it truncates."""
+    """Wrap an encoder of prompts so that it warns about truncated prompts."""
 
     def encoding(prompts: list[str]) -> Tensor:
         with ENCODING_LOCK:

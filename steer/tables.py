@@ -1,4 +1,4 @@
-"""Tables: text files in any Unicode encoding, and the files of data sets of the hub."""
+"""Tables: text files in any Unicode encoding, and the files of data sets on the hub."""
 
 import codecs
 import csv
@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from steer.errors import InputError
 
-# UTF-32 first: its mark begins with that of UTF-16.
+# UTF-32 first: its mark begins with the mark of UTF-16.
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -34,7 +34,7 @@ def read_text(path: Path) -> str:
 
 
 def numbered_lines(path: Path) -> list[tuple[str, str]]:
-    """Split a text file at line ends alone (other Unicode separators may be part of a text), each with its place."""
+    """Split a text file at line ends alone, since texts may contain other Unicode separators; each with its place."""
     lines = read_text(path).replace("\r\n", "\n").split("\n")
     return [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1)]
 
@@ -90,14 +90,14 @@ MAX_ERROR_LENGTH = 160  # characters of another library's message
 
 
 def data_files(data_set: str, split: str, formats: Sequence[str], kind: str = "prompts") -> Iterator[Path]:
-    """Download the files of a split, in the first available format, to the hub's cache, each when it is asked for.
+    """Download the files of a split lazily to the hub's cache, in the first available format.
 
     The data set's own files come before the hub's conversion to parquet.
 
     split    a name, or FOLDER/NAME if several folders (configurations) have such a split
     formats  suffixes, best first
-    kind     of data, for messages
-    Raises InputError. With HF_HUB_OFFLINE=1 the cache alone is read.
+    kind     kind of data, for messages
+    Raises InputError. With HF_HUB_OFFLINE=1 only the cache is read.
     """
     import huggingface_hub
 
@@ -166,7 +166,7 @@ def select_split(names: Iterable[str], split: str, formats: Sequence[str]) -> li
 
 
 def _words(name: str) -> set[str]:
-    """Split a path into words: its folders, and train of train-00000-of-00003.parquet or my_train2.jsonl."""
+    """Split a path into words: its folders, and `train` for train-00000-of-00003.parquet or my_train2.jsonl."""
     *folders, stem = Path(name.lower()).with_suffix("").parts
     shard = re.fullmatch(SHARD, stem)
     return {*folders, shard[1]} if shard else {*folders, stem, *re.split("[^a-z]+", stem)}

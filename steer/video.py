@@ -12,9 +12,9 @@ FRAME_RATES = ("fps", "frame_rate")  # arguments of pipelines
 
 @dataclass(frozen=True)
 class VideoReward:
-    """A reward of whole videos, for motion and consistency; other rewards score single frames, and the mean counts.
+    """A reward of whole videos, for motion and consistency; other rewards score single frames, and the mean is used.
 
-    function        (videos, prompts, fps) → (N,): videos (N, F, 3, H, W) in [0, 1]; fps None where nothing states it
+    function        (videos, prompts, fps) → (N,): videos (N, F, 3, H, W) in [0, 1]; fps is None if unknown
     differentiable  whether gradients flow back to the frames
     fps             frames per second; None: the `fps` or `frame_rate` of the pipeline's call
     """

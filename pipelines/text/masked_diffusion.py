@@ -27,7 +27,7 @@ SEQUENCE_TYPES = ("text", "ids")
 
 
 def pipeline_class(model: str | PathLike[str]) -> Any:
-    """Return the class that loads a model: of a folder with a masked diffusion model, else diffusers' own choice."""
+    """Return the class that loads a model: MaskedDiffusionPipeline for its folders, else diffusers' own choice."""
     index = Path(model) / INDEX
     name = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
     return MaskedDiffusionPipeline if name == MaskedDiffusionPipeline.__name__ else DiffusionPipeline
@@ -36,7 +36,7 @@ def pipeline_class(model: str | PathLike[str]) -> Any:
 def left_out(model: str | PathLike[str]) -> dict[str, None]:
     """Return the components that a saved pipeline was built without, such as Stable Diffusion 3's T5.
 
-    diffusers writes them as [null, null] and, unless they are optional, wants them as None again.
+    diffusers writes them as [null, null] and, unless they are optional, expects None for them when it loads.
     """
     index = Path(model) / INDEX
     entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
@@ -75,7 +75,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffu
         """Tokenise prompts as the beginning of sequences (N, L), after the begin token; all else is masked.
 
         length  L in tokens; by default the model's own
-        Raises InputError for a prompt that is too long, or has words that the model does not know.
+        Raises InputError for a prompt that is too long, or contains words that are unknown to the model.
         """
         length = length or int(self.denoiser.config.model_length)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -92,7 +92,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffu
 
     @property
     def _begin(self) -> list[int]:
-        """The begin token, where the tokenizer has one: models are trained with it, and see their places by it."""
+        """The begin token, if the tokenizer has one: models are trained with it, and it marks the first place."""
         begin = getattr(self.tokenizer, "bos_token_id", None)
         return [] if begin is None else [int(begin)]
 
@@ -106,7 +106,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffu
     def kernel(self, ids: Tensor, t: Tensor | float, denoiser: Callable[..., Any] | None = None) -> MaskedKernel:
         """Return p(z_s | z_t) at t for z_t = `ids` (N, L), with a graph where gradients are enabled.
 
-        denoiser  called in place of the pipeline's own, which accelerate may have prepared
+        denoiser  called in place of the pipeline's own, as when accelerate has prepared it
         """
         return self.scheduler.kernel(self._logits(ids, t, denoiser or self.denoiser), t, ids)
 
@@ -129,7 +129,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffu
     ) -> MaskedDiffusionOutput | tuple[list[str] | Tensor]:
         """Draw one text for each prompt.
 
-        prompt   beginning of the text, or a text with [MASK] in it; a list for several
+        prompt   beginning of the text, or a text that contains [MASK]; or a list of prompts
         length   tokens of a sequence; by default the model's own
         latents  ids (N, L) to start from, in place of the prompt
         output_type  text or ids
@@ -156,7 +156,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffu
         """Load a checkpoint in the layout of kuleshov-group/mdlm-owt; its own Python code is never run.
 
         model      folder or hub name: config.json and model.safetensors
-        tokenizer  folder or hub name of its tokenizer, to which [MASK] is added as the last token; or an object
+        tokenizer  folder or hub name of the tokenizer, to which [MASK] is added as the last token; or an object
         Raises InputError for a folder in another layout.
         """
         files = ["config.json", "model.safetensors"]

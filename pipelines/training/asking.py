@@ -1,4 +1,4 @@
-"""Asking a person whether a run is to continue, where its rewards disagree about the latest evaluation."""
+"""Questions to a person whether a run is to continue, where its rewards disagree about the latest evaluation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from steer.pipelines.training.events import Stopped, StopRequest
 from steer.pipelines.training.method import Record
 from steer.pipelines.training.state import RunState
 
-PREFIX, MEMBER, DEVIATION = "eval/", "eval/member/", "eval/deviation/"  # of names in the record of an evaluation
+PREFIX, MEMBER, DEVIATION = "eval/", "eval/member/", "eval/deviation/"  # prefixes of names in an evaluation's record
 REFUSED = "the answer was no: the best weights by the held-out reward are kept"
 UNANSWERED = "an answer is needed"
 
 
 @dataclass(frozen=True)
 class Question:
-    """Whether to continue after update `step`.
+    """The question whether to continue after update `step`.
 
     kept_step  update of the best earlier evaluation, by the first held-out reward
-    gains      of each reward since then, in its standard deviations over the images of the first evaluation: of the
-               trained one, or each member of an ensemble, and the held-out ones
+    gains      gain of each reward since then, in its standard deviations over the images of the first evaluation; the
+               rewards are the trained one, or each member of an ensemble, and the held-out ones
     mean, deviation  m and s of the gains, over the rewards
-    value      of asking, in the same unit (`steer.pipelines.disagreement.value_of_asking`)
+    value      value of asking, in the same unit (`steer.pipelines.disagreement.value_of_asking`)
     """
 
     step: int
@@ -36,21 +36,21 @@ class Question:
 
 
 OnQuestion = Callable[[Question, Callable[[], None]], bool | None]
-"""Answers a question: True to continue, False to end with the best weights, None where nobody can answer. Its second
-argument raises once the run is to end: call it several times a second while you wait."""
+"""A function that answers a question: True to continue, False to end with the best weights, None if nobody can answer.
+Its second argument is a function that raises once the run is to end: call it several times a second while waiting."""
 
 
 def question_of(state: RunState, config: TrainingConfig) -> Question | None:
-    """Return the question that is open at the present update of a run; None where there is none.
+    """Return the question that is open at the present update of a run, or None.
 
-    There is none before the second evaluation, and where asking is worth at most its cost.
+    There is no question before the second evaluation, or if asking is worth at most its cost.
     """
     evaluations = state.evaluations
     if not config.ask or len(evaluations) < 2 or evaluations[-1]["step"] != state.step:
         return None
     first, *_, last = evaluations
     trained, *held_out = [name for name, value in last.items() if isinstance(value, list)]
-    kept = max(evaluations[:-1], key=lambda record: _mean(record, held_out[0]))  # the earliest of equal ones
+    kept = max(evaluations[:-1], key=lambda record: _mean(record, held_out[0]))  # the earliest of equals
     members = [name for name in last if name.startswith(MEMBER)]
     gains = {}
     for name in [*(members or [trained]), *held_out]:
@@ -71,7 +71,7 @@ def ask(
 ) -> str | None:
     """Ask in the main process; return the reason to end the run, None to continue, in all processes.
 
-    Raises Stopped where the run is to end meanwhile.
+    Raises Stopped if the end of the run is requested meanwhile.
     """
     answer: list[bool | None] = [None]  # empty: the run is to end
     if context.is_main_process and on_question is not None:

@@ -1,7 +1,7 @@
-"""The configuration of a training: the arguments that all methods share, each written once.
+"""The configuration of a training: the arguments that all methods share, each defined once.
 
 Python (`TrainingConfig`, `GRPOConfig` …), the YAML files and options of `steer finetune`, the model card and the app
-derive from these dataclasses. Names are those of TRL, transformers and accelerate where they mean the same.
+derive from these dataclasses. Names are as in TRL, transformers and accelerate where they mean the same.
 """
 
 from abc import abstractmethod
@@ -25,7 +25,7 @@ from steer.training.rollout import StepWindow, WindowKind
 from steer.training.signals import SampleFilter
 from steer.training.trainable import ATTENTION
 
-HALF_PRECISION_SKIPPED_STEPS = 2  # the last steps, which carry nearly all of the rounding
+HALF_PRECISION_SKIPPED_STEPS = 2  # the last steps, which cause nearly all of the rounding errors
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -40,28 +40,28 @@ class TrainingConfig(Settings):
 
     output_dir           folder of metrics.jsonl, evaluations.jsonl, checkpoints/, best/ and final/
     max_steps            number of updates
-    seed                 of every random number of the run
+    seed                 seed of every random number of the run
     train_batch_size     B, prompts per update, over all processes
     num_generations      K, samples per prompt
-    steps_per_generation  updates per rollout: their samples are drawn together, by one policy
+    steps_per_generation  updates per rollout, whose samples are drawn together, by one policy
     num_iterations       passes over the samples of a rollout
     micro_batch          rows per call of the denoiser; the gradients of an update's micro-batches are accumulated
     num_inference_steps  solver steps, in training and evaluation
-    guidance_scale       in training and evaluation; None: the default of the pipeline
-    eta                  η of every step, above 0 and at most 1; of flow-sde, dance and cps the noise level a
-    dynamics             law of the noise: ddim, of any model; flow-sde, dance, cps, of flow matching alone (see
-                         `steer.diffusion.schedules.split_flow_noise`). Evaluations are then by the ODE
-    skip_low_noise_steps  the last stochastic steps (lowest τ) that loss, KL and penalties leave out, for new, old and
-                         reference policy alike; None: 2, and at most half of the steps, where weights or autocast are
-                         half precision, else 0
-    log_prob_precision   of the denoiser where it computes log-probabilities and KL: float32, whatever the dtype of the
-                         weights and mixed_precision; or model, theirs (checked before the first update)
+    guidance_scale       guidance scale in training and evaluation; None: the default of the pipeline
+    eta                  η of every step, above 0 and at most 1; for flow-sde, dance and cps the noise level a
+    dynamics             law of the noise: ddim, for any model; flow-sde, dance, cps, for flow matching alone (see
+                         `steer.diffusion.schedules.split_flow_noise`). Evaluations then use the ODE
+    skip_low_noise_steps  number of last stochastic steps (lowest τ) that loss, KL and penalties leave out, for new, old
+                         and reference policy alike; None: 2, but at most half of the steps, where weights or autocast
+                         are half precision, else 0
+    log_prob_precision   precision of the denoiser for log-probabilities and KL: float32, whatever the dtype of the
+                         weights and mixed_precision; or model, the model's (checked before the first update)
     timestep_fraction    share of the remaining steps that an update learns from; the others cost no denoiser call
-    latents_dtype        of stored latents, and of the reference residuals where a penalty needs them
+    latents_dtype        dtype of stored latents, and of the reference residuals where a penalty needs them
     call                 further arguments of the pipeline's call
-    lora_rank            of the adapter; 0 trains all weights of the denoiser
-    lora_alpha           None: the rank
-    denoiser             name of the one to train, of the two of Wan 2.2 (transformer: high noise, transformer_2: low
+    lora_rank            rank of the adapter; 0 trains all weights of the denoiser
+    lora_alpha           alpha of the adapter; None: the rank
+    denoiser             name of the one denoiser of Wan 2.2 to train (transformer: high noise, transformer_2: low
                          noise); None: both
     lora_target_modules  suffixes of the names of the layers that get an adapter
     init_adapter         trained LoRA of the same rank, alpha and targets to start from: a folder such as RUN/final or
@@ -70,47 +70,48 @@ class TrainingConfig(Settings):
     use_rslora           peft's rank-stabilised scale α/√r (arXiv 2312.03732) in place of α/r
     gradient_checkpointing  recompute the blocks of the denoiser in the backward pass
     mixed_precision      no, fp16 or bf16, as in accelerate; for log-probabilities see log_prob_precision
-    optim                optimiser, by its name in transformers: adamw_torch, sgd; of bitsandbytes, with moments in 8
-                         bits, adamw_8bit, paged_adamw_8bit, lion_8bit
+    optim                optimiser, by its name in transformers: adamw_torch, sgd; from bitsandbytes, with 8-bit
+                         moments, adamw_8bit, paged_adamw_8bit, lion_8bit
     learning_rate        highest rate, after the warmup
-    lr_scheduler_type    its schedule up to max_steps, by its name in diffusers
+    lr_scheduler_type    schedule of the learning rate up to max_steps, by its name in diffusers
     lr_num_cycles        restarts of cosine_with_restarts
-    lr_power             of polynomial
-    weight_decay         of the optimiser
+    lr_power             power of the polynomial schedule
+    weight_decay         weight decay of the optimiser
     warmup_steps         updates of linear warmup
     max_grad_norm        gradients are clipped to this norm
     ema_decay            decay of an exponential moving average of the weights, evaluated and exported in their place;
                          0: none
     kl_weight            β of the KL to the reference, per nat summed over the elements and steps of a trajectory
-    kl_target_nats       KL that β is adapted to, see `steer.training.guards.KLControl`; nats a trajectory, summed over
-                         its elements and steps
+    kl_target_nats       KL that β is adapted to, see `steer.training.guards.KLControl`; nats per trajectory, summed
+                         over its elements and steps
     kl_budget_nats       KL at which the training ends, in the same unit
-    kl_every             updates between those whose KL is measured for the log, where neither the loss nor a KL weight,
-                         target or budget nor chi_square_weight needs the reference; 0: never. Elsewhere every update's
-    chi_square_weight    of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a trajectory
-    eval_steps           updates between evaluations; one more comes before the first update and after the last
+    kl_every             updates between measurements of the KL for the log, where neither the loss nor a KL weight,
+                         target or budget nor chi_square_weight needs the reference; 0: never. Elsewhere every update
+    chi_square_weight    weight of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a
+                         trajectory
+    eval_steps           updates between evaluations; there is also one before the first update and one after the last
     num_generations_eval  images per held-out prompt
-    eval_kl              measure `eval/kl` in evaluations, of any method: KL of one batch of trajectories with noise, in
-                         nats a trajectory, by a rollout and two replays
+    eval_kl              measure `eval/kl` in evaluations, with any method: KL of one batch of trajectories with noise,
+                         in nats per trajectory, by a rollout and two replays
     early_stopping_patience  evaluations in a row with a higher trained and a lower held-out reward that end the
                          training, see `steer.training.guards.EarlyStopping`; 0: never
-    ask                  ask whether to continue where the rewards of an evaluation disagree about its gain since the
-                         best earlier one, so far that asking is worth more than ask_cost; no: the best weights are
-                         kept. A run without anybody to ask ends with a checkpoint
-    ask_cost             in standard deviations of the rewards among the images of the first evaluation, see
-                         `steer.pipelines.disagreement.value_of_asking`
+    ask                  ask whether to continue where the rewards of an evaluation disagree about its gain over the
+                         best earlier one, if asking is worth more than ask_cost; no: the best weights are kept. A run
+                         with nobody to ask ends with a checkpoint
+    ask_cost             cost of asking in standard deviations of the rewards among the images of the first evaluation,
+                         see `steer.pipelines.disagreement.value_of_asking`
     save_steps           updates between checkpoints
-    save_total_limit     newest checkpoints to keep; the best by the held-out reward stays as well
+    save_total_limit     newest checkpoints to keep; the best by the held-out reward is kept as well
     log_with             trackers, as in accelerate: tensorboard, wandb, trackio …; samples of evaluations are images
-                         of tensorboard and a table of wandb
-    asynchronous_rewards  score a micro-batch in the background while the next one of the rollout is sampled; of one
-                         update only where it has several micro-batches
-    rollout_workers      Ray actors that draw the samples, of each process, in place of the process; 0: none
-    reward_workers       Ray actors that compute a reward, by its name or that of a component: {imagereward: 2}
+                         in tensorboard and a table in wandb
+    asynchronous_rewards  score a micro-batch in the background while the next one of the rollout is sampled; a rollout
+                         of one update needs several micro-batches for it
+    rollout_workers      Ray actors per process that draw the samples in place of the process; 0: none
+    reward_workers       Ray actors that compute a reward, by the name of the reward or component: {imagereward: 2}
     """
 
-    title: ClassVar[str] = "Finetuning"  # of the method
-    paper: ClassVar[tuple[str, str]] = ("", "")  # its title and arXiv number
+    title: ClassVar[str] = "Finetuning"  # name of the method
+    paper: ClassVar[tuple[str, str]] = ("", "")  # title and arXiv number of the paper
 
     output_dir: str = "trainer_output"
     max_steps: int = argument(100, "[1, inf]")
@@ -197,16 +198,16 @@ class TrainingConfig(Settings):
         self.kl_control()
 
     def kl_control(self) -> KLControl:
-        """The control of the KL weight before the first update. Raises InputError for weights that it cannot move."""
+        """The control of the KL weight before the first update. Raises InputError for values out of range."""
         return KLControl(self.kl_weight, self.kl_target_nats, self.kl_budget_nats)
 
     @property
     def needs_divergence(self) -> bool:
-        """Whether anything depends on the KL or χ² to the reference, so that this is computed and not estimated."""
+        """Whether anything depends on the KL or χ² to the reference, so that it is computed instead of estimated."""
         return bool(self.kl_weight or self.kl_budget_nats or self.chi_square_weight)
 
     def step_window(self, update: int, half: bool = False) -> StepWindow | None:
-        """The solver steps with noise of an update's rollout; None: all. `half`: the weights are half precision."""
+        """The solver steps with noise in an update's rollout; None: all. `half`: whether weights are half precision."""
         return None
 
     @property
@@ -232,18 +233,18 @@ class LossConfig(TrainingConfig):
 
     window           first, random or sliding: noise, loss and replays only in a window of solver steps, the ODE
                      elsewhere, evaluations included (`steer.training.rollout.StepWindow`); None: all steps
-    window_size      steps of it
+    window_size      number of steps of the window
     window_interval  updates until a sliding window moves by one step
-    normalize_components  of a weighted sum of rewards: standardise each among the samples of a prompt before the sum
-                     (`steer.training.signals.normalized_sum`); the signal then has no unit
-    constraints      bounds on means of rewards with learned multipliers, {"clip:scenes": ">= 0.2"}: components of the
-                     trained reward, itself, or others (`steer.training.constraints`)
-    dual_rate        of the multipliers, per update
+    normalize_components  standardise each component of a weighted sum of rewards among the samples of a prompt before
+                     the sum (`steer.training.signals.normalized_sum`); the signal then has no unit
+    constraints      bounds on means of rewards with learned multipliers, {"clip:scenes": ">= 0.2"}: of components of
+                     the trained reward, the trained reward, or others (`steer.training.constraints`)
+    dual_rate        step size of the multipliers, per update
     sample_filter    none; best, best-random, best-worst: learn from `filter_keep` of a prompt's samples, by reward
-                     (`steer.training.signals.kept_samples`); the others cost no replay
+                     (`steer.training.signals.kept_samples`); the other samples cost no replay
     filter_keep      samples of a prompt to learn from; None: half
 
-    Raises InputError for arguments that the loss can do nothing with.
+    Raises InputError for arguments that the loss cannot use.
     """
 
     min_generations: ClassVar[int] = 2
@@ -296,8 +297,8 @@ class LossConfig(TrainingConfig):
 class ParetoConfig(LossConfig):
     """LossConfig of a method that can compare the components of a weighted sum.
 
-    pareto  of a weighted sum of rewards: only the Pareto front of a prompt's samples has a gradient, with the sum of
-            its standardised components as advantage (`steer.training.signals.pareto_advantages`)
+    pareto  with a weighted sum of rewards, only the Pareto front of a prompt's samples has a gradient; its advantage is
+            the sum of standardised components (`steer.training.signals.pareto_advantages`)
     """
 
     pareto: bool = False

@@ -17,7 +17,7 @@ class D3POConfig(ParetoConfig):
 
     beta        β of the implicit reward β log pθ/p_ref, for log-probabilities per latent element; published 0.1
     trajectory  one comparison of whole trajectories in place of one per step
-    pareto      of a weighted sum of rewards: prefer the sample that is better by one component and worse by none
+    pareto      with a weighted sum of rewards, prefer the sample that is better by one component and worse by none
     """
 
     title: ClassVar[str] = "D3PO"
@@ -34,10 +34,10 @@ class D3POConfig(ParetoConfig):
 
 
 class D3POTrainer(LossTrainer[D3POConfig]):
-    """Direct preference optimisation of denoising steps: of two samples from one x_T the better one becomes likelier.
+    """Direct preference optimisation of denoising steps: the better of two samples from one x_T becomes likelier.
 
     D3POTrainer(pipe, "hpsv2.1", D3POConfig(max_steps=200), train_prompts=prompts).train()
-    D3POTrainer(pipe, preferences="my-preferences").train()  # of people
+    D3POTrainer(pipe, preferences="my-preferences").train()  # human preferences
     """
 
     config_class = D3POConfig
@@ -45,7 +45,7 @@ class D3POTrainer(LossTrainer[D3POConfig]):
     takes_preferences: ClassVar[bool] = True
 
     def signal(self, scored: Scored) -> Tensor:
-        """Mixed rewards (B, K), or those of the components (B, K, M)."""
+        """Mixed rewards (B, K), or rewards of the components (B, K, M)."""
         return self.reward_signal.objectives(scored) if self.config.pareto else super().signal(scored)
 
 
@@ -53,7 +53,7 @@ class D3POTrainer(LossTrainer[D3POConfig]):
 class PRDPConfig(LossConfig):
     """TrainingConfig with the options of PRDP.
 
-    beta  of the optimum pθ ∝ p_ref · exp(r/β), reward per nat; start from a tenth of the reward's standard deviation
+    beta  β of the optimum pθ ∝ p_ref · exp(r/β), reward per nat; start from a tenth of the reward's standard deviation
     clip  ε in nats: how far log pθ/p_ref of a step may move from its value when the samples were drawn
     """
 
@@ -71,7 +71,7 @@ class PRDPConfig(LossConfig):
 
 
 class PRDPTrainer(LossTrainer[PRDPConfig]):
-    """Regression of reward differences on those of log pθ/p_ref, with proximal updates: stable on many prompts."""
+    """Regression of reward differences on differences of log pθ/p_ref, by proximal updates: stable on many prompts."""
 
     config_class = PRDPConfig
 
@@ -81,7 +81,7 @@ class BRAInConfig(LossConfig):
     """TrainingConfig with the options of BRAIn.
 
     gamma  γ, in the unit of the reward: samples that differ by γ differ by a factor e in the probability of being good
-    form   of that probability: exp(r/γ), or sigmoid((r − r̄)/γ) about the mean of a prompt's samples
+    form   form of this probability: exp(r/γ), or sigmoid((r − r̄)/γ) about the mean of a prompt's samples
     clip   ε in nats: how far log pθ of a step may move from its value when the samples were drawn
     """
 
@@ -100,7 +100,7 @@ class BRAInConfig(LossConfig):
 
 
 class BRAInTrainer(LossTrainer[BRAInConfig]):
-    """BRAIn (arXiv 2402.02479): distil the reference conditioned on being good, from all samples of a prompt at once.
+    """BRAIn (arXiv 2402.02479): distil the reference, conditioned on good samples, by all samples of a prompt at once.
 
     BRAInTrainer(pipe, "hpsv2.1", BRAInConfig(gamma=0.01), train_prompts=prompts).train()
     """

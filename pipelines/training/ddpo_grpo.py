@@ -1,4 +1,4 @@
-"""Finetuning by policy gradients (DDPO, GRPO), and by imitation of the best samples: the baselines of D3PO and PRDP."""
+"""Finetuning by policy gradients (DDPO, GRPO), and by imitating the best samples: the baselines of D3PO and PRDP."""
 
 import math
 from collections.abc import Mapping
@@ -21,13 +21,13 @@ class DDPOConfig(ParetoConfig):
 
     clip            ε of the ratio, for log-probabilities per latent element; published 1e-4
     advantage_clip  advantages are clipped to ± this
-    history         rewards remembered per prompt
-    min_history     rewards of a prompt before they are used in place of the batch's
+    history         number of rewards stored per prompt
+    min_history     rewards of a prompt needed before its statistics replace the batch's
     """
 
     title: ClassVar[str] = "DDPO"
     paper: ClassVar[tuple[str, str]] = ("Training Diffusion Models with Reinforcement Learning", "2305.13301")
-    min_generations: ClassVar[int] = 1  # a sample is compared with earlier ones of its prompt
+    min_generations: ClassVar[int] = 1  # a sample is compared with earlier samples of its prompt
 
     clip: float = DDPO.clip
     advantage_clip: float = DDPO.advantage_clip
@@ -47,7 +47,7 @@ class DDPOConfig(ParetoConfig):
 
 
 class DDPOTrainer(LossTrainer[DDPOConfig]):
-    """DDPO (arXiv 2305.13301): a clipped policy gradient, rewards standardised by each prompt's own history."""
+    """DDPO (arXiv 2305.13301): a clipped policy gradient with rewards standardised by each prompt's own history."""
 
     config_class = DDPOConfig
 
@@ -96,7 +96,7 @@ class GRPOConfig(ParetoConfig):
 
 
 class GRPOTrainer(LossTrainer[GRPOConfig]):
-    """GRPO (Flow-GRPO, arXiv 2505.05470): a clipped policy gradient, the samples of a prompt as each other's baseline.
+    """GRPO (Flow-GRPO, arXiv 2505.05470): a clipped policy gradient with the other samples of a prompt as baseline.
 
     trainer = GRPOTrainer(pipe, "hpsv2.1", GRPOConfig(max_steps=200), train_prompts=["a red circle", "two stars"])
     trainer.train()
@@ -106,7 +106,7 @@ class GRPOTrainer(LossTrainer[GRPOConfig]):
     config_class = GRPOConfig
 
     def signal(self, scored: Scored) -> Tensor:
-        """Mixed rewards (B, K), or advantages where the loss takes those."""
+        """Mixed rewards (B, K), or advantages where the loss takes advantages."""
         if self.config.pareto:
             return pareto_advantages(self.reward_signal.objectives(scored))
         rewards = super().signal(scored)
@@ -133,6 +133,6 @@ class FilteredConfig(LossConfig):
 
 
 class FilteredTrainer(LossTrainer[FilteredConfig]):
-    """Reward-filtered finetuning (RAFT, arXiv 2304.06767): the likelihood of the best samples of each prompt."""
+    """Reward-filtered finetuning (RAFT, arXiv 2304.06767): maximise the likelihood of each prompt's best samples."""
 
     config_class = FilteredConfig

@@ -36,7 +36,7 @@ class AccelerateContext:
             return gather_object(list(items))
 
     def any(self, asked: bool) -> bool:
-        """Whether any process asks for it; all take the same branch, else they would wait for each other forever."""
+        """Whether any process has `asked` set; all take the same branch, or they would wait for each other forever."""
         return any(self.gather([asked]))
 
     def wait(self) -> None:
@@ -46,13 +46,14 @@ class AccelerateContext:
 
     @contextmanager
     def translate_connection_errors(self) -> Iterator[None]:
-        """Raise InputError where another process ended before its time, for work with collectives of accelerate.
+        """Raise InputError where another process ended early, for work with collectives of accelerate.
 
-        Errors of this process are not changed."""
+        Errors of this process are not changed.
+        """
         try:
             yield
         except RuntimeError as error:
-            # NCCL has an error of its own, gloo one that names its source file.
+            # NCCL has an error of its own; gloo's error names its source file.
             lost = isinstance(error, distributed.DistError) or "/gloo/" in str(error)
             if self.world_size == 1 or not lost:
                 raise
@@ -77,9 +78,9 @@ class AccelerateContext:
 
 @contextmanager
 def main_first(cpu: bool) -> Iterator[None]:
-    """Run the block in the main process first, then in the others; if it raises, they never run it.
+    """Run the block in the main process first, then in the others; if it raises, the others never run it.
 
-    cpu  whether the model is on the CPU, where accelerate would else take each of several for the only one
+    cpu  whether the model is on the CPU; without it, accelerate would take each of several processes for the only one
     """
     state = PartialState(cpu=cpu)
     if not state.is_main_process:

@@ -19,7 +19,7 @@ from steer.training.losses import Metrics
 from steer.training.rollout import Sampler
 from steer.training.token_rollout import TokenSampler
 
-# They are for samples that several updates learn from, for log-probabilities, or for a reference other than the model.
+# Fields for samples that several updates learn from, for log-probabilities, or for a reference other than the model.
 UNUSED = (
     "steps_per_generation",
     "num_iterations",
@@ -35,8 +35,8 @@ class DRAKESConfig(TrainingConfig):
     """TrainingConfig with the options of DRAKES.
 
     kl_weight    α, in units of the reward per nat; the optimum is p_pre exp(r/α)
-    last_steps   steps that gradients flow through, from the end; None: all
-    temperature  τ of the Gumbel-softmax of a token; the smaller, the nearer to a draw and the noisier
+    last_steps   number of last steps that gradients and the KL are of; None: all
+    temperature  τ of the Gumbel-softmax of a token; the smaller, the closer to a draw and the noisier the gradient
     """
 
     title: ClassVar[str] = "DRAKES"
@@ -71,8 +71,8 @@ class DRAKESTrainer(Trainer[DRAKESConfig]):
 
     DRAKESTrainer(pipe, "says:blue", config=DRAKESConfig(kl_weight=0.3), train_prompts=["a red", "a"]).train()
 
-    reward  of texts, with gradients on relaxed tokens, such as says:WORD
-    Raises InputError for another reward, and for a pipeline that is no masked diffusion model.
+    reward  a reward of texts, with gradients on relaxed tokens, such as says:WORD
+    Raises InputError for another reward, and for a pipeline that is not a masked diffusion model.
     """
 
     config_class = DRAKESConfig
@@ -94,16 +94,16 @@ class DRAKESTrainer(Trainer[DRAKESConfig]):
         self._relaxed_reward().relaxed(one_hot, [""])
 
     def evaluates_reference(self, update: int) -> bool:
-        """No: the KL is that of relaxed steps."""
+        """Return False: the KL is computed on relaxed steps."""
         return False
 
     def _relaxed_reward(self) -> SequenceScore:
         return SequenceScore(self.reward, self.pipe.decode, self.pipe.tokenizer)
 
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
-        """Add ∇θ [α KL − mean reward] of relaxed texts of the batch's prompts; return it, and the KL in nats.
+        """Add ∇θ [α KL − mean reward] of relaxed texts of the batch's prompts; return the loss, and the KL in nats.
 
-        α is kl_weight, or where that is adapted its present value. See `steer.training.drakes`.
+        α is kl_weight, or its present value if it is adapted. See `steer.training.drakes`.
         """
         assert isinstance(sampler, TokenSampler)
         config, context, reward = self.config, options["context"], self._relaxed_reward()

@@ -22,18 +22,18 @@ from steer.training.forward import Policy
 from steer.training.rollout import Kernel, Rows, Sampler, Trajectories
 from steer.training.signals import within_prompt_correlation
 
-BOOTSTRAP_RESAMPLES = 10_000  # of the bootstrap
+BOOTSTRAP_RESAMPLES = 10_000  # for intervals
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """An evaluation after `step` updates of P prompts × K.
+    """An evaluation of P prompts × K samples after `step` updates.
 
-    rewards    (P, K) by name, the trained one first
+    rewards    (P, K) by name, the trained reward first
     diversity  mean distance between two samples of a prompt, 0 to 1, see `diversity`; 0 for K = 1
-    images     (P·K, 3, H, W) in [0, 1], of videos (P·K, F, 3, H, W); or texts
-    members    rewards (P, K) of the members of an ensemble that is trained on, by name
-    kl         to the reference, nats a trajectory, where it is measured
+    images     (P·K, 3, H, W) in [0, 1]; videos (P·K, F, 3, H, W); or texts
+    members    rewards (P, K) of the members if the trained reward is an ensemble, by name
+    kl         KL to the reference, nats per trajectory, if measured
     """
 
     step: int
@@ -45,15 +45,15 @@ class EvalResult:
     kl: float | None = None
 
     def means(self) -> tuple[float, float]:
-        """Return the means of the trained reward and the first held-out one (the trained one where there is none)."""
+        """Return the means of the trained and the first held-out reward (the trained one where there is none)."""
         collected = [values.mean().item() for values in self.rewards.values()]
         return collected[0], collected[1] if len(collected) > 1 else collected[0]
 
     def record(self) -> dict[str, Any]:
         """Return plain values: [mean, low, high] of every reward, a 95 % bootstrap interval over the prompts.
 
-        Also the standard deviation of each over all images, and Pearson's correlation of each held-out one with the
-        trained one within prompts, where there are several images per prompt.
+        Also the standard deviation of each reward over all images, and, with several images per prompt, Pearson's
+        correlation of each held-out reward with the trained reward within prompts.
         """
         members = {f"member/{name}": values for name, values in self.members.items()}
         values: dict[str, Any] = {name: interval(one.mean(1)) for name, one in self.rewards.items()}
@@ -72,8 +72,8 @@ class EvalResult:
 class Evaluator:
     """The prompts and rewards of all evaluations of a run, how samples are drawn, and the conditions by prompt.
 
-    A tournament, whose win rates within one policy are ½, is evaluated by its judge's P(image ≻ image of the reference
-    from the same noise), the win rate against the model before the training.
+    The win rates of a tournament within one policy are ½. It is evaluated instead by its judge's P(image ≻ image of the
+    reference from the same noise), the win rate against the model before the training.
 
     base  images of the reference by the number of their chunk, drawn once per process
     """
@@ -95,7 +95,7 @@ class Evaluator:
         context: DistributedContext,
         reference: Policy = nullcontext,
     ) -> EvalResult:
-        """Evaluate the same prompts and seeds at every step; the processes take turns with chunks of them."""
+        """Evaluate the same prompts and seeds at every step; their chunks are distributed over the processes."""
         size, sampler = config.num_generations_eval, sampler_of(pipe, config, prepared, "model", self.conditions)
         rewards = {reward.name: reward for reward in (self.trained, *self.held_out)}
         rows = rows_of(self.prompts, size, config.seed, "evaluation", shared_start=False)
@@ -113,7 +113,7 @@ class Evaluator:
                 with reference():
                     self.base[number] = self._images(sampler, rows, config)
             if turn + context.rank < len(chunks):
-                # Scored on the device of the pipeline, and only then moved to the CPU.
+                # Images are scored on the device of the pipeline, and only then moved to the CPU.
                 with torch.no_grad():
                     scores = {name: self._score(one, images, rows.prompts, number) for name, one in rewards.items()}
                 members = scores[self.trained.name][1] if ensemble else {}
@@ -147,7 +147,7 @@ class Evaluator:
 
 
 def _chunk_size(rewards: Iterable[Reward], config: TrainingConfig) -> int:
-    """Return the rows of a chunk: `micro_batch`, of whole prompts where a reward compares the images of one."""
+    """Return the rows of a chunk: `micro_batch`, in whole prompts where a reward compares the images of a prompt."""
     chunk, size = config.micro_batch, config.num_generations_eval
     # A tournament compares each image with its own base image.
     comparing = [one for one in rewards if compares_images(one) and not isinstance(unwrapped(one), Tournament)]
@@ -162,7 +162,7 @@ def _chunk_size(rewards: Iterable[Reward], config: TrainingConfig) -> int:
 def policy_kl(sampler: Sampler, rows: Rows, reference: Policy, other: Sampler | None = None) -> Tensor:
     """Return Σ_t KL(p(x_s | x_t) ‖ p_ref(x_s | x_t)) (N,) in nats, along trajectories of the present weights.
 
-    reference  block with the weights of the reference
+    reference  context in which the denoiser has the weights of the reference
     other      sampler of the reference, where its text embeddings differ
     """
     stored, _ = sampler.rollout(rows)
@@ -186,14 +186,14 @@ def _by_name(chunks: Sequence[Mapping[str, Tensor]], samples: int) -> dict[str, 
 def _concatenate(drawn: Sequence[Any]) -> Any:
     if not isinstance(drawn[0], Texts):
         return torch.cat(list(drawn))
-    ids = torch.cat([texts.ids.cpu() for texts in drawn])  # of a model: texts have their ids
+    ids = torch.cat([texts.ids.cpu() for texts in drawn])  # texts of a model have ids
     return Texts([text for texts in drawn for text in texts], ids)
 
 
 def diversity(images: Any, samples: int) -> float:
     """Return the mean distance between two different samples of one prompt; 0 for one sample.
 
-    Of images the root mean square over pixels, of texts with ids the share of tokens that differ.
+    For images, the root mean square over pixels; for texts with ids, the share of tokens that differ.
     """
     if isinstance(images, Texts) and images.ids is not None:
         groups = images.ids.view(len(images) // samples, samples, -1)

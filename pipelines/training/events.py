@@ -1,4 +1,4 @@
-"""Events between a running training and the outside: callbacks, and signals that end it."""
+"""Events of a running training: calls of callbacks, and signals that end the run."""
 
 import signal
 import threading
@@ -14,9 +14,9 @@ from steer.pipelines.training.state import RunState
 
 
 class Events:
-    """The events of transformers' callbacks, with its TrainerState and TrainerControl.
+    """The events of transformers' callbacks, with transformers' TrainerState and TrainerControl.
 
-    Its classes are imported where there are callbacks: they load much of transformers.
+    These classes are imported only if there are callbacks, because they load much of transformers.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Events:
             )
 
     def call(self, event: str, **details: Any) -> None:
-        """Call one event of every callback; `details` are its further keyword arguments."""
+        """Call one event of every callback; `details` are further keyword arguments."""
         if not self.callbacks:
             return
         state = self.trainer_state
@@ -49,7 +49,7 @@ class Events:
                 self.control = function(self.config, state, self.control, **details) or self.control
 
     def asked(self, name: str) -> bool:
-        """Whether a callback of any process set this field of the TrainerControl, which is then unset."""
+        """Whether a callback of any process set this field of the TrainerControl; unset the field."""
         if not self.callbacks:
             return False
         asked = self.context.any(bool(getattr(self.control, name)))
@@ -58,17 +58,17 @@ class Events:
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SIGNAL_INTERVAL = 1.0  # seconds within which signals are one request
+SIGNAL_INTERVAL = 1.0  # seconds within which repeated signals are one request
 
 
 class Stopped(Exception):
-    """Ends a run at a point that it can resume from."""
+    """Exception that ends a run at a point from which it can resume."""
 
 
 class StopRequest:
     """A request to end the run.
 
-    any_process  whether any process of the run has the request: a signal reaches each at another time
+    any_process  whether any process of the run has the request, as a signal reaches each process at another time
     """
 
     def __init__(self, any_process: Callable[[bool], bool] = bool) -> None:
@@ -80,12 +80,12 @@ class StopRequest:
             raise Stopped
 
     def check_own(self) -> None:
-        """Raise Stopped once the end of this process is requested; no other process needs to call it."""
+        """Raise Stopped once the end of this process is requested; other processes need not call this method."""
         if self.requested:
             raise Stopped
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        # Ctrl-C a second time: at once. Launchers send signals twice, but not so far apart.
+        # A second Ctrl-C ends the run at once. Launchers send signals twice, but not so far apart.
         if self.requested and number == signal.SIGINT and time.monotonic() - self._first > SIGNAL_INTERVAL:
             raise KeyboardInterrupt
         if not self.requested:

@@ -31,8 +31,8 @@ PATH_PENALTIES = ("kl_weight", "kl_target_nats", "kl_budget_nats", "chi_square_w
 class ForwardConfig(TrainingConfig):
     """TrainingConfig of a method of the forward process. `eta` and `latents_dtype` apply to no log-probabilities here.
 
-    guidance_scale    in training and evaluation: none (1) as published; None: the default of the pipeline
-    log_prob_precision  of the denoiser: that of the model is enough, since no differences of large sums are taken
+    guidance_scale    guidance scale in training and evaluation: none (1) as published; None: the pipeline's default
+    log_prob_precision  precision of the denoiser: the model's is enough, since no differences of large sums are taken
     reference_weight  β of ‖o_θ − o_ref‖², the mean squared difference of the denoiser's outputs, in place of kl_weight
     """
 
@@ -47,7 +47,7 @@ class ForwardConfig(TrainingConfig):
         """The loss with the options of this configuration."""
 
     def old_decay(self, rollouts: int) -> float:
-        """Decay of the averaged weights that draw the samples after so many rollouts; 0: no average."""
+        """Decay of the averaged weights that draw the samples, after this many rollouts; 0: no average."""
         return 0.0
 
     def __post_init__(self) -> None:
@@ -64,27 +64,27 @@ ForwardConfigT = TypeVar("ForwardConfigT", bound=ForwardConfig)
 
 
 class ForwardTrainer(Trainer[ForwardConfigT]):
-    """A method of the forward process: samples of the pipeline's own solver, and a loss of their noised latents.
+    """A method of the forward process: samples from the pipeline's own solver, and a loss of their noised latents.
 
-    The policy that draws them is an average of the trained weights where the loss compares with it.
+    The policy that draws the samples is an average of the trained weights if the loss compares with that policy.
     """
 
     log_probs: ClassVar[bool] = False
 
     @property
     def averages_policy(self) -> bool:
-        """Whether the weights that draw the samples are kept beside the trained ones."""
+        """Whether the weights that draw the samples are kept beside the trained weights."""
         return self.config.loss().uses_old
 
     def old_decay(self, rollouts: int) -> float:
         return self.config.old_decay(rollouts)
 
     def evaluates_reference(self, update: int) -> bool:
-        """Never on samples: the reference is evaluated on noisy latents, within the update."""
+        """Return False: the reference is evaluated on noisy latents within the update, not on samples."""
         return False
 
     def num_learned_steps(self, total: int) -> int:
-        """All noise levels but `skip_low_noise_steps`, whatever the precision."""
+        """Return the number of noise levels without `skip_low_noise_steps`, whatever the precision."""
         return max(1, total - (self.config.skip_low_noise_steps or 0))
 
     @staticmethod
@@ -117,7 +117,7 @@ class ForwardTrainer(Trainer[ForwardConfigT]):
 
     @property
     def state(self) -> RunState:
-        """The state of the present run. Raises InputError before there is one."""
+        """The state of the present run. Raises InputError where there is no run yet."""
         if self._run is None:
             raise InputError("no run has begun: call train()")
         return self._run.state
@@ -129,7 +129,7 @@ class NFTConfig(ForwardConfig):
 
     beta            β of the positive and the negative policy; published 1 and 0.1
     advantage_clip  A_max, the advantage of an optimality of 1
-    old_decay_rate  the weights that draw the samples are an average, of decay min(rate · rollouts, old_decay_max)
+    old_decay_rate  the weights that draw the samples are an average with decay min(rate · rollouts, old_decay_max)
     old_decay_max   largest decay, below 1
     """
 
@@ -167,8 +167,8 @@ class AWMConfig(ForwardConfig):
 
     clip            ε of the ratio of matching losses
     advantage_clip  advantages are clipped to ± this
-    weighting       of noise levels: uniform, noise (t) or noise-squared (t²), with t = σ/(α + σ); huber: t times
-                    the root of the matching loss
+    weighting       weights of noise levels: uniform, noise (t) or noise-squared (t²), with t = σ/(α + σ); huber: t
+                    times the root of the matching loss
     """
 
     title: ClassVar[str] = "AWM"
@@ -186,7 +186,7 @@ class AWMConfig(ForwardConfig):
 
 
 class AWMTrainer(ForwardTrainer[AWMConfig]):
-    """Advantage-weighted matching (arXiv 2509.25050): PPO's objective, the matching loss as a log-probability."""
+    """Advantage-weighted matching (arXiv 2509.25050): PPO's objective with the matching loss as a log-probability."""
 
     config_class = AWMConfig
 
@@ -195,7 +195,7 @@ class AWMTrainer(ForwardTrainer[AWMConfig]):
 class RAMConfig(ForwardConfig):
     """TrainingConfig with the options of RAM.
 
-    scale           of the advantages, by which the reference is moved along the residual
+    scale           scale of the advantages, by which the reference's output is moved along the residual
     advantage_clip  advantages are clipped to ± this
     """
 
@@ -213,7 +213,7 @@ class RAMConfig(ForwardConfig):
 
 
 class RAMTrainer(ForwardTrainer[RAMConfig]):
-    """Reinforce adjoint matching (arXiv 2605.10759): regression on the reference moved along the residual."""
+    """Reinforce adjoint matching (arXiv 2605.10759): regression on the reference's output moved along the residual."""
 
     config_class = RAMConfig
 
@@ -223,7 +223,7 @@ class DPOConfig(ForwardConfig):
     """TrainingConfig with the options of Diffusion-DPO. One update learns from `train_batch_size` pairs.
 
     beta    β, for squared errors averaged over elements; published 2000 (SD 1.5) and 5000 (SDXL)
-    images  folder that image paths of the preferences are relative to; by default that of the table
+    images  folder that image paths of the preferences are relative to; by default the table's folder
     """
 
     title: ClassVar[str] = "Diffusion-DPO"
@@ -243,7 +243,7 @@ class DPOConfig(ForwardConfig):
 
 
 class DPOTrainer(ForwardTrainer[DPOConfig]):
-    """Diffusion-DPO (arXiv 2311.12908): from pairs of images of one prompt, of any origin.
+    """Diffusion-DPO (arXiv 2311.12908): learn from pairs of images of one prompt, of any origin.
 
     DPOTrainer(pipe, preferences="pairs.jsonl", eval_prompts=prompts, eval_rewards=["hpsv2.1"]).train()
     """
@@ -257,12 +257,12 @@ class DPOTrainer(ForwardTrainer[DPOConfig]):
 
     @classmethod
     def preference_defaults(cls, preferences: str | Path) -> dict[str, Any]:
-        """None: images of any size and origin are learned from."""
+        """Return no fields: the method learns from images of any size and origin."""
         return {}
 
     @classmethod
     def check_preferences(cls, preferences: Path, config: Mapping[str, Any]) -> None:
-        """Read the table. Raises InputError for one that cannot be read or has no preference."""
+        """Read the table. Raises InputError for a table that cannot be read or has no preference."""
         read_image_pairs(preferences, config.get("images"))
 
     def preference_source(self, preferences: Path) -> RolloutSource:

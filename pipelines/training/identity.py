@@ -42,7 +42,7 @@ RESUMABLE_FIELDS = {
 def identity_of(
     trainer: TrainingMethod[Any], source: RolloutSource, evaluator: Evaluator
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the plain values that a run keeps when it is resumed, and those that may then differ."""
+    """Return the plain values that must be equal when a run is resumed, and the values that may differ."""
     pipe, conditions = trainer.pipe, trainer.conditions_by_prompt
     values = {name: plain_values(value) for name, value in asdict(trainer.config).items() if name != "output_dir"}
     identity = {
@@ -52,7 +52,7 @@ def identity_of(
         "eval_prompts": list(evaluator.prompts),
         "eval_rewards": [reward.name for reward in evaluator.held_out],
         **({"conditions": plain_values(conditions)} if conditions else {}),
-        # By its own name, in any folder: a run resumes after its folder, or the checkout, was moved.
+        # The model's name without its folder: a run resumes after its folder, or the checkout, was moved.
         "model": f"{type(pipe).__name__} {Path(getattr(pipe.config, '_name_or_path', '')).name}".strip(),
         "weights": fingerprint(pipe),
         "scheduler": pipe.scheduler.to_json_string(),

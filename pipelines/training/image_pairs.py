@@ -1,4 +1,4 @@
-"""Learning from pairs of images of one prompt, of any origin: their latents are encoded once and cached."""
+"""Pairs of images of one prompt, of any origin, as training samples: latents are encoded once and cached."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ from steer.training.rollout import Rows, Sampler, Trajectories, blocks
 from steer.training.trainable import Trainable
 
 LATENTS, FOLDER = "latents.safetensors", "image-pairs"
-CHECKED = 4  # images whose reconstruction is compared with them
+CHECKED = 4  # number of images that are compared with their reconstruction
 
 
 def read_image_pairs(table: Path, images: str | None = None) -> Pairs:
-    """Read the pairs that `steer rewards train` reads, without ties. Raises InputError where there are none."""
+    """Read a table of pairs as `steer rewards train` does, without ties. Raises InputError where no pair is left."""
     pairs = read_pairs(table, None if images is None else Path(images))
     decided = [row for row, choice in enumerate(pairs.labels.choice.tolist()) if choice != 0.5]
     if not decided:
@@ -38,7 +38,7 @@ def read_image_pairs(table: Path, images: str | None = None) -> Pairs:
 
 @dataclass(frozen=True)
 class ImagePairs:
-    """Pairs of images of which one is preferred, with a probability.
+    """Pairs of images with the probability that the first is preferred.
 
     latents  (P, 2, …) clean latents of both images of each pair
     usable   the solver steps whose noise levels can be used
@@ -53,9 +53,9 @@ class ImagePairs:
 
     @classmethod
     def of(cls, table: Path, pipe: Any, config: TrainingConfig, images: str | None = None) -> "ImagePairs":
-        """Read a table, and encode its images in the size that the pipeline makes as called by the configuration.
+        """Read a table, and encode its images in the size of the pipeline's images under the configuration.
 
-        images  the folder that image paths are relative to; by default that of the table
+        images  the folder that image paths are relative to; by default the table's folder
 
         Latents are kept in the run's folder, with a checksum. Raises InputError for images or labels that cannot be
         read, for a pipeline whose latents cannot be encoded, and for corrupt latents.
@@ -83,7 +83,7 @@ class ImagePairs:
     ) -> RolloutBuffer:
         """Collect the pairs of every update of a rollout, from a stream of shuffled passes over all of them.
 
-        Both images of a pair get one noise. The order of a pair is that of the table: its first image has the signal c.
+        Both images of a pair get the same noise. Pairs have the table's order: the first image has the signal c.
         """
         config, size, updates = self.config, self.config.train_batch_size, self.config.steps_per_generation
         batches, metrics = [], []
@@ -123,7 +123,7 @@ def _digest(pairs: Pairs, shape: Sequence[int]) -> str:
 def _encode_pairs(
     pipe: Any, sampler: Sampler, pairs: Pairs, shape: Trajectories, example: Tensor, chunk: int
 ) -> Tensor:
-    """Return latents (P, 2, …) on the CPU. Raises InputError where the decoder does not give the images back."""
+    """Return latents (P, 2, …) on the CPU. Raises InputError where the decoder does not reconstruct the images."""
     if example.dim() != 4:
         raise InputError(f"{type(pipe).__name__} makes no single images: Diffusion-DPO learns from images")
     sources = [source for pair in zip(pairs.a, pairs.b, strict=True) for source in pair]
@@ -152,7 +152,7 @@ def fit(image: Tensor, size: Sequence[int]) -> Tensor:
 def encode(pipe: Any, images: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the clean latents (N, …) of images (N, 3, H, W) in [0, 1], as the solver's last step returns them.
 
-    shape  of one image's latents, tokens where the pipeline packs them. Raises InputError where they cannot be encoded.
+    shape  of one image's latents, or tokens where the pipeline packs them. Raises InputError if they cannot be encoded.
     """
     latents, vae = 2 * images - 1, getattr(pipe, "vae", None)
     if vae is not None:
@@ -170,7 +170,7 @@ def encode(pipe: Any, images: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _check_reconstruction(pipe: Any, sampler: Sampler, latents: Tensor, images: Tensor, prompt: str) -> None:
-    """Raise InputError where decoded latents are no nearer to the images than the images' own mean colour is."""
+    """Raise InputError where decoded latents are no closer to the images than the images' own mean colour."""
     count = len(latents)
     stored = Trajectories(
         Rows((prompt,) * count, (0,) * count, (0,) * count), latents[:, None], (), torch.zeros(count, 0)

@@ -1,4 +1,4 @@
-"""Finetuning by a judge of pairs of images, whose preferences need no order: SPO (2401.04056) and DNO (2404.03715).
+"""Finetuning by a judge of image pairs, with preferences that may be intransitive: SPO (2401.04056), DNO (2404.03715).
 
 The signal of a sample is its win rate against the other samples of its prompt (`steer.rewards.judges.Tournament`).
 """
@@ -17,14 +17,14 @@ from steer.training.losses import DNO
 
 
 class JudgedTrainer:
-    """A mixin for trainers by a judge, as `steer.load_judge` reads it, in place of a reward.
+    """A mixin for trainers with a judge, as read by `steer.load_judge`, in place of a reward.
 
-    It is evaluated by its win rate against the model before the training, from the same noise.
+    The trained model is evaluated by its win rate against the model before the training, from the same noise.
     """
 
     @staticmethod
     def read_reward(reward: Any) -> Reward:
-        """Return the tournament of a judge; a tournament stays one."""
+        """Return the tournament of a judge; a tournament is returned unchanged."""
         judge = load_judge(reward)
         if isinstance(judge, RewardJudge) and compares_images(judge.reward):
             return judge.reward
@@ -32,7 +32,7 @@ class JudgedTrainer:
 
 
 def check_micro_batch(config: LossConfig) -> None:
-    """Raise InputError where the samples of a prompt are not in one micro-batch: they are compared."""
+    """Raise InputError where the samples of a prompt, which are compared, are not in one micro-batch."""
     if config.micro_batch % config.num_generations:
         raise InputError(
             f"micro_batch must be a multiple of num_generations, {config.num_generations}, got {config.micro_batch}: "
@@ -42,7 +42,7 @@ def check_micro_batch(config: LossConfig) -> None:
 
 @dataclass(frozen=True)
 class SPOConfig(GRPOConfig):
-    """GRPOConfig, of win rates in place of rewards."""
+    """GRPOConfig with win rates in place of rewards."""
 
     title: ClassVar[str] = "SPO"
     paper: ClassVar[tuple[str, str]] = (
@@ -56,7 +56,7 @@ class SPOConfig(GRPOConfig):
 
 
 class SPOTrainer(JudgedTrainer, GRPOTrainer):
-    """Self-play preference optimisation (arXiv 2401.04056): GRPO of win rates among a prompt's samples.
+    """Self-play preference optimisation (arXiv 2401.04056): GRPO on win rates among a prompt's samples.
 
     SPOTrainer(pipe, "hierarchy(scene-soft, brightness)", SPOConfig(max_steps=200), train_prompts=prompts).train()
     """
@@ -66,11 +66,11 @@ class SPOTrainer(JudgedTrainer, GRPOTrainer):
 
 @dataclass(frozen=True)
 class DNOConfig(LossConfig):
-    """TrainingConfig with the options of DNO. Give it several updates per rollout (`num_iterations`).
+    """TrainingConfig with the options of DNO. Use several updates per rollout (`num_iterations`).
 
     beta         β of β log pθ/p_old, for log-probabilities per latent element
-    temperature  of the labels σ((wᵃ − wᵇ)/T): 1; near 0, with `sample_filter: best-worst` and `filter_keep: 2`, it is
-                 the practical form of the paper, DPO on the best and the worst sample
+    temperature  T of the labels σ((wᵃ − wᵇ)/T): 1; a value near 0, with `sample_filter: best-worst` and `filter_keep:
+                 2`, gives the paper's practical form, DPO on the best and the worst sample
     """
 
     title: ClassVar[str] = "DNO"

@@ -27,16 +27,16 @@ from steer.training.token_rollout import TokenSampler
 from steer.training.trainable import get_denoiser
 
 OnChunk = Callable[[], None]
-Samples = tuple[Trajectories, Tensor]  # and their images (N, 3, H, W) in [0, 1]
+Samples = tuple[Trajectories, Tensor]  # trajectories and images (N, 3, H, W) in [0, 1]
 Draw = Callable[[Sequence[Rows]], Iterable[Samples]]  # micro-batches → their samples, in order
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Samples of B prompts × K, in chunks: rewards (B, K), and those of the reward's components.
+    """B prompts × K samples in chunks, with rewards (B, K) and scores of the reward's components.
 
-    seconds  that the run waited for rewards
+    seconds  time that the run waited for rewards
 
     In a distributed run each process has the chunks of its shard of the prompts; all else covers all processes.
     """
@@ -49,7 +49,7 @@ class Scored:
 
 
 def shuffled_at(position: int, count: int, size: int, seed: int) -> list[int]:
-    """Return `count` numbers from a position on of a stream of shuffled passes over 0 … size − 1."""
+    """Return `count` numbers, starting at `position`, of a stream of shuffled passes over 0 … size − 1."""
     first, last = position // size, (position + count - 1) // size
     order: list[int] = []
     for turn in range(first, last + 1):
@@ -59,7 +59,7 @@ def shuffled_at(position: int, count: int, size: int, seed: int) -> list[int]:
 
 
 def prompts_at(position: int, count: int, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
-    """Return `count` prompts from a position on of a stream of shuffled passes over all of them."""
+    """Return `count` prompts, starting at `position`, of a stream of shuffled passes over all prompts."""
     return tuple(prompts[number] for number in shuffled_at(position, count, len(prompts), seed))
 
 
@@ -72,7 +72,7 @@ def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_s
 
 
 def at_once(work: Callable[[], T]) -> Callable[[], T]:
-    """Do work in the calling thread, as a `Submit` without background."""
+    """Do work in the calling thread: a `Submit` without background threads."""
     output = work()
     return lambda: output
 
@@ -88,7 +88,7 @@ def sample_and_score(
 ) -> Scored:
     """Sample this process's shard of the rows, `chunk` at a time, and score their images.
 
-    submit  scores a chunk, in the background while the next one is sampled
+    submit  function that scores a chunk, in the background while the next chunk is sampled
     """
     if compares_images(reward) and chunk % samples:
         raise InputError(
@@ -131,9 +131,9 @@ def half_precision(denoiser: Any, config: TrainingConfig) -> torch.dtype | None:
 
 
 def num_training_steps_of(total: int, config: TrainingConfig, half: bool) -> int:
-    """Return the number of stochastic steps to learn from: all but the last ones, whose τ is lowest.
+    """Return the number of stochastic steps to learn from: all but the last steps, whose τ is lowest.
 
-    Raises InputError where none is left.
+    Raises InputError where no step is left.
     """
     if config.skip_low_noise_steps is None:
         return total - min(HALF_PRECISION_SKIPPED_STEPS, total // 2) if half else total
@@ -162,9 +162,9 @@ def sampler_of(
 
 
 def check_tokens(pipe: Any, config: TrainingConfig, trains_tokens: bool) -> None:
-    """Raise InputError for a model of tokens that a method cannot train, or for arguments that it does not have.
+    """Raise InputError for a token model that a method cannot train, or for arguments that do not apply to tokens.
 
-    trains_tokens  whether the method can
+    trains_tokens  whether the method can train token models
     """
     if pipe is None or not is_token_scheduler(pipe.scheduler):  # arguments are checked before a model is loaded
         return
@@ -191,7 +191,7 @@ class TrainingResult:
 
     step         number of updates
     stopped      reason for an end before max_steps, else None
-    weights      path of the exported weights: the last ones, or the best ones where the held-out reward fell
+    weights      path of the exported weights: the last weights, or the best where the held-out reward fell
     best_step    update of the best evaluation by the held-out reward (`best/`); None without evaluations
     records      metrics of every update
     evaluations  metrics of every evaluation
@@ -211,7 +211,7 @@ class RolloutWorkers(Protocol):
     """Processes that draw samples in place of this one."""
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Use these weights, by their names, from the next draw on."""
+        """Use these weights, by name, from the next draw on."""
         ...
 
     def draw(self, chunks: Sequence[Rows], window: StepWindow | None, on_chunk: OnChunk) -> Iterator[Samples]:
@@ -232,7 +232,7 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
     eval_rewards: tuple[Reward, ...] = ()
     preferences: Path | None = None
     conditions_by_prompt: Mapping[str, Mapping[str, Any]] = {}  # arguments of the pipeline's call
-    workers: RolloutWorkers | None = None  # that draw the samples of rollouts
+    workers: RolloutWorkers | None = None  # processes that draw the samples of rollouts
 
     def check(self) -> None:
         """Raise InputError for a reward or a pipeline that does not fit this method."""
@@ -243,14 +243,14 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         return False
 
     def old_decay(self, rollouts: int) -> float:
-        """Decay of that average after so many rollouts."""
+        """Decay of the average of the weights that draw samples, after this many rollouts."""
         return 0.0
 
     @staticmethod
     def draw(sampler: Sampler, rows: Rows, window: StepWindow | None = None) -> Samples:
         """Draw samples to learn from or to evaluate, and their images: by default with noise in the window.
 
-        Without the method's state: workers call it too.
+        This method has no state, as workers call it too.
         """
         return sampler.rollout(rows, window)
 
@@ -265,16 +265,16 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
     def select(
         self, scored: Scored, signal: Tensor, name: str, context: DistributedContext
     ) -> tuple[Sequence[Trajectories], Tensor]:
-        """The chunks and the signal of the samples that the update of that name learns from: by default of all."""
+        """The chunks and the signal of the samples that the update `name` learns from: by default all samples."""
         return scored.chunks, signal
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the latest rollout beside its rewards."""
+        """Metrics of the latest rollout, besides rewards."""
         return {}
 
     @property
     def needs_reference(self) -> bool:
-        """Whether every update needs the reference policy, and not only the log."""
+        """Whether every update needs the reference policy, not only the log."""
         return self.config.needs_divergence
 
     def evaluates_reference(self, update: int) -> bool:
@@ -284,7 +284,7 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
 
     def num_learned_steps(self, total: int) -> int:
         """Number of stochastic steps, from the first on, that count in losses and penalties."""
-        if self.step_window(0) is not None:  # which leaves out the last steps by its place
+        if self.step_window(0) is not None:  # its place leaves out the last steps
             return total
         half = half_precision(get_denoiser(self.pipe)[1], self.config)
         return num_training_steps_of(total, self.config, half is not None)
@@ -295,14 +295,16 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         return self.config.step_window(update, half is not None)
 
     def steps(self, total: int, name: str) -> tuple[int, ...]:
-        """The stochastic steps, of 0 … total − 1 of the learned ones, that the update of that name learns from."""
+        """The stochastic steps that the update `name` learns from, of the learned steps 0 … total − 1."""
         return chosen_steps(total, self.config.timestep_fraction, self.config.seed, name)
 
     @abstractmethod
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
-        """Add the gradient of one update to the weights' .grad; return the loss, and metrics, with `kl` and
-        `kl_per_step` in nats where the batch has references. The options are those of
-        `steer.training.gradient.two_pass_gradient`."""
+        """Add the gradient of one update to the weights' .grad; return the loss and metrics.
+
+        The metrics include `kl` and `kl_per_step` in nats where the batch has references. The options are as in
+        `steer.training.gradient.two_pass_gradient`.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """State of the method between rollouts, as plain values."""

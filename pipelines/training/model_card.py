@@ -1,4 +1,4 @@
-"""The model card of a training: a README.md as the Hugging Face hub reads it, by huggingface_hub's ModelCard."""
+"""The model card of a training: a README.md for the Hugging Face hub, by huggingface_hub's ModelCard."""
 
 import inspect
 import math
@@ -110,7 +110,7 @@ def model_card(
     """Return the text of folder/README.md.
 
     about  `model` and `reward` by name, and other plain values that the card lists
-    grids  pictures of evaluations in folder/samples, of which the last is shown
+    grids  pictures of evaluations in folder/samples; the last one is shown
     """
     model, kind = escaped(about.get("model") or "a diffusion model"), "LoRA" if config.lora_rank else "full finetuning"
     pictures = [(text, f"plots/{file}") for file, text in PICTURES.items() if (folder / "plots" / file).exists()]
@@ -157,7 +157,7 @@ def _card_data(pipe: Any, config: TrainingConfig, result: TrainingResult, about:
     task = "text-generation" if is_token_scheduler(pipe.scheduler) else task
     kind, method = "lora" if config.lora_rank else "full-finetuning", type(config).__name__.removesuffix("Config")
     model = str(about.get("model") or "")
-    # A path is private, and nothing that the hub could link to.
+    # A path is private, and the hub could not link to it.
     public = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model) and not Path(model).exists()
     last = {one["step"]: one for one in result.evaluations}.get(result.weights_step, {})
     rewards = {name: last[f"eval/{name}"][0] for name in held_out_names([last])}
@@ -187,7 +187,7 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
     after: list[str] = []
     if weights.name == LORA:
         after = _lora_code(weights.parent, where, place)
-    elif weights.name == PEFT:  # the pipeline loads no LoRAs; written without PeftModel's prefix of every name
+    elif weights.name == PEFT:  # the pipeline loads no LoRAs; names lack PeftModel's prefix
         peft = "PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict"
         imports += f"\nfrom peft import {peft}"
         after = [
@@ -197,7 +197,7 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
     else:
         imports, more = "AutoModel, DiffusionPipeline", f", {name}={name}"
         before = [f"{name} = AutoModel.from_pretrained(run, subfolder={str(where / name)!r})"]
-    # As in training, with η where the pipeline and its solver take it.
+    # As in training, with η where the pipeline and its solver accept η.
     noise = {"eta": config.eta} if _takes_eta(pipe) and not config.evaluates_by_ode else {}
     given = config.call_kwargs | noise
     arguments = ", ".join(f"{key}={value!r}" for key, value in given.items() if isinstance(value, str | int | float))
@@ -216,7 +216,7 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
 
 
 def _lora_code(weights: Path, where: Path, place: str) -> list[str]:
-    """Lines that load the LoRA in a folder, and that of a second denoiser in the folder of its name."""
+    """Lines that load the LoRA in a folder, and a second denoiser's LoRA in the folder of its name."""
     second, into = where / SECOND_DENOISER, ", load_into_transformer_2=True"
     only = into if weights.name == SECOND_DENOISER else ""
     lines = [f"pipe.load_lora_weights({place}, weight_name={LORA!r}{only})"]
@@ -226,7 +226,7 @@ def _lora_code(weights: Path, where: Path, place: str) -> list[str]:
 
 
 def _text_code(weights: Path, model: Any, config: TrainingConfig) -> str:
-    """Python code that loads the denoiser of a model of texts and samples as the training did."""
+    """Python code that loads the denoiser of a text model and samples as the training did."""
     source = f"TEXT_MODELS[{model!r}]" if model in TEXT_MODELS else repr(str(model))
     lines = [
         "from steer import MaskedDiffusionPipeline" + (", TEXT_MODELS" if model in TEXT_MODELS else ""),
@@ -240,7 +240,7 @@ def _text_code(weights: Path, model: Any, config: TrainingConfig) -> str:
 
 
 def _takes_eta(pipe: Any) -> bool:
-    """Whether both pipeline and scheduler take η, as `steer.pipelines.base.route_eta` asks."""
+    """Whether both pipeline and scheduler accept η, as `steer.pipelines.base.route_eta` requires."""
     return all(
         "eta" in inspect.signature(function).parameters for function in (type(pipe).__call__, pipe.scheduler.step)
     )
@@ -252,7 +252,7 @@ def _relative(folder: Path, path: Path) -> Path:
 
 
 def base_model(pipe: Any) -> str:
-    """The name of an embedded model, else where a pipeline was loaded from; empty where that is unknown."""
+    """The name of an embedded model, else the place a pipeline was loaded from; empty if unknown."""
     source = str(getattr(pipe.config, "_name_or_path", ""))
     return next((name for name, folder in (MODELS | TEXT_MODELS).items() if str(folder) == source), source)
 
@@ -282,7 +282,7 @@ def _evaluations(result: TrainingResult) -> list[list[str]]:
 
 
 def _arguments(config: TrainingConfig, about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Arguments beside the configuration, and the fields of the configuration that differ from their defaults."""
+    """Further arguments, and the fields of the configuration that differ from their defaults."""
     default = type(config)()
     own = [one.name for one in fields(config)]
     given = {name: value for name, value in about.items() if name not in own and value not in (None, [], ())}
@@ -292,7 +292,7 @@ def _arguments(config: TrainingConfig, about: Mapping[str, Any]) -> list[tuple[s
 
 
 def _text(value: Any) -> str:
-    """A value as text; of a long list its length."""
+    """A value as text; for a long list, its length."""
     if isinstance(value, list | tuple):
         return f"{len(value)} entries" if len(value) > 8 else escaped(", ".join(map(str, value)))
     return escaped(value)
@@ -307,7 +307,7 @@ def _number(value: Any) -> str:
 
 
 def escaped(value: Any) -> str:
-    """A value as text in one line that Markdown and HTML leave as it is, in a table too."""
+    """A value as one line of text that Markdown and HTML leave unchanged, also in a table."""
     return re.sub(r"([\\`*_\[\]<>|~$&#!])", r"\\\1", " ".join(str(value).split()))
 
 

@@ -1,4 +1,4 @@
-"""Learning from human preferences: pairs of stored trajectories, or of ones sampled again from seeds."""
+"""Human preferences as training data: pairs of trajectories, stored or sampled again from seeds."""
 
 import hashlib
 import json
@@ -59,8 +59,8 @@ class PreferenceFolder:
     group = folder.write_group(*sampler.rollout(Rows(("a star",) * 2, starts=(1, 1), noises=(2, 3))))
     folder.write_preference(group, chosen=1, rejected=0)
 
-    A call that returned survives a crash. One program at a time may write. Raises InputError where the disk refuses;
-    then the group is not recorded.
+    Data of a call that has returned survive a crash. Only one program may write at a time. Raises InputError for a disk
+    error; the group is then not recorded.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -72,7 +72,7 @@ class PreferenceFolder:
     def create(
         cls, path: str | Path, pipe: Any, call: Mapping[str, Any], eta: float = 1.0, latents_dtype: str = "float32"
     ) -> "PreferenceFolder":
-        """Create a folder, or open one of the same provenance, for samples of `Sampler(pipe, call, eta, …)`.
+        """Create a folder, or open a folder of the same provenance, for samples of `Sampler(pipe, call, eta, …)`.
 
         latents_dtype  dtype of the sampler's latents, by name
         Raises InputError for a folder of another provenance, and for arguments that a training cannot read back.
@@ -88,7 +88,7 @@ class PreferenceFolder:
 
     @classmethod
     def create_as(cls, path: Path, provenance: SampleProvenance) -> "PreferenceFolder":
-        """Create a folder, or open one, for samples of this provenance."""
+        """Create or open a folder for samples of this provenance."""
         if not (path / SETTINGS).exists():
             with write_errors(path):
                 write_text(path / SETTINGS, json.dumps(asdict(provenance), indent=1) + "\n")
@@ -100,7 +100,7 @@ class PreferenceFolder:
     def write_group(self, sampled: Trajectories, images: Tensor, keep_trajectories: bool = True) -> str:
         """Write samples of one prompt from one x_T, one batch of a sampler; return the name of the group.
 
-        keep_trajectories  else a training samples them again from their seeds, with the same model, device and versions
+        keep_trajectories  False: a training samples them again from seeds, with the same model, device and versions
         Rows that are already recorded are not written again.
         """
         rows = sampled.rows
@@ -160,7 +160,7 @@ class PreferenceFolder:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Raise an InputError in place of an OSError of the block."""
+    """Turn an OSError of the block into an InputError."""
     try:
         yield
     except OSError as error:
@@ -168,7 +168,7 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 def group_id(rows: Rows) -> str:
-    """Return the name of a group, the same for the same rows: a group that is written twice is recorded once."""
+    """Return the name of a group, equal for equal rows: a group that is written twice is recorded once."""
     return hashlib.sha256(json.dumps(asdict(rows)).encode()).hexdigest()[:16]
 
 
@@ -181,7 +181,7 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
         content = file.read()
         last = content[content.rfind(b"\n") + 1 :]
         if _accepts(json.loads, last):
-            line = b"\n" + line  # somebody's editor left the end of the line out
+            line = b"\n" + line  # an editor left out the end of the line
         elif last:
             file.truncate(len(content) - len(last))
         file.write(line)
@@ -198,10 +198,10 @@ def _accepts(convert: Callable[[Any], Any], value: Any) -> bool:
     return True
 
 
-REGENERATED = "regenerated"  # folder, in that of a run, of samples that were drawn again
-MUST_MATCH = ("pipeline", "scheduler", "call", "eta", "latents_dtype")  # of a folder and a run; other things may differ
-# Nats per latent element between the log-probabilities that were stored and those of the reference, largest of all
-# steps: above what bf16 makes of the last ones, whose τ is small (hundredths), far below another model's (whole nats).
+REGENERATED = "regenerated"  # subfolder of a run for samples that were drawn again
+MUST_MATCH = ("pipeline", "scheduler", "call", "eta", "latents_dtype")  # fields that must be equal in folder and run
+# Largest difference of any step between stored log-probabilities and the reference's, in nats per latent element: above
+# the error of bf16 in the last steps, whose τ is small (hundredths), and far below another model's (whole nats).
 MAX_LOG_PROB_DIFFERENCE = 0.3
 
 
@@ -225,9 +225,9 @@ def sampling_config_of(folder: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PreferenceDataset:
-    """Pairs of samples of which a person preferred one: the chosen one has the reward 1, the other 0.
+    """Pairs of samples of which a person preferred one: the chosen sample has the reward 1, the other 0.
 
-    groups  with their trajectories, by name
+    groups  groups with their trajectories, by name
     """
 
     records: PreferenceRecords
@@ -238,12 +238,12 @@ class PreferenceDataset:
     def of(cls, folder: Path, pipe: Any, config: TrainingConfig) -> "PreferenceDataset":
         """Read the preferences of a folder for a run that trains `pipe`, which must still be the model of the samples.
 
-        Groups without trajectories, as far as the run needs them, are sampled again and kept in the run's folder.
+        Groups without trajectories, if the run needs them, are sampled again and kept in the run's folder.
         """
         records = read_preferences(folder)
         _check_settings(records, pipe, config)
         updates, passes, size = config.steps_per_generation, config.num_iterations, config.train_batch_size
-        num_rollouts = math.ceil(config.max_steps / (updates * passes))  # whole ones are drawn
+        num_rollouts = math.ceil(config.max_steps / (updates * passes))  # drawn as a whole
         used = _preferences_at(records, config, 0, num_rollouts * updates * size)
         groups = {preference.group: records.groups[preference.group] for preference in used}
         missing = [group for group in groups.values() if group.trajectories is None]
@@ -257,7 +257,7 @@ class PreferenceDataset:
     def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
-        """Collect the preferences of every update of a rollout, from a stream of shuffled passes over all of them."""
+        """Collect the preferences of every update of a rollout, from a stream of shuffled passes over all."""
         config, size, updates = self.config, self.config.train_batch_size, self.config.steps_per_generation
         half = half_precision(trainable.denoiser, config) is not None
         batches, metrics = [], []
@@ -271,7 +271,7 @@ class PreferenceDataset:
             old = []
             for chunk in chunks:
                 on_chunk()
-                # Samples count as the present policy's; the first batch is compared with its replay, all steps.
+                # Samples count as the present policy's; the first batch is compared with its replay at all steps.
                 old.append(replace(chunk, log_probs=log_probs(sampler, chunk, steps if number else None)))
             batches.append(Batch(old, references, steps, torch.tensor([[1.0, 0.0]] * size), learned))
             metrics.append({"turn": update * size / len(self.records.preferences)})
@@ -300,7 +300,7 @@ def _preferences_at(records: PreferenceRecords, config: TrainingConfig, position
 
 
 def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfig) -> None:
-    """Raise InputError where a run would not draw the samples as those of the folder were drawn."""
+    """Raise InputError where a run would not draw samples as the folder's samples were drawn."""
     if config.num_generations != 2:
         raise InputError(f"num_generations must be 2, got {config.num_generations}: a preference compares two samples")
     here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
@@ -315,7 +315,7 @@ def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfi
 
 
 def _check_reference(chunks: Sequence[Trajectories], references: Sequence[Reference], steps: Sequence[int]) -> None:
-    """Raise InputError where the model that training begins with cannot have drawn the samples."""
+    """Raise InputError where the initial model of the training cannot have drawn the samples."""
     for chunk, reference in zip(chunks, references, strict=True):
         difference = (reference.log_probs - chunk.log_probs[:, list(steps)]).abs().max().item() / chunk.elements
         if not difference <= MAX_LOG_PROB_DIFFERENCE:
@@ -329,9 +329,9 @@ def _check_reference(chunks: Sequence[Trajectories], references: Sequence[Refere
 def _regenerate(
     groups: Sequence[SampleGroup], records: PreferenceRecords, pipe: Any, config: TrainingConfig, folder: Path
 ) -> dict[str, SampleGroup]:
-    """Sample groups again, each as the batch that it was, and verify its images; return them with trajectories.
+    """Sample groups again, each in its original batch, and verify the images; return the groups with trajectories.
 
-    This happens before a training changes the pipeline: it has neither an adapter nor another precision yet.
+    This happens before a training changes the pipeline, which has neither an adapter nor another precision yet.
     """
     if not groups:
         return {}
@@ -339,7 +339,7 @@ def _regenerate(
     here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
     for group in tqdm(groups, unit="group", disable=None, desc="sampling the recorded images again"):
         if (known := kept.groups.get(group_id(group.rows))) is not None and known.images == group.images:
-            continue  # by this run, before it was stopped
+            continue  # already sampled by this run before it was stopped
         sampled, images = sampler.rollout(group.rows)
         for number, (image, digest) in enumerate(zip(images, group.images, strict=True)):
             if pixel_hash(pixels_of(image)) != digest:

@@ -7,10 +7,10 @@ lots.jsonl          {"lot": ID, "prompts": […], "starts": […], "noises": [�
                      or null: sampled again from the seeds}
 choices.jsonl       {"lot": ID, "chosen": 0, "rejected": 1}, numbers of images, or {"lot": ID, "tie": true}, or
                     {"lot": ID, "undo": true, "annotator": NAME}: removes all earlier lines of NAME on the group,
-                    lines with the same "annotator"; without the key, those without it
+                    which have the same "annotator"; without the key, all earlier lines without an annotator
 
-A group ("lot" in the files) is some samples of one prompt from one x_T, drawn as one batch: sampled again as that batch
-they are the same to the last bit. Further keys, such as annotator and time, are free.
+A group ("lot" in the files) consists of samples of one prompt from one x_T, drawn as one batch: sampled again in this
+batch, they are equal to the last bit. Further keys, such as annotator and time, are free.
 """
 
 import hashlib
@@ -40,15 +40,15 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 SETTINGS, GROUPS, PREFERENCES = "settings.json", "lots.jsonl", "choices.jsonl"
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-TYPES = {"version": int, "scheduler": dict, "call": dict, "eta": float}  # of other settings: text
+TYPES = {"version": int, "scheduler": dict, "call": dict, "eta": float}  # types of settings; all others are text
 
 
 @dataclass(frozen=True)
 class SampleProvenance:
-    """Model, arguments and versions that the samples of a folder were made with.
+    """The provenance of a folder's samples: model, arguments and versions.
 
-    call    arguments of the pipeline's call beside prompts and random numbers; plain values
-    device  its kind: cpu, cuda …
+    call    arguments of the pipeline's call except prompts and random numbers; plain values
+    device  kind of device: cpu, cuda …
     torch, diffusers  versions
     """
 
@@ -99,7 +99,7 @@ class SampleProvenance:
         return cls(**{name: loaded[name] for name in names})
 
     def diff(self, other: "SampleProvenance") -> dict[str, tuple[Any, Any]]:
-        """Return the differences by name; arguments of the call and values of the scheduler one by one."""
+        """Return the differences by name; arguments of the call and values of the scheduler are compared one by one."""
         mine, others = self._flat(), other._flat()
         names = sorted(mine.keys() | others.keys())
         return {name: (mine.get(name), others.get(name)) for name in names if mine.get(name) != others.get(name)}
@@ -114,8 +114,8 @@ class SampleProvenance:
 class SampleGroup:
     """Samples of one prompt from one x_T, drawn as one batch.
 
-    images        SHA-256 of the pixels of each
-    trajectories  SHA-256 of their file and the stochastic steps; None where they are sampled again from the seeds
+    images        SHA-256 of the pixels of each image
+    trajectories  SHA-256 of the trajectory file, and the stochastic steps; None: to be sampled again from the seeds
     """
 
     folder: Path
@@ -125,16 +125,16 @@ class SampleGroup:
     trajectories: tuple[str, tuple[int, ...]] | None
 
     def image_file(self, number: int) -> str:
-        """Its place in the folder."""
+        """The file of an image, relative to the folder."""
         return f"images/{self.id}-{number}.png"
 
     @property
     def trajectory_file(self) -> str:
-        """Its place in the folder."""
+        """The file of the trajectories, relative to the folder."""
         return f"trajectories/{self.id}.safetensors"
 
     def line(self) -> dict[str, Any]:
-        """Its line in lots.jsonl."""
+        """The group's line in lots.jsonl."""
         images = [{"file": self.image_file(number), "sha256": digest} for number, digest in enumerate(self.images)]
         stored = None
         if self.trajectories is not None:
@@ -160,7 +160,7 @@ class SampleGroup:
 
 
 def _fit(tensors: Mapping[str, Tensor], rows: int, steps: tuple[int, ...]) -> bool:
-    """Whether they are `rows` trajectories with these stochastic steps."""
+    """Whether tensors are `rows` trajectories with these stochastic steps."""
     if tensors.keys() != {"latents", "log_probs"}:
         return False
     latents, log_probs = tensors["latents"], tensors["log_probs"]
@@ -171,12 +171,12 @@ def _fit(tensors: Mapping[str, Tensor], rows: int, steps: tuple[int, ...]) -> bo
         and 0 < len(steps) <= latents.shape[1]
         and list(steps) == sorted({step for step in steps if 0 <= step < latents.shape[1]})
         and log_probs.shape == (rows, len(steps))
-        and log_probs.dtype in (torch.float32, torch.float64)  # the first is of older folders
+        and log_probs.dtype in (torch.float32, torch.float64)  # older folders have float32
     )
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """The path of a plain file of the folder. Raises InputError where there is none, or what leads elsewhere."""
+    """The path of a plain file of the folder. Raises InputError for a missing file or a link that leads elsewhere."""
     path = folder / name
     if not path.is_symlink() and not path.exists():
         raise InputError(f"{path} is missing: restore it, or record the preferences again")
@@ -188,7 +188,7 @@ def file_inside(folder: Path, name: str) -> Path:
 def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Read the rows of a file of JSON lines with their numbers.
 
-    A last line that a crash cut off is left out, with a warning. Raises InputError for any other that is no object.
+    A last line that a crash cut off is left out, with a warning. Raises InputError for any other line but an object.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -224,7 +224,7 @@ def drop_undone(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[tuple[int, d
 
 
 IMAGE_PAIR_KEYS = {"image", "images", "image_a", "image_b", "image_0", "image_1", "jpg_0", "jpg_1"}
-MAX_SEED = 1 << 63  # seeds of torch are below
+MAX_SEED = 1 << 63  # torch's seeds are below this number
 IMAGE_PAIRS_UNSUPPORTED = (
     "plain image pairs. D3PO learns from the denoising trajectory of both images (stored latents, or seed and "
     "settings), which an image does not tell; pairs of images alone are for Diffusion-DPO, another method. Record the "
@@ -346,7 +346,7 @@ def _group(place: str, folder: Path, row: Mapping[str, Any]) -> SampleGroup:
 
 
 def _named(row: Mapping[str, Any]) -> list[Any]:
-    """The files that a line names, each with its place in it."""
+    """The files that a line names, each with its place in the line."""
     stored = [row["trajectories"]] if row.get("trajectories") else []
     return [(number, one.get("file")) for number, one in enumerate([*row["images"], *stored])]
 
@@ -368,10 +368,10 @@ def _is_hashed(one: Any) -> bool:
 
 
 def parse_preference(place: str, row: Mapping[str, Any], groups: Mapping[str, SampleGroup]) -> Preference | None:
-    """Parse a line of choices.jsonl; None for a tie and for an undo.
+    """Parse a line of choices.jsonl; return None for a tie or an undo.
 
     place  file and line, for the message
-    Raises InputError for a line that fits none of the groups.
+    Raises InputError for a line that fits no group.
     """
     name = row.get("lot")
     if not isinstance(name, str) or name not in groups:

@@ -23,14 +23,14 @@ def accelerator_of(config: TrainingConfig, folder: Path, cpu: bool) -> Accelerat
             log_with=list(config.log_with) or None,
             project_dir=folder,
             cpu=cpu,
-            device_placement=False,  # the pipeline is where its owner put it
+            device_placement=False,  # the pipeline stays on its device
         )
     except (ImportError, ValueError) as error:
         raise InputError(f"log_with {', '.join(config.log_with)}: {str(error).splitlines()[0]}") from error
 
 
 def trainable_of(pipe: Any, config: TrainingConfig) -> Trainable:
-    """Return a LoRA in the denoiser, or all of its weights, as trainable; everything else is frozen."""
+    """Return a LoRA in the denoiser, or all of its weights, as trainable parameters; everything else is frozen."""
     if config.gradient_checkpointing:
         for denoiser in get_denoisers(pipe, config.denoiser).values():
             enable_gradient_checkpointing(denoiser)
@@ -52,7 +52,7 @@ def trainable_of(pipe: Any, config: TrainingConfig) -> Trainable:
 
 
 def enable_gradient_checkpointing(denoiser: Any) -> None:
-    """Turn on gradient checkpointing. Raises InputError where the denoiser has none, or no block that obeys it."""
+    """Turn on gradient checkpointing. Raises InputError where the denoiser does not support it, or no block does."""
     if getattr(denoiser, "_supports_gradient_checkpointing", False):
         denoiser.enable_gradient_checkpointing()
     if not any(getattr(part, "gradient_checkpointing", False) for part in denoiser.modules()):

@@ -1,4 +1,4 @@
-"""The prompts of a training, and what belongs to each: metadata of its rewards, conditions of its pipeline."""
+"""The prompts of a training, with the metadata for rewards and the conditions for the pipeline of each prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from steer.training.rollout import takes_prompts
 
 
 def prompts_of(pipe: Any, prompts: Sequence[str] | int, name: str) -> tuple[str, ...]:
-    """Return prompts as texts. Raises InputError for empty ones and for a count, where the pipeline takes prompts."""
+    """Return prompts as texts. Raises InputError for empty prompts or a count, if the pipeline takes prompts."""
     conditional = takes_prompts(pipe)
     if isinstance(prompts, int):
         if conditional:
@@ -28,7 +28,7 @@ def prompts_of(pipe: Any, prompts: Sequence[str] | int, name: str) -> tuple[str,
     return tuple(prompts)
 
 
-# Arguments that the training sets itself, or that are one for all prompts.
+# Arguments that the training sets itself, or that are the same for all prompts.
 FIXED_ARGUMENTS = (
     *("prompt", "generator", "latents", "output_type", "return_dict", "num_inference_steps"),
     *IMAGES_PER_PROMPT,
@@ -36,7 +36,7 @@ FIXED_ARGUMENTS = (
 
 
 def check_conditions(pipe: Any, conditions: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise InputError for conditions by prompt that the pipeline's call takes none of, or not for each prompt."""
+    """Raise InputError for conditions by prompt that the pipeline's call does not take, or not for each prompt."""
     for name in dict.fromkeys(name for row in conditions.values() for name in row):
         if name in FIXED_ARGUMENTS or not filter_call_kwargs(pipe, {name: 0}):
             raise InputError(
@@ -48,11 +48,11 @@ def check_conditions(pipe: Any, conditions: Mapping[str, Mapping[str, Any]]) -> 
 def rows_by_prompt(
     kind: str, *given: tuple[Sequence[str], Sequence[Mapping[str, Any]] | None]
 ) -> dict[str, Mapping[str, Any]]:
-    """Return the mapping of each prompt; empty where none are given.
+    """Return the mapping of each prompt; empty if no mappings are given.
 
     kind   metadata or conditions, for messages
     given  prompts, and one mapping for each of them or None
-    Raises InputError where they do not fit the prompts, or where one prompt has two different ones.
+    Raises InputError where the mappings do not fit the prompts, or where one prompt has two different mappings.
     """
     table: dict[str, Mapping[str, Any]] = {}
     for prompts, rows in given:

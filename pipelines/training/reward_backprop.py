@@ -21,7 +21,7 @@ from steer.training.rollout import Sampler, takes_prompts
 class RewardBackpropConfig(TrainingConfig):
     """TrainingConfig with the option of reward backpropagation.
 
-    last_steps  K, solver steps that the gradient goes through; 1 is cheapest and often enough
+    last_steps  K, number of last solver steps that the gradient goes through; 1 is cheapest and often enough
     max_slope   bound on the gradient with respect to each image, in medians of the first update; None: no bound
                 (`steer.training.guards.SlopeLimit`)
     """
@@ -53,7 +53,7 @@ class RewardBackpropConfig(TrainingConfig):
 
 
 class RewardBackpropTrainer(Trainer[RewardBackpropConfig]):
-    """The gradient of a differentiable reward, through the decoder and the last K solver steps."""
+    """Training by the gradient of a differentiable reward, through the decoder and the last K solver steps."""
 
     config_class = RewardBackpropConfig
 
@@ -87,11 +87,11 @@ class RewardBackpropTrainer(Trainer[RewardBackpropConfig]):
         self.slope_limit.base = state.get("base_slope")
 
     def num_learned_steps(self, total: int) -> int:
-        """All steps: the gradient goes through the last ones."""
+        """Return all steps: the gradient goes through the last of them."""
         return total
 
     def steps(self, total: int, name: str) -> tuple[int, ...]:
-        """The last K steps, which the KL and penalties are taken over."""
+        """The last K steps, over which KL and penalties are summed."""
         return tuple(range(max(total - self.config.last_steps, 0), total))
 
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:

@@ -40,8 +40,8 @@ class RolloutBuffer:
     In a distributed run each process has its own chunks of the batches; all else is equal in all processes.
 
     order   numbers of the batches in the order of the updates, pass after pass
-    cursor  position in it
-    reward_seconds  that the run waited for rewards
+    cursor  position in `order`
+    reward_seconds  time that the run waited for rewards
     """
 
     number: int
@@ -59,7 +59,7 @@ class RolloutBuffer:
 
     @property
     def on_policy(self) -> bool:
-        """Whether the weights are those that drew the samples."""
+        """Whether the current weights drew the samples."""
         return self.cursor == 0
 
     def record(self) -> dict[str, float]:
@@ -81,7 +81,7 @@ def batch_order(batches: int, num_passes: int, seed: int, number: int) -> tuple[
 
 
 class RolloutSource(Protocol):
-    """A source of samples to learn from: prompts that the model draws samples of, or preferences."""
+    """A source of samples to learn from: prompts for which the model draws samples, or preferences."""
 
     def config_dict(self) -> dict[str, Any]:
         """Return the plain values that determine the samples."""
@@ -90,7 +90,7 @@ class RolloutSource(Protocol):
     def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
-        """Collect rollout `number`, from 0, of this process's shard."""
+        """Collect rollout `number`, from 0, for this process's shard."""
         ...
 
 
@@ -98,7 +98,7 @@ class RolloutSource(Protocol):
 class OnlineRollouts:
     """Samples of prompts by the present policy, scored by the reward of `method`.
 
-    method  defines the signal of its loss, the steps that count, and whether samples of a prompt share one x_T
+    method  defines the signal of its loss, the steps to learn from, and whether samples of a prompt share one x_T
     """
 
     prompts: Sequence[str]
@@ -113,8 +113,8 @@ class OnlineRollouts:
     ) -> RolloutBuffer:
         """Collect rollout `number`, from 0: sample and score this process's shard of every update.
 
-        The reference is evaluated on the samples where the update needs it. Raises InputError where the
-        first rollout leaves nothing to learn.
+        The reference is evaluated on the samples if the update needs it. Raises InputError if the first
+        rollout leaves nothing to learn.
         """
         config = self.method.config
         size, samples, seed = config.train_batch_size, config.num_generations, config.seed
@@ -163,7 +163,7 @@ class OnlineRollouts:
             yield at_once
             return
         check_not_offloaded(self.method.pipe)
-        # The sampler would switch TF32 off and on while rewards are computed: their scores must not depend on when.
+        # The sampler would switch TF32 off and on while rewards are computed: scores must not depend on the timing.
         one_precision = without_tf32() if self.method.config.log_prob_precision == "float32" else nullcontext()
         with one_precision, run_in_background(self.method.pipe.device, max(threads, 1)) as submit:
             yield submit

@@ -36,7 +36,7 @@ class RewardWithConstraints(CompositeReward):
 
 
 class RewardSignal:
-    """The mixed reward of the samples of an update, by a configuration; it holds the multipliers of its constraints.
+    """The mixed reward of the samples of an update under a configuration, with the multipliers of its constraints.
 
     Raises InputError for options that do not fit the reward.
     """
@@ -73,7 +73,7 @@ class RewardSignal:
         return self.constraints.signal(rewards, bounded)
 
     def objectives(self, scored: Scored) -> Tensor:
-        """Return the weighted components of the trained sum (B, K, M): the higher, the better."""
+        """Return the weighted components of the trained sum (B, K, M), higher is better."""
         return torch.stack([weight * scored.components[name] for name, weight in (self.weights or {}).items()], -1)
 
 
@@ -85,7 +85,7 @@ def unwrapped(reward: Reward) -> Reward:
 
 
 def check_pareto(reward: Reward) -> None:
-    """Raise InputError where a reward is no weighted sum, whose components can be compared."""
+    """Raise InputError where a reward is not a weighted sum, whose components could be compared."""
     plain = unwrapped(reward)
     if not (isinstance(plain, CombinedReward) and plain.weights):
         raise InputError(

@@ -37,9 +37,9 @@ LOG_FILES = {"records": "metrics.jsonl", "evaluations": "evaluations.jsonl"}
 class RunState:
     """The state of a training, as a checkpoint holds it.
 
-    step, num_rollouts  updates and rollouts so far
+    step, num_rollouts  numbers of updates and rollouts so far
     rollout             the samples of the next updates; None: to be collected
-    old                 average of the weights that draws the samples; None: the trained weights draw them
+    old                 average of the weights, used to draw samples; None: the trained weights draw samples
     """
 
     method: TrainingMethod[Any]
@@ -68,7 +68,7 @@ class RunState:
             set_parameter(parameter, weights[name])
 
     def ema_weights(self) -> AbstractContextManager[None]:
-        """Use the moving average of the weights, where there is one, inside the block."""
+        """Use the moving average of the weights, if any, inside the block."""
         return self._averaged(self.ema)
 
     def old_policy(self) -> AbstractContextManager[None]:
@@ -77,7 +77,7 @@ class RunState:
 
     @torch.no_grad()
     def average_policy(self, decay: float) -> None:
-        """Move the weights that draw the samples to the trained ones: old ← decay · old + (1 − decay) · trained."""
+        """Move the weights that draw samples towards the trained weights: old ← decay · old + (1 − decay) · trained."""
         if self.old is not None:
             for average, parameter in zip(self.old.shadow_params, self.parameters, strict=True):
                 average.lerp_(parameter.detach(), 1 - decay)
@@ -99,7 +99,7 @@ class RunFolder:
     """The folder `path` of one run.
 
     identity     plain values that must be equal when the run is resumed
-    resumable    plain values that may differ then; differences are logged
+    resumable    plain values that may differ when the run is resumed; differences are logged
     config_dict  plain values to save with every checkpoint
     """
 
@@ -113,7 +113,7 @@ class RunFolder:
         resumable: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.config_dict, self.context, self.chunk = path, dict(config_dict), context, config.micro_batch
-        self.identity = json.loads(json.dumps(identity), parse_constant=str)  # inf is no JSON
+        self.identity = json.loads(json.dumps(identity), parse_constant=str)  # JSON has no inf
         self.resumable = json.loads(json.dumps(resumable or {}), parse_constant=str)
         self.checkpoints = Checkpoints(path / "checkpoints", config.save_total_limit)
 
@@ -131,7 +131,7 @@ class RunFolder:
                 write_text(self.path / name, "".join(lines))
 
     def _change(self, run: RunState, resume_from: Checkpoint) -> None:
-        """Apply the values that differ from those of the checkpoint, and log each in one line."""
+        """Apply the values that differ from the checkpoint's, and log each in one line."""
         there = resume_from.json("identity") | resume_from.json("identity").get(RESUMABLE, {})
         changed = {name: value for name, value in self.resumable.items() if there.get(name, value) != value}
         for name, value in changed.items():
@@ -158,9 +158,9 @@ class RunFolder:
             raise InputError(f"{self.path}: cannot write there ({reason}); make room, then resume") from error
 
     def save(self, run: RunState) -> None:
-        """Save everything that the next update depends on; independent of the number of processes.
+        """Save everything that the next update depends on, independent of the number of processes.
 
-        All processes call it: their shards are gathered.
+        All processes must call this method: their shards are gathered.
         """
         random = self.context.gather([get_random_state()])
         rollout = run.rollout and rollout_to_tensors(run.rollout, self.context)
@@ -184,7 +184,7 @@ class RunFolder:
                 "early_stopping": run.early_stopping.state(),
                 "method": run.method.state_dict(),
                 "scaler": run.scaler.state_dict() if run.scaler else None,
-                # As lines: a checkpoint sorts keys, and the first reward of an evaluation is the trained one.
+                # As lines of JSON, since a checkpoint sorts keys: an evaluation's first reward is the trained one.
                 **{series: [json.dumps(record) for record in getattr(run, series)] for series in LOG_FILES},
             },
             "identity": self.identity | {RESUMABLE: self.resumable},
@@ -221,7 +221,7 @@ class RunFolder:
             rollout = saved.tensors("rollout"), saved.json("rollout")
             run.rollout = rollout_from_tensors(*rollout, self.context, self.chunk)
         random = saved.tensors("random")
-        if self.context.rank < len(random["cpu"]):  # an additional process starts with its own
+        if self.context.rank < len(random["cpu"]):  # an additional process starts with its own state
             set_random_state({name: states[self.context.rank] for name, states in random.items()})
 
     def load_best(self, run: RunState) -> None:
@@ -230,7 +230,7 @@ class RunFolder:
         run.set_parameter(saved.tensors("average" if run.ema else "weights"))
 
     def export(self, run: RunState, name: str) -> Path:
-        """Write the weights as diffusers reads them, and their checksums; replace earlier ones once complete."""
+        """Write the weights in diffusers' format, with checksums; replace earlier weights once complete."""
         state = run.trainable.state()
         written = [self._export(run.trainable, state, name) if self.context.is_main_process else Path()]
         return self.path / name / self.context.gather(written)[0]
@@ -250,7 +250,7 @@ class RunFolder:
 
 
 def _load_average(run: RunState, average: Any, saved: Mapping[str, Tensor]) -> None:
-    """Restore an average of the weights, by their names."""
+    """Restore an average of the weights by name."""
     for name, value in zip(run.trainable.parameters, average.shadow_params, strict=True):
         set_parameter(value, saved[name])
 
@@ -258,8 +258,8 @@ def _load_average(run: RunState, average: Any, saved: Mapping[str, Tensor]) -> N
 def checkpoint_to_resume(path: Path, resume: bool, warn: Callable[[str], None] = logger.warning) -> Checkpoint | None:
     """Return the newest whole checkpoint of the run in a folder; None where there is no run yet.
 
-    warn  takes a line about each checkpoint that is skipped
-    Raises InputError for a folder with a run where `resume` is false, and for one without a whole checkpoint.
+    warn  called with a line about each checkpoint that is skipped
+    Raises InputError for a folder that has a run while `resume` is false, or a run without a whole checkpoint.
     """
     newest, skipped = Checkpoints(path / "checkpoints").latest()
     if not resume and (newest or skipped or (path / LOG_FILES["records"]).exists()):

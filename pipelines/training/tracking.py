@@ -13,7 +13,7 @@ from steer.pipelines.training.evaluation import EvalResult
 from steer.pipelines.training.method import Record
 from steer.reward import Texts
 
-MAX_TABLE_ROWS = 64  # images of one evaluation that trackers get
+MAX_TABLE_ROWS = 64  # images of one evaluation given to trackers
 
 
 @contextmanager
@@ -29,15 +29,15 @@ def trackers(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """Return the values that trackers plot; of [mean, low, high] the mean."""
+    """Return the values that trackers plot; for [mean, low, high], the mean."""
     return {name: value[0] if isinstance(value, list) else value for name, value in record.items()}
 
 
 def log_samples(trackers: Sequence[Any], evaluated: EvalResult) -> None:
-    """Give the images of an evaluation to the trackers that take some.
+    """Give the images of an evaluation to the trackers that take images.
 
     wandb        a table `samples`: step, prompt, image and the value of every reward
-    tensorboard  images `samples`, evenly spaced ones of at most 64
+    tensorboard  images `samples`: at most 64, evenly spaced
     """
     images = evaluated.images
     if isinstance(images, Texts) or is_audio(images) or images.ndim != 4:  # these stay in the folder of the run

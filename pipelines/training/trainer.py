@@ -1,4 +1,4 @@
-"""The training, from top to bottom: Trainer (its arguments and what it saves), the run, its loop and one update."""
+"""The training, from top to bottom: Trainer (its arguments and its output), the run, its loop and one update."""
 
 import math
 import time
@@ -59,7 +59,7 @@ from steer.training.signals import kept_samples
 from steer.training.trainable import Trainable, whole
 
 INTERRUPTED = "interrupted"
-PAUSED = (INTERRUPTED, UNANSWERED)  # reasons of an end after which the run is to be resumed: nothing is exported
+PAUSED = (INTERRUPTED, UNANSWERED)  # reasons to end a run that is to be resumed: nothing is exported
 LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
 
 
@@ -70,15 +70,16 @@ class Trainer(TrainingMethod[ConfigT]):
     trainer.train()
     trainer.save_pretrained("lora")  # for pipe.load_lora_weights("lora")
 
-    reward         None where people annotated preferences
+    reward         the trained reward; None with preferences annotated by people
     config         the method's own, such as GRPOConfig, or a TrainingConfig with the method's options at their defaults
-    preferences    in place of train_prompts. Of DPO: a table of pairs of images, as `steer rewards train` reads it. Of
-                   D3PO: folder of human comparisons (`preference_data.PreferenceFolder`). Samples without stored
-                   trajectories are sampled again by `pipe` and must give the same pixels. The configuration is by
-                   default the one that they were sampled with.
-    train_prompts  of a pipeline without prompts (unconditional) a count, or texts that the reward reads
-    eval_prompts   held out; without them nothing is evaluated
-    eval_rewards   held out; early stopping monitors the first (without any, the trained reward on the eval_prompts)
+    preferences    replaces train_prompts. For DPO: a table of pairs of images, as for `steer rewards train`. For D3PO:
+                   a folder of human comparisons (`preference_data.PreferenceFolder`). Samples without stored
+                   trajectories are sampled again by `pipe` and must give the same pixels. The configuration of their
+                   sampling is the default.
+    train_prompts  prompts; for an unconditional pipeline a count, or texts for the reward
+    eval_prompts   held-out prompts; without them nothing is evaluated
+    eval_rewards   held-out rewards; early stopping monitors the first; without them the trained reward on the
+                   eval_prompts chooses best/
     metadata, eval_metadata  one mapping per prompt, for rewards that accept `metadata`
     conditions, eval_conditions  one mapping per prompt of arguments of the pipeline's call, like {"image": source};
                    they are part of the metadata
@@ -86,8 +87,8 @@ class Trainer(TrainingMethod[ConfigT]):
                    on_log (`logs`: the metrics of an update), on_evaluate (`metrics`, and `evaluation`: an EvalResult
                    with images), on_save, on_train_end. They are called in every process, and may set
                    should_training_stop, should_save and should_evaluate of their TrainerControl.
-    on_question    answers the questions of `config.ask` (`asking.OnQuestion`); without it they end the run with a
-                   checkpoint, and are asked again when it is resumed
+    on_question    answers the questions of `config.ask` (`asking.OnQuestion`); without it, a question ends the run with
+                   a checkpoint, and is asked again when the run is resumed
     run_config     plain values that describe the run, in its checkpoints and model card
 
     Raises InputError for arguments that do not fit.
@@ -95,7 +96,7 @@ class Trainer(TrainingMethod[ConfigT]):
 
     config_class: ClassVar[type[TrainingConfig]]
     takes_preferences: ClassVar[bool] = False
-    trains_tokens: ClassVar[bool] = False  # by another way than log-probabilities
+    trains_tokens: ClassVar[bool] = False  # by another method than log-probabilities
     read_reward = staticmethod(load_reward)
 
     def __init__(
@@ -153,7 +154,7 @@ class Trainer(TrainingMethod[ConfigT]):
 
     @classmethod
     def can_train_tokens(cls) -> bool:
-        """Return whether the method learns from log-probabilities or from relaxed tokens: of models of texts, too."""
+        """Return whether the method can train text models: by log-probabilities or relaxed tokens."""
         return cls.trains_tokens or (cls.log_probs and issubclass(cls.config_class, LossConfig))
 
     def _own_config(self, config: TrainingConfig | None) -> Any:
@@ -172,7 +173,7 @@ class Trainer(TrainingMethod[ConfigT]):
 
         resume_from_checkpoint  continue from the newest whole checkpoint there; start where there is none
 
-        Ctrl-C and SIGTERM end it with a checkpoint. Raises InputError for bad arguments, before anything is sampled.
+        Ctrl-C and SIGTERM end it with a checkpoint. Raises InputError for bad arguments before anything is sampled.
         """
         rewards = (self.reward, *self.eval_rewards)
         self.reward, *others = (with_media_rates(one, self.pipe, self.config.call_kwargs) for one in rewards)
@@ -182,7 +183,7 @@ class Trainer(TrainingMethod[ConfigT]):
             return self._run.train()
 
     def rollout_source(self) -> RolloutSource:
-        """The samples that are learnt from. Raises InputError for prompts that do not fit the pipeline."""
+        """The source of training samples. Raises InputError for prompts that do not fit the pipeline."""
         if self.preferences is not None:
             with main_first(self.pipe.device.type == "cpu"):
                 return self.preference_source(self.preferences)
@@ -205,7 +206,7 @@ class Trainer(TrainingMethod[ConfigT]):
 
     @classmethod
     def preference_defaults(cls, preferences: str | Path) -> dict[str, Any]:
-        """The fields of the configuration that preferences fix, unless given."""
+        """The fields of the configuration that preferences determine, unless given."""
         return sampling_config_of(preferences)
 
     @classmethod
@@ -222,9 +223,9 @@ class Trainer(TrainingMethod[ConfigT]):
         return prompts_of(self.pipe, self.eval_prompts, "eval_prompts")
 
     def evaluator(self) -> Evaluator:
-        """The evaluator by the trained reward, where there is one, and the held-out ones.
+        """The evaluator by the trained reward, if any, and the held-out rewards.
 
-        Raises InputError where there are none, and where early stopping has no held-out reward to compare.
+        Raises InputError if there are no rewards, or if early stopping has no held-out reward to compare.
         """
         rewards = self._rewards()
         if self.eval_prompts and not rewards:
@@ -252,10 +253,10 @@ class Trainer(TrainingMethod[ConfigT]):
         return names | {"eval_rewards": [one.name for one in self.eval_rewards]} | plain_values(values)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the trained weights as diffusers reads them, and a model card; return the folder.
+        """Write the trained weights in diffusers' format, and a model card; return the folder.
 
         A LoRA loads with `pipe.load_lora_weights(folder)`, all weights with the denoiser's `from_pretrained`. In a
-        distributed run every process calls it.
+        distributed run every process must call this method.
         """
         run, folder = self._run, Path(folder)
         if run is None or (result := run.result) is None:
@@ -267,7 +268,7 @@ class Trainer(TrainingMethod[ConfigT]):
         return folder
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload what `save_pretrained` writes to a repository of the Hugging Face hub; return its address.
+        """Upload the output of `save_pretrained` to a repository on the Hugging Face hub; return its address.
 
         repo_id  ORGANISATION/NAME, created where it does not exist
         """
@@ -289,7 +290,7 @@ class Trainer(TrainingMethod[ConfigT]):
 
 
 class LossTrainer(Trainer[LossConfigT]):
-    """A method that is a loss of log-probabilities and of the signal that `signal` makes of rewards."""
+    """A method with a loss of log-probabilities and of the signal, which `signal` computes from rewards."""
 
     @cached_property
     def reward_signal(self) -> RewardSignal:
@@ -345,7 +346,7 @@ class LossTrainer(Trainer[LossConfigT]):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss, a penalty or the control of the KL depends on the reference policy."""
+        """Whether the loss, a penalty or the KL control depends on the reference policy."""
         return self.config.loss().uses_reference or self.config.needs_divergence
 
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
@@ -356,7 +357,7 @@ class LossTrainer(Trainer[LossConfigT]):
 class FinetuningRun:
     """One training of one trainer, in its output folder.
 
-    result  once it has ended
+    result  the outcome, once the training has ended
     """
 
     def __init__(self, trainer: Trainer[Any], source: RolloutSource, evaluator: Evaluator, resume: bool) -> None:
@@ -386,7 +387,7 @@ class FinetuningRun:
             raise InputError("several processes train one denoiser, not two: use one process, or name one as denoiser")
         *prepared, self.optimiser = self.accelerator.prepare(*trainable.denoisers.values(), optimiser)
         self.prepared = dict(zip(trainable.denoisers, prepared, strict=True))
-        parameters = list(trainable.parameters.values())  # FSDP replaces them by its parts
+        parameters = list(trainable.parameters.values())  # FSDP replaces them by its shards
         ema = EMAModel(parameters, config.ema_decay) if config.ema_decay else None
         old = EMAModel(parameters, 0.0) if self.trainer.averages_policy else None
         lengths = config.warmup_steps, config.max_steps, config.lr_num_cycles, config.lr_power
@@ -415,7 +416,7 @@ class FinetuningRun:
                 self.events.call("on_train_end")
                 return self.result
             except Exception:
-                # A failing reward does not lose what was learnt; one of several processes cannot save it alone.
+                # A failing reward does not lose the weights; one of several processes cannot save them alone.
                 if self.state.step and self.context.world_size == 1:
                     self.folder.save(self.state)
                 raise
@@ -456,12 +457,12 @@ class FinetuningRun:
         self.events.call("on_save")
 
     def _update(self, request: StopRequest) -> Record | None:
-        """Make one update: collect a rollout where none is left, gradient, optimiser step, metrics.
+        """Make one update: collect a rollout if none is left, then gradient, optimiser step and metrics.
 
-        Returns the metrics; None where the KL budget is spent.
+        Returns the metrics; None if the KL budget is spent.
         """
         started, state = time.monotonic(), self.state
-        self.optimiser.zero_grad()  # of an interrupted update
+        self.optimiser.zero_grad()  # gradients of an interrupted update
         scored = 0.0
         if state.rollout is None:
             state.rollout = self._draw(request)
@@ -490,7 +491,7 @@ class FinetuningRun:
         images = self.config.train_batch_size * self.config.num_generations
         record |= throughput(images, time.monotonic() - started, drawn, scored)
         record |= {"processes": self.context.world_size}
-        # Accuracy is NaN without pairs; a gradient scaler meets infinite gradients.
+        # Accuracy is NaN without pairs; a gradient scaler can meet infinite gradients.
         record = {name: value for name, value in record.items() if math.isfinite(value)}
         state.rollout = state.rollout.next_batch()
         if state.rollout is None:
@@ -520,7 +521,7 @@ class FinetuningRun:
         return {penalty: weight for penalty, weight in penalties.items() if weight}
 
     def _draw(self, request: StopRequest) -> RolloutBuffer:
-        """Collect the next rollout and verify the first by its replay. An interrupted one leaves no trace."""
+        """Collect the next rollout and verify the first by its replay. An interrupted rollout changes no state."""
         before, random = self.trainer.state_dict(), get_random_state()
         self.sampler = self._sampler()  # its cached text embeddings last for a rollout
         try:
@@ -545,7 +546,7 @@ class FinetuningRun:
         """Raise InputError where a replay gives other log-probabilities, or rounding dominates them."""
         dtype = half_precision(self.state.trainable.denoiser, self.config)
         as_model = self.config.log_prob_precision == "model"
-        # Samples that a filter keeps are in batches of another shape than they were drawn in.
+        # Samples that a filter keeps are replayed in batches of another shape than they were drawn in.
         factor = 10.0 if self.config.kept_generations < self.config.num_generations else 1.0
         check_replay(self.sampler, batch.chunks[0], (dtype if as_model else None) or torch.float32, factor)
         if as_model and (dtype or self.trainer.pipe.device.type == "cuda"):  # where TF32 may be on
@@ -561,13 +562,13 @@ class FinetuningRun:
             )
 
     def _ask_if_uncertain(self, request: StopRequest) -> None:
-        """Ask after an evaluation, and after resuming at one, where its rewards disagree."""
+        """Ask after an evaluation whose rewards disagree, also when resuming there."""
         if not self.stopped and (question := question_of(self.state, self.config)) is not None:
             self._save()  # an answer may take long
             self.stopped = ask(question, self.trainer.on_question, request, self.context)
 
     def _evaluate_if_due(self, request: StopRequest) -> None:
-        """Evaluate at the start, every `eval_steps`, at the end and where a callback asks for it."""
+        """Evaluate at the start, every `eval_steps`, at the end and when a callback requests it."""
         state, every = self.state, self.config.eval_steps
         due = state.step % every == 0 or state.step >= self.config.max_steps or self.stopped
         due = self.events.asked("should_evaluate") or due
@@ -592,7 +593,7 @@ class FinetuningRun:
             log_samples(self.accelerator.trackers, result)
 
     def _export_result(self) -> TrainingResult:
-        """Export the weights of the last update, or the best ones where they are to be kept; a paused run has none."""
+        """Export the weights of the last update, or the best weights if these are to be kept; none for a paused run."""
         state, weights, weights_step = self.state, None, None
         best, records, evaluations = state.early_stopping.best_step, tuple(state.records), tuple(state.evaluations)
         if self.stopped not in PAUSED:
@@ -607,10 +608,10 @@ class FinetuningRun:
 
 
 def throughput(images: int, seconds: float, drawn: float, scored: float) -> Record:
-    """Return the images per second of an update of so many seconds, and the shares of its phases, which sum to 1.
+    """Return the images per second of an update of `seconds`, and the shares of its phases, which sum to 1.
 
     drawn   seconds of the rollout, rewards included
-    scored  seconds that it waited for rewards
+    scored  seconds that the rollout waited for rewards
     """
     shares = {"rollout": drawn - scored, "reward": scored, "update": seconds - drawn}
     timing = {"seconds": seconds, "images_per_second": images / seconds}

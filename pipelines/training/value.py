@@ -1,4 +1,4 @@
-"""Training of a learned value on runs of the pipeline itself: latents of all steps, and the rewards of their ends."""
+"""Training of a learned value on runs of the pipeline itself: latents of all steps, and rewards of the final images."""
 
 import hashlib
 import json
@@ -39,13 +39,13 @@ def train_value(
 ) -> LearnedValue:
     """Train V(x_t) = E[r(x0) | x_t] by least squares on rollouts of `pipe` (arXiv 2404.09656); save and return it.
 
-    reward  as of the steering pipelines
+    reward  as for the steering pipelines
     out     folder of value.json, the weights, and the rollouts
-    call    arguments of the pipeline's call: the number of steps and the guidance of the later use
+    call    arguments of the pipeline's call, with the number of steps and the guidance of the later use
     about   further entries of value.json
 
     Rollouts and the state of the training are kept in `out`: the same call resumes. Raises InputError for a folder of
-    another run, and for no prompt.
+    another run, or without prompts.
     """
     config, call, reward, out = config or ValueConfig(), dict(call or {}), load_reward(reward), Path(out)
     if not prompts:
@@ -73,7 +73,7 @@ def train_value(
 
 
 def rollout_prompts(count: int, config: ValueConfig) -> list[list[int]]:
-    """Return the places of the prompts of each call: in turn, until there are enough images."""
+    """Return the numbers of the prompts of each call, in turn, until there are enough images."""
     needed = -(-config.rollouts // config.num_particles)
     places = [number % count for number in range(needed)]
     return [places[start : start + PROMPTS_PER_CALL] for start in range(0, needed, PROMPTS_PER_CALL)]
@@ -100,7 +100,7 @@ def _rollout(
     ratios: list[float] = []
 
     def record(solver_step: SolverStep) -> None:
-        if solver_step.k < solver_step.total - 1:  # of the last step the reward itself is known
+        if solver_step.k < solver_step.total - 1:  # at the last step the reward itself is known
             planes, ratio = value_features(solver_step)
             features.append(planes.half().cpu())
             ratios.append(ratio)
@@ -125,11 +125,11 @@ def _read_shard(path: Path) -> Shard:
 def fit(
     features: Tensor, ratios: Tensor, rewards: Tensor, texts: Sequence[str], config: ValueConfig, folder: Path
 ) -> ValueNet:
-    """Fit a network by least squares on steps and rollouts drawn at random.
+    """Fit a network by least squares on random steps and rollouts.
 
     features  (T, N, 2C, H, W) of `value_features`, with log(σ/α) of each step as ratios (T,)
     rewards   (N,) of the images, with their prompts as texts
-    folder    of the state of the training
+    folder    folder of the state of the training
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -156,7 +156,7 @@ def fit(
 def held_out_r2(
     net: ValueNet, features: Tensor, ratios: Tensor, rewards: Tensor, texts: Sequence[str]
 ) -> Iterator[float]:
-    """Yield R² = 1 − Σ(V − r)²/Σ(r − r̄)² at each step on held-out rollouts; features, ratios, rewards as of `fit`."""
+    """Yield R² = 1 − Σ(V − r)²/Σ(r − r̄)² at each step on held-out rollouts; features, ratios, rewards as in `fit`."""
     words = [hashed_words(text) for text in texts]
     spread = (rewards - rewards.mean()).square().sum().clamp(min=1e-12)
     for planes, ratio in zip(features, ratios, strict=True):

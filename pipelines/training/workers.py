@@ -1,7 +1,7 @@
 """Rollouts and rewards by Ray actors, on one machine or many: `rollout_workers`, `reward_workers`. Ray is optional.
 
-Samples depend on the weights and on the rows' seeds alone, so that any actor draws those that the process itself would.
-Ray starts a dead actor again and repeats its work.
+Samples depend only on the weights and on the rows' seeds, so that any actor draws the same samples as the process
+itself. Ray restarts a dead actor and repeats its work.
 """
 
 import math
@@ -26,17 +26,17 @@ from steer.rewards.compose import map_plain, plain_rewards
 from steer.training.rollout import Rows, StepWindow
 from steer.training.trainable import set_parameter
 
-MAX_RESTARTS = 3  # of one actor, and of one piece of its work
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "FSDP_")  # of torchrun, accelerate
+MAX_RESTARTS = 3  # restarts of one actor, and of one piece of its work
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "FSDP_")  # by torchrun, accelerate
 Draw = Callable[..., Samples]
 
 
 class RolloutWorker:
-    """An actor with a copy of the pipeline, which draws micro-batches by the weights of each call."""
+    """An actor with a copy of the pipeline, which draws micro-batches with the weights of each call."""
 
     def __init__(self, pipe: Any, config: TrainingConfig, draw: Draw, device: str, numerics: "Numerics") -> None:
         for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
-            del os.environ[name]  # an actor is no process of the launched run, though it may be started by one
+            del os.environ[name]  # an actor is not a process of the launched run, though such a process may start it
         numerics.apply()
         self.pipe, self.config, self._draw = pipe.to(device), config, draw
         self.trainable = trainable_of(self.pipe, config)
@@ -45,7 +45,7 @@ class RolloutWorker:
         self.prepared, self.version = {name: accelerator.prepare(one) for name, one in denoisers}, 0
 
     def draw(self, version: int, weights: Sequence[Any], rows: Rows, window: StepWindow | None) -> Samples:
-        """Draw the rows. weights: a reference to those of the version, in a list, so that only new ones are fetched."""
+        """Draw the rows. `weights`: a list with a reference to the weights of `version`; only new ones are fetched."""
         import ray
 
         if version != self.version:
@@ -66,11 +66,11 @@ class RayRollouts:
         self._ray, self._version, self._weights = ray, 0, list[Any]()
         device = pipe.device
         try:
-            # On the CPU: an actor has another GPU. The reference is kept for actors that are started again.
+            # On the CPU, as an actor has another GPU. The reference is kept for actors that are restarted.
             self._stored = store(pipe.to("cpu"), type(pipe).__name__)
         finally:
             pipe.to(device)
-        config = replace(config, init_adapter=None)  # all weights come with the work
+        config = replace(config, init_adapter=None)  # each task brings all weights
         given = self._stored, config, draw, device.type, Numerics()
         self.actors = [actor_of(RolloutWorker, share).remote(*given) for _ in range(config.rollout_workers)]
 
@@ -79,7 +79,7 @@ class RayRollouts:
         self._version, self._weights = self._version + 1, [self._ray.put(dict(weights))]
 
     def draw(self, chunks: Sequence[Rows], window: StepWindow | None, on_chunk: OnChunk) -> Iterator[Samples]:
-        """Draw micro-batches by turns of the actors, and yield their samples and images in order."""
+        """Draw micro-batches by the actors in turn, and yield their samples and images in order."""
         turns = zip(cycle(self.actors), chunks, strict=False)
         pending = [actor.draw.remote(self._version, self._weights, rows, window) for actor, rows in turns]
         for one in pending:
@@ -101,13 +101,13 @@ class RewardWorker:
 
 
 class RayReward:
-    """A reward that actors compute by turns; without gradients."""
+    """A reward that actors compute in turn, without gradients."""
 
     images, differentiable = "pt", False
 
     def __init__(self, reward: Reward, count: int, device: str, share: float) -> None:
         self.name, self.compares_images, self.takes_videos = reward.name, compares_images(reward), takes_videos(reward)
-        self._stored = store(reward, reward.name)  # kept for actors that are started again
+        self._stored = store(reward, reward.name)  # kept for actors that are restarted
         given = self._stored, device, Numerics()
         self.actors = [actor_of(RewardWorker, share).remote(*given) for _ in range(count)]
         self._turns = cycle(self.actors)
@@ -119,13 +119,13 @@ class RayReward:
 
 @dataclass(frozen=True)
 class Numerics:
-    """The switches that the last bit of a result may depend on, by default as they are in this process."""
+    """Switches that can change the last bit of a result, by default as in this process."""
 
     threads: int = field(default_factory=torch.get_num_threads)
     precision: str = field(default_factory=torch.get_float32_matmul_precision)
 
     def apply(self) -> None:
-        """Set them in this process."""
+        """Set the switches in this process."""
         torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision(self.precision)
 
@@ -149,7 +149,7 @@ def actor_of(kind: type, share: float) -> Any:
 
 
 def result(pending: Any) -> Any:
-    """Wait for a result of an actor. Raises the InputError of its work, and one for an actor that died too often."""
+    """Wait for an actor's result. Raises the InputError of its work, or InputError for an actor that died too often."""
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
@@ -180,7 +180,7 @@ def gpu_share(device: str, count: int) -> float:
 
 
 def num_workers(reward: Reward) -> int:
-    """Return how many calls of a reward may run at once: the fewest workers of a component, 0 where one has none."""
+    """Return how many calls of a reward may run at once: the least number of workers of any component."""
     return min(len(one.actors) if isinstance(one, RayReward) else 0 for one in plain_rewards(reward).values())
 
 
@@ -188,7 +188,7 @@ def num_workers(reward: Reward) -> int:
 def worker_processes(trainer: TrainingMethod[Any]) -> Iterator[None]:
     """Give a trainer the workers of its configuration in the block: they draw its rollouts and compute its rewards.
 
-    Raises InputError for a reward that it does not have.
+    Raises InputError for a reward that the trainer does not have.
     """
     config: TrainingConfig = trainer.config
     if not (config.rollout_workers or config.reward_workers):

@@ -40,7 +40,7 @@ def plain_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Compute the formula itself, all scores in memory: the slow twin of every other backend."""
+    """Compute the formula itself, all scores in memory: the slow reference for every other backend."""
     key, value = (_for_every_head(x, query, enable_gqa) for x in (key, value))
     d = query.shape[-1]
     scores = query @ key.transpose(-2, -1) * (d**-0.5 if scale is None else scale)
@@ -52,9 +52,9 @@ def plain_attention(
 
 
 def xformers_attention(kernel: Callable[..., Tensor], causal: Callable[[], Any]) -> AttentionFunction:
-    """Wrap `xformers.ops.memory_efficient_attention` in PyTorch's arguments; `causal`: xformers' own causal mask.
+    """Give `xformers.ops.memory_efficient_attention` PyTorch's arguments; `causal` makes xformers' causal mask.
 
-    It takes (B, L, H, d), and a mask of full shape in the queries' dtype, whose rows are aligned to 8 numbers.
+    xformers takes (B, L, H, d), and a mask of full shape in the queries' dtype, whose rows are aligned to 8 numbers.
     It raises NotImplementedError for a dtype or head size without a kernel.
     """
 
@@ -100,7 +100,7 @@ def _aligned(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 SDPA: AttentionFunction = F.scaled_dot_product_attention
 LAYERS = (processors.Attention, processors.MochiAttention, AttentionModuleMixin)
-# Processors of diffusers with their own computation, and their equivalents through PyTorch's function.
+# Processors of diffusers with their own computation, and their equivalents that call PyTorch's function.
 THROUGH_SDPA: dict[type, type] = {
     processors.AttnProcessor: processors.AttnProcessor2_0,
     processors.SlicedAttnProcessor: processors.AttnProcessor2_0,
@@ -120,13 +120,13 @@ _DISPATCH = "_attention_backend"  # attribute of diffusers' newer processors: th
 def attention_backend(target: Any, backend: str = "auto") -> Iterator[str]:
     """Set the attention backend of a pipeline's denoiser (or a module) in the block; yields the backend's name.
 
-    auto      xformers where it is installed, has a kernel and the model is on CUDA, PyTorch's own elsewhere. It
-              respects other choices: an outer block's backend, one of diffusers, or a processor's
+    auto      xformers where it is installed, has a kernel and the model is on CUDA, PyTorch's own elsewhere. It keeps
+              an earlier choice: the backend of an outer block, of diffusers or of a processor
     xformers  `xformers.ops.memory_efficient_attention`
     sdpa      `torch.nn.functional.scaled_dot_product_attention`
-    eager     softmax(QKᵀ/√d) V as written: the slow twin
+    eager     softmax(QKᵀ/√d) V as written: the slow reference
 
-    After the block, also on errors, every layer and processor is restored. Of nested blocks the inner one counts. Use
+    After the block, also on errors, every layer and processor is restored. The innermost of nested blocks applies. Use
     one block at a time for a model: threads that share a model share its backend.
 
     Raises InputError for an unknown name, for xformers where it is not installed or the model is not on CUDA, and, when
@@ -202,7 +202,7 @@ def _raise_unsupported(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _device(target: Any, modules: list[nn.Module]) -> torch.device:
-    """Return the device of computation, which under CPU offload is not that of the weights."""
+    """Return the device of the computation; under CPU offload the weights are on another one."""
     hooks = [getattr(module, "_hf_hook", None) for module in modules]
     places = [getattr(target, "_execution_device", None), *(getattr(hook, "execution_device", None) for hook in hooks)]
     places += [parameter.device for module in modules for parameter in module.parameters()]
@@ -210,19 +210,19 @@ def _device(target: Any, modules: list[nn.Module]) -> torch.device:
 
 
 def _use_sdpa_processor(layer: nn.Module, stack: ExitStack) -> None:
-    """Replace a layer's processor by diffusers' version through PyTorch's function, until the stack closes."""
+    """Replace a layer's processor, until the stack closes, by diffusers' version that calls PyTorch's function."""
     processor = getattr(layer, "processor", None)
     if hasattr(processor, _DISPATCH):
         stack.enter_context(replaced(vars(processor), _DISPATCH, AttentionBackendName.NATIVE))
     twin = THROUGH_SDPA.get(type(processor))
-    # That function divides by √d; a layer with another scale keeps its processor.
+    # PyTorch's function divides by √d; a layer with another scale keeps its processor.
     if twin is not None and getattr(layer, "scale_qk", True):
         space: Any = layer._modules if isinstance(processor, nn.Module) else vars(layer)
         stack.enter_context(replaced(space, "processor", _convert_processor(processor, twin)))
 
 
 def _convert_processor(processor: Any, twin: type) -> Any:
-    """Create a processor of another class with the weights of the given one; only those of IP-adapters have any."""
+    """Create a processor of another class with the weights of the given one; only IP-adapters' processors have any."""
     if not isinstance(processor, nn.Module):
         return twin()
     with torch.device("meta"):
@@ -233,7 +233,7 @@ def _convert_processor(processor: Any, twin: type) -> Any:
 
 @dataclass
 class _Route:
-    """The backend of a layer; a strict one must take effect."""
+    """The backend of a layer; if `strict`, a call on which it has no effect raises InputError."""
 
     name: str
     attend: AttentionFunction

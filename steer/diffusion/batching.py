@@ -32,10 +32,10 @@ PER_LAYER = {"control_hidden_states_scale"}
 def micro_batched(pipe: Any, rows: int | None = None) -> Iterator[Any]:
     """Yield a view of a diffusers pipeline whose denoisers and ControlNets take at most `rows` rows at a time.
 
-    rows  of a denoiser's batch, which guidance may double; None: the whole batch, until the device's memory is full
+    rows  rows of a denoiser's batch, which guidance may double; None: all of them, until the device's memory is full
 
-    Out of memory, the number is halved, finished rows are kept, and the smaller number is used until the block ends.
-    The images equal those of the whole batch. The pipeline stays unchanged; offloading hooks work, and a compiled view
+    When memory runs out, `rows` is halved, finished rows are kept, and the smaller number is used until the block ends.
+    The images equal the whole batch's. The pipeline stays unchanged; offloading hooks work, and a compiled view
     may be given (`compiled`). Gradients flow, but need the memory of the whole batch.
 
     Raises InputError where `rows` is below 1, nothing can be split, or a single row does not fit.
@@ -98,7 +98,7 @@ def batch_size_of(given: Mapping[str, Any], module: Any) -> int:
 
 
 def select_rows(given: Mapping[str, Any], batch: int, rows: slice | Tensor) -> dict[str, Any]:
-    """Select rows of the arguments: of every tensor with one entry per row."""
+    """Select rows of every tensor among the arguments that has one entry per row."""
 
     def cut(tensor: Tensor) -> Tensor:
         if tensor.dim() == 0 or len(tensor) != batch:
@@ -177,7 +177,7 @@ class ActiveRows:
         return scatter_rows(decode(self.of(z), *args, **kwargs), self.rows, self.size)
 
     def _active_rows_in(self, batch: int) -> Tensor:
-        """Return the active rows of a batch that guidance made of several blocks."""
+        """Return the active rows of a batch that guidance has repeated in blocks."""
         assert self.rows is not None
         if batch % self.size:
             raise InputError(f"a denoiser was called with {batch} rows, no multiple of {self.size} particles")
@@ -213,7 +213,7 @@ def compiled(pipe: Any, *, cuda_graphs: bool | None = None, backend: Backend = "
     """Yield a view of a diffusers pipeline whose denoisers are compiled at their first call of each shape.
 
     cuda_graphs  capture the denoiser's kernels and launch them as one; None: on CUDA, with inductor
-    backend      of torch.compile; "aot_eager" compiles fast without a speed-up, for tests
+    backend      backend of torch.compile; "aot_eager" compiles fast without a speed-up, for tests
 
     Inputs are copied into the graph's buffers and outputs out of them, so that other prompts, latents and resampled
     particles need no new graph. Another batch size or image size does. The pipeline itself stays unchanged.

@@ -24,11 +24,11 @@ LOSS_SCALES = tuple(2.0**power for power in range(16, -9, -4))  # with fp16 acti
 def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False) -> Any:
     """Copy a diffusers pipeline so that gradients flow from `latents=` to `output_type="pt"` images.
 
-    The copy's models share the weights of the pipeline's own, without gradients for them; the pipeline's models and
+    The copy's models share the pipeline's weights, without gradients for the weights; the pipeline's models and
     their flags stay unchanged. A safety checker does not support gradients: set the copy's to None, and check later.
 
     checkpointing  keep no activations: denoiser calls, their blocks and the decoder are recomputed in the backward
-                   pass. Memory is that of one block, and one set of latents per solver step
+                   pass. Memory holds one block, and one set of latents per solver step
     one_call       the graph holds one denoiser call: only its blocks are recomputed
     """
     twin = differentiable_images(pipe)
@@ -56,9 +56,9 @@ class _Built:
 
 
 class _Twins:
-    """The latest twin of each set of models: copying them takes longer than some iterations of an optimisation.
+    """Cache of the latest twin of each set of models: a copy takes longer than some iterations of an optimisation.
 
-    It is built again once anything about the originals has changed, or where another call still uses it.
+    A twin is rebuilt if anything about the originals has changed or another call still uses it.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class _Twins:
     def models(
         self, twin: Any, originals: Mapping[str, nn.Module], checkpointing: bool, one_call: bool
     ) -> dict[str, nn.Module]:
-        """Return the models of a twin pipeline, built or kept."""
+        """Return the models of a twin pipeline, newly built or cached."""
         if not originals:
             return {}
         state = [checkpointing, one_call, *map(module_state, originals.values())]
@@ -86,9 +86,9 @@ _TWINS = _Twins()
 
 
 def module_state(model: nn.Module) -> list[Any]:
-    """Return everything about a module but the values of its weights, to be compared with a later state.
+    """Return the state of a module without the values of its weights, for comparison with a later state.
 
-    Modules, weights and other objects count by their identity; the objects also by their attributes, three deep.
+    Modules, weights and other objects are compared by identity; objects also by their attributes, three levels deep.
     """
     state: list[Any] = []
     for part in model.modules():
@@ -144,7 +144,7 @@ def differentiable_images(pipe: Any) -> Any:
 
 
 def with_fixed_device(pipe: Any) -> Any:
-    """Copy a pipeline for many runs on one device, which it would look for in all its modules in each of them."""
+    """Copy a pipeline for many runs on one device, which it then need not look up in its modules in each run."""
     if not hasattr(pipe, "_execution_device"):
         return pipe
     cls, view = type(pipe), copy.copy(pipe)
@@ -156,14 +156,14 @@ def with_fixed_device(pipe: Any) -> Any:
 def _frozen_twins(models: Iterable[nn.Module]) -> list[nn.Module]:
     """Copy modules on the same weights and buffers, without gradients for them.
 
-    One memo for all: hooks of one model may refer to another.
+    All copies share one memo: hooks of one model may refer to another.
     """
     memo: dict[int, Any] = {}
     for model in (models := list(models)):
         memo |= {id(buffer): buffer for buffer in model.buffers()}
         memo |= {id(p): _frozen(p) for p in model.parameters()}
         computed = [one for part in model.modules() for one in vars(part).values() if isinstance(one, Tensor)]
-        memo |= {id(one): one.detach() for one in computed if one.grad_fn is not None}  # by weight_norm, in every call
+        memo |= {id(one): one.detach() for one in computed if one.grad_fn is not None}  # by weight_norm
     return [copy.deepcopy(model, memo) for model in models]
 
 
@@ -195,7 +195,7 @@ def _checkpoint(models: dict[str, Any], one_call: bool) -> None:
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Checkpoint a function: where a graph is built it keeps only its inputs."""
+    """Checkpoint a function: where a graph is built, only the inputs are kept."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 DRAWS = (torch.randn, torch.randn_like, Tensor.normal_)
-POSTERIOR = "GaussianDistribution.sample"  # the autoencoders' own: DiagonalGaussianDistribution and its namesakes
+POSTERIOR = "GaussianDistribution.sample"  # a draw of an autoencoder: DiagonalGaussianDistribution and its namesakes
 
 
 class _Draws(TorchFunctionMode):
-    """Calls `on_draw(function, value)` for every normal draw of this thread; its result is what the caller receives.
+    """Mode that calls `on_draw(value)` for every normal draw of this thread and gives its result to the caller.
 
-    Every draw is really made, so that the generator goes through the same states. Draws of a VAE's posterior, which
-    image-conditioned pipelines make of their image, are left alone.
+    The draw itself is always made, so that the generator goes through the same states. Draws from a VAE's posterior,
+    by which image-conditioned pipelines encode their image, are left alone.
     """
 
     def __init__(self, on_draw: Callable[[Tensor], Tensor]) -> None:
@@ -60,7 +60,7 @@ def recorded_draws() -> Iterator[list[Tensor]]:
 def replaced_draw(noise: Tensor, number: int) -> Iterator[None]:
     """Replace one normal draw of this thread by `noise` (N, …), through which gradients flow.
 
-    number  of the draw, from 0; where every row has a generator of its own, of the first of N draws of one row
+    number  number of the draw, from 0; if each row has a generator of its own, of the first of N one-row draws
     """
     rows, count = list(noise), 0
 
@@ -80,9 +80,9 @@ def replaced_draw(noise: Tensor, number: int) -> Iterator[None]:
 def find_draw(draws: Sequence[Tensor], sizes: Sequence[int], rows: int) -> tuple[int, Tensor] | None:
     """Return the number of the starting noise among the draws before the first denoiser call, and the noise (N, …).
 
-    It is the first draw with as many elements in a row as the latents have at the first solver step, or else as a
-    denoiser input has: `sizes`, in this order of preference. A draw is one of all rows, or one of N of a row each.
-    None where there is none.
+    The starting noise is the first draw with as many elements per row as the latents at the first solver step, or else
+    as a denoiser input: `sizes`, in this order of preference. It is one draw of all rows, or N draws of one row each.
+    None where no draw fits.
     """
     for size in sizes:
         for number, draw in enumerate(draws):

@@ -29,9 +29,9 @@ class Bridge(NamedTuple):
 
 
 def correlation(before: Level, after: Level, eta: float) -> Tensor:
-    """Return the ρ with which the noises of x_t and x_s are correlated in the Gaussian step with noise η.
+    """Return the correlation ρ of the noises of x_t and x_s in the Gaussian step with noise η.
 
-    ρ = √(σ_s² − τ²)/σ_s. 1 at η = 0; at η = 1 x_t is a noisier version of x_s, as in the forward process.
+    ρ = √(σ_s² − τ²)/σ_s. ρ is 1 at η = 0; at η = 1, x_t is a noisier version of x_s, as in the forward process.
     """
     rest = split_noise(before, after, eta)[1]
     return torch.where(after.sigma > 0, rest / after.sigma.clamp(min=torch.finfo(rest.dtype).tiny), 1.0)
@@ -47,7 +47,7 @@ def inner_levels(before: Level, between: Bridge, steps: int) -> Iterator[Level]:
     """Yield the levels (ā_u, σ̄_u) of x̃_u = ā_u z + σ̄_u ε from (0, 1) to (ā, σ̄), for `steps` deterministic steps.
 
     The denoiser's precision P_u = α_t²/σ_t² + ā_u²/σ̄_u² grows in equal steps of log(σ/α) = −½ log P, from x_t's own
-    level on. Where σ̄ = 0 the last level is z itself, and the grid is that of a straight line, ā_u = u ā, σ̄_u = 1 − u.
+    level on. Where σ̄ = 0 the last level is z itself, and the grid is a straight line, ā_u = u ā, σ̄_u = 1 − u.
     """
     alpha, sigma = between.alpha, between.sigma
     own = (before.alpha / before.sigma) ** 2
@@ -85,8 +85,8 @@ def glass_transition(
             x̃ ← ā_v ẑ + (σ̄_v/σ̄_u)(x̃ − ā_u ẑ)
         x_s = γ x_t + x̃
 
-    x_s of an exact draw has the marginal of its level for any ρ. One inner step is the Gaussian step with mean γ x_t +
-    ā x̂0(x_t) and std σ̄. The first evaluation is that of x_t itself: steps − 1 further ones are needed.
+    With exact draws, x_s has the marginal of its level for any ρ. One inner step is the Gaussian step with mean γ x_t +
+    ā x̂0(x_t) and std σ̄. The first evaluation is x̂0(x_t) itself: steps − 1 further ones are needed.
 
     Raises InputError for fewer than one inner step, and for σ_t = 0.
     """

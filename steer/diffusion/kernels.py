@@ -41,7 +41,7 @@ def one_pass(
     dtype: torch.dtype = torch.float32,
     storage: torch.dtype | None = None,
 ) -> dict[Wanted, Tensor]:
-    """Evaluate a step as `plain_pass`, by the kernel where there is one.
+    """Evaluate a step as `plain_pass` does, by the kernel where there is one.
 
     Raises InputError where shapes differ, or a requested result lacks its inputs.
     """
@@ -53,7 +53,7 @@ def one_pass(
 
 
 class FusedGaussian(Gaussian):
-    """A `Gaussian` whose mean is computed on access, otherwise in the pass that draws or evaluates x_s.
+    """A `Gaussian` whose mean is computed within the pass that draws or evaluates x_s, and stored only on access.
 
     x, output  x_t and the model output (N, …); no graph is built
     """

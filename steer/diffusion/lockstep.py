@@ -20,7 +20,7 @@ from steer.reward import ThreadContext
 
 
 class _Stopped(BaseException):
-    """Exception that ends the call of a particle whose companions failed."""
+    """Exception that ends a particle's call after the call of another particle has failed."""
 
 
 class _Turn:
@@ -29,7 +29,7 @@ class _Turn:
     def __init__(self, call: Callable[[OnStep], Tensor], device: torch.device) -> None:
         self._resumed, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._call, self._context = call, ThreadContext(device)
-        self._modes = _get_current_function_mode_stack()  # replaced draws, which are of one thread
+        self._modes = _get_current_function_mode_stack()  # modes that replace draws apply to one thread
         self.step: SolverStep | None = None
         self.override: StepOverride | Continue | None = None
         self.images: Tensor | None = None
@@ -75,7 +75,7 @@ class _Turn:
 
 
 def run_in_lock_step(pipe: Any, calls: Sequence[Mapping[str, Any]], on_step: OnStep, grad: bool) -> Tensor:
-    """Run one call for each particle; `on_step` sees the solver steps of all as one, and overrides them.
+    """Run one call for each particle; `on_step` receives the solver steps of all as one step, and overrides it.
 
     Returns the images (N, …). Raises UnsupportedPipelineError where the calls differ in their steps or shapes.
     """
@@ -138,7 +138,7 @@ def _state(memory: Any) -> dict[str, Any]:
 
 
 def joined_step(steps: Sequence[SolverStep]) -> SolverStep:
-    """Return the steps of several calls of one particle as one of all."""
+    """Join the solver steps of several one-particle calls into one step of all particles."""
     first = steps[0]
 
     def joined(tensors: Sequence[Tensor]) -> Tensor:

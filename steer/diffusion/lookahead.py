@@ -5,8 +5,8 @@ deterministic solver steps on a coarse grid from x_t to the end,
 
     x_s = α_s x̂0(x_t) + σ_s ε̂,  ε̂ = (x_t − α_t x̂0)/σ_t      (DDIM, arXiv 2010.02502, with η = 0)
 
-The first one is free: the run has just computed x̂0(x_t). The pipeline is called again from x_t on, by a copy of its
-scheduler with the timesteps of the grid: guidance, ControlNets and conditions are those of the user's call.
+The first step is free: the run has just computed x̂0(x_t). The pipeline is called again from x_t on, with a copy of its
+scheduler that has the timesteps of the grid: guidance, ControlNets and conditions stay as in the user's call.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,13 +37,13 @@ Adapter = Callable[[], AbstractContextManager[Any]]
 
 
 class LookAhead:
-    """Φ_m of one call of `pipe`: a solver step of the run to predicted clean latents (N, …), fp32.
+    """Φ_m for one call of `pipe`: maps a solver step of the run to predicted clean latents (N, …), fp32.
 
     pipe         the pipeline, as in the run
     call         the run's call, which is repeated for a few steps
-    steps        m, the coarse steps from x_t to the end: 1 is x̂0; no more than the run itself has left
-    shapes       of the denoisers' outputs, recorded in the run
-    adapter      context in which the denoiser has a few-step LoRA adapter (LCM, Turbo): x̂0 of one evaluation by it
+    steps        m, number of coarse steps from x_t to the end, at most as many as the run has left; 1 gives x̂0
+    shapes       shapes of the denoisers' outputs, recorded in the run
+    adapter      context that applies a few-step LoRA adapter (LCM, Turbo), which gives x̂0 in one evaluation
     evaluations  denoiser calls of all rows in the last look-ahead
 
     Raises UnsupportedPipelineError for pipelines whose denoisers keep state between calls, and for those with a second
@@ -63,7 +63,7 @@ class LookAhead:
         self.evaluations = 0
 
     def at_least(self, steps: int) -> "LookAhead":
-        """Return this look-ahead, or one of so many steps where it has fewer; an adapter needs one."""
+        """Return this look-ahead, or a copy with `steps` steps if it has fewer; an adapter needs only one."""
         if self._adapter is not None or self.steps >= steps:
             return self
         return LookAhead(self._pipe, self._call, steps, self._shapes)
@@ -72,7 +72,7 @@ class LookAhead:
         self.evaluations = 0
         places, levels = coarse_grid(solver_step, self.steps)
         if self._adapter is not None:
-            places = [places[0], places[0]]  # from x_t to x_t, which the adapted denoiser is then asked at
+            places = [places[0], places[0]]  # from x_t to x_t: the denoiser with the adapter is evaluated there
         if len(places) == 1:
             return solver_step.x0()
         _check_stateless(self._pipe, solver_step)
@@ -104,7 +104,7 @@ class LookAhead:
     def denoise(self, solver_step: SolverStep, s: Tensor, sigma: Tensor) -> Tensor:
         """Return E[z | S] for S = z + σ ε (N, …), by one evaluation of all rows at that level, through the pipeline.
 
-        Raises UnsupportedPipelineError for a solver whose runs have no levels between those of its steps.
+        Raises UnsupportedPipelineError for a solver without noise levels between its steps.
         """
         _check_stateless(self._pipe, solver_step)
         place = coarse_grid(solver_step, 1)[0][0]
@@ -135,8 +135,10 @@ class LookAhead:
     def _short_pipe(
         self, solver_step: SolverStep, places: list[int], ratio: float | None = None
     ) -> tuple[Any, list[bool]]:
-        """Return a view of the pipeline for a run of these places, the last one moved to the level σ/α = `ratio`, and
-        a list: while it holds anything, denoisers predict zeros."""
+        """Return a view of the pipeline for a run over `places`, and a list: while not empty, denoisers predict zeros.
+
+        With `ratio`, the last place is moved to the level σ/α = `ratio`.
+        """
         silent, view = [True], self._pipe
         zeros = zero_proxies(view, self._shapes)
 
@@ -149,7 +151,7 @@ class LookAhead:
         return with_components(view, changed), silent
 
 
-MAX_LEVEL_ERROR = 0.1  # relative, of σ/α: timesteps may be whole numbers
+MAX_LEVEL_ERROR = 0.1  # relative error of σ/α: timesteps may be whole numbers
 
 
 def _check_level(at: Level, ratio: Tensor, scheduler: Any) -> None:
@@ -161,7 +163,7 @@ def _check_level(at: Level, ratio: Tensor, scheduler: Any) -> None:
 
 
 def coarse_steps(lookahead: int | str) -> int:
-    """Return the coarse steps of a `lookahead` setting: those of an adapter are one."""
+    """Return the number of coarse steps of a `lookahead` setting; an adapter takes one."""
     return 1 if isinstance(lookahead, str) else lookahead
 
 
@@ -169,7 +171,7 @@ LORA, NAME = "lora:", "steer_lookahead"
 
 
 def _load_adapter(pipe: Any, path: str, modules: list[Any]) -> None:
-    """Load an adapter beside the pipeline's own. Raises InputError for a file that cannot be, or of another model."""
+    """Load an adapter beside the pipeline's own. Raises InputError if it cannot be read or is of another model."""
     try:
         pipe.load_lora_weights(path, adapter_name=NAME)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -182,8 +184,8 @@ def _load_adapter(pipe: Any, path: str, modules: list[Any]) -> None:
 def few_step_adapter(pipe: Any, lookahead: int | str) -> Iterator[Adapter | None]:
     """Load the LoRA adapter of a `lookahead` setting "lora:PATH" beside the pipeline's own, switched off.
 
-    Yields a context in which it is on, and with it those that are on already; None for a number of steps. After the
-    block the pipeline is as it was. Raises InputError for a pipeline or a file that cannot load it.
+    Yields a context that enables it beside the adapters that are already enabled; None if the setting is a number of
+    steps. The block restores the pipeline. Raises InputError for a pipeline without adapters or an unreadable file.
     """
     if not isinstance(lookahead, str):
         yield None
@@ -232,7 +234,7 @@ def coarse_grid(solver_step: SolverStep, steps: int) -> tuple[list[int], list[Le
 
 
 def _check_stateless(pipe: Any, solver_step: SolverStep) -> None:
-    """Raise UnsupportedPipelineError where a second run inside of a step would change the run itself."""
+    """Raise UnsupportedPipelineError where a second run inside a step would change the run itself."""
     name = type(pipe).__name__
     if has_second_modality(solver_step.scheduler):
         raise UnsupportedPipelineError(f"{name} denoises a second modality beside the latents: use lookahead=1")

@@ -1,4 +1,4 @@
-"""LoRA layers of peft in modules: found, and their adapters switched on and off."""
+"""LoRA layers of peft: find them in modules, and switch their adapters on and off."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def lora_layers(modules: Iterable[nn.Module], name: str | None = None) -> list[Any]:
-    """Return the LoRA layers of modules, those with an adapter of a name where one is given."""
+    """Return the LoRA layers of modules; with `name`, only the layers that have an adapter of this name."""
     from peft.tuners.lora import LoraLayer
 
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)]

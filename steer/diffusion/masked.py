@@ -79,7 +79,7 @@ def _log_prob_balanced(masked: Tensor, opened: Tensor, rate: float) -> Tensor:
     return p.log() - subsets
 
 
-# How the places are drawn that open in a step. Both open every masked place with the same probability (t − s)/t.
+# Rules that draw the places to open in a step. Both open every masked place with the same probability (t − s)/t.
 # Places that open together are independent given z_t: `balanced` opens at most one in a step while there are at least
 # as many steps left as masked places, and then draws from the law of the denoiser in a random order (T → ∞).
 Draw = Callable[[Tensor, float, Generator | None], Tensor]
@@ -97,7 +97,7 @@ class MaskedKernel:
     log_x0   log x_θ (N, L, V), as `subs` returns it
     rate     (t − s)/t, probability that a masked place opens, in [0, 1]
     mask_id  the masked token
-    opening  how the places are drawn: a name of OPENINGS
+    opening  rule that draws the places: a name of OPENINGS
     """
 
     ids: Tensor
@@ -112,11 +112,11 @@ class MaskedKernel:
 
     @property
     def scale(self) -> Tensor:
-        """(t − s)/t: what a stored reference keeps of a step beside its `statistics`."""
+        """(t − s)/t, which a stored reference keeps beside the `statistics` of a step."""
         return torch.tensor(self.rate, dtype=torch.float64)
 
     def statistics(self, z_s: Tensor) -> Tensor:
-        """Return log x_θ (N, L, V), on which alone the policy depends."""
+        """Return log x_θ (N, L, V), the only part of the kernel that depends on the policy."""
         return self.log_x0
 
     def from_statistics(self, statistics: Tensor, scale: Tensor, z_s: Tensor) -> "MaskedKernel":

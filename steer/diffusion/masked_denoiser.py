@@ -1,6 +1,6 @@
 """The denoiser of MDLM: a bidirectional transformer over tokens (arXiv 2406.07524; DiT, arXiv 2212.09748).
 
-Parameter names and shapes are those of the published checkpoints (kuleshov-group/mdlm-owt), without their `backbone.`.
+Parameter names and shapes match the published checkpoints (kuleshov-group/mdlm-owt), without the prefix `backbone.`.
 """
 
 import math
@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FREQUENCIES = 256  # of the embedding of the noise level
+FREQUENCIES = 256  # in the embedding of the noise level
 MAX_PERIOD = 10_000
 
 
@@ -121,8 +121,8 @@ class MaskedDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
     """Predict the clean tokens of a partly masked sequence: ids (N, L) → logits (N, L, V).
 
     vocab_size         V, the mask included
-    model_length       L, tokens of a sequence that it was trained on
-    time_conditioning  whether it sees the noise level; published models do not: the number of masks says it
+    model_length       L, number of tokens of the training sequences
+    time_conditioning  whether the noise level is an input; published models infer it from the number of masks
     """
 
     config_name = "config.json"

@@ -1,4 +1,4 @@
-"""Modular pipelines of diffusers, called like all others: a view with the signature of its blocks' inputs.
+"""Views of modular pipelines of diffusers, called like all other pipelines, with their blocks' inputs as signature.
 
 A `ModularPipeline` takes any keyword and returns the state of all its blocks. The view takes the inputs of the blocks
 by name and returns a tuple of the images; everything else is the modular pipeline's own.
@@ -21,16 +21,15 @@ from steer.diffusion.differentiable import differentiable_class
 from steer.diffusion.views import ENCODED_TEXTS, ModuleProxy, cached_calls
 from steer.errors import UnsupportedPipelineError
 
-MEDIA = ("images", "videos", "audios", "audio")  # outputs of blocks, of which the first is the one to score
+MEDIA = ("images", "videos", "audios", "audio")  # outputs of blocks; the first one that a pipeline has is scored
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PROGRESS = "_progress_bar_config"
 
 
 def as_callable(pipe: Any) -> Any:
-    """Return a modular pipeline as a view that is called like other pipelines, with the same attributes; every other
-    pipeline as it is.
+    """Return a view of a modular pipeline that is called like other pipelines; return any other pipeline unchanged.
 
-    Raises UnsupportedPipelineError for blocks without images, videos or audio.
+    The view has the same attributes. Raises UnsupportedPipelineError for blocks without images, videos or audio.
     """
     if not isinstance(pipe, ModularPipeline) or isinstance(pipe, _Called):
         return pipe
@@ -47,7 +46,7 @@ def as_callable(pipe: Any) -> Any:
 
 
 class _Called:
-    """The members of a view that other pipelines have and modular ones lack."""
+    """The members of a view that modular pipelines lack and other pipelines have."""
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Configure the progress bars of all blocks."""
@@ -74,8 +73,10 @@ def _called_class(kind: type, defaults: Mapping[str, Any], media: str) -> type:
 
 
 def _of_one_call(pipe: Any) -> dict[str, Any]:
-    """Return the attributes of one call, since a preview is a call within a call: copies of the blocks, without their
-    own no_grad where gradients are enabled, and encoders of text that remember."""
+    """Return attributes for one call, as a preview is a call within a call: copied blocks and cached text encoders.
+
+    Where gradients are enabled, the copies are without the blocks' own no_grad.
+    """
     grad = torch.is_grad_enabled()
     blocks = _copied(pipe._blocks, grad, vars(pipe).get(PROGRESS))
 
@@ -104,7 +105,7 @@ def _copied(blocks: Any, grad: bool, progress: Mapping[str, Any] | None) -> Any:
     return own
 
 
-_graph_class = functools.cache(differentiable_class)  # of blocks, which have few classes
+_graph_class = functools.cache(differentiable_class)  # blocks have few classes
 
 
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)

@@ -42,8 +42,8 @@ def _in_float32(value: Any) -> Any:
 def without_tf32() -> Iterator[None]:
     """Switch TF32 off in the block, in all threads: PyTorch has one setting for the process.
 
-    It has two names, `fp32_precision` and the older `allow_tf32`, which raises where they differ. torch.compile reads
-    the older one, so that both are set; and recompiles where the first changes, so that what is off is left alone.
+    The setting has two names, `fp32_precision` and the older `allow_tf32`, which raises where they differ. Both are
+    set, as torch.compile reads the older one. It recompiles when the first changes: a setting that is off stays as is.
     """
     backends: Any = torch.backends
     matmul, cudnn = backends.cuda.matmul, backends.cudnn
@@ -51,7 +51,7 @@ def without_tf32() -> Iterator[None]:
     switched = [pair for pair in pairs if pair[1].fp32_precision == "tf32"]
 
     def write(allowed: bool) -> None:
-        for older, _ in switched:  # first: the older one of cuDNN sets both of its operations
+        for older, _ in switched:  # first: cuDNN's older name sets both of its operations
             older.allow_tf32 = allowed
         for _, operation in switched:
             operation.fp32_precision = "tf32" if allowed else "ieee"
@@ -66,7 +66,7 @@ def without_tf32() -> Iterator[None]:
 def in_float32(modules: Sequence[nn.Module], autocast: bool = False) -> Callable[[], AbstractContextManager[None]]:
     """Return a context in which modules are evaluated in float32: no half precision, autocast or TF32.
 
-    The weights are looked through once, here: a context is entered for every call of the modules.
+    The weights are inspected once, here, as a context is entered for every call of the modules.
 
     autocast  whether a forward pass enters its own autocast, as a model prepared by accelerate may
     """

@@ -1,7 +1,7 @@
-"""Previews: x̂0 → image, by the decoding of the pipeline itself, without code for any model family.
+"""Previews: x̂0 → image, decoded by the pipeline itself, without code for any model family.
 
 The pipeline is called again for one step, with proxies in place of its denoisers and a step hook that replaces the
-latents by x̂0; its output is the image that the pipeline decodes from x̂0.
+latents by x̂0; its output is then the decoded x̂0.
 """
 
 import copy
@@ -23,7 +23,7 @@ from steer.diffusion.views import Output, with_components, with_decode, without_
 from steer.errors import InputError
 from steer.registry import choose
 
-SCHEDULED_STEPS = 4  # of which one is run; the minimum of PNDM with its Runge-Kutta warm-up
+SCHEDULED_STEPS = 4  # only one of them is run; the minimum of PNDM with its Runge-Kutta warm-up
 # Arguments of the user's call that do not apply to decoding.
 EXCLUDED_ARGUMENTS = (
     "callback",
@@ -53,7 +53,7 @@ def _in_chunks(decode: Callable[..., Any], chunk: int) -> Callable[..., Any]:
 
 
 def _in_own_precision(decoder: Any) -> Callable[..., Any]:
-    """Wrap a decoder to decode in its own precision on the device of the latents, to which it is copied."""
+    """Wrap a decoder to decode in its own precision, from a copy on the device of the latents."""
     copies = {decoder.device: decoder}
 
     def decode(z: Tensor, *args: Any, **kwargs: Any) -> Output:
@@ -66,9 +66,9 @@ def _in_own_precision(decoder: Any) -> Callable[..., Any]:
 
 
 class Preview:
-    """Decoder of the latents of one call of `pipe`: x̂0 (N, …), shaped like them, to (N, 3, H, W) in [0, 1].
+    """Decoder for one call of `pipe`: from x̂0 (N, …), shaped like the latents, to images (N, 3, H, W) in [0, 1].
 
-    `call` are the arguments of the user's call; `chunk` images are decoded at a time. Decoding has its own random
+    `call` holds the arguments of the user's call; `chunk` images are decoded at a time. Decoding has its own random
     numbers, no safety checker (which would blacken images), no watermark, no callbacks and no progress bar; text is
     encoded once. With a `differentiable` pipeline, gradients flow from the images to x̂0.
 
@@ -123,10 +123,10 @@ class Runner(Protocol):
 
 
 def short_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a short run inside of the user's call (`steer.diffusion.short_schedule`)."""
+    """Return the arguments of a short run inside the user's call (`steer.diffusion.short_schedule`)."""
     kept = {name: value for name, value in call.items() if name not in EXCLUDED_ARGUMENTS}
     generator = torch.Generator().manual_seed(0)
-    # Image-to-image runs all of them; an earlier stage does not show in what a decoder makes of given latents.
+    # Image-to-image runs all of them; an earlier stage does not change how given latents are decoded.
     own = {"num_inference_steps": SCHEDULED_STEPS, "prior_num_inference_steps": SCHEDULED_STEPS, "strength": 1.0}
     return kept | own | {"generator": generator, "output_type": "pt"}
 
@@ -163,7 +163,7 @@ def filter_call_kwargs(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_output(output: Any) -> Tensor:
-    """Return the images of a pipeline's output, whatever their field: (N, 3, H, W), of a video (N, F, 3, H, W).
+    """Return the images of a pipeline's output, whatever their field: (N, 3, H, W), or videos (N, F, 3, H, W).
 
     Pipelines without "pt" output give arrays (N, H, W, 3) or PIL images.
     """
@@ -304,7 +304,7 @@ def build_preview(
     """Build the previews of one call of `pipe`, decoded `chunk` at a time.
 
     preview  a name of PREVIEWS, or an autoencoder of diffusers for this model's latents, like AutoencoderTiny
-    shapes   of the denoisers' outputs, recorded in the run (`OutputShapes`)
+    shapes   shapes of the denoisers' outputs, recorded in the run (`OutputShapes`)
 
     Raises InputError for an unknown name, a decoder that does not fit, or a pipeline without an image VAE.
     """

@@ -1,8 +1,8 @@
 """Verification of a scheduler before a run: a copy of it samples a known image, with the exact denoiser of that image.
 
-No list of class names decides: a scheduler is steered if its levels are those of its own `add_noise` (`scale_noise`),
-and its own x̂0 at every step, and its last latents, are the known image. The few rules of single schedulers
-(`steer.diffusion.schedules`: clipping, noise of another law, an ignored η) are held against the same steps.
+No list of class names decides: a scheduler is steered if its levels agree with its own `add_noise` (`scale_noise`),
+and both its own x̂0 at every step and its last latents equal the known image. The few rules for single schedulers
+(`steer.diffusion.schedules`: clipping, noise of another law, an ignored η) are checked against the same steps.
 """
 
 import functools
@@ -30,8 +30,8 @@ from steer.errors import InputError
 
 STEPS = (20, 2)  # consistency decoders and SCM take two
 SHAPE = (2, 2, 2, 2)
-TOLERANCE = 2e-2  # of an image in [−½, ½]; another convention is wrong by its own size
-# Arguments of `step` that a rehearsal knows how to give.
+TOLERANCE = 2e-2  # for an image in [−½, ½]; with a wrong convention the error is as large as the image
+# Arguments of `step` that a rehearsal can give.
 KNOWN_ARGUMENTS = {"self", "model_output", "timestep", "sample", "old_pred_original_sample", "timestep_back"}
 SCORE_INSTEAD = "Rank finished images with `steer score` instead"
 # Schedulers raise these for arguments that do not fit them.
@@ -45,7 +45,7 @@ def check_verified(scheduler: Scheduler) -> None:
 
     The result is cached for each class and configuration.
     """
-    kind = getattr(scheduler, "base_class", type(scheduler))  # of a short run: that of the run
+    kind = getattr(scheduler, "base_class", type(scheduler))  # for a short run, the class of the run's scheduler
     key = kind, json.dumps(dict(getattr(scheduler, "config", {})), default=repr, sort_keys=True)
     if key not in _verified:
         _verified[key] = reason_against(scheduler if kind is type(scheduler) else kind.from_config(scheduler.config))
@@ -54,14 +54,14 @@ def check_verified(scheduler: Scheduler) -> None:
 
 
 def reason_against(scheduler: Scheduler) -> str | None:
-    """Return why a scheduler cannot be steered, with a remedy, or None."""
+    """Return the reason why a scheduler cannot be steered, with a remedy, or None."""
     if not hasattr(scheduler, "step"):
         return f"has no step(): its pipeline samples by methods of its own, which cannot be hooked. {SCORE_INSTEAD}"
     parameters = inspect.signature(type(scheduler).step).parameters
     if "LongTensor" in str(getattr(parameters.get("sample"), "annotation", "")):
         return f"steps discrete tokens: there are no latents with a noise level to steer. {SCORE_INSTEAD}"
     needed = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
-    needed |= {name for name in parameters if name.startswith("dmd_")}  # HeliosDMD: optional by name only
+    needed |= {name for name in parameters if name.startswith("dmd_")}  # HeliosDMD: optional in its signature alone
     if unknown := sorted(needed - KNOWN_ARGUMENTS):
         return f"takes {', '.join(unknown)} in its step, which only its own pipeline can give. {SCORE_INSTEAD}"
     if scheduler.config.get("stages", 1) > 1:
@@ -81,7 +81,7 @@ def _remedy(scheduler: Scheduler) -> str:
 
 
 def rehearse(scheduler: Scheduler) -> str | None:
-    """Sample a known image with its exact denoiser; return what disagrees with the rules of `schedules`, or None."""
+    """Sample a known image with its exact denoiser; return any disagreement with the rules of `schedules`, or None."""
     _set_timesteps(scheduler)
     timesteps = stepped_timesteps(scheduler)
     first, last = (_noise_ratio(level(scheduler, timesteps[k], k)) for k in (0, len(timesteps) - 1))
@@ -133,7 +133,7 @@ def transitions(
 
 
 def _own_x0(out: Any) -> Tensor | None:
-    """Return the x̂0 of a scheduler's output where it has one: TCD's second field is none."""
+    """Return the x̂0 of a scheduler's output where it has one; TCD's second field is not x̂0."""
     if isinstance(out, tuple):  # CogVideoXDPM
         return out[1]
     return next((out[name] for name in ("pred_original_sample", "denoised") if name in out), None)
@@ -149,7 +149,7 @@ def _exact_output(scheduler: Scheduler, x: Tensor, image: Tensor, timestep: Tens
 
 
 def _inner_level(scheduler: Scheduler, timestep: Tensor) -> Level:
-    """Return the level of a later call of one transition, which `sigmas` does not list: by its fractional timestep."""
+    """Return the level of a later call of a transition, which `sigmas` does not list, from its fractional timestep."""
     if not hasattr(scheduler, "alphas_cumprod"):
         return level(scheduler, timestep, scheduler.step_index)
     if not hasattr(scheduler, "sigmas"):  # PNDM
@@ -172,9 +172,9 @@ def _set_timesteps(scheduler: Scheduler) -> None:
 
 
 def _levels_agree(scheduler: Scheduler, timestep: Any, index: int) -> bool:
-    """Compare with `add_noise`, except where the steps are known to have other levels than it has.
+    """Compare levels with `add_noise`, except for schedulers whose steps are known to have other levels.
 
-    `_sigma_to_alpha_sigma_t` defines those of the steps (SASolver's `add_noise` ignores that it is a flow), and
+    `_sigma_to_alpha_sigma_t` defines the levels of the steps (SASolver's `add_noise` ignores that it is a flow), and
     `scale_noise` ignores `invert_sigmas`.
     """
     has_noise = hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")

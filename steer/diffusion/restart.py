@@ -1,4 +1,4 @@
-"""Runs that start at a later solver step: a scheduler copy whose `set_timesteps` leaves out the earlier ones."""
+"""Runs that start at a later solver step, by a scheduler copy whose `set_timesteps` leaves out the earlier steps."""
 
 import copy
 import functools
@@ -11,7 +11,7 @@ FIRST = "_first_transition"
 
 
 def starting_at(scheduler: Scheduler, step: int) -> Scheduler:
-    """Copy a scheduler whose runs begin with solver step `step`, from 0, of the whole run. Its steps are its own."""
+    """Copy a scheduler so that its runs begin with solver step `step` (from 0) of the whole run, by its own `step`."""
     kind: type = type(scheduler)
     later = copy.copy(scheduler)
     later.__class__ = _later_class(kind)
@@ -21,7 +21,7 @@ def starting_at(scheduler: Scheduler, step: int) -> Scheduler:
 
 @functools.cache
 def _later_class(kind: type) -> type:
-    """Return the subclass of a scheduler's class with runs that start later."""
+    """Return a subclass of a scheduler's class whose runs start later."""
 
     @functools.wraps(kind.set_timesteps)  # type: ignore[attr-defined]
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ from steer.diffusion.step_hooks import Continue, OnStep, SolverStep, StepOverrid
 from steer.errors import UnsupportedPipelineError
 
 TEXTS = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt", "class_labels")
-# Arguments that are one for the whole call, whatever their length.
+# Arguments with one value for the whole call, whatever their length.
 SHARED = (
     *("generator", "latents", "timesteps", "sigmas", "guidance_scale", "cross_attention_kwargs", "metadata"),
     *("callback_on_step_end_tensor_inputs", "original_size", "crops_coords_top_left", "target_size"),
@@ -31,7 +31,7 @@ SHARED = (
 )
 
 
-# One form of a call: the arguments of one call of all rows, or of one call for each row.
+# One form of a call: the arguments of one call for all rows, or of one call for each row.
 Form = tuple[dict[str, Any], ...]
 
 
@@ -39,9 +39,9 @@ class RowsCall:
     """The call of a pipeline for `groups` prompts of `size` rows each.
 
     call           arguments of the pipeline's call for the prompts, without a count of images
-    one_condition  lists of images are the condition of every row, whatever their length
-    each           further arguments of every row, which then has a call of its own: pipelines differ in whether a list
-                   of images is one for each row or several for all
+    one_condition  a list of images is the condition of every row, whatever its length
+    each           further arguments of each row, which then has a call of its own: in some pipelines a list of images
+                   is one for each row, in others several for all
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RowsCall:
         self._forms = list(forms(pipe, call, groups, size, one_condition))
         if each is not None:
             self._forms = [tuple(own | dict(more) for own, more in zip(self._forms[-1], each, strict=True))]
-        self.place = 0  # of the form in use
+        self.place = 0  # number of the form in use
 
     def start_at(self, place: int) -> None:
         """Start with the form that another call of this pipeline ended with."""
@@ -66,7 +66,7 @@ class RowsCall:
 
     @property
     def call(self) -> dict[str, Any]:
-        """The arguments of the form in use, of its first row where it has one call for each."""
+        """The arguments of the form in use; if it has one call for each row, of the first call."""
         return self._forms[self.place][0]
 
     def run(
@@ -78,13 +78,13 @@ class RowsCall:
         grad: bool = True,
         change: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
     ) -> Tensor:
-        """Call the pipeline with step hooks; returns its images (N, 3, H, W), or what else it makes.
+        """Call the pipeline with step hooks; return its images (N, 3, H, W) or other media.
 
-        given   arguments in place of the call's own; those with one entry per row are divided in lock step
-        change  of the arguments of each call, before `given`
+        given   arguments in place of the call's own; in lock step, arguments with one entry per row are divided
+        change  function applied to the arguments of each call, before `given`
 
         Raises UnsupportedPipelineError where no form of the call has N rows, and where the pipeline fails later; the
-        errors of `on_step` and of the caller's own callbacks reach the caller as they are.
+        errors of `on_step` and of the caller's own callbacks reach the caller unchanged.
         """
         values = [value for value in (*self.call.values(), *given.values()) if value is not None]
         random = RandomState.of([one for value in values for one in (value if isinstance(value, list) else [value])])
@@ -95,7 +95,7 @@ class RowsCall:
                 return self._run(pipe, progress, given, grad, change or dict)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # what a pipeline raises for a form that does not fit is not documented
+            except Exception as error:  # pipelines do not document their errors for a form that does not fit
                 raised_here = type(error).__module__.startswith("steer.") and not isinstance(
                     error, UnsupportedPipelineError
                 )
@@ -122,7 +122,7 @@ class RowsCall:
 
 @dataclass
 class _Progress:
-    """Step hook that counts the steps of an attempt, and knows whether it failed in the hook itself."""
+    """Step hook that counts the steps of an attempt and records whether the attempt failed in the hook itself."""
 
     on_step: OnStep
     steps: int = 0
@@ -147,7 +147,7 @@ def _raised_by_library(error: Exception) -> bool:
 
 
 def _failure(pipe: Any, rows: int, steps: int, error: Exception) -> UnsupportedPipelineError:
-    """Return the refusal of a call that failed after some solver steps."""
+    """Return the error for a call that failed after some solver steps."""
     return UnsupportedPipelineError(
         f"{type(pipe).__name__} fails after {steps} solver steps with {rows} images ({type(error).__name__}: "
         f"{_first_line(error)}): check the arguments of its call, and that the plain pipeline runs with them"
@@ -160,7 +160,7 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The states of generators and of PyTorch's global ones, before an attempt."""
+    """The states of some generators and of PyTorch's global generators, before an attempt."""
 
     generators: tuple[tuple[Generator, Tensor], ...]
     default: Mapping[str, Tensor]
@@ -172,14 +172,14 @@ class RandomState:
         return cls(own, get_random_state())
 
     def restore(self) -> None:
-        """Restore all of them."""
+        """Restore all generators."""
         set_random_state(self.default)
         for generator, state in self.generators:
             generator.set_state(state)
 
 
 def _refusal(pipe: Any, rows: int, reasons: Sequence[Exception]) -> UnsupportedPipelineError:
-    """Return the refusal of a call none of whose forms runs: by the reason of the last, a call for each row."""
+    """Return the error for a call of which no form runs, with the reason of the last form, one call for each row."""
     error = reasons[-1]
     if isinstance(error, UnsupportedPipelineError):
         return UnsupportedPipelineError(_first_line(error))
@@ -192,8 +192,8 @@ def _refusal(pipe: Any, rows: int, reasons: Sequence[Exception]) -> UnsupportedP
 def forms(pipe: Any, call: Mapping[str, Any], groups: int, size: int, one_condition: bool = False) -> Iterator[Form]:
     """Return the forms of a call, in the order in which they are tried.
 
-    1. the pipeline's own count of images for each prompt    2. the same, conditions repeated for every row
-    3. prompts repeated for every row, a count of one        4. conditions repeated too
+    1. the pipeline's own count of images for each prompt    2. the same, with conditions repeated for every row
+    3. prompts repeated for every row, a count of one        4. the same, with conditions repeated too
     5. one call for each row
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
@@ -249,7 +249,7 @@ def _is_condition(name: str, value: Any) -> bool:
 
 
 def _repeated(value: Any, groups: int, size: int) -> Any:
-    """Return one value for every row, prompt after prompt: of one for each prompt, or of one for all."""
+    """Repeat a value to one entry per row, prompt after prompt; it has one entry for each prompt, or one for all."""
     rows = groups * size
     if isinstance(value, Tensor):
         if len(value) == groups:
@@ -283,7 +283,7 @@ def _row_of(given: Mapping[str, Any], row: int, rows: int) -> dict[str, Any]:
 
 
 def _entry(value: Any, at: int, entries: int) -> Any:
-    """Return one of so many entries of a value: tensors keep the dimension."""
+    """Return the entry `at` of a value with `entries` entries; tensors keep the dimension."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim and len(value) == entries:
         return value[at : at + 1]
     return value[at] if isinstance(value, list | tuple) and len(value) == entries else value

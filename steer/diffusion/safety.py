@@ -1,4 +1,4 @@
-"""Safety checkers of pipelines that are called many times: passed through, or deferred to the finished images."""
+"""Safety checkers for pipelines that are called many times: without effect, or deferred to the finished images."""
 
 import copy
 from typing import Any
@@ -13,7 +13,7 @@ class PassThroughChecker:
     """A safety checker of texts and videos that passes everything through."""
 
     def to(self, *args: Any, **kwargs: Any) -> "PassThroughChecker":
-        """Stay where it is."""
+        """Stay on the current device."""
         return self
 
     def check_text_safety(self, prompt: str) -> bool:
@@ -50,7 +50,7 @@ class DeferredSafetyChecker:
 
 
 def with_deferred_checker(pipe: Any) -> tuple[Any, DeferredSafetyChecker | None]:
-    """Copy a pipeline with a deferred safety checker; returns the copy and the checker, None where it has none."""
+    """Copy a pipeline with a deferred safety checker; returns the copy, and the checker or None."""
     if getattr(pipe, SAFETY_CHECKER, None) is None:
         return pipe, None
     view, deferred = copy.copy(pipe), DeferredSafetyChecker(getattr(pipe, SAFETY_CHECKER))

@@ -27,27 +27,27 @@ class Level(NamedTuple):
 
 
 class FreshLevel(Level):
-    """The level after a transition that draws all of its noise afresh: x_s ~ N(α_s x̂0, σ_s² I), whatever η."""
+    """The level after a transition whose noise is all newly drawn: x_s ~ N(α_s x̂0, σ_s² I), whatever η."""
 
     __slots__ = ()
 
 
 def descends_from(scheduler: Scheduler, names: Set[str]) -> bool:
-    """Return whether a scheduler is of one of these diffusers classes, or of a subclass of one."""
+    """Return whether a scheduler is an instance of one of these diffusers classes or of a subclass."""
     return any(cls.__name__ in names for cls in type(scheduler).__mro__)
 
 
 def is_flow(scheduler: Scheduler) -> bool:
     """Return whether a scheduler interpolates x = (1 − σ) x0 + σ ε and its denoiser predicts a velocity.
 
-    Flow schedulers of diffusers say so in their configuration, or have `sigmas` without an `add_noise`.
+    Flow schedulers of diffusers declare it in their configuration, or have `sigmas` without an `add_noise`.
     """
     says = scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
     return bool(says) or (hasattr(scheduler, "sigmas") and not hasattr(scheduler, "add_noise"))
 
 
 def prediction_type(scheduler: Scheduler) -> str:
-    """Return the denoiser's prediction type, a key of X0_WEIGHTS where it is known.
+    """Return the denoiser's prediction type, a key of X0_WEIGHTS if known.
 
     Where time runs from noise to data (`invert_sigmas`, MiniMax H3), the velocity points to the data too.
     """
@@ -60,7 +60,7 @@ def prediction_type(scheduler: Scheduler) -> str:
 def level(scheduler: Scheduler, timestep: Any, index: int) -> Level:
     """Return α and σ at a timestep, or at an index of `scheduler.sigmas` where the scheduler has them.
 
-    A negative timestep stands for the end of the run.
+    A negative timestep means the end of the run.
     """
     if getattr(scheduler, "sigmas", None) is not None:
         alpha, sigma = _level_at_sigma(scheduler, torch.as_tensor(scheduler.sigmas[index]))
@@ -98,9 +98,9 @@ def _cumulative_alpha(scheduler: Scheduler, timestep: int) -> Tensor:
 def measure_level(scheduler: Scheduler, timestep: Any, index: int) -> Level:
     """Measure α and σ by the scheduler's own `add_noise` or `scale_noise` on ones and zeros.
 
-    index  of the timestep, for schedulers that look up their level by it; their copy is put there
+    index  index of the timestep, set in a copy of schedulers that look up their level by it
 
-    Raises InputError for a scheduler with neither.
+    Raises InputError for a scheduler with neither method.
     """
     if not (hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")):
         raise InputError(f"{type(scheduler).__name__} has no add_noise to measure its noise levels by")
@@ -129,7 +129,7 @@ def predict_x0(
     index: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return x̂0 (in `dtype`, shaped like `sample`) from the denoiser's output, clipped as the scheduler does.
+    """Return x̂0 (in `dtype`, shaped like `sample`) from the denoiser's output, clipped as by the scheduler.
 
     Raises InputError for an unknown prediction type.
     """
@@ -152,7 +152,7 @@ def x0_weights(scheduler: Scheduler, before: Level) -> tuple[Tensor, Tensor]:
     """Return (a, b) of x̂0 = a x_t + b o for a model output o at a level, before any clipping.
 
     Where a scheduler has its own weights (EDM preconditioning, the boundary condition of consistency models), they are
-    measured by its own function on ones and zeros. Raises InputError for an unknown prediction type.
+    measured by calling the scheduler on ones and zeros. Raises InputError for an unknown prediction type.
     """
     alpha, sigma = before
     one, zero, kind = torch.ones_like(sigma), torch.zeros_like(sigma), prediction_type(scheduler)
@@ -182,14 +182,14 @@ def _clip(scheduler: Scheduler, x0: Tensor) -> Tensor:
 
 
 def clip_limit(scheduler: Scheduler) -> float:
-    """Return the bound of the scheduler's configuration on |x̂0|, infinite where there is none."""
+    """Return the bound on |x̂0| in the scheduler's configuration, infinite where there is none."""
     if scheduler.config.get("clip_denoised"):  # consistency models
         return 1.0
     clips = scheduler.config.get("clip_sample") and not descends_from(scheduler, _NEVER_CLIP)
     return float(scheduler.config.clip_sample_range) if clips else math.inf
 
 
-# They have `clip_sample` in their configuration, and never apply it.
+# Schedulers that have `clip_sample` in their configuration and never apply it.
 _NEVER_CLIP = {"TCDScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"}
 
 
@@ -205,13 +205,13 @@ def mid_transition(scheduler: Scheduler) -> bool:
 
 
 def total_transitions(scheduler: Scheduler, first: Any, latest: Any) -> int:
-    """Return the number of transitions of a run after its first one, made by calls at timesteps `first` to `latest`."""
+    """Return the number of transitions of a run, known after its first one with calls at `first` to `latest`."""
     timesteps = stepped_timesteps(scheduler).tolist()
     first, latest = first_of(first), first_of(latest)
     if hasattr(scheduler, "prk_timesteps"):
         if warm_up := len(scheduler.prk_timesteps):  # four calls each, and then one
             return warm_up // 4 + len(timesteps) - warm_up
-        # One timestep occurs twice. A run of image-to-image may start at either, or after them, and the
+        # One timestep occurs twice. An image-to-image run may start at either occurrence, or after both, and the
         # scheduler takes two calls for its first transition in any case.
         again = first == latest and timesteps.count(first) > 1
         return len(timesteps) - timesteps.index(latest) - again
@@ -221,7 +221,7 @@ def total_transitions(scheduler: Scheduler, first: Any, latest: Any) -> int:
 
 
 def stepped_timesteps(scheduler: Scheduler) -> Tensor:
-    """Return the timesteps that a run steps at: without a last one that only marks the end (SCM, Würstchen, LTX)."""
+    """Return the timesteps at which a run steps, without a last one that only marks the end (SCM, Würstchen, LTX)."""
     timesteps = torch.as_tensor(scheduler.timesteps)
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None:
@@ -269,11 +269,11 @@ class Gaussian:
 
     @property
     def scale(self) -> Tensor:
-        """τ: what a stored reference keeps of a step beside its `statistics`."""
+        """τ, which a stored reference keeps beside the `statistics` of a step."""
         return self.std
 
     def statistics(self, x_s: Tensor) -> Tensor:
-        """Return (μ − x_s)/τ (N, …): standard normal numbers, which lose less to a short dtype than means do."""
+        """Return (μ − x_s)/τ (N, …): standard normal numbers, which lose less precision in a short dtype than means."""
         return (self.mean - x_s) / self.std
 
     def from_statistics(self, statistics: Tensor, scale: Tensor, x_s: Tensor) -> "Gaussian":
@@ -305,7 +305,7 @@ def gaussian_transition(
     eta       in [0, 1]
     dynamics  the law of the noise
 
-    In fp64 where x̂0 is, else in fp32.
+    Computed in fp64 where x̂0 is fp64, else in fp32.
     """
     (alpha_t, sigma_t), alpha_s = before, after.alpha
     tau, rest = split_noise(before, after, eta, dynamics)
@@ -316,11 +316,11 @@ def gaussian_transition(
 
 
 def split_noise(before: Level, after: Level, eta: float, dynamics: Dynamics = "ddim") -> tuple[Tensor, Tensor]:
-    """Return τ and ρ: the fresh noise of a step, and the noise it keeps in the direction of ε̂.
+    """Return τ and ρ: the new noise of a step, and the noise kept in the direction of ε̂.
 
     τ = η (σ_s/σ_t) √(σ_t² − (α_t/α_s)² σ_s²),  ρ = √(σ_s² − τ²)    (DDIM, arXiv 2010.02502, eq. 12 and 16)
 
-    dynamics  another law, of flow matching (`split_flow_noise`)
+    dynamics  other than "ddim": a law of flow matching (`split_flow_noise`)
     """
     if dynamics != "ddim":
         return split_flow_noise(before, after, eta, dynamics)
@@ -337,16 +337,16 @@ def split_noise(before: Level, after: Level, eta: float, dynamics: Dynamics = "d
 # eq. 8), s = a:    mean = x_t + [v + s²/(2σ_t) (x_t + (1 − σ_t) v)] dt,    τ = s √(−dt)
 # CPS (arXiv 2509.05952, eq. 10):    mean = (1 − σ_s) x̂0 + √(σ_s² − τ²) ε̂,    τ = σ_s sin(aπ/2)
 #
-# With x_t + (1 − σ_t) v = ε̂ and x_t + v dt = (1 − σ_s) x̂0 + σ_s ε̂, the mean of the first two is that of DDIM with
+# With x_t + (1 − σ_t) v = ε̂ and x_t + v dt = (1 − σ_s) x̂0 + σ_s ε̂, the first two have the mean of DDIM with
 # another ρ:    mean = (1 − σ_s) x̂0 + ρ ε̂,    ρ = σ_s − s² (σ_t − σ_s)/(2σ_t)
 #
-# As published, these two have noise in the last step too, which stays in the image: τ² + ρ² is not σ_s².
+# As published, these two add noise in the last step too, which stays in the image: τ² + ρ² is not σ_s².
 
 
 def split_flow_noise(before: Level, after: Level, noise_level: float, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
     """Return τ and ρ of a step of flow matching (equations above) at the noise level a (`noise_level`).
 
-    Where σ_t = 1, 1 − σ_s stands for 1 − σ_t in s of Flow-SDE, as in its authors' code.
+    Where σ_t = 1, s of Flow-SDE has 1 − σ_s in place of 1 − σ_t, as in its authors' code.
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = before, after
     if dynamics == "cps":
@@ -359,7 +359,7 @@ def split_flow_noise(before: Level, after: Level, noise_level: float, dynamics: 
 
 
 def check_dynamics(scheduler: Scheduler, dynamics: Dynamics) -> None:
-    """Raise InputError where the law of the noise is not that of the scheduler's forward process."""
+    """Raise InputError where the law of the noise does not belong to the scheduler's forward process."""
     if dynamics != "ddim" and not is_flow(scheduler):
         raise InputError(
             f"dynamics {dynamics!r} are for flow matching, and {type(scheduler).__name__} is none: use ddim"
@@ -376,7 +376,7 @@ def draws_fresh_noise(scheduler: Scheduler) -> bool:
     )
 
 
-# Their noise is drawn within a transition, around a higher-order mean, or by a rule of their own.
+# Schedulers whose noise is drawn within a transition, around a higher-order mean, or by a rule of their own.
 _OTHER_NOISE = {
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSDEScheduler",
@@ -417,7 +417,7 @@ def matches_gaussian_kernel(scheduler: Scheduler) -> bool:
 def step_levels(scheduler: Scheduler, timestep: Any, index: int) -> tuple[Level, Level]:
     """Return (α, σ) before and after the transition that begins with `scheduler.step` at a timestep.
 
-    A transition of several model calls (Heun, KDPM2, PNDM's warm-up) has those of its first call and of its end.
+    A transition of several model calls (Heun, KDPM2, PNDM's warm-up) has the levels of its first call and of its end.
     Raises InputError for a run that changes the size of its latents.
     """
     if getattr(scheduler, "_scale_factors", None):
@@ -430,7 +430,7 @@ def step_levels(scheduler: Scheduler, timestep: Any, index: int) -> tuple[Level,
 
 
 def _next_level(scheduler: Scheduler, timestep: Any, index: int) -> Level:
-    if hasattr(scheduler, CONSISTENCY_WEIGHTS):  # its data is the level σ_min
+    if hasattr(scheduler, CONSISTENCY_WEIGHTS):  # its data are at the level σ_min
         config, sigma = scheduler.config, scheduler.sigmas[index + 1].double()
         fresh = (sigma.clamp(config.sigma_min, config.sigma_max) ** 2 - config.sigma_min**2).clamp(min=0).sqrt()
         return Level(torch.ones_like(fresh), config.s_noise * fresh)
@@ -458,16 +458,16 @@ def _next_timestep(scheduler: Scheduler, timestep: Any, index: int) -> Any:
     return timesteps[index + 1] if index + 1 < len(timesteps) else -1
 
 
-# The proposal of DAS (arXiv 2501.05803): the optimal one for p(x_s | x_t) exp(g·x_s).
+# The proposal of DAS (arXiv 2501.05803), optimal for p(x_s | x_t) exp(g·x_s).
 def draw_guided(kernel: Gaussian, gradient: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
     """Draw x_s from q = N(mean + τ² g, τ² I) in place of the kernel p = N(mean, τ² I).
 
-    gradient  g (N, …), of the log-potential with respect to x_t, in nats per unit of the latents
+    gradient  g (N, …), gradient of the log-potential with respect to x_t, in nats per unit of the latents
     Returns x_s (N, …) and log p(x_s) − log q(x_s) in nats (N,), summed over the elements. With x_s = mean + τ² g + τ z
 
         log p − log q = ½ ‖z‖² − ½ ‖z + τ g‖² = −τ g·z − ½ τ² ‖g‖²
 
-    whose exponential has mean 1 over z. A step without noise (τ = 0) is not moved, its ratio is 0.
+    whose exponential has mean 1 over z. A step without noise (τ = 0) is not moved, and its log-ratio is 0.
     """
     z, shift = kernel.noise(generator), kernel.std * gradient.float()
     # From z itself: the difference of two log-densities of thousands of nats would lose precision.
@@ -483,7 +483,7 @@ class LinearStep:
     """x̂0 = clip(a x_t + b o),  mean = c x_t + d x̂0,  x_s = mean + τ z, for a model output o.
 
     a, b, c, d, std (τ)  float64 on the CPU, scalars or one per row (N,)
-    limit                bound on |x̂0|, infinite where it is not clipped
+    limit                bound on |x̂0|, infinite without clipping
     """
 
     a: Tensor
@@ -556,7 +556,7 @@ def plain_pass(
     noise       z shaped like x: x_s is drawn from it, in `dtype`, rounded through `storage`
     x_s         in place of the noise: the sample whose density is evaluated
 
-    All but x_s is fp32; log-probs are summed in fp64. `steer.diffusion.triton_kernels.triton_pass` is the fast twin.
+    All but x_s is fp32; log-probs are summed in fp64. `steer.diffusion.triton_kernels.triton_pass` is the fast version.
     """
     check_pass(step, x, output, want, noise, x_s)
     columns = step.table(x.device).unbind(1)

@@ -49,7 +49,7 @@ def copy_generators(generator: Generator | Sequence[Generator]) -> Generators:
 def spread_generators(given: Sequence[Generator], groups: int, size: int) -> list[Generator]:
     """Return `size` generators for each of B groups: the given ones (n for each group), further ones seeded from them.
 
-    A list that is no multiple of B is returned as it is.
+    A list whose length is no multiple of B is returned unchanged.
     """
     each, rest = divmod(len(given), groups)
     if rest or not each:

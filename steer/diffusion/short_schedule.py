@@ -1,6 +1,6 @@
 """Short runs of a pipeline: a scheduler copy whose `set_timesteps` gives a few timesteps of a longer run.
 
-Its `step` computes nothing and returns the latents as they are: step hooks replace them. Everything else is the
+Its `step` computes nothing and returns the latents unchanged: step hooks replace them. Everything else stays that
 scheduler's own: scaling of the denoiser's input, noise levels, prediction type.
 """
 
@@ -33,14 +33,14 @@ class StepOutput(tuple[Tensor, Tensor]):
 
 
 def last_step_only(scheduler: Scheduler) -> Scheduler:
-    """Copy a scheduler: its runs, of whatever number of steps, have only their last one."""
+    """Copy a scheduler so that its runs, of any number of steps, consist of their last step alone."""
     return _short(scheduler, None, None)
 
 
 def at_places(
     scheduler: Scheduler, places: Sequence[int], hooked: Sequence[str] = (), ratio: float | None = None
 ) -> Scheduler:
-    """Copy the scheduler of a run: its own runs have the timesteps at these places of that run's `timesteps`.
+    """Copy the scheduler of a run so that the copy's runs have the timesteps at `places` of that run's `timesteps`.
 
     hooked  attributes that are not copied
     ratio   level σ/α that the last place is moved to
@@ -61,7 +61,7 @@ def _short(
 
 @functools.cache
 def _short_class(kind: type) -> type:
-    """Return the subclass of a scheduler's class with short runs."""
+    """Return a subclass of a scheduler's class whose runs are short."""
 
     @functools.wraps(kind.set_timesteps)  # type: ignore[attr-defined]
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -95,10 +95,10 @@ def _converts(kind: Any) -> bool:
 
 
 def keep_places(scheduler: Scheduler, places: Sequence[int]) -> None:
-    """Keep the timesteps at some places, and their `sigmas` with the last one, which is the end."""
+    """Keep the timesteps at some places, with their `sigmas` and the last one, which marks the end."""
     timesteps, stepped = torch.as_tensor(scheduler.timesteps), stepped_timesteps(scheduler)
     at = torch.tensor(places, device=timesteps.device)
-    scheduler.timesteps = torch.cat([stepped[at], timesteps[len(stepped) :]])  # with a last one that marks the end
+    scheduler.timesteps = torch.cat([stepped[at], timesteps[len(stepped) :]])  # and the last one, if it marks the end
     if getattr(scheduler, "sigmas", None) is not None:
         sigmas = torch.as_tensor(scheduler.sigmas)
         scheduler.sigmas = torch.cat([sigmas[at.to(sigmas.device)], sigmas[-1:]])
@@ -111,11 +111,11 @@ def keep_places(scheduler: Scheduler, places: Sequence[int]) -> None:
 def _move_level(scheduler: Scheduler, place: int, ratio: float, timesteps: Tensor, sigmas: Any) -> None:
     """Move one place of a short run to the level σ/α = r.
 
-    Without `sigmas` to the nearest timestep. With them σ = r, of flows with α = 1 − σ it is r/(1 + r), and the timestep
-    is interpolated between those of the whole run, linearly in σ of flows, else in log σ.
+    Without `sigmas`, to the nearest timestep. With them, σ = r, or r/(1 + r) for flows with α = 1 − σ, and the timestep
+    is interpolated between the timesteps of the whole run, linearly in σ for flows, else in log σ.
 
     ratio              r > 0
-    timesteps, sigmas  of the whole run; sigmas None where the scheduler has none
+    timesteps, sigmas  of the whole run; sigmas are None where the scheduler has none
     """
     if sigmas is None:
         cumulative = torch.as_tensor(scheduler.alphas_cumprod).double().cpu()

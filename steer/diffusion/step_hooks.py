@@ -46,7 +46,7 @@ class SolverStep:
     t       timestep of x
     x       latents before the transition, (N, …)
     output  output of the denoiser, guidance included
-    prev    latents after it (diffusers' prev_sample), where the next step starts
+    prev    latents after the transition (diffusers' prev_sample), where the next step starts
     calls   denoiser calls of the transition
     """
 
@@ -59,7 +59,7 @@ class SolverStep:
     prev: Tensor = field(init=False)
     total: int = field(init=False)
     calls: int = 1
-    own_x0: Tensor | None = field(default=None, repr=False)  # x̂0 that the pipeline itself gives to the scheduler
+    own_x0: Tensor | None = field(default=None, repr=False)  # x̂0 that the pipeline itself passes to the scheduler
 
     @functools.cached_property
     def _x0(self) -> Tensor:
@@ -72,7 +72,7 @@ class SolverStep:
         return self._x0
 
     def ode_step(self) -> Tensor:
-        """Return x_s of the first-order ODE step, without noise: DDIM's, of flow matching Euler's (N, …), fp32."""
+        """Return x_s (N, …), fp32, of the first-order ODE step without noise: DDIM's, or Euler's for flow matching."""
         before, after = step_levels(self.scheduler, self.t, self.index)
         return gaussian_transition(self.x, self.x0(), before, Level(*after), 0.0).mean
 
@@ -101,7 +101,7 @@ StepOverride = tuple[Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Continue:
-    """An override by another particle of other calls: its latents; the solver's memory is in the scheduler already."""
+    """An override in lock step: the latents to continue with; the scheduler already has the solver's memory."""
 
     latents: Tensor
 
@@ -115,24 +115,24 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
 
     After each transition `on_step(solver_step)` is called. It returns None (no change) or
     `(ancestors, next_latents)`, each or both None: `ancestors` (N,) int64 is the particle that each row continues,
-    multistep solver history included; `next_latents` (N, …) replace the latents of the rows after that. Edits that the
-    pipeline makes between the steps, like inpainting's, are part of the transition and follow their particles.
+    multistep solver history included; `next_latents` (N, …) then replace the latents of the rows. Edits that the
+    pipeline makes between the steps, as for inpainting, are part of the transition and follow their particles.
 
-    `rows`: number of particles that the scheduler must receive; an autoencoder that refuses so many at once decodes row
+    `rows`: number of particles that the scheduler must receive; an autoencoder that refuses as many at once decodes row
     by row. `grad=False` runs the solver without gradients.
     The pipeline, its scheduler and its configuration stay unchanged; several views may run at once.
 
-    Raises InputError for a scheduler that is not verified, and UnsupportedPipelineError for a pipeline without a
-    scheduler, one that never steps it, or whose steps have no common noise level.
+    Raises InputError for a scheduler that is not verified. Raises UnsupportedPipelineError for a pipeline that has no
+    scheduler, never steps its scheduler, or has steps without a common noise level.
     """
     scheduler = scheduler_of(pipe)
     if is_token_scheduler(scheduler):
         yield view_class(pipe)(pipe, on_step, rows)
         return
-    with torch._C.DisableTorchFunction():  # the rehearsal's draws are not the call's, which a caller may replace
+    with torch._C.DisableTorchFunction():  # a caller may replace the call's draws, but not the rehearsal's
         check_verified(scheduler)
     tracker = _Tracker(pipe, on_step, rows, grad)
-    # A guider stores the step and an average of its call; a preview is another call.
+    # A guider stores the step and an average of one call, and a preview is another call.
     guiders = {id(part): copy.deepcopy(part) for part in vars(pipe).values() if isinstance(part, BaseGuidance)}
     tracker.guiders = list(guiders.values())
     parts: dict[int, Any] = {id(scheduler): _tracked_scheduler(scheduler, tracker), **guiders}
@@ -160,9 +160,9 @@ def scheduler_of(pipe: Any) -> Scheduler:
 class _Tracker:
     """The state of a view between scheduler calls.
 
-    origin  (N,) row of the start that each row continues, None before any resampling
-    copies  transitions of the pipeline's own copies of its scheduler, by id
-    guiders  of the view; the running averages of their guidance follow the ancestors
+    origin   (N,) the initial row that each row continues, None before any resampling
+    copies   number of transitions of each copy that the pipeline itself made of its scheduler, by id
+    guiders  guiders of the view; the running averages of their guidance follow the ancestors
     """
 
     pipe: Any
@@ -174,14 +174,14 @@ class _Tracker:
     pending: SolverStep | None = None
     origin: Tensor | None = None
     copies: dict[int, int] = field(default_factory=dict)
-    followed: dict[int, Tensor] = field(default_factory=dict)  # ancestors of transitions by their number
+    followed: dict[int, Tensor] = field(default_factory=dict)  # ancestors by number of the transition
     guiders: list[Any] = field(default_factory=list)
 
     def step(self, scheduler: Scheduler, plain_step: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Make one scheduler step, report its transition once complete, and apply the override."""
         arguments = bound.arguments
         if OWN_X0 in arguments and arguments[OWN_X0] is None and _passes_argument(self.pipe, OWN_X0):
-            return plain_step(*bound.args, **bound.kwargs)  # the conversion to x̂0 before the step that is given it
+            return plain_step(*bound.args, **bound.kwargs)  # a conversion to x̂0, which the next step receives
         t = arguments.get("timestep")
         x, output = self._checked(arguments.get("sample"), arguments.get("model_output"), t, arguments)
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
@@ -220,7 +220,7 @@ class _Tracker:
         return _reindexed(out, ancestors, _first(out))
 
     def rows_of_particles(self, tensor: Tensor) -> Tensor:
-        """Return the rows of a tensor that the pipeline made at the start, as its particles have moved since."""
+        """Reorder the rows of a tensor that the pipeline made at the start as its particles have moved since."""
         if self.origin is None or tensor.dim() == 0 or len(tensor) != len(self.origin):
             return tensor
         return tensor[self.origin.to(tensor.device)]
@@ -262,8 +262,10 @@ class _Tracker:
         return _with_latents(out, latents, latents if self.transitions == self.total else None)
 
     def memories(self, scheduler: Scheduler) -> list[Any]:
-        """Return what holds rows between the steps: the scheduler, and the running averages of adaptive projected
-        guidance, in the guiders or in a variable of the call (ACE-Step)."""
+        """Return the objects that hold state of the rows between the steps.
+
+        The scheduler, and running averages of adaptive projected guidance in guiders or a local variable (ACE-Step).
+        """
         code, frame = inspect.unwrap(type(self.pipe).__call__).__code__, inspect.currentframe()
         while frame is not None and frame.f_code is not code:
             frame = frame.f_back
@@ -285,7 +287,7 @@ class _Tracker:
 
 
 def _remedy_of_stages(pipe: Any) -> str:
-    """Return what to do with a pipeline that runs its solver several times."""
+    """Return the remedy for a pipeline that runs its solver several times."""
     stages = [f"pipe.{name}" for name in stages_of(pipe)]
     return f"steer one of its stages by itself: {' or '.join(stages)}" if stages else "it cannot be steered"
 
@@ -300,7 +302,7 @@ def _passes_argument(pipe: Any, name: str) -> bool:
 
 
 def _first(out: Any) -> Tensor:
-    """Return the latents after a step, the first entry of the scheduler's output."""
+    """Return the latents after a step: the first entry of the scheduler's output."""
     latents: Tensor = out[0]
     return latents
 
@@ -332,7 +334,7 @@ def _reindexed_state(memory: Any, ancestors: Tensor, like: Tensor) -> dict[str, 
 
 
 def _reset_solver_memory(scheduler: Scheduler) -> None:
-    """Reset solver state that would replace new latents by those of an earlier step."""
+    """Reset solver state that would replace new latents by latents of an earlier step."""
     if hasattr(scheduler, "last_sample"):  # the corrector of UniPC and SASolver
         scheduler.last_sample = None
     if hasattr(scheduler, "order_list"):  # DPMSolverSinglestep, between its two or three steps from one sample
@@ -376,18 +378,18 @@ class _Hook:
 
 
 def has_second_modality(scheduler: Scheduler) -> bool:
-    """Return whether the pipeline steps a copy of this scheduler, that of one of its solver steps."""
+    """Return whether the pipeline also steps a copy of this scheduler, which is the scheduler of a solver step."""
     return bool(vars(scheduler)["step"].tracker.copies)
 
 
 def memories_of(scheduler: Scheduler) -> list[Any]:
-    """Return what holds rows between the steps of the view of which this is the scheduler."""
+    """Return the objects that hold state of the rows between the steps, for the view with this scheduler."""
     memories: list[Any] = vars(scheduler)["step"].tracker.memories(scheduler)
     return memories
 
 
 def without_hooks(scheduler: Scheduler) -> Scheduler:
-    """Return a shallow copy of a scheduler without the hooks of a view: a deep copy of it is no part of a run."""
+    """Return a shallow copy of a scheduler without the hooks of a view, to be copied without effect on the run."""
     plain = copy.copy(scheduler)
     for name in HOOKED:
         vars(plain).pop(name, None)
@@ -395,7 +397,7 @@ def without_hooks(scheduler: Scheduler) -> Scheduler:
 
 
 def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
-    """Copy a scheduler, of the same class, with `step` and its noising going through the tracker."""
+    """Copy a scheduler, with the same class; `step` and the noising methods go through the tracker."""
     leaves = [leaf for leaf in tree_leaves(vars(base)) if torch.is_tensor(leaf) and leaf.requires_grad]
     tracked = copy.deepcopy(without_hooks(base), {id(leaf): leaf.detach() for leaf in leaves})
     hooks = {name: _Hook(tracker, tracked, name) for name in HOOKED if hasattr(tracked, name)}
@@ -404,9 +406,9 @@ def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
 
 
 class RunEnded(BaseException):
-    """Exception by which a hook ends a run before its time, with the `value` that the run was for.
+    """Exception by which a hook ends a run early, with the `value` for which the run was made.
 
-    No Exception: pipelines, and forms of a call that are tried in turn, must not catch it.
+    Not a subclass of Exception: pipelines, and the attempts at a call's forms (`rows`), must not catch it.
     """
 
     def __init__(self, value: Any = None) -> None:

@@ -23,8 +23,8 @@ class SubsScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffu
     """Masked diffusion with α_t = 1 − t from t = 1, all masked, to t = 0 (MDLM, arXiv 2406.07524).
 
     mask_token_id  id of the masked token
-    opening        how the places are drawn that open in a step: independent (as published), each with probability
-                   (t − s)/t; or balanced, as many as expected and no two in a step where there are steps enough
+    opening        rule that draws the places to open in a step: independent (as published), each with probability
+                   (t − s)/t; or balanced, the expected number, and at most one in a step if there are enough steps
     """
 
     config_name = "scheduler_config.json"

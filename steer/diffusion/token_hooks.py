@@ -37,7 +37,7 @@ def is_token_scheduler(scheduler: Any) -> bool:
 
 
 def has_categorical_kernel(scheduler: Any) -> bool:
-    """Return whether p(z_s | z_t) of a scheduler has a density: of AmusedScheduler and others it is not tractable."""
+    """Return whether p(z_s | z_t) of a scheduler has a tractable density; AmusedScheduler and others have none."""
     return hasattr(scheduler, "kernel")
 
 
@@ -54,13 +54,13 @@ class OwnDraw:
 
 @dataclass
 class TokenStep:
-    """A completed transition z_t → z_s of tokens, as `steer.diffusion.step_hooks.SolverStep` is one of latents.
+    """A completed transition z_t → z_s of tokens: `steer.diffusion.step_hooks.SolverStep` for ids instead of latents.
 
     k          number of the transition, from 0, of `total`
-    x, prev    ids before and after it, (N, L), or (N, h, w)
+    x, prev    ids before and after the transition, (N, L), or (N, h, w)
     output     logits (N, l, V) of the last l tokens, or (N, V, h, w)
-    mask_id    the masked token, at which places are predicted; None: all of the last l places are
-    predict    z_t → x̂0 in place of the most likely tokens
+    mask_id    the masked token: only masked places are predicted; None: all of the last l places
+    predict    function z_t → x̂0 in place of the most likely tokens
     """
 
     k: int
@@ -82,7 +82,7 @@ class TokenStep:
         return logits.log_softmax(-1)
 
     def x0(self) -> Tensor:
-        """Return x̂0 like x: the most likely token at every predicted place, or as `predict` has it."""
+        """Return x̂0 like x: the most likely token at every predicted place, or the result of `predict`."""
         return self.filled(self.log_probs().argmax(-1)) if self.predict is None else self.predict(self)
 
     def filled(self, tokens: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class TokenStep:
         return kernel
 
 
-OnTokenStep = Callable[[Any], Any]  # a StepOverride, or None: as `OnStep`, which imports this module
+OnTokenStep = Callable[[Any], Any]  # returns a StepOverride or None, like `OnStep`, whose module imports this one
 
 
 class TokenView:
@@ -114,7 +114,7 @@ class TokenView:
     The scheduler's state is the whole sequence: an override is applied to the result of its step.
     """
 
-    output_type: str | None = "ids"  # the name of the pipeline for ids; None: images, as everywhere
+    output_type: str | None = "ids"  # the pipeline's output_type for ids; None: images, as in other pipelines
 
     def __init__(self, pipe: Any, on_step: OnTokenStep, rows: int | None) -> None:
         self.pipe, self.on_step, self.rows, self.transitions = copy.copy(pipe), on_step, rows, 0
@@ -146,7 +146,7 @@ class TokenView:
         return self.override(step, output)
 
     def transition(self, total: int, given: dict[str, Any], x: Tensor, prev: Tensor, mask_id: int | None) -> TokenStep:
-        """Return the next transition. Raises InputError for another number of rows than particles."""
+        """Return the next transition. Raises InputError if the number of rows is not the number of particles."""
         if self.rows and len(x) != self.rows:
             raise InputError(f"the scheduler was given {len(x)} rows for {self.rows} particles")
         k, self.transitions = self.transitions, self.transitions + 1
@@ -170,9 +170,9 @@ class TokenView:
 
 
 def own_draws(step: TokenStep, ancestors: Tensor) -> Tensor:
-    """Return the ancestors (N,), where each slot that is equal to its ancestor before the step is its own.
+    """Return the ancestors (N,), but keep each slot that equals its ancestor before the step as its own ancestor.
 
-    Its own draw is one from the kernel of the ancestor, and independent of the ancestor's: without this, copies would
+    Such a slot's draw is from the same kernel as the ancestor's draw, and independent of it. Otherwise copies would
     stay equal where every step selects.
     """
     slots = torch.arange(len(step.x), device=step.x.device)
@@ -197,7 +197,7 @@ class ImageTokenView(TokenView):
 class BlockView(TokenView):
     """A view of LLaDA2Pipeline, which edits the current block outside of its scheduler.
 
-    The transition is complete at `callback_on_step_end`, whose `block_x`, the prompt and all blocks so far, is the
+    The transition is complete at `callback_on_step_end`; its `block_x`, the prompt and all blocks so far, is the
     state. EOS flags stay inside the pipeline: early stopping is off, and texts end at their first EOS.
     """
 
@@ -205,7 +205,7 @@ class BlockView(TokenView):
     _given: dict[str, Any]
 
     def __call__(self, **call: Any) -> Any:
-        """Call the pipeline, with its callback. Raises InputError for arguments that would not follow ancestors."""
+        """Call the pipeline with its callback. Raises InputError for arguments that would not follow the ancestors."""
         if call.get("callback_on_step_end") is not None:
             raise InputError("callback_on_step_end is what steers this pipeline: leave it out, use on_step")
         if call.get("eos_early_stop"):
@@ -218,7 +218,7 @@ class BlockView(TokenView):
         return super().__call__(**call)
 
     def _templated(self, prompts: list[str], call: dict[str, Any]) -> dict[str, Any]:
-        """Return the ids of one prompt in the chat template for all rows: the pipeline takes a single one."""
+        """Return the ids of one prompt in the chat template for all rows: the pipeline takes a single prompt."""
         if len(set(prompts)) > 1:
             raise InputError("this pipeline takes one prompt in its chat template: give one prompt a call")
         ids, mask = self.pipe._prepare_input_ids(
@@ -252,7 +252,7 @@ class _Fields(dict[str, Any]):
 
 
 class CanvasView(TokenView):
-    """A view of DiffusionGemmaPipeline: canvases of tokens, denoised from random ones, one after another.
+    """A view of DiffusionGemmaPipeline: canvases of tokens, denoised from random tokens, one after another.
 
     The pipeline keeps finished canvases and their cache of keys and values to itself. The cache is reordered with the
     particles; finished canvases are kept here, follow the ancestors, and replace those in the pipeline's output.
@@ -274,7 +274,7 @@ class CanvasView(TokenView):
         vars(self.pipe)["model"] = ModuleProxy(model, denoise)
 
     def __call__(self, **call: Any) -> Any:
-        """Call the pipeline without adaptive stopping. Raises InputError where it is asked for."""
+        """Call the pipeline without adaptive stopping. Raises InputError if the call requests adaptive stopping."""
         for name in ("eos_early_stop", "confidence_threshold", "callback_on_step_end"):
             if call.get(name):
                 raise InputError(f"{name}: what it keeps cannot follow resampled particles: leave it out")
@@ -284,7 +284,7 @@ class CanvasView(TokenView):
         return output
 
     def after_step(self, given: dict[str, Any], output: Any) -> Any:
-        """Report the transition of the canvas behind the finished ones, and apply the override to both."""
+        """Report the transition of the current canvas after the finished ones, and apply the override to both."""
         x, prev = given["sample"], output.prev_sample
         if self._finished is None:
             self._finished = x[:, :0]

@@ -85,9 +85,9 @@ def triton_pass(
     dtype: torch.dtype = torch.float32,
     storage: torch.dtype | None = None,
 ) -> dict[Wanted, Tensor]:
-    """Evaluate a step as `plain_pass`, in one kernel; a given x_s is returned as is. No gradients.
+    """Evaluate a step as `plain_pass` does, in one kernel; a given x_s is returned unchanged. No gradients.
 
-    Rows that are not contiguous inside, channels-last for one, are copied first.
+    Rows whose elements are not contiguous, as in channels-last, are copied first.
     """
     check_pass(step, x, output, want, noise, x_s)
     rows, elements = len(x), math.prod(x.shape[1:])

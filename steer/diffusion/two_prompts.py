@@ -1,9 +1,9 @@
-"""Guidance by two prompts: a text that was expanded, centred on the original (Parrot, arXiv 2401.05675, sec. 3.5).
+"""Guidance by two prompts: an expanded prompt, centred on the original (Parrot, arXiv 2401.05675, sec. 3.5).
 
     ε̂ = ε_∅ + w₁ (ε_c − ε_∅) + w₂ (ε_ĉ − ε_∅),   c the original prompt, ĉ the expanded one
 
 With g = w₁ + w₂ and the share w₁/g this is guidance of scale g by ε_mix = share · ε_c + (1 − share) · ε_ĉ: the denoiser
-is called with both texts and the pipeline guides by itself. Rows of the negative prompt are the same in both.
+is called with both texts and the pipeline applies the guidance. Rows of the negative prompt are the same in both.
 """
 
 import copy
@@ -22,13 +22,13 @@ from steer.diffusion.step_hooks import RunEnded, without_hooks
 from steer.diffusion.views import ModuleProxy, denoisers_in
 from steer.errors import InputError
 
-STATE = ("sample", "hidden_states", "timestep")  # arguments of a denoiser that are no text
+STATE = ("sample", "hidden_states", "timestep")  # arguments of a denoiser that are not the text
 
 
 def two_prompts(pipe: Any, originals: Mapping[str, str], share: float) -> Any:
     """Return a view of a pipeline that is guided by the prompts it is called with and by their originals.
 
-    originals  the original of each expanded prompt; other prompts stay alone
+    originals  the original of each expanded prompt; other prompts guide alone
     share      w₁/(w₁ + w₂) of the original, 0 to 1; the guidance scale of the call is w₁ + w₂
     Each denoiser call becomes two where both shares are above 0. Raises InputError for a share out of range.
     """
@@ -50,7 +50,7 @@ def two_prompts(pipe: Any, originals: Mapping[str, str], share: float) -> Any:
             vars(active)[name] = ModuleProxy(denoiser, _MixedDenoiser(denoiser, text, share))
         return cls.__call__(active, **given)
 
-    # Not by functools.wraps: `inspect.unwrap` would then skip this call.
+    # No functools.wraps: `inspect.unwrap` would then skip this call.
     call.__dict__["__signature__"] = signature
     view.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
     return view
@@ -63,7 +63,7 @@ def _originals_of(prompt: Any, originals: Mapping[str, str]) -> Any:
 
 
 def _first_arguments(cls: Any, pipe: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the arguments of the denoiser's first call in a pipeline's call, which ends there without a trace."""
+    """Return the arguments of the denoiser's first call in a pipeline's call, which ends there without side effects."""
     probe = copy.copy(pipe)
 
     def capture(denoiser: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,12 +93,12 @@ def _named(denoiser: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
 class _MixedDenoiser:
     """A denoiser called with both texts: share · original + (1 − share) · expanded.
 
-    text  arguments of its first call with the original prompt
+    text  arguments of the denoiser's first call with the original prompt
     """
 
     def __init__(self, denoiser: Callable[..., Any], text: Mapping[str, Any], share: float) -> None:
         self._denoiser, self._text, self._share = denoiser, text, share
-        self._texts: dict[str, tuple[Any, Any]] | None = None  # by argument: of the expanded and original prompt
+        self._texts: dict[str, tuple[Any, Any]] | None = None  # argument → for the expanded and the original prompt
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = _named(self._denoiser, args, kwargs)
@@ -108,7 +108,7 @@ class _MixedDenoiser:
                 for name, value in own.items()
                 if name not in STATE and name in self._text and not _equal(value, self._text[name])
             }
-        # A call with the negative prompt alone, of pipelines that make two, has another text: it stays as it is.
+        # Some pipelines call the denoiser with the negative prompt alone: its text differs, and the call is unchanged.
         if not self._texts or not all(_equal(own.get(name), expanded) for name, (expanded, _) in self._texts.items()):
             return self._denoiser(*args, **kwargs)
         original = self._denoiser(**own | {name: other for name, (_, other) in self._texts.items()})

@@ -1,7 +1,7 @@
 """Learned values V(x_t) = E[r(x0) | x_t]: a small network on latents in place of the reward of x̂0 (arXiv 2404.09656).
 
-It reads x_t, the x̂0 that the run has computed anyway, the noise level and the prompt. Intermediate rewards then cost no
-decoding and no reward. With the terminal factor Feynman–Kac steering is exact for any V; a better one lowers variance.
+Its inputs are x_t, x̂0 (computed by the run anyway), the noise level and the prompt. Intermediate rewards then cost no
+decoding and no reward. With the terminal factor Feynman–Kac steering is exact for any V; a better V lowers variance.
 """
 
 import functools
@@ -30,18 +30,18 @@ from steer.files import atomic_write_with_checksums, verify_checksums
 Value = Callable[[SolverStep, Sequence[str]], Tensor]  # a step and the prompt of each row → values (N,)
 
 CONFIG, WEIGHTS = "value.json", "value.safetensors"
-FINGERPRINT = "model_fingerprint"  # beside the weights
-MAX_FINGERPRINT_DISTANCE = 0.01  # relative; casts to half precision move it by .002
-SIDE = 32  # larger latents are averaged down to so many elements a side
+FINGERPRINT = "model_fingerprint"  # tensor stored beside the weights
+MAX_FINGERPRINT_DISTANCE = 0.01  # relative; casts to half precision change the fingerprint by .002
+SIDE = 32  # elements per side to which larger latents are averaged
 BUCKETS, WORD, HIDDEN, FREQUENCIES = 4096, 64, 128, 8
-MAX_LOG_RATIO = 8.0  # of log(σ/α)
+MAX_LOG_RATIO = 8.0  # bound on log(σ/α)
 MAX_WIDTH = 1024  # bounds the memory that a configuration can ask for
 
 
 class ValueNet(nn.Module):
     """Three convolutions, modulated (FiLM) by noise level and prompt. Buffers hold the scales of inputs and rewards.
 
-    channels  of the features: twice those of the latents
+    channels  channels of the features: twice the channels of the latents
     """
 
     mean: Tensor
@@ -92,7 +92,7 @@ def _coordinates(features: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def hashed_words(prompt: str) -> Tensor:
-    """Return the bucket numbers (W,) of the words of a prompt and of pairs of neighbours; one at least."""
+    """Return the bucket numbers (W,) of a prompt's words and pairs of neighbouring words; at least one."""
     words = re.findall(r"\w+", prompt.lower()) or [""]
     pairs = map(" ".join, itertools.pairwise(words))
     return torch.tensor([zlib.crc32(one.encode()) % BUCKETS for one in [*words, *pairs]])
@@ -101,8 +101,8 @@ def hashed_words(prompt: str) -> Tensor:
 def value_features(solver_step: SolverStep) -> tuple[Tensor, float]:
     """Return the features (N, 2C, H, W) of a step's particles, fp32, and log(σ/α).
 
-    x_t in the scale of unit variance, x_t/√(α² + σ²), beside x̂0. Tokens (N, L, C) and videos (N, C, F, H, W) become
-    planes. Raises InputError for latents of another form.
+    The features are x_t scaled to unit variance, x_t/√(α² + σ²), and x̂0. Tokens (N, L, C) and videos (N, C, F, H, W)
+    become planes. Raises InputError for latents of another form.
     """
     (alpha, sigma), _ = step_levels(solver_step.scheduler, solver_step.t, solver_step.index)
     x = solver_step.x.float() / float((alpha**2 + sigma**2).sqrt())
@@ -142,7 +142,7 @@ class LearnedValue:
 
 
 def model_fingerprint(pipe: Any) -> Tensor:
-    """Return one number of each weight of the denoisers, without LoRA adapters: in any precision, up to rounding.
+    """Return one number of each weight of the denoisers, without LoRA adapters: equal in any precision up to rounding.
 
     Raises InputError for a model whose weights are not in memory.
     """
@@ -157,7 +157,7 @@ def model_fingerprint(pipe: Any) -> Tensor:
 
 
 def check_model(fingerprint: Tensor, pipe: Any, path: object) -> None:
-    """Raise InputError where a value was trained on another model than that of `pipe`."""
+    """Raise InputError where a value was trained on another model than the model of `pipe`."""
     own = model_fingerprint(pipe)
     same = own.shape == fingerprint.shape
     if not same or (own - fingerprint).norm() > MAX_FINGERPRINT_DISTANCE * fingerprint.norm():
@@ -173,9 +173,9 @@ def save_value(folder: Path, value: LearnedValue, fingerprint: Tensor) -> None:
 
 
 def load_value(value: Any, pipe: Any) -> Value:
-    """Load the `value` of a call: a folder of `steer value train`; a function is returned as it is.
+    """Load the `value` of a call from a folder of `steer value train`; a function is returned unchanged.
 
-    Raises InputError for a folder that holds none, or one of another model than `pipe`.
+    Raises InputError for a folder without a value, or with a value of another model than `pipe`.
     """
     if callable(value):
         function: Value = value

@@ -1,6 +1,6 @@
 """Views of a pipeline: copies in which some components are replaced, on the same weights.
 
-A view encodes each text once, has no safety checker, or has denoisers that answer zeros; the pipeline stays as it is.
+A view encodes each text once, has no safety checker, or has denoisers that return zeros; the pipeline is unchanged.
 """
 
 import copy
@@ -45,7 +45,7 @@ def with_decode(vae: Any, decode: Callable[..., Any]) -> Any:
 
 
 def batch_or_rows(decode: Callable[..., Any], rows: int) -> Callable[..., Any]:
-    """Wrap a decode: a batch of `rows` that it refuses (Allegro's takes one video) is decoded row by row."""
+    """Wrap a decode function to decode row by row a batch of `rows` that it refuses (Allegro's takes one video)."""
 
     def run(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -75,7 +75,7 @@ def stages_of(pipe: Any) -> dict[str, Any]:
 ENCODED_TEXTS = "_encoded_texts"  # attribute of a view: outputs of the text encoders of a modular pipeline, by name
 
 
-POST_PROCESSORS = ("safety_checker", "watermark")  # of finished images only
+POST_PROCESSORS = ("safety_checker", "watermark")  # for finished images only
 
 
 def without_side_effects(pipe: Any) -> Any:
@@ -87,7 +87,7 @@ def without_side_effects(pipe: Any) -> Any:
     vars(quiet).update({name: without_side_effects(stage) for name, stage in stages_of(pipe).items()})
     vars(quiet).update(dict.fromkeys(POST_PROCESSORS) | {"_progress_bar_config": {"disable": True}})
     checker = getattr(pipe, SAFETY_CHECKER, None)
-    if hasattr(checker, "check_video_safety"):  # of pipelines that refuse to run without one
+    if hasattr(checker, "check_video_safety"):  # some pipelines refuse to run without a checker
         vars(quiet)[SAFETY_CHECKER] = PassThroughChecker()
     return quiet
 
@@ -158,7 +158,7 @@ def denoising_modules(pipe: Any) -> dict[str, Any]:
 def denoisers_in(pipe: Any) -> list[str]:
     """Return the names of the pipeline's denoisers; the first is the one that is trained.
 
-    Where none has a usual name: the components of diffusers' packages of denoisers, but for those of an earlier stage.
+    Where none has a usual name, they are the components from diffusers' denoiser packages, without the prior's.
     """
     if known := [name for name in DENOISERS if getattr(pipe, name, None) is not None]:
         return known
@@ -214,7 +214,7 @@ class _Shape:
 
 
 class OutputShapes:
-    """The outputs of modules by the shapes of their inputs: lists, tuples and output classes, without their values."""
+    """The output shapes of modules by the shapes of their inputs, in lists, tuples and output classes."""
 
     def __init__(self) -> None:
         self._outputs: dict[Any, Any] = {}
@@ -227,13 +227,13 @@ class OutputShapes:
 
     def call(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a module and record the shape of its output."""
-        key = self._key(name, args, kwargs)  # before the call: some modules take entries out of their lists
+        key = self._key(name, args, kwargs)  # before the call: some modules remove entries from their lists
         output = module(*args, **kwargs)
         self._outputs[key] = tree_map_only(Tensor, lambda one: _Shape(tuple(one.shape), one.dtype, one.device), output)
         return output
 
     def zeros(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return zeros shaped like the module's output; an input of unknown shape costs one call without gradients."""
+        """Return zeros shaped like the module's output; inputs of a new shape cost one call without gradients."""
         key = self._key(name, args, kwargs)
         if key not in self._outputs:
             self._call_once(name, module, *args, **kwargs)
@@ -279,7 +279,7 @@ def _zero_controlnet(controlnet: Any) -> ModuleProxy:
 def zero_proxies(pipe: Any, shapes: OutputShapes | None = None) -> dict[str, ModuleProxy]:
     """Return a proxy with zero output for every denoiser and ControlNet of a pipeline, by name.
 
-    shapes  of their outputs, recorded in a run; without them they are guessed from the inputs
+    shapes  shapes of their outputs, recorded in a run; None: shapes are guessed from the inputs
     """
     modules = denoising_modules(pipe)
     if shapes is not None:
@@ -293,14 +293,13 @@ def zero_proxies(pipe: Any, shapes: OutputShapes | None = None) -> dict[str, Mod
 def with_modules(pipe: Any, modules: Mapping[str, Any]) -> Any:
     """Copy a pipeline with some modules replaced. The pipeline itself stays unchanged.
 
-    Offloading hooks are on its own modules, and it restores them itself.
+    Offloading hooks belong to the pipeline's own modules, and the pipeline restores them itself.
     """
     return with_components(pipe, {**modules, "maybe_free_model_hooks": pipe.maybe_free_model_hooks})
 
 
 def with_components(pipe: Any, components: Mapping[str, Any]) -> Any:
-    """Copy a pipeline with some attributes replaced by name, and the components among them also in the pipelines that
-    it is made of."""
+    """Copy a pipeline with some attributes replaced by name; components are replaced in its stages too."""
     own = {name: vars(pipe).get(name) for name in components}
     view = replace_parts(pipe, {id(part): components[name] for name, part in own.items() if part is not None})
     vars(view).update(components)
@@ -309,7 +308,7 @@ def with_components(pipe: Any, components: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def replace_modules(pipe: Any, modules: Mapping[str, ModuleProxy]) -> Iterator[Any]:
-    """Yield a view of a pipeline with some modules replaced; after the block it has its own again."""
+    """Yield a view of a pipeline with some modules replaced; after the block the view has the pipeline's own again."""
     view = with_modules(pipe, modules)
     try:
         yield view

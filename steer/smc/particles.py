@@ -1,4 +1,4 @@
-"""Weighted particles in groups of one prompt, and their Feynman–Kac recursion (arXiv 2501.06848, Algorithm 1)."""
+"""Weighted particles, a group for each prompt, and their Feynman–Kac recursion (arXiv 2501.06848, Algorithm 1)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -59,7 +59,7 @@ class Particles:
     def correct(self, log_ratio: Tensor) -> "Particles":
         """Correct the weights for steps drawn from q instead of p: log w += log p − log q (B, K).
 
-        The ratio is no potential: it stays out of Σ log G, which the terminal factor divides out.
+        The ratio is not a potential: it is left out of Σ log G, which the terminal factor divides out.
         """
         return replace(self, log_weights=self.log_weights + log_ratio)
 
@@ -88,7 +88,7 @@ class FeynmanKac:
     potential      path of rewards → log G_j
     resampler      log-weights (B, K) → ancestors (B, K)
     tempering      progress of the run → λ_j
-    ess_threshold  resample a group when its ESS < threshold · K; 1, and tempering by ESS: at every evaluation
+    ess_threshold  resample a group when its ESS < threshold · K; 1 or tempering by ESS: at every evaluation
     """
 
     lam: float = 10.0
@@ -104,11 +104,11 @@ class FeynmanKac:
             raise InputError(f"ess_threshold must be above 0 and at most 1, got {self.ess_threshold}")
 
     def at_half_ess(self, particles: Particles, rewards: Tensor, progress: float) -> "FeynmanKac":
-        """Return this algorithm with the λ that leaves an ESS of half the particles, by first rewards (B, K).
+        """Return this algorithm with the λ that gives an ESS of half the particles for the first rewards (B, K).
 
-        Mean over prompts of ESS(λ) = max(K/2, 3/2), by bisection: of two particles no finite λ leaves an ESS of one.
-        The largest λ that is tried makes e^100 of the standard deviation of the rewards inside of prompts; equal
-        rewards give λ = 0.
+        Bisection finds mean over prompts of ESS(λ) = max(K/2, 3/2): no finite λ gives two particles an ESS of one. At
+        the largest λ tried, one standard deviation of the rewards within prompts is a factor e^100; equal rewards give
+        λ = 0.
         """
         size, spread = rewards.shape[1], (rewards - rewards.mean(1, keepdim=True)).square().mean().sqrt().item()
         target, low, high = max(size / 2, 1.5), 0.0, 100 / spread if spread > 0 else 0.0

@@ -94,13 +94,13 @@ class ESSTargeted:
     """The λ_j in [0, λ] nearest to λ with an ESS of at least `target`·K, per group, by a grid and bisection.
 
     λ_j may be below λ_{j−1}, since the terminal factor ends at λ in any case. The ESS need not decrease in λ_j:
-    log G_j may also divide by q_{j−1}. Where no λ_j reaches the target, the grid point with the largest ESS.
+    log G_j may also subtract q_{j−1}. Where no λ_j reaches the target, λ_j is the grid point with the largest ESS.
     """
 
     target: float = 0.5
     bisections: int = 40
     grid: int = 64
-    holds_ess: ClassVar[bool] = True  # without resampling the weights would keep λ_j small for good
+    holds_ess: ClassVar[bool] = True  # without resampling the weights would keep λ_j small forever
 
     def __call__(self, state: TemperingState) -> Tensor:
         """Return λ_j (B, 1)."""

@@ -1,7 +1,7 @@
 """Resampling schemes: log-weights (B, K) → ancestors (B, K), each row an independent group.
 
-All are unbiased: particle i gets K·w_i offspring in expectation. Weights of −inf are never drawn. Drawn in float64 on
-the CPU, so that one seed gives the same ancestors on every device.
+All are unbiased: particle i gets K·w_i offspring in expectation. Log-weights of −inf are never drawn. Draws are made in
+float64 on the CPU, so that one seed gives the same ancestors on every device.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def stratified(log_weights: Tensor, generator: Generator) -> Tensor:
 
 
 def multinomial(log_weights: Tensor, generator: Generator) -> Tensor:
-    """Draw K independent ancestors (Gordon et al. 1993): the largest variance of all schemes. Ancestors are sorted."""
+    """Draw K independent, sorted ancestors (Gordon et al. 1993): the scheme with the largest variance."""
     weights = _weights(log_weights)
     return _at(_uniform(tuple(weights.shape), generator).sort(-1).values, weights)
 
@@ -85,8 +85,8 @@ def ssp(log_weights: Tensor, generator: Generator) -> Tensor:
 def subsample(ancestors: Tensor, count: int, generator: Generator) -> Tensor:
     """Draw `count` of the ancestors (B, K), each with equal probability: every K/count-th, from a random offset.
 
-    Unbiased like the scheme that drew them: particle i gets count·w_i offspring in expectation. Sorted ancestors, as
-    all schemes here return them, of `systematic` remain systematic where count divides K.
+    Unbiased like the scheme that drew them: particle i gets count·w_i offspring in expectation. All schemes here return
+    sorted ancestors; a draw by `systematic` remains systematic where count divides K.
     """
     groups, size = ancestors.shape
     places = (torch.arange(count) + _uniform((groups, 1), generator)) * (size / count)
@@ -110,7 +110,7 @@ def _ssp_counts(expected: list[float], draws: list[float]) -> Tensor:
             i = j
         elif fractions[j] > 1 - 1e-9:
             counts[j], fractions[j] = counts[j] + 1, 0.0
-    if sum(counts) < len(expected):  # the fraction left over by rounding
+    if sum(counts) < len(expected):  # a fraction left over by rounding
         counts[i] += 1
     return torch.tensor(counts)
 

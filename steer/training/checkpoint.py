@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: folders that are complete or absent, and that are verified before use.
+"""Checkpoints of a training run: folders that are complete or absent, and verified before use.
 
 runs/one/step-00000120/    weights.safetensors  optimiser.safetensors  optimiser.json  …  manifest.json
 
 The manifest holds the size and SHA-256 of every file, and its own checksum. Tensors and JSON only: no file can run
-code. The checksums detect corruption, not forgery; yet a forged manifest can name plain files of its own folder only.
+code. The checksums detect corruption, not forgery; but even a forged manifest can name only plain files of its folder.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from steer.training.trainable import shard_like, whole
 
 VERSION = 1
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 1 << 20  # of a manifest from an untrusted source
+MAX_MANIFEST_BYTES = 1 << 20  # limit for a manifest from an untrusted source
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 FILE_NAME = re.compile(rf"(?!manifest\.json){NAME.pattern}\.(safetensors|json)")  # no paths out of the folder
 
@@ -49,7 +49,7 @@ def check_tensors(name: str, named: Mapping[str, Tensor]) -> None:
 
 
 def json_text(name: str, value: Any) -> str:
-    """Serialise a value to JSON, equal values to equal text. Raises InputError where JSON cannot hold it unchanged."""
+    """Serialise a value to JSON, equal values to equal text. Raises InputError where JSON would change the value."""
     if not NAME.fullmatch(name) or f"{name}.json" == MANIFEST:
         raise InputError(f"a JSON file named {name!r}: use letters, digits, - and _, and not 'manifest'")
     try:
@@ -95,7 +95,7 @@ def write_files(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tens
 def read_manifest(folder: Path) -> tuple[int, dict[str, FileRecord]]:
     """Return the step, and the record of each file by its name; the manifest's own checksum is verified.
 
-    Raises InputError where it is missing, unreadable, of another version or refers out of the folder; and OSError.
+    Raises OSError; InputError for a manifest that is missing, unreadable, of another version or naming files elsewhere.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -144,7 +144,7 @@ def _manifest_bytes(step: int, files: Mapping[str, FileRecord]) -> bytes:
     return (json.dumps(body | {"sha256": own}, sort_keys=True, indent=1) + "\n").encode()
 
 
-# The second form: a checkpoint about to be replaced by another one of its step.
+# The second form: a checkpoint about to be replaced by another one of the same step.
 STEP = "([0-9]{8}|[1-9][0-9]{8,})"
 FOLDER_NAME = re.compile(rf"step-{STEP}|\.step-{STEP}\.old")
 
@@ -213,12 +213,12 @@ class Checkpoints:
         *,
         pinned: Collection[int] = (),
     ) -> Path:
-        """Write NAME.safetensors and NAME.json of every entry; returns the folder once it is on the disk.
+        """Write NAME.safetensors and NAME.json of every entry; return the folder once it is on the disk.
 
         After a crash at any moment the newest complete checkpoint is this one or the one before. Equal content gives
-        equal bytes. Saving a step again replaces its checkpoint unless that is complete and equal. Afterwards those
-        older than the newest `keep` are deleted, except the steps in `pinned`; later steps, of a run resumed from an
-        earlier step, are kept until they are reached.
+        equal bytes. Saving a step again replaces its checkpoint unless that is complete and equal. Afterwards
+        checkpoints older than the newest `keep` are deleted, except the steps in `pinned`; later steps, of a run
+        resumed from an earlier step, are kept until the run reaches them.
 
         Raises InputError for values that are neither tensors nor plain JSON (save non-finite numbers in a tensor), and
         where writing fails.
@@ -237,7 +237,7 @@ class Checkpoints:
         return path
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
-        """Return the newest checkpoint that verifies, or None; and one line about each newer one that does not.
+        """Return the newest checkpoint that verifies, or None; and one line about each newer one that fails to.
 
         Raises InputError where the folder cannot be read.
         """
@@ -325,8 +325,8 @@ def _same(path: Path, new: Path) -> bool:
 def optimiser_tensors(optimiser: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return an optimiser's state: tensors by NUMBER.NAME (of a parameter) or groups.NUMBER.NAME, all else for JSON.
 
-    The tensors are the optimiser's own: copy or write them before its next step. Under FSDP they are gathered; every
-    process must call it.
+    The tensors are the optimiser's own: copy or write them before its next step. Under FSDP they are gathered: every
+    process must call this function.
     """
     saved = Optimizer.state_dict(optimiser)  # bitsandbytes' own nests tensors in further mappings
     tensors: dict[str, Tensor] = {}
@@ -344,8 +344,8 @@ def optimiser_tensors(optimiser: Optimizer) -> tuple[dict[str, Tensor], dict[str
 def load_optimiser(optimiser: Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
     """Restore an optimiser of the same parameters from `optimiser_tensors`, on their devices.
 
-    Bit for bit where the state has the dtype of its parameter (torch casts it to that), as in AdamW. Raises InputError
-    for the state of another kind of optimiser or of other parameters, and leaves the optimiser unchanged then.
+    Exact to the bit where the state has the dtype of its parameter, to which torch casts it, as in AdamW. Raises
+    InputError for the state of another kind of optimiser or of other parameters; the optimiser is then unchanged.
     """
     if (kind := values.get("kind")) != type(optimiser).__name__:
         raise InputError(f"the saved optimiser is {kind}, not {type(optimiser).__name__}; choose another checkpoint")
@@ -360,7 +360,7 @@ def load_optimiser(optimiser: Optimizer, tensors: Mapping[str, Tensor], values: 
             place = (groups if kind == ["groups"] else state)[int(number)]
             alike = kind != ["groups"] and tensor.shape == parameters[int(number)].shape
             place[key] = shard_like(tensor, parameters[int(number)]) if alike else tensor
-            place[key] = place[key].clone()  # torch would share ours
+            place[key] = place[key].clone()  # torch would share the tensor
         for group, present in zip(groups, optimiser.param_groups, strict=True):
             # JSON has no tuples.
             group |= {

@@ -2,13 +2,13 @@
 
 max_π min_{μ ≥ 0}  E[r_0] + Σ_i μ_i ± (E[r_i] − θ_i),   + for r_i ≥ θ_i, − for r_i ≤ θ_i
 
-The policy ascends the mixed reward, the multipliers descend: with s_i, the standard deviation of r_i among the samples
-of the first rollout (of the base model), and r̄_i, the mean of an update,
+The policy ascends the mixed reward and the multipliers descend. With s_i, the standard deviation of r_i among the
+samples of the first rollout (of the base model), and r̄_i, the mean of r_i in an update,
 
 μ_i ← clip(μ_i ± rate (θ_i − r̄_i)/s_i, 0, limit)          (for r_i = θ_i without the bound at 0)
 r   = [r_0 + Σ_i ± μ_i (s_0/s_i) r_i] / (1 + Σ_i |μ_i|)
 
-so that r stays in the unit of r_0, and a multiplier has none. It ends at 0 where its constraint never binds.
+so that r stays in the unit of r_0, and a multiplier has no unit. It ends at 0 where its constraint never binds.
 """
 
 import math
@@ -26,7 +26,7 @@ SIGNS = {">=": 1.0, "<=": -1.0, "=": 1.0}
 
 @dataclass(frozen=True)
 class Bound:
-    """r ≥ θ, r ≤ θ or r = θ for the mean of the reward `name`."""
+    """A bound r ≥ θ, r ≤ θ or r = θ on the mean of the reward `name`."""
 
     name: str
     sign: str
@@ -34,12 +34,12 @@ class Bound:
 
     @property
     def direction(self) -> float:
-        """+1 where a higher reward helps, −1 where a lower one does."""
+        """+1 where a higher reward helps, −1 where a lower reward helps."""
         return SIGNS[self.sign]
 
 
 def read_bounds(constraints: Mapping[str, str]) -> tuple[Bound, ...]:
-    """Return the bounds of {"NAME": "<= 0.3"}. Raises InputError for another form."""
+    """Parse the bounds of a mapping such as {"NAME": "<= 0.3"}. Raises InputError for another form."""
     bounds = []
     for name, text in constraints.items():
         read = re.fullmatch(r"\s*(<=|>=|=)\s*(\S+)\s*", str(text))
@@ -57,10 +57,10 @@ def read_bounds(constraints: Mapping[str, str]) -> tuple[Bound, ...]:
 class Constraints:
     """Bounds with their multipliers.
 
-    rate         of the multipliers, per update
+    rate         step size of the multipliers, per update
     limit        largest |μ|
     multipliers  μ of each bound
-    scales       s of the trained reward, then of each bound's; empty before the first rollout
+    scales       s of the trained reward, then of each bounded reward; empty before the first rollout
     """
 
     bounds: tuple[Bound, ...]
@@ -73,7 +73,7 @@ class Constraints:
         """Return the constraints with the multipliers after one more update.
 
         rewards  (B, K), the trained reward
-        bounded  (B, K) of each bound's reward, of all processes
+        bounded  (B, K) for each bounded reward, of all processes
 
         Raises InputError where the first samples all have one value, so that there is no scale.
         """

@@ -33,7 +33,7 @@ SINGLE_PROCESS = SingleProcess()
 
 
 def sum_over_processes(context: DistributedContext, values: Sequence[float]) -> list[float]:
-    """Sum each value over all processes; the result is the same to the last bit in all of them."""
+    """Sum each value over all processes; the result is the same to the last bit in every process."""
     return [sum(column) for column in zip(*context.gather([tuple(values)]), strict=True)]
 
 

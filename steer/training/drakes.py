@@ -2,11 +2,11 @@
 
     max_θ  E[r(x_0)] − α Σ_t KL(p_θ(z_s | z_t) ‖ p_pre(z_s | z_t)),   whose optimum is p_pre(x) exp(r(x)/α)
 
-A relaxed state z̃ (N, L, V) has rows of probabilities. A masked place opens with probability (t − s)/t, which does not
-depend on θ, so it is drawn; its token is relaxed, y = Gumbel-softmax(log x_θ; τ). (The published code relaxes the mask
-with the tokens: its gradient shrinks with the number of steps, and with it the tilt.) The last state is made hard by
-the straight-through estimator. The KL of a factorised step is Σ_{l masked} (t − s)/t · KL(x_θ^l ‖ x_pre^l); it is not
-0 at masked places, as it is in the public code, which multiplies it by the share of open places.
+A relaxed state z̃ (N, L, V) has rows of probabilities. A masked place opens with probability (t − s)/t, independent of
+θ, so the opening is drawn; its token is relaxed, y = Gumbel-softmax(log x_θ; τ). (The published code relaxes the mask
+with the tokens: its gradient, and with it the tilt, shrinks with the number of steps.) The last state is made hard by
+the straight-through estimator. The KL of a factorised step is Σ_{l masked} (t − s)/t · KL(x_θ^l ‖ x_pre^l). It is not
+0 at masked places, unlike in the public code, which multiplies it by the share of open places.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Denoise = Callable[[Tensor], Tensor]  # relaxed tokens (N, L, V) → logits (N, 
 
 @dataclass(frozen=True)
 class RelaxedRun:
-    """The end of a relaxed run: `tokens` (N, L, V), one-hot with a graph, and the KL (N,) of its steps in nats."""
+    """The end of a relaxed run: `tokens` (N, L, V), one-hot with a graph, and the KL (N,) in nats of the steps with a gradient."""
 
     tokens: Tensor
     kl: Tensor
@@ -35,7 +35,7 @@ def clean_log_probs(logits: Tensor, mask_id: int) -> Tensor:
 
 @dataclass(frozen=True)
 class StepNoise:
-    """The random numbers of a relaxed step: standard Gumbel ones (N, L, V), and uniform ones (N, L) of the opening."""
+    """The random numbers of a relaxed step: standard Gumbel (N, L, V), and uniform (N, L) for the opening."""
 
     gumbel: Tensor
     uniform: Tensor
@@ -54,7 +54,7 @@ class StepNoise:
 def relaxed_step(
     state: Tensor, log_x0: Tensor, rate: float, mask_id: int, noise: StepNoise, temperature: float
 ) -> Tensor:
-    """Return z̃_s of z̃_t = `state` (N, L, V) and log x_θ (N, L, V), a masked place opening with probability `rate`."""
+    """Return z̃_s from z̃_t = `state` (N, L, V) and log x_θ (N, L, V); a masked place opens with probability `rate`."""
     tokens = ((log_x0 + noise.gumbel) / temperature).softmax(-1)
     opens = (state[..., mask_id] > 0.5) & (noise.uniform < rate)
     return torch.where(opens[..., None], tokens, state)
@@ -74,7 +74,7 @@ def relaxed_run(
     """Run `steps` relaxed steps from ids `start` (N, L), with gradients through the last `last_steps`.
 
     hard  whether the end is made one-hot by the straight-through estimator
-    The KL is that of detached states: its gradient through the states made published runs diverge.
+    The KL is computed at detached states: its gradient through the states made published runs diverge.
     """
     state: Tensor = F.one_hot(start, mask_id + 1).to(torch.get_default_dtype())
     kl = torch.zeros(len(start), device=start.device)

@@ -1,8 +1,8 @@
-"""The gradient of losses of the forward process: one denoiser call and one backward for each chunk and noise level.
+"""Gradients of losses of the forward process: one denoiser call and one backward pass per chunk and noise level.
 
 x_t = α_t x0 + σ_t ε at the noise levels of the pipeline's own solver steps. The denoiser is called by the pipeline
-itself, so that prompts, conditions and guidance are those of sampling. Memory is that of one call, whatever the number
-of levels: nothing else has a graph.
+itself, so that prompts, conditions and guidance are the same as in sampling. Only one call has a graph at a time: the
+memory does not depend on the number of levels.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ DISTANCE = "reference_distance"
 def predictions_of(solver_step: SolverStep, x0: Tensor) -> NoisyPredictions:
     """Return the denoiser's output at a solver step (N, …) fp32, as a prediction of clean latents (N, …).
 
-    A learned variance is left out; where a pipeline computes x̂0 itself, that is its output.
+    A learned variance is left out; where a pipeline computes x̂0 itself, x̂0 is taken as the output.
     """
     x, scheduler = solver_step.x.float(), solver_step.scheduler
     before = level(scheduler, solver_step.t, solver_step.index)
@@ -62,12 +62,12 @@ def forward_gradient(
 ) -> tuple[float, Metrics]:
     """Add ∇θ of the mean over samples and noise levels of [loss + w ‖o_θ − o_ref‖²] to the weights' .grad.
 
-    Returns the loss without the penalty, and the means of its metrics with `reference_distance`, ‖o_θ − o_ref‖², where
+    Returns the loss without the penalty, and the means of its metrics; also `reference_distance`, ‖o_θ − o_ref‖², if
     the reference is evaluated.
 
-    batch      chunks of clean latents (`Sampler.sample`), their signal (B, K) in place of rewards; steps: noise levels
-    old        the policy that drew the samples; None: the present weights did
-    reference  None: not evaluated
+    batch      chunks of clean latents (`Sampler.sample`), with their signal (B, K) as rewards and noise levels as steps
+    old        the policy that drew the samples; None: the present weights
+    reference  the reference policy; None: not evaluated
     backward, on_chunk, before_last, context  as in `steer.training.gradient.two_pass_gradient`
     """
     steps = list(batch.steps)

@@ -1,4 +1,4 @@
-"""The gradient of any loss of a trajectory's log-probabilities, in the memory of one denoiser call.
+"""The gradient of any loss on a trajectory's log-probabilities, in the memory of one denoiser call.
 
 L depends on the weights θ through ℓ = log pθ(x_s | x_t) (B, K, T) alone. By the chain rule
 
@@ -10,8 +10,8 @@ and backpropagates c_t · ℓ_t. Penalties are sums over steps of functions of t
 Where a loss compares the samples of a prompt step by step, c_t depends on their ℓ_t alone: pass 2 computes both, and
 pass 1 is skipped.
 
-With several processes each has some of the prompts. ℓ of all is small: it is gathered, so that every process computes
-the whole L and its c; in pass 2 each backpropagates its own rows.
+With several processes, each has some of the prompts. The small matrix ℓ is gathered from all processes, so that each
+computes the whole L and its c; in pass 2 each process backpropagates its own rows.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -34,8 +34,8 @@ from steer.training.rollout import Kernel, Sampler, Trajectories, log_probs
 class Reference:
     """Log-probabilities and kernels of the reference policy at S chosen steps.
 
-    residuals   statistics (N, S, …) of its kernels, where a penalty needs them: (μ_ref − x_s)/τ, of tokens log x_ref
-    deviations  levels (S,) of its kernels: τ, of tokens the probability that a place opens
+    residuals   statistics (N, S, …) of its kernels, where a penalty needs them: (μ_ref − x_s)/τ; for tokens log x_ref
+    deviations  scales (S,) of its kernels: τ; for tokens the probability that a place opens
     log_probs   (N, S) fp64, nats
     """
 
@@ -57,7 +57,7 @@ class Reference:
         return replace(components[0], residuals=torch.cat(kept) if kept else None, log_probs=log_probs)
 
     def kernel(self, column: int, p: Kernel, x_s: Tensor) -> Kernel | None:
-        """Return p_ref(· | x_t) at a chosen step, where the policy's is p, that led to x_s; None without residuals."""
+        """Return p_ref(· | x_t) at a chosen step with policy kernel p and sample x_s; None without residuals."""
         if self.residuals is None:
             return None
         return p.from_statistics(self.residuals[:, column], self.deviations[column], x_s)
@@ -68,7 +68,7 @@ def reference_of(
 ) -> Reference:
     """Evaluate the current weights as the reference.
 
-    dtype  of the residuals; None where no penalty needs them. bfloat16 is stored as float16, of the same size
+    dtype  dtype of the residuals; None if no penalty needs them. bfloat16 is stored as float16, of the same size
     """
     dtype = torch.float16 if dtype == torch.bfloat16 else dtype
     log_probs, deviations, residuals = [], [], []
@@ -88,11 +88,11 @@ def reference_of(
 class Batch:
     """B prompts × K samples, prompt after prompt, in chunks of rows that go through the denoiser together.
 
-    chunks             of this process's prompts
-    references         of the chunks; empty where neither loss, penalty nor log needs them
-    steps              the stochastic steps of the gradient, ascending: S of the learned ones
-    rewards            (B, K), or (B, K, M) where a loss takes several; of all processes
-    num_learned_steps  number of the T stochastic steps that losses and penalties sum over, the first ones; None: all
+    chunks             trajectories of this process's prompts
+    references         references of the chunks; empty where neither loss, penalty nor log needs them
+    steps              the stochastic steps of the gradient, ascending: S of the learned steps
+    rewards            (B, K), or (B, K, M) for a loss of several rewards; of all processes
+    num_learned_steps  losses and penalties sum over the first this many of the T stochastic steps; None: all
     """
 
     chunks: Sequence[Trajectories]
@@ -111,7 +111,7 @@ class Batch:
         return torch.cat(context.gather(values)).view(*self.rewards.shape[:2], len(self.steps))
 
     def local_rows(self, matrix: Tensor, context: DistributedContext = SINGLE_PROCESS) -> Sequence[Tensor]:
-        """Return (n, S) of each of this process's chunks, views of the gathered (B, K, S)."""
+        """Return views (n, S) of the gathered (B, K, S), one for each of this process's chunks."""
         return (
             matrix.flatten(0, 1)
             .chunk(context.world_size)[context.rank]
@@ -123,7 +123,7 @@ Backward = Callable[[Tensor], None]
 
 
 class Penalty(Protocol):
-    """A penalty (pθ, p_ref) of one step → (N,); its name is that of its metric."""
+    """A penalty (pθ, p_ref) → (N,) of one step; its name is the name of its metric."""
 
     __name__: str
 
@@ -155,15 +155,15 @@ def two_pass_gradient(
 ) -> tuple[float, Metrics]:
     """Add ∇θ [L + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
-    Returns L, and its metrics with, where the batch has references, `kl`, the mean KL(pθ ‖ p_ref) of a trajectory's
-    steps in the window, in nats, and the penalties'.
+    Returns L and its metrics. Where the batch has references, the metrics include the penalties and `kl`, the mean
+    KL(pθ ‖ p_ref) of a trajectory's steps in the window, in nats.
 
-    penalties    with their weights w_p; where S < T their sum is scaled up
-    on_policy    the weights are those that drew the batch: pass 1 is skipped
+    penalties    penalties with their weights w_p; where S < T their sum is scaled up
+    on_policy    whether the current weights drew the batch: pass 1 is then skipped
     backward     called with each step's scalar (for a gradient scaler)
     on_chunk     called before each chunk of rows
     before_last  called before the denoiser call of the last backward: from then on gradients may be synchronised
-    context      each process adds `count` times its own part: the mean over processes is the gradient
+    context      each process adds `world_size` times its own part: the mean over processes is the gradient
     """
     steps = list(batch.steps)
     coefficients, final_loss = _pass_one(sampler, batch, loss, on_policy, on_chunk, context)
@@ -203,7 +203,7 @@ def penalty_weights(batch: Batch, penalties: Mapping[Penalty, float]) -> dict[Pe
 
 
 def per_step(penalty_means: Metrics, steps: int) -> Metrics:
-    """Add `kl_per_step` to the metrics of the penalties, where they have the KL of a trajectory."""
+    """Add `kl_per_step` to the metrics of the penalties, where these include the KL of a trajectory."""
     name = kl.__name__
     return penalty_means | ({"kl_per_step": penalty_means[name] / steps} if name in penalty_means else {})
 
@@ -235,7 +235,7 @@ def _pass_one(
 
     def stepwise_coefficient(chunk: int, column: int, log_prob: Tensor) -> Tensor:
         new[chunk][:, column] = log_prob.detach().cpu()
-        values = old.clone()  # a step depends on no other one, whose ℓ may stay at their old values
+        values = old.clone()  # a step depends on no other step: the others' ℓ may stay at their old values
         batch.local_rows(values, context)[chunk][:, column] = new[chunk][:, column]
         return differentiate(values)[2][chunk][:, column]
 
@@ -252,7 +252,7 @@ def _pass_one(
 
 
 def divergence(penalty: Penalty, p: Kernel, x_s: Tensor, reference: Reference, column: int) -> Tensor:
-    """Return the penalty (N,) of one step from the means; without the reference's, an estimate of the KL.
+    """Return the penalty (N,) of one step from the means; without the reference's means, an estimate of the KL.
 
     The estimate, log pθ(x_s)/p_ref(x_s), has the KL as its mean where pθ drew x_s. Raises InputError for any other
     penalty.
@@ -266,7 +266,7 @@ def divergence(penalty: Penalty, p: Kernel, x_s: Tensor, reference: Reference, c
 
 
 def past_untrained(backward: Backward, sampler: Sampler) -> Backward:
-    """Wrap `backward` to pass over steps of a denoiser that is not trained, where a step calls one of several."""
+    """Wrap `backward` to skip steps of an untrained denoiser, in pipelines where a step calls one of several."""
     if not sampler.several:
         return backward
     return lambda scalar: backward(scalar) if scalar.requires_grad else None
@@ -305,12 +305,12 @@ def reward_gradient(
     """Add ∇θ [−mean reward + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
     The sums go over the batch's steps, at their stored x_t: a penalty depends on the policy there, not on the path to
-    it. Returns −mean reward and, where the batch has references, the penalties of these steps with `kl`, in nats. The
-    graph holds k denoiser calls and the decoder. The options are those of `two_pass_gradient`.
+    x_t. Returns −mean reward and, where the batch has references, the penalties of these steps with `kl`, in nats. The
+    graph holds k denoiser calls and the decoder. The other options are as in `two_pass_gradient`.
 
-    limit  a bound on the slope of the reward at each image; its unit is measured in the first update, before all else
+    limit  a bound on the slope of the reward at each image; its unit is measured first, in the first update
 
-    Raises InputError where the weights are no longer those that drew the batch.
+    Raises InputError where the current weights did not draw the batch.
     """
     if not on_policy:
         raise InputError("reward backpropagation needs samples of the current weights: draw new ones")

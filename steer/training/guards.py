@@ -13,8 +13,8 @@ from steer.training.rollout import Kernel, Sampler, Trajectories, log_probs
 
 LARGEST_EXPONENT = 10.0  # the χ² penalty is linear beyond: its exponential would overflow
 RATIO_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # |ratio − 1|
-TOLERANCE_ELEMENTS = 16384  # elements of a sample up to which it holds; rounding grows with the root of their number
-PERTURBATION, ROUNDING = 1e-4, 0.1  # of one entry of the weights; allowed fraction of rounding in its effect
+TOLERANCE_ELEMENTS = 16384  # sample size up to which it holds; rounding grows with the root of the size
+PERTURBATION, ROUNDING = 1e-4, 0.1  # of one weight entry; allowed fraction of rounding in its effect
 
 
 def kl(p: Kernel, reference: Kernel) -> Tensor:
@@ -25,8 +25,8 @@ def kl(p: Kernel, reference: Kernel) -> Tensor:
 def chi_square(p: Kernel, reference: Kernel) -> Tensor:
     """Return χ²(pθ ‖ p_ref) of one step (N,): e^u − 1 with u = ‖μθ − μ_ref‖²/τ² (after arXiv 2403.03185), without unit.
 
-    It penalises few large deviations, as reward hacking makes them, more than many small ones. Beyond u = 10 it is
-    continued by its tangent, e¹⁰ (u − 9) − 1, so that value and gradient are continuous.
+    It penalises few large deviations, as caused by reward hacking, more than many small ones. Beyond u = 10 it
+    continues along its tangent, e¹⁰ (u − 9) − 1, so that value and gradient are continuous.
     """
     exponent = 2 * p.kl(reference)
     below = exponent.clamp(max=LARGEST_EXPONENT)
@@ -39,7 +39,7 @@ class KLControl:
 
     weight  β of the penalty, per nat
     target  KL in nats that β is adapted to: log β ← log β + rate · clip(log(KL/target), ± log 100). (The controller of
-            arXiv 1909.08593, sec. 2.2, moves β by 2 % per update: an initial β that is 10⁴ off takes it 460.)
+            arXiv 1909.08593, sec. 2.2, moves β by 2 % per update: it corrects a factor of 10⁴ in 460 updates.)
     budget  KL in nats at which training stops
     """
 
@@ -58,7 +58,7 @@ class KLControl:
             raise InputError("kl_target_nats adapts kl_weight, which is 0: set a kl_weight above 0")
 
     def after(self, measured: float) -> "KLControl":
-        """Return the control for the next update, given the `measured` KL of this one."""
+        """Return the control for the next update, given the `measured` KL of this update."""
         if self.target is None or not measured > 0:  # the KL is 0 before the first step
             return self
         ratio = min(max(measured / self.target, 0.01), 100.0)
@@ -71,13 +71,13 @@ class KLControl:
 
 @dataclass
 class SlopeLimit:
-    """A bound on the gradient of a reward with respect to each image: factor · s₀, s₀ the median in the first update.
+    """A bound factor · s₀ on the gradient of a reward with respect to each image, s₀ the median in the first update.
 
-    Where a reward changes much faster with the pixels than among images of the base model it is exploited: there the
+    A reward that changes much faster with the pixels than among images of the base model is being exploited: there the
     gradient is scaled down to the bound, so that no image outweighs the others.
 
     factor  κ ≥ 1; None: no bound
-    base    s₀ once it is known, in the reward's unit: independent of chunks and processes
+    base    s₀ once known, in the reward's unit: independent of chunks and processes
     """
 
     factor: float | None
@@ -100,13 +100,13 @@ def _bounded(gradient: Tensor, bound: float) -> Tensor:
 class EarlyStopping:
     """Early stopping by a held-out reward.
 
-    patience  evaluations in a row, since the best held-out one, with a better trained and a worse held-out reward,
-              that end the training; 0: never
+    patience  the training ends after this many evaluations in a row with a better trained and a worse held-out reward
+              than at the best held-out evaluation; 0: never
     """
 
     patience: int = 0
     best_step: int | None = None
-    best: tuple[float, float] = field(default=(0.0, 0.0))  # (trained, held out) at that step
+    best: tuple[float, float] = field(default=(0.0, 0.0))  # (trained, held out) at best_step
     num_overoptimized: int = 0
 
     def after(self, step: int, proxy: float, held_out: float) -> "EarlyStopping":
@@ -132,9 +132,9 @@ class EarlyStopping:
 def check_replay(sampler: Sampler, trajectories: Trajectories, dtype: torch.dtype, factor: float = 1.0) -> float:
     """Return the largest |ratio − 1| of any step between a rollout's log-probs and its replay by the same weights.
 
-    factor  of the tolerance, where the replay has another batch shape than the rollout
+    factor  multiplies the tolerance, for a replay with another batch shape than the rollout
 
-    Raises InputError where rounding does not explain it: every ratio of the training would be wrong.
+    Raises InputError where rounding does not explain the difference: every ratio of the training would be wrong.
     """
     difference = (log_probs(sampler, trajectories) - trajectories.log_probs).abs().max().item()
     measured = torch.expm1(torch.tensor(difference)).item()
@@ -155,11 +155,11 @@ def check_rounding(
     trajectories: Trajectories,
     steps: Collection[int],
 ) -> float:
-    """Return the fraction of rounding in the change of a rollout's log-probs by 10⁻⁴ more in one entry of the weights.
+    """Return the fraction of rounding in the change of a rollout's log-probs when one weight entry grows by 10⁻⁴.
 
-    exact  evaluates the same denoiser in float32
+    exact  sampler that evaluates the same denoiser in float32
 
-    Raises InputError where it is above a tenth: a training would learn from rounding errors.
+    Raises InputError where the fraction is above a tenth: a training would learn from rounding errors.
     """
     some = trajectories.at(range(min(2, len(trajectories.rows))))
     names = [name for name in parameters if "lora_B" in name] or list(parameters)
@@ -180,7 +180,7 @@ def check_rounding(
 
 
 def _change(sampler: Sampler, parameter: Tensor, trajectories: Trajectories, steps: Collection[int]) -> Tensor:
-    """Return the change of log-probs (N, T) by 10⁻⁴ more in the first entry of a parameter."""
+    """Return the change of log-probs (N, T) when the first entry of a parameter grows by 10⁻⁴."""
     columns, local = list(steps), parameter.to_local() if hasattr(parameter, "to_local") else parameter
     before, entry = log_probs(sampler, trajectories, columns), local.detach().view(-1)[:1]
     kept = entry.clone()

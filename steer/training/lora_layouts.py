@@ -1,8 +1,8 @@
-"""Layouts of LoRA files: diffusers' own, and kohya's, which ComfyUI and A1111 read. Names are diffusers' converters'.
+"""Layouts of LoRA files: diffusers' own, and kohya's for ComfyUI and A1111. Diffusers' converters give the names.
 
 diffusers  unet.down_blocks.0.….to_q.lora_A.weight, with peft's options in the file's metadata
-kohya      lora_unet_down_blocks_0_…_to_q.lora_down.weight, and the scale as lora_unet_….alpha, over the rank; the norms
-           of a DoRA as lora_unet_….dora_scale (LyCORIS with wd_on_out)
+kohya      lora_unet_down_blocks_0_…_to_q.lora_down.weight, with lora_unet_….alpha, where the scale is alpha/rank; the
+           norms of a DoRA as lora_unet_….dora_scale (LyCORIS with wd_on_out)
 """
 
 import math
@@ -22,15 +22,15 @@ from steer.files import atomic_write
 from steer.training.trainable import DORA, LORA_FILES, MAGNITUDE, read_lora
 
 DOWN, ALPHA = ".lora_down.weight", ".alpha"
-SDXL_BLOCKS = SimpleNamespace(layers_per_block=2)  # of the UNet whose blocks kohya numbers
+SDXL_BLOCKS = SimpleNamespace(layers_per_block=2)  # the UNet configuration by which kohya numbers blocks
 WRITERS = {"unet": StableDiffusionLoraLoaderMixin, "transformer": FluxLoraLoaderMixin}
 
 
 def convert_lora(source: str | Path, out: str | Path) -> Path:
-    """Write a LoRA of diffusers' layout in kohya's, or the reverse; return the written file.
+    """Convert a LoRA file from diffusers' layout to kohya's or the reverse; return the written file.
 
     source  a folder such as RUN/final, or a .safetensors file: the adapter of a UNet or of a Flux transformer
-    out     a .safetensors file for kohya's layout; for diffusers' a folder for `load_lora_weights` and `init_adapter`
+    out     a .safetensors file for kohya's layout, or a folder for diffusers' (`load_lora_weights`, `init_adapter`)
 
     Raises InputError for another file, for adapters of text encoders, and for ranks or scales that differ by layer.
     """
@@ -54,7 +54,7 @@ def read_as_kohya(source: str | Path) -> dict[str, Tensor]:
 
 
 def to_kohya(state: Mapping[str, Tensor], stated: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename the tensors of diffusers' layout as kohya does. Raises InputError where it has no names for them.
+    """Rename the tensors of diffusers' layout as kohya does. Raises InputError where kohya has no names for them.
 
     stated  options of peft: lora_alpha (by default the rank), use_rslora
     """
@@ -69,7 +69,7 @@ def to_kohya(state: Mapping[str, Tensor], stated: Mapping[str, Any]) -> dict[str
     (rank,) = ranks
     alpha = float(stated.get("lora_alpha", rank)) * (math.sqrt(rank) if stated.get("use_rslora") else 1.0)
     factors = {name: value for name, value in state.items() if not name.endswith(MAGNITUDE)}
-    converted = convert_state_dict_to_kohya(factors)  # which takes every alpha for the rank
+    converted = convert_state_dict_to_kohya(factors)  # assumes alpha = rank everywhere
     renamed = {f"lora_{name}" if flux else name: value for name, value in converted.items()}
     renamed |= {f"lora_{layer.replace('.', '_')}{DORA}": value[:, None] for layer, value in norms.items()}
     return {
@@ -90,7 +90,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, f
         raise InputError(f"ranks and alphas of the layers must be equal, got {sorted(scales)[:3]}: choose another LoRA")
     ((rank, alpha),) = scales
     flux = any(name.startswith("lora_transformer_") or "_double_blocks_" in name for name in state)
-    # Diffusers multiplies the tensors of Flux by alpha/rank: here 1, and alpha is written beside them.
+    # Diffusers multiplies the tensors of Flux by alpha/rank: it is set to 1 here, and alpha is written beside them.
     plain = {name: value for name, value in state.items() if not name.endswith((ALPHA, DORA))}
     plain |= {f"{name}{ALPHA}": torch.tensor(float(rank)) for name in ranks}
     converted, denoiser = _renamed(plain, flux), "transformer" if flux else "unet"
@@ -100,7 +100,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, f
 
 
 def _renamed(plain: Mapping[str, Tensor], flux: bool) -> dict[str, Tensor]:
-    """Rename factors with alphas as diffusers does. Raises InputError for names that it does not know."""
+    """Rename factors with alphas as diffusers does. Raises InputError for names that diffusers does not know."""
     try:
         if flux:
             converted: dict[str, Tensor] = FluxLoraLoaderMixin.lora_state_dict(dict(plain))
@@ -114,10 +114,10 @@ def _renamed(plain: Mapping[str, Tensor], flux: bool) -> dict[str, Tensor]:
 def _magnitudes(
     norms: Mapping[str, Tensor], plain: Mapping[str, Tensor], layers: Sequence[str], flux: bool
 ) -> dict[str, Tensor]:
-    """Return the norms of a DoRA (out,) by diffusers' names, which diffusers' converters of most models drop.
+    """Return the norms (out,) of a DoRA by diffusers' names; diffusers' converters of most models drop the norms.
 
-    The name of a layer is that of its factors, found by factors that hold the number of the layer.
-    Raises InputError for norms of inputs (of LyCORIS without wd_on_out), for layers without any, and for fused layers.
+    A layer's name is found by converting factors whose values are the number of the layer.
+    Raises InputError for norms of inputs (LyCORIS without wd_on_out), for layers without norms, and for fused layers.
     """
     numbered = {name: value.float() for name, value in plain.items()}
     numbered |= {f"{name}{DOWN}": torch.full(plain[f"{name}{DOWN}"].shape, float(n)) for n, name in enumerate(layers)}

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, by the names that transformers and diffusers give them."""
+"""Optimisers and learning-rate schedules, by their names in transformers and diffusers."""
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -17,7 +17,7 @@ BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit",
 
 
 def optimiser_class(name: OptimiserName) -> Callable[..., Optimizer]:
-    """Return the optimiser of a name of transformers' `optim`; those of 8 bits are bitsandbytes'.
+    """Return the optimiser class for a name of transformers' `optim`; 8-bit optimisers come from bitsandbytes.
 
     Raises InputError for another name, and where bitsandbytes is missing.
     """
@@ -34,17 +34,17 @@ def optimiser_class(name: OptimiserName) -> Callable[..., Optimizer]:
 def create_optimiser(
     name: OptimiserName, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float
 ) -> Optimizer:
-    """Create the optimiser of a name. Raises InputError as `optimiser_class`."""
+    """Create the optimiser with this name. Raises InputError as `optimiser_class` does."""
     return optimiser_class(name)(list(parameters), lr=learning_rate, weight_decay=weight_decay)
 
 
 def create_schedule(
     name: ScheduleName, optimiser: Optimizer, warmup_steps: int, max_steps: int, num_cycles: int = 1, power: float = 1.0
 ) -> LambdaLR:
-    """Create diffusers' learning-rate schedule of a name.
+    """Create diffusers' learning-rate schedule with this name.
 
-    num_cycles  of cosine_with_restarts: number of restarts from the highest rate
-    power       of polynomial; 1 is linear
+    num_cycles  for cosine_with_restarts: number of restarts from the highest rate
+    power       for polynomial; 1 is linear
     """
     return get_scheduler(
         name,
@@ -57,7 +57,7 @@ def create_schedule(
 
 
 def set_learning_rate(schedule: Any, learning_rate: float) -> None:
-    """Give a restored schedule another highest rate, at its present step, and the optimiser the rate of that step."""
+    """Change the highest rate of a restored schedule at its present step, and set the optimiser's rate accordingly."""
     inner = getattr(schedule, "scheduler", schedule)
     inner.base_lrs = [learning_rate] * len(inner.base_lrs)
     inner._last_lr = [learning_rate * scale(inner.last_epoch) for scale in inner.lr_lambdas]

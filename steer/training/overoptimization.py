@@ -1,4 +1,4 @@
-"""Over-optimisation in numbers: reward curves over √KL and their fits, and the sign of a hacked run."""
+"""Measures of over-optimisation: reward curves over √KL and their fits, and the detection of a hacked run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ Law = Literal["finetuning", "best-of-n"]
 
 
 def best_of_n_kl(n: int) -> float:
-    """Return an upper bound, for distinct rewards the value, of KL(best of n ‖ one sample): log n − (n − 1)/n, nats."""
+    """Return log n − (n − 1)/n nats, an upper bound of KL(best of n ‖ one sample), exact for distinct rewards."""
     return math.log(n) - (n - 1) / n
 
 
 def expected_best(proxy: Tensor, value: Tensor, n: int) -> Tensor:
-    """Return E[value of the sample with the highest proxy among n] of each prompt (P,), over n-subsets of K samples.
+    """Return for each prompt (P,) E[value of the sample with the highest proxy among n], over n-subsets of K samples.
 
     The k-th of K samples, worst first, is the best of a random n-subset with probability C(k−1, n−1) / C(K, n): an
     unbiased estimate from one sample of K (arXiv 2112.09332, appendix I). proxy, value: (P, K).
@@ -32,12 +32,12 @@ def expected_best(proxy: Tensor, value: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Usefulness:
-    """The point up to which a proxy is useful: where the held-out reward of the best of n by it is highest.
+    """The point up to which a proxy is useful: best-of-n by the proxy has its highest held-out reward there.
 
-    n         at the peak
-    proxy     mean of the proxy there: the bound to give a constraint
-    interval  95 % bootstrap interval of it over the prompts
-    gain      of the held-out reward there, over one sample
+    n         number of samples at this point
+    proxy     mean of the proxy there: the value for the bound of a constraint
+    interval  95 % bootstrap interval of `proxy` over the prompts
+    gain      gain of the held-out reward there, over one sample
     rising    whether the peak is at the last n, so that the point lies beyond these samples
     """
 
@@ -77,7 +77,7 @@ def point_of_usefulness(proxy: Tensor, held_out: Tensor, resamples: int = 2000) 
 
 @dataclass(frozen=True)
 class RewardCurve:
-    """R(d) over d = √KL: d(α − β log d) of finetuning, d(α − β d) of best-of-n (arXiv 2210.10760, sec. 3.2).
+    """R(d) over d = √KL: d(α − β log d) for finetuning, d(α − β d) for best-of-n (arXiv 2210.10760, sec. 3.2).
 
     alpha, beta                  in the unit of R per √nat
     alpha_interval, beta_interval  95 % bootstrap intervals over the points
@@ -91,7 +91,7 @@ class RewardCurve:
 
     @property
     def peak(self) -> float:
-        """d of the highest R: exp(α/β − 1), or α/(2β); infinite where R never falls (β ≤ 0)."""
+        """The d with the highest R: exp(α/β − 1), or α/(2β); infinite where R never falls (β ≤ 0)."""
         if self.beta <= 0:
             return math.inf
         exponent = self.alpha / self.beta - 1
@@ -132,7 +132,7 @@ def fit_reward_curve(kl: Tensor, gain: Tensor, law: Law = "finetuning", resample
 class Hacking:
     """A run whose held-out reward fell below the base model's though both rewards agreed on the base model's samples.
 
-    (Definition 4.2 of arXiv 2403.03185.) correlation, correlation_now  within prompts, of the first and the last
+    (Definition 4.2 of arXiv 2403.03185.) correlation, correlation_now: within prompts, at the first and the last
     evaluation
     """
 
@@ -151,9 +151,9 @@ class Hacking:
 
 
 def find_hacking(evaluations: Sequence[Mapping[str, Any]], step: int | None = None) -> Hacking | None:
-    """Return the first held-out reward that a run hacked; None where there is none, or one sample per prompt.
+    """Return the hacking of the first held-out reward that shows it; None without any, or with one sample per prompt.
 
-    evaluations  records, the base model's first
+    evaluations  records of the evaluations, the base model's first
     step         the update whose weights are judged; None: the last
     """
     by_step = {one["step"]: one for one in evaluations}

@@ -1,6 +1,6 @@
 """Rollouts of a diffusers pipeline: drawn step by step from Gaussian kernels, stored, and replayed with gradients.
 
-Every step is p(x_s | x_t) of `steer.diffusion.schedules` with one η; a replay forces the stored x_s, so that each step
+Every step is p(x_s | x_t) of `steer.diffusion.schedules` with one η; a replay sets the stored x_s, so that each step
 can be differentiated, and freed, by itself.
 """
 
@@ -37,8 +37,8 @@ from steer.errors import InputError
 class Kernel(Protocol):
     """The transition p(x_s | x_t) of one step: a `Gaussian` of latents, or a `MaskedKernel` of tokens.
 
-    scale       plain number of the step that a stored reference keeps
-    statistics  (N, …) of which, with the scale, `from_statistics` makes the kernel of a reference again
+    scale       a number of the step that a stored reference keeps
+    statistics  (N, …), from which, with the scale, `from_statistics` restores the kernel of a reference
     """
 
     @property
@@ -55,7 +55,7 @@ class Kernel(Protocol):
 
 ReplayCallback = Callable[[int, Kernel, Tensor], None]
 NoisyCallback = Callable[[int, SolverStep, Tensor], None]
-MAX_START_SIGNAL = 0.15  # α/σ at which the start of a run, pure noise, stands for a noised sample
+MAX_START_SIGNAL = 0.15  # largest α/σ at which a run's start, pure noise, can replace a noised sample
 
 
 def blocks(numbers: range, size: int) -> list[range]:
@@ -87,7 +87,7 @@ class Rows:
 class Trajectories:
     """N rollouts, on the CPU.
 
-    latents    (N, S, …) after each of the S transitions, in the storage dtype; of `Sampler.sample` after the last alone
+    latents    (N, S, …) after each of the S transitions, in the storage dtype; only the last from `Sampler.sample`
     stochastic the T transitions that have a density (τ > 0)
     log_probs  (N, T) fp64, nats: log p(x_s | x_t) of the policy that drew them
     """
@@ -125,12 +125,12 @@ class StepWindow:
     """A window of successive solver steps with noise; all others are steps of the ODE (MixGRPO, arXiv 2507.21802).
 
     first    the first steps
-    random   within the first half of the steps where it fits (Flow-GRPO-Fast, arXiv 2505.05470)
+    random   at random within the first half of the steps, if it fits there (Flow-GRPO-Fast, arXiv 2505.05470)
     sliding  from the first steps to the last, then from the first again
 
     size    number of steps
-    number  of random windows a seed, of sliding ones the number of shifts by one step
-    skip    last steps with noise that no window reaches; the very last step of a run is never in one
+    number  the seed of a random window; the number of shifts by one step of a sliding window
+    skip    last steps with noise that no window reaches; the very last step of a run is never in a window
     """
 
     kind: WindowKind
@@ -163,14 +163,14 @@ class Sampler:
     eta        η of every step, above 0 and at most 1
     storage    dtype of stored latents
     prepared   trained denoisers by name, as prepared by accelerate, called in place of the pipeline's own
-    precision  of the denoiser: float32, whatever its weights and autocast are, since log-ratios in half precision are
-               mostly rounding; or that of the model
+    precision  precision of the denoiser: float32, whatever its weights and autocast are, since log-ratios in half
+               precision are mostly rounding; or the model's own
     autocast   whether `prepared` enters an autocast to half precision
-    dynamics   the law of the noise; of those other than ddim, `eta` is the noise level a
+    dynamics   the law of the noise; with any other than ddim, `eta` is the noise level a
     conditions  further arguments of the call by prompt, like a source image; rows of one prompt are one batch, rows of
-               several have a call each, in lock step
+               several prompts have a call each, in lock step
 
-    Raises InputError for a scheduler whose noise levels are not known, or are not those of the dynamics.
+    Raises InputError for a scheduler whose noise levels are unknown or do not fit the dynamics.
     """
 
     def __init__(
@@ -194,16 +194,16 @@ class Sampler:
         check_dynamics(pipe.scheduler, dynamics)
         self.eta, self.storage, self._call, self.dynamics = eta, storage, dict(call), dynamics
         denoisers = [getattr(pipe, name) for name in denoisers_in(pipe)]
-        self.several = len(denoisers) > 1  # of which a step calls one, maybe one that is not trained
+        self.several = len(denoisers) > 1  # a step calls one of them, maybe an untrained one
         self._precision_context = in_float32(denoisers, autocast) if precision == "float32" else nullcontext
         self._gate = _DenoiserGate(self._precision_context)
         self._conditions = conditions or {}
-        self._form = 0  # of the call that makes several rows: see `RowsCall`
+        self._form = 0  # number of the form of a call for several rows, see `RowsCall`
         quiet = differentiable_images(without_side_effects(pipe))
         self._pipe = with_components(quiet, self._gate.around(pipe, prepared or {}))
 
     def rollout(self, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Tensor]:
-        """Draw the rows as one batch; also returns their images (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
+        """Draw the rows as one batch; also return their images (N, 3, H, W) or videos (N, F, 3, H, W), in [0, 1].
 
         x_s is rounded through model and storage dtype before its density is evaluated, so that a replay reproduces it.
 
@@ -233,7 +233,7 @@ class Sampler:
         return trajectories, as_scored(images)
 
     def ode_images(self, rows: Rows) -> Tensor:
-        """Return the images of the rows by steps of the ODE alone, shaped as those of `rollout`."""
+        """Return the images of the rows by steps of the ODE alone, shaped as by `rollout`."""
 
         def step(solver_step: SolverStep) -> tuple[None, Tensor]:
             return None, solver_step.ode_step().to(_latent_dtype(solver_step))
@@ -246,16 +246,16 @@ class Sampler:
     ) -> None:
         """Call `at(t, kernel, x_s)` for each stochastic step t = 0 … T − 1: p(· | x_t) by the current weights, and x_s.
 
-        With `grad` the kernel's mean (N, …) has a graph; what the callback does not keep is freed before the next step.
+        With `grad` the kernel's mean (N, …) has a graph, freed before the next step unless the callback keeps it.
 
-        only  of these steps t; for others the denoiser is not called
+        only  the steps t to visit; for others the denoiser is not called
         """
         wanted = {k: t for t, k in enumerate(stored.stochastic) if only is None or t in only}
 
         def force(solver_step: SolverStep) -> tuple[None, Tensor]:
             x_s = stored.latents[:, solver_step.k].to(solver_step.prev.device, _latent_dtype(solver_step))
             if solver_step.k in wanted:
-                with self._precision_context():  # a backward pass in it may recompute blocks of the denoiser
+                with self._precision_context():  # its backward pass may recompute blocks of the denoiser
                     at(wanted[solver_step.k], solver_step.exact_kernel(self.eta, self.dynamics), x_s)
             self._gate.open = solver_step.k + 1 in wanted
             return None, x_s
@@ -267,7 +267,7 @@ class Sampler:
         """Resample the last `last` solver steps by the current weights, with the stored noise, and keep the graph.
 
         No density is computed: the denoiser is evaluated in the precision of the model. The run starts at the stored
-        latents before these steps; the denoiser is not called for earlier ones. Returns images (N, 3, H, W), of videos
+        latents before these steps; the denoiser is not called for earlier steps. Returns images (N, 3, H, W) or videos
         (N, F, 3, H, W), in [0, 1].
         """
         first = stored.latents.shape[1] - last
@@ -285,10 +285,10 @@ class Sampler:
             return self._run(stored.rows, resample_tail).float()
 
     def sample(self, rows: Rows, denoise: bool = True) -> tuple[Trajectories, Tensor]:
-        """Sample the rows by the pipeline's own solver, as one batch; returns clean latents, and images as `rollout`.
+        """Sample the rows by the pipeline's own solver as one batch; return clean latents, and images like `rollout`.
 
-        The trajectories hold the clean latents alone (N, 1, …), zeros as log-probabilities, and as `stochastic` the
-        steps whose noise levels `noised` can use: all but a first one that is far from pure noise.
+        The trajectories hold only the clean latents (N, 1, …), zeros as log-probabilities, and as `stochastic` the
+        steps whose noise levels `noised` can use: all but a first step that is far from pure noise.
 
         denoise  False: predict zeros without calling the denoiser, for the shapes alone
         """
@@ -317,12 +317,12 @@ class Sampler:
     def noised(
         self, stored: Trajectories, at: NoisyCallback, only: Collection[int] | None = None, grad: bool = False
     ) -> None:
-        """Call `at(t, solver_step, x0)` for each usable step t of clean latents: the denoiser at x_t = α_t x0 + σ_t ε.
+        """Call `at(t, solver_step, x0)` for each usable step t, with the denoiser evaluated at x_t = α_t x0 + σ_t ε.
 
         ε depends on the seed of a row's noise and on the step, not on the noise that drew x0. A first step is at the
         pipeline's own start, as in sampling. With `grad` the output of the denoiser has a graph, as in `replay`.
 
-        only  of these steps t; for others the denoiser is not called
+        only  the steps t to visit; for others the denoiser is not called
         """
         wanted = {k: t for t, k in enumerate(stored.stochastic) if only is None or t in only}
         fresh = tuple(derived_seed(seed, "forward start") for seed in stored.rows.noises)
@@ -344,7 +344,7 @@ class Sampler:
         return seeded_normal(rows.noises, torch.empty_like(like, dtype=torch.float32), [f"{stream} {k}"] * len(rows))
 
     def _run(self, rows: Rows, on_step: Callable[[SolverStep], Any], decode: bool = True) -> Tensor:
-        """Run the pipeline; without `decode` up to the last solver step, since not all return latents."""
+        """Run the pipeline; without `decode` only to the last solver step, since not all pipelines return latents."""
         generators = [Generator().manual_seed(seed) for seed in rows.starts]
         call = self._rows_call(rows)
         call.start_at(self._form)
@@ -383,12 +383,12 @@ def _latent_dtype(solver_step: SolverStep) -> torch.dtype:
 
 
 def takes_prompts(pipe: Any) -> bool:
-    """Return whether a pipeline's call takes a prompt; an unconditional one takes a batch size instead."""
+    """Return whether a pipeline's call takes a prompt; an unconditional pipeline takes a batch size instead."""
     return "prompt" in filter_call_kwargs(pipe, {"prompt": None})
 
 
 class _DenoiserGate:
-    """A gate around a pipeline's denoisers: while it is closed they predict zeros without computing anything.
+    """A gate around a pipeline's denoisers: while it is closed, they return zeros without computing anything.
 
     precision_context  the precision of the calls
     """
@@ -401,7 +401,7 @@ class _DenoiserGate:
     def run(
         self, is_open: bool, precision_context: Callable[[], AbstractContextManager[None]] | None = None
     ) -> Iterator[None]:
-        """Begin a run with the gate open or closed, its calls in another precision if given; open it at the end."""
+        """Begin a run with the gate open or closed, with another precision if given; open the gate at the end."""
         before = self.precision_context
         self.open, self.precision_context = is_open, precision_context or before
         try:

@@ -1,4 +1,4 @@
-"""From rewards to the input of a loss: several rewards on one scale, the Pareto front, and the choice of samples."""
+"""Signals, the inputs of losses made from rewards: several rewards on one scale, Pareto front, choice of samples."""
 
 import math
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ SampleFilter = Literal["none", "best", "best-random", "best-worst"]
 
 
 # Group-wise normalisation before the sum (GDPO, arXiv 2601.05242): A = Σ_m w_m (r_m − mean_K)/(std_K + 10⁻⁶).
-# Standardising the sum instead gives the component of the largest spread all of the weight.
+# Standardising the sum instead gives all the weight to the component with the largest spread.
 def normalized_sum(components: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Return the weighted sum (B, K) of components (B, K), each standardised among the samples of a prompt."""
     return torch.stack([weight * group_advantages(components[name], True) for name, weight in weights.items()]).sum(0)
 
 
 def pareto_front(rewards: Tensor) -> Tensor:
-    """Return (B, K), true for samples that no other of their prompt dominates in rewards (B, K, M)."""
+    """Return (B, K), true for samples that no other sample of their prompt dominates in rewards (B, K, M)."""
     return ~dominates(rewards).any(1)
 
 
@@ -34,7 +34,7 @@ def pareto_advantages(rewards: Tensor) -> Tensor:
 
 # Policy filtration (PF-PPO, arXiv 2409.06957): a reward model is most reliable at the ends of its ranking.
 def kept_samples(rewards: Tensor, kind: SampleFilter, keep: int, seed: int) -> Tensor:
-    """Return the indices (B, m) of the samples to learn from, ascending, of rewards (B, K).
+    """Return the ascending indices (B, m) of the samples to learn from, by their rewards (B, K).
 
     best         the m highest rewards
     best-random  the ⌈m/2⌉ highest, the others at random
@@ -61,7 +61,7 @@ def kept_samples(rewards: Tensor, kind: SampleFilter, keep: int, seed: int) -> T
 def filter_reliability(proxy: Tensor, truth: Tensor, keep: int, seed: int = 0) -> dict[str, float]:
     """Return R² of proxy and truth (P, K) among the samples that each filter keeps, both centred within a prompt.
 
-    The filter with the largest one is that of PF-PPO (sec. 4.2); samples of one prompt are compared, as losses do.
+    PF-PPO chooses the filter with the largest R² (sec. 4.2); samples of one prompt are compared, as in losses.
     """
     kinds: tuple[SampleFilter, ...] = ("none", "best", "best-random", "best-worst")
     results: dict[str, float] = {}
@@ -72,7 +72,7 @@ def filter_reliability(proxy: Tensor, truth: Tensor, keep: int, seed: int = 0) -
 
 
 def within_prompt_correlation(first: Tensor, second: Tensor) -> float:
-    """Return Pearson's correlation of (P, K) and (P, K) after centring each prompt; NaN where one has no spread."""
+    """Return Pearson's correlation of (P, K) and (P, K) after centring each prompt; NaN if either has no spread."""
     x, y = (values.double() - values.double().mean(1, keepdim=True) for values in (first, second))
     norm = x.norm() * y.norm()
     return float((x * y).sum() / norm) if norm > 0 else math.nan

@@ -1,4 +1,4 @@
-"""A resumable training loop: AdamW, learning-rate schedule, progress bar, a log for plots."""
+"""A resumable training loop: AdamW, learning-rate schedule, progress bar and a log for plots."""
 
 import hashlib
 import json
@@ -22,13 +22,13 @@ from steer.files import atomic_write, write_errors
 
 logger = logging.getLogger(__name__)
 
-# Appended to torch's file, whose reader ignores it: torch verifies no checksum itself.
+# Appended to torch's file, whose reader ignores the trailer: torch verifies no checksum itself.
 TRAILER = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
 TRAILER_LENGTH = 73
 
 
 class StepCallback(Protocol):
-    """A callback of every step that is saved with the run, such as a running average of the weights."""
+    """A callback for every step, saved with the run, such as a running average of the weights."""
 
     def step(self, parameters: Iterable[nn.Parameter]) -> None: ...
 
@@ -56,12 +56,12 @@ class TrainingRun:
     log_every: int = 50
     save_every: int = 200
     warmup: int = 100
-    decay: float | None = None  # fraction of the steps of a linear decay to 0; None: a cosine over all
+    decay: float | None = None  # fraction of the steps with a linear decay to 0; None: a cosine over all steps
     start: int = 0  # first step of a run without a saved state: a warm start from given weights
     stop_after: float | None = None  # CPU seconds of this process, for runs of equal cost
 
     def _schedule(self, optimiser: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """Warm up, keep the rate, decay linearly: `steps` may be raised until the decay begins."""
+        """Return a schedule: warm up, keep the rate, decay linearly; `steps` may be raised until the decay begins."""
         if self.decay is None:
             return get_cosine_schedule_with_warmup(optimiser, self.warmup, self.steps)
         last = self.decay * self.steps
@@ -137,7 +137,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read and verify a file of `write_state`; older files have no checksum. Raises InputError for a corrupt one."""
+    """Read and verify a file of `write_state`; older files have no checksum. Raises InputError for a corrupt file."""
     corrupt = f"{path} is corrupt; delete it to start over"
     try:
         data = path.read_bytes()

@@ -1,7 +1,7 @@
-"""Rollouts of masked diffusion over tokens: drawn from its categorical kernels, stored, and replayed with gradients.
+"""Rollouts of masked diffusion over tokens: drawn from categorical kernels, stored, and replayed with gradients.
 
-z_s of every step is stored as ids. Its density p(z_s | z_t) is that of `steer.diffusion.masked.MaskedKernel`, so the
-losses of log-probabilities and the KL to the reference are those of images (`steer.training.gradient`).
+z_s of every step is stored as ids. `steer.diffusion.masked.MaskedKernel` gives its density p(z_s | z_t), so losses of
+log-probabilities and the KL to the reference are the same as for images (`steer.training.gradient`).
 """
 
 import copy
@@ -25,11 +25,11 @@ from steer.training.rollout import ReplayCallback, Rows, Sampler, StepWindow, Tr
 class TokenSampler(Sampler):
     """A sampler of trajectories of a `MaskedDiffusionPipeline`, on its own weights.
 
-    call, prepared, precision, autocast  as of `Sampler`
-    A trajectory starts from its prompt; the seeds of `Rows.noises` alone make the samples of a prompt differ.
+    call, prepared, precision, autocast  as in `Sampler`
+    A trajectory starts from its prompt; the samples of a prompt differ only by the seeds of `Rows.noises`.
     """
 
-    several = False  # such a pipeline has one denoiser
+    several = False  # the pipeline has one denoiser
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class TokenSampler(Sampler):
         self._precision_context = in_float32([pipe.denoiser], autocast) if precision == "float32" else nullcontext
 
     def rollout(self, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Any]:
-        """Draw the rows as one batch; also returns their texts, with the ids (N, L)."""
+        """Draw the rows as one batch; also return their texts, with the ids (N, L)."""
         latents, log_probs = [], []
         with torch.no_grad():
             z_t = self._start(rows)
@@ -68,9 +68,9 @@ class TokenSampler(Sampler):
     ) -> None:
         """Call `at(t, kernel, z_s)` for each step t = 0 … T − 1: p(· | z_t) by the current weights, and z_s.
 
-        With `grad` the kernel has a graph; what the callback does not keep is freed before the next step.
+        With `grad` the kernel has a graph, which is freed before the next step unless the callback keeps it.
 
-        only  of these steps t; for others the denoiser is not called
+        only  the steps t to visit; for others the denoiser is not called
         """
         z_t = self._start(stored.rows)
         for k, t in enumerate(self._pipe.scheduler.timesteps):
@@ -83,7 +83,7 @@ class TokenSampler(Sampler):
     def relaxed(self, rows: Rows, reference: Callable[..., Any], last_steps: int, temperature: float) -> RelaxedRun:
         """Run the rows by relaxed steps, with a graph through the last ones (`steer.training.drakes`).
 
-        reference  denoiser that the KL is to; the noise follows from the first row's seed
+        reference  denoiser that the KL is computed to; the noise follows from the first row's seed
         """
         generator = Generator().manual_seed(derived_seed(rows.noises[0], "relaxed"))
         start, mask_id = self._start(rows), self._pipe.mask_id

@@ -1,4 +1,4 @@
-"""Trainable parameters of a denoiser, a LoRA or all of it, and the reference policy without their changes."""
+"""Trainable parameters of a denoiser (a LoRA or all weights), and the reference policy without their changes."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from steer.files import verify_checksums
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return a module's parameters by name, resharded under FSDP.
 
-    An unsharded copy left by a call would hide values written into the shards.
+    An unsharded copy, left behind by a call, would hide values written into the shards.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -32,12 +32,12 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def whole(value: Tensor) -> Tensor:
-    """Return the full tensor, in every process; all of them must call it."""
+    """Return the full tensor in every process; all processes must call this function."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """Shard a full tensor, which all processes have, like another one."""
+    """Shard a full tensor, which all processes have, like another tensor."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
@@ -51,17 +51,17 @@ def set_parameter(parameter: Tensor, value: Tensor) -> None:
 
 ADAPTER = "steer"  # the adapter's name
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-TOKEN_DENOISER = "denoiser"  # of a MaskedDiffusionPipeline
+TOKEN_DENOISER = "denoiser"  # the denoiser's name in a MaskedDiffusionPipeline
 # Norms of the outputs of a DoRA's layers: (out,) in the layout of diffusers, (out, 1) in kohya's.
 MAGNITUDE, DORA = ".lora_magnitude_vector", ".dora_scale"
-SECOND_DENOISER = "transformer_2"  # whose LoRA diffusers loads from a file of its own
+SECOND_DENOISER = "transformer_2"  # diffusers loads its LoRA from a separate file
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # for diffusers, and for peft
 
 
 def get_denoisers(pipe: Any, only: str | None = None) -> dict[str, Any]:
-    """Return the denoisers to train by name: one, or the two of pipelines such as Wan 2.2, of high and of low noise.
+    """Return the denoisers to train by name: one, or two in pipelines like Wan 2.2, for high and for low noise.
 
-    only  name of the one to train, of two. Raises InputError for stages, whose latents differ.
+    only  name of the one of two to train. Raises InputError for stages, whose latents differ.
     """
     names = denoisers_in(pipe) or [name for name in (TOKEN_DENOISER,) if getattr(pipe, name, None) is not None]
     if not names:
@@ -74,12 +74,12 @@ def get_denoisers(pipe: Any, only: str | None = None) -> dict[str, Any]:
 
 
 def get_denoiser(pipe: Any) -> tuple[str, Any]:
-    """Return the name and the denoiser to train, of two the first. Raises InputError where there is none."""
+    """Return the name and the denoiser to train, the first if there are two. Raises InputError where there is none."""
     return next(iter(get_denoisers(pipe).items()))
 
 
 def fingerprint(pipe: Any) -> str:
-    """Hash the denoiser's weights, by their names, shapes and first numbers."""
+    """Hash the names, shapes and first numbers of the denoiser's weights."""
     digest = hashlib.sha256()
     for name, parameter in (pair for one in get_denoisers(pipe).values() for pair in one.named_parameters()):
         some = parameter.detach().flatten()[:16].float().cpu()
@@ -108,9 +108,9 @@ def _swap_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str
 
 
 def read_lora(path: str, name: str = "init_adapter") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors of a LoRA file, without peft's prefix, and the stated options of peft. Raises InputError.
+    """Read the tensors of a LoRA file, without peft's prefix, and peft's options in the file. Raises InputError.
 
-    name  of the argument, for messages
+    name  name of the argument, for messages
     """
     place = Path(path)
     file = next((place / name for name in LORA_FILES if (place / name).is_file()), place)
@@ -135,10 +135,10 @@ class LoRA:
     """A low-rank adapter of the denoiser, W + (α/r) B A; a user's own LoRAs stay active, as part of the reference.
 
     rank     r, at least 1
-    alpha    the rank by default
+    alpha    α, by default the rank
     targets  suffixes of the names of the adapted linear layers
-    seed     of A; B starts at 0, so that training starts at the reference
-    denoiser  name of the one to adapt, of two; None: both, each with an adapter of its own
+    seed     seed of A; B starts at 0, so that training starts at the reference
+    denoiser  name of the one of two to adapt; None: both, each with an adapter of its own
     use_dora, use_rslora  peft's options: m (W + s B A)/‖W + s B A‖ with trained norms m, which start at ‖W‖; s = α/√r
     """
 
@@ -162,7 +162,7 @@ class LoRA:
             raise InputError(f"the alpha of a LoRA must be above 0, got {alpha}")
         self.pipe, self.denoisers = pipe, get_denoisers(pipe, denoiser)
         self.denoiser, *others = self.denoisers.values()
-        self._module = nn.ModuleDict(self.denoisers) if others else self.denoiser  # whose parameters have unique names
+        self._module = nn.ModuleDict(self.denoisers) if others else self.denoiser  # parameters have unique names
         if any(ADAPTER in getattr(one, "peft_config", {}) for one in self.denoisers.values()):
             raise InputError(f"this pipeline already has a LoRA named {ADAPTER!r}: reload the pipeline")
         self.config = LoraConfig(
@@ -190,12 +190,12 @@ class LoRA:
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()  # trained in fp32, also in a half-precision denoiser
             parameter.requires_grad_(True)
-        if use_dora:  # whose reference is not that of scale 0: the norms are trained too
+        if use_dora:  # scale 0 would not give the reference: the norms are trained too
             self._initial = {name: value.detach().clone() for name, value in self.parameters.items()}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """A and B of every adapted layer, with DoRA its norms too."""
+        """A and B of every adapted layer, and its norms with DoRA."""
         parameters = named_parameters(self._module)
         return {name: parameters[name] for name in self._names}
 
@@ -245,9 +245,9 @@ class LoRA:
                 layer.set_scale(ADAPTER, 1.0)
 
     def state(self) -> dict[str, Tensor]:
-        """Return A and B under peft's file names, of two denoisers after that of the denoiser.
+        """Return A and B under peft's names for files, prefixed by the denoiser's name if there are two denoisers.
 
-        With a sharded denoiser every process must call it.
+        With a sharded denoiser every process must call this method.
         """
         from peft import get_peft_model_state_dict
 
@@ -261,7 +261,7 @@ class LoRA:
     def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
         """Write the adapter for `pipe.load_lora_weights(folder)`; for peft where the pipeline supports no LoRA.
 
-        That of transformer_2 is for `pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`.
+        Load transformer_2's by `pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`.
         Returns the first file.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -281,7 +281,7 @@ class LoRA:
 
 
 def _component(name: str) -> str:
-    """Return the name of a denoiser in LoRA files, in which both transformers have one name."""
+    """Return the name of a denoiser in LoRA files, where both transformers have the same name."""
     return name.removesuffix("_2")
 
 
@@ -315,7 +315,7 @@ class FullFinetuning:
             yield
 
     def state(self) -> dict[str, Tensor]:
-        """Return all weights; with a sharded denoiser every process must call it."""
+        """Return all weights; with a sharded denoiser every process must call this method."""
         return {name: whole(value) for name, value in self.denoiser.state_dict().items()}
 
     def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
@@ -328,4 +328,4 @@ class FullFinetuning:
         return folder / self.name
 
 
-Trainable = LoRA | FullFinetuning  # `parameters`: those of the denoiser at this moment, by name; FSDP replaces them
+Trainable = LoRA | FullFinetuning  # `parameters` are the denoiser's present ones by name: FSDP replaces them

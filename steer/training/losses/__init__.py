@@ -5,7 +5,7 @@ With T stochastic steps (τ > 0) from noise to an image, sample k of prompt b, p
 r̂_t = log π(x_s | x_t) − log π_ref(x_s | x_t)
 r̂   = Σ_t r̂_t = log π(τ)/π_ref(τ), the implicit reward of a whole trajectory (DPO, arXiv 2305.18290)
 
-A loss is a function of the matrices (B, K, T) and (B, K) alone: it has no access to a model.
+A loss is a function of the matrices (B, K, T) and (B, K) alone, without access to a model.
 """
 
 from collections import deque
@@ -22,7 +22,7 @@ from steer.errors import InputError
 
 Metrics = dict[str, float]
 Unit = Literal["nat", "element"]
-EPS = 1e-6  # added to the standard deviation of rewards: differences by rounding alone must not count
+EPS = 1e-6  # added to the standard deviation of rewards, so that rounding differences do not count
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LogProbs:
     reference  (B, K, T) of the reference policy, a constant; None where neither loss nor log needs it
     elements   D ≥ 1, elements per sample
 
-    Raises InputError where the shapes differ or have no step.
+    Raises InputError where the shapes differ or there is no step.
     """
 
     new: Tensor
@@ -59,7 +59,7 @@ class LogProbs:
         return replace(self, new=self.new * scale, old=self.old * scale, reference=reference)
 
     def required_reference(self) -> Tensor:
-        """Return the reference's log-probabilities. Raises InputError where they were not computed."""
+        """Return the reference's log-probabilities. Raises InputError if they were not computed."""
         if self.reference is None:
             raise InputError("this loss compares with the reference policy: compute its log-probabilities")
         return self.reference.detach()
@@ -72,10 +72,10 @@ class LogProbs:
 class Loss(Protocol):
     """A loss of finetuning: a frozen dataclass of its hyperparameters, called once per update.
 
-    whole_trajectory  it couples all steps of a sample, and cannot be computed from some of them
-    stepwise          its derivative w.r.t. a step of a prompt's samples depends on that step of these samples alone:
+    whole_trajectory  the loss couples all steps of a sample, and cannot be computed from some of the steps
+    stepwise          the derivative w.r.t. a step of a prompt's samples depends on that step of these samples alone:
                       the gradient needs no first pass over all steps
-    uses_reference    it depends on `log_probs.reference`; otherwise that is evaluated for penalties and logs alone
+    uses_reference    the loss depends on `log_probs.reference`, which else is evaluated only for penalties and logs
     """
 
     whole_trajectory: ClassVar[bool] = False
@@ -94,7 +94,7 @@ def checked_rewards(log_probs: LogProbs, rewards: Tensor, group: int = 1, severa
     """Return the rewards with the device and dtype of the log-probabilities.
 
     rewards   (B, K), or with `several` also (B, K, M)
-    group     samples per prompt that the loss needs
+    group     smallest number of samples per prompt for the loss
 
     Raises InputError for another shape, too few samples, or a reward that is not finite.
     """
@@ -112,7 +112,7 @@ def checked_rewards(log_probs: LogProbs, rewards: Tensor, group: int = 1, severa
 
 
 def accuracy(implicit: Tensor, better: Tensor) -> float:
-    """Return the fraction (0..1) of pairs that r̂ (B, K) ranks like the rewards, ties half; NaN without pairs.
+    """Return the fraction (0..1) of pairs that r̂ (B, K) ranks like the rewards; ties count half, NaN without pairs.
 
     better: (B, K, K) true where the first of two samples of a prompt has the higher reward.
     """
@@ -126,17 +126,17 @@ def accuracy(implicit: Tensor, better: Tensor) -> float:
 # trajectory  − log sigmoid(β Σ_t (r̂_t^w − r̂_t^l))            (DPO, arXiv 2305.18290, on whole trajectories)
 #
 # The authors' code clamps the ratio π/π_ref to 1 ± 0.1, which keeps the loss within [0.683, 0.703] and has no gradient
-# outside: it is not done here.
+# outside. There is no clamp here.
 #
 # Where preferences follow Bradley and Terry, P(w ≻ l) = sigmoid(r^w − r^l), the trajectory form is minimised by
-# π(τ) ∝ π_ref(τ) exp(r(τ)/β). The form per step, in general, is not: each step is credited with the others' effect.
+# π(τ) ∝ π_ref(τ) exp(r(τ)/β). The form per step, in general, is not: it credits each step with the others' effect.
 
 
 def dominates(rewards: Tensor) -> Tensor:
     """Return (B, K, K), true where the first of two samples of a prompt is the winner.
 
     rewards (B, K), or (B, K, M) for Pareto dominance: no worse in all M, better in one. Ties and incomparable pairs
-    are false both ways.
+    are false in both orders.
     """
     rewards = rewards if rewards.dim() == 3 else rewards[..., None]
     first, second = rewards[:, :, None], rewards[:, None]
@@ -146,9 +146,9 @@ def dominates(rewards: Tensor) -> Tensor:
 def preference_metrics(log_probs: LogProbs, better: Tensor) -> Metrics:
     """Return the metrics of preference losses, over all pairs of the batch.
 
-    accuracy  fraction (0..1) of pairs whose winner has the higher implicit reward, ties half
+    accuracy  fraction (0..1) of pairs whose winner has the higher implicit reward; ties count half
     margin    nats, mean of Σ_t (r̂_t^w − r̂_t^l)
-    pairs     their number; without any, accuracy and margin are NaN
+    pairs     number of pairs; without any, accuracy and margin are NaN
     """
     implicit = log_probs.implicit_rewards().detach().sum(-1)
     margins = (implicit[:, :, None] - implicit[:, None, :])[better]
@@ -161,10 +161,10 @@ class D3PO(Settings, Loss):
     """D3PO as published: every step of the winner is preferred to the same step of the loser.
 
     beta  > 0, per `unit`; published 0.1 for log-probabilities averaged over the elements
-    unit  of the log-probabilities: element or nat
+    unit  unit of the log-probabilities: element or nat
 
-    Takes rewards (B, K), or (B, K, M) whose winners are better in one and worse in none. K ≥ 2.
-    The loss is the mean over pairs and steps; without a pair it is 0, and so is its gradient.
+    Takes rewards (B, K), or (B, K, M), where a winner is better in one and worse in none. K ≥ 2.
+    The loss is the mean over pairs and steps; without a pair, loss and gradient are 0.
     """
 
     beta: float = argument(0.1, "(0, inf)")
@@ -183,10 +183,10 @@ class D3PO(Settings, Loss):
 
 @dataclass(frozen=True)
 class D3POTrajectory(D3PO):
-    """DPO on whole trajectories, which D3PO's authors could not afford (over 100 GB); computed one step at a time.
+    """DPO on whole trajectories, too large for D3PO's authors (over 100 GB); computed one step at a time here.
 
-    beta  > 0, per `unit`. The weight of KL(π ‖ π_ref) of the whole trajectory against the reward, as the sum of D3PO's
-          steps does: hence the same 0.1. The first gradient is T times that of D3PO.
+    beta  > 0, per `unit`. The weight of KL(π ‖ π_ref) of the whole trajectory against the reward, as for the sum of
+          D3PO's steps: hence the same 0.1. The first gradient is T times D3PO's.
 
     The loss is the mean over pairs.
     """
@@ -195,7 +195,7 @@ class D3POTrajectory(D3PO):
     stepwise: ClassVar[bool] = False
 
 
-# Regression of reward differences on those of r̂: PRDP (arXiv 2402.08714), for each pair (a, b) of one prompt:
+# Regression of reward differences on differences of r̂: PRDP (arXiv 2402.08714), for each pair (a, b) of one prompt:
 #
 # l(r̂)  = (r̂^a − r̂^b − (r^a − r^b)/β)²
 # loss   = mean over pairs of max(l(r̂), l(clip(r̂)))
@@ -211,12 +211,12 @@ class PRDP(Settings, Loss):
     beta  > 0, reward per nat. Start from std(r)/10: trajectories with rewards a standard deviation apart then differ
           by 10 nats. The default assumes rewards standardised to a deviation of 1; sweep it otherwise.
     clip  ε > 0, nats per step, inf for none: how far a step may move before new samples are drawn. At 0.1, 20 steps
-          can move by 2 nats, a fifth of those 10, while fp32 sums over 10⁴ elements are accurate to 10⁻³ nats.
+          can move by 2 nats, a fifth of these 10, while fp32 sums over 10⁴ elements are accurate to 10⁻³ nats.
 
     Takes rewards (B, K), K ≥ 2. Right after sampling π = π_old and the clip has no effect: make several updates.
     Metrics, over all pairs of the batch:
 
-    accuracy  fraction (0..1) of pairs of different rewards that r̂ ranks alike, ties half; NaN without such a pair
+    accuracy  fraction (0..1) of pairs of different rewards that r̂ ranks alike; ties count half, NaN without a pair
     clipped   fraction of steps out of the proximal range
     error     nats, root mean square of r̂^a − r̂^b − (r^a − r^b)/β
     """
@@ -248,25 +248,25 @@ def _differences(values: Tensor) -> Tensor:
 
 
 # Self-play against a judge: DNO (arXiv 2404.03715). With r_t = E_{y ~ π_t} P(x ≻ y), the win rate against the
-# policy π_t that drew the samples, and for each pair (a, b) of one prompt:
+# policy π_t that drew the samples, for each pair (a, b) of one prompt:
 #
 # z    = β Σ_t log π/π_t (a) − the same of b
 # loss = mean over pairs of −c log sigmoid(z) − (1 − c) log sigmoid(−z),   c = sigmoid((r_t^a − r_t^b)/T)
 #
 # At T = 1 it is minimised by π ∝ π_t exp(r_t/β), soft policy iteration: the average of the iterates approaches the Nash
-# equilibrium of the judge's game, which exists also where preferences have no order.
+# equilibrium of the judge's game, which exists even if the preferences are not transitive.
 
 
 @dataclass(frozen=True)
 class DNO(Settings, Loss):
     """Direct Nash optimisation: differences of win rates as soft labels, about the policy that drew the samples.
 
-    beta         > 0, per `unit`, as of D3POTrajectory: the smaller, the further a rollout moves the policy
-    temperature  T > 0 of the labels: 1 as published, near 0 for winners and losers (its practical form)
-    unit         of the log-probabilities: element or nat
+    beta         > 0, per `unit`, as in D3POTrajectory: the smaller, the further a rollout moves the policy
+    temperature  T > 0 of the labels: 1 as published, near 0 for winners and losers (DNO's practical form)
+    unit         unit of the log-probabilities: element or nat
 
     Takes win rates (B, K), K ≥ 2. Metrics: accuracy, the fraction of pairs of different win rates that log π/π_t ranks
-    alike, ties half; labels, the mean of |2c − 1|.
+    alike (ties count half); labels, the mean of |2c − 1|.
     """
 
     beta: float = argument(0.1, "(0, inf)")
@@ -299,14 +299,14 @@ class DNO(Settings, Loss):
 
 @dataclass(frozen=True)
 class BRAIn(Settings, Loss):
-    """BRAIn: all samples of a prompt at once, towards the reference conditioned on being good.
+    """BRAIn: learns from all samples of a prompt at once, towards the reference conditioned on good samples.
 
     gamma  γ > 0, in the unit of the reward: differences of γ are a factor e in p(G | τ)
-    form   of p(G | τ): exp(r/γ); or sigmoid((r − r̄)/γ) about the mean of the prompt's samples, which ranks less by the
-           very best
-    clip   ε > 0, nats per step, inf for none: a sample's step beyond π_old by more has no gradient, as in PRDP
-    unit   of the log-probabilities in both softmaxes. In nats these have one entry of 1 as soon as samples differ by a
-           few nats; per element the optimum of exp is p_ref exp(D r/γ)
+    form   form of p(G | τ): exp(r/γ); or sigmoid((r − r̄)/γ) about the mean of the prompt's samples, which gives less
+           weight to the very best
+    clip   ε > 0, nats per step, inf for none: a step that differs from π_old by more has no gradient, as in PRDP
+    unit   unit of the log-probabilities in both softmaxes. In nats, one entry of a softmax is 1 as soon as samples
+           differ by a few nats; per element, the optimum of exp is p_ref exp(D r/γ)
 
     Takes rewards (B, K), K ≥ 2. Metrics: ess, the effective share of samples in α, (0, 1]; clipped, the fraction of
     steps out of range.
@@ -339,7 +339,7 @@ class BRAIn(Settings, Loss):
 #
 # loss = mean over samples and steps of max(−A ρ_t, −A clip(ρ_t, 1 − ε, 1 + ε))
 #
-# They differ in the advantage: DDPO takes one, GRPO standardises the rewards of each prompt's samples.
+# They differ in the advantage: it is an input of DDPO, while GRPO standardises the rewards of each prompt's samples.
 
 
 def clipped_objective(log_probs: LogProbs, advantages: Tensor, clip: float) -> tuple[Tensor, Metrics]:
@@ -368,10 +368,10 @@ class DDPO(Settings, Loss):
     """DDPO's importance-sampling estimator, one ratio per step.
 
     clip            ε > 0, inf for none; published 1e-4 for log-probabilities averaged over the elements
-    unit            of the log-probabilities: element or nat
+    unit            unit of the log-probabilities: element or nat
     advantage_clip  > 0, inf for none: advantages are clipped to ± this; 5 in the authors' ddpo-pytorch
 
-    The signal are advantages (B, K), normalised already (steer.training.losses.PerPromptStatTracker).
+    The signal is advantages (B, K), already normalised (steer.training.losses.PerPromptStatTracker).
     """
 
     clip: float = argument(1e-4, "(0, inf]")
@@ -387,11 +387,11 @@ class DDPO(Settings, Loss):
 
 @dataclass(frozen=True)
 class GRPO(Settings, Loss):
-    """GRPO: the samples of a prompt are each other's baseline.
+    """GRPO: the samples of a prompt are one another's baseline.
 
     clip   ε > 0, inf for none; 1e-4 in the authors' Flow-GRPO code (1e-5 to 1e-3 by task), averaged over the elements
-    unit   of the log-probabilities: element or nat
-    scale  divide by the group's standard deviation (over K, not K − 1, as in their code); without it Dr. GRPO
+    unit   unit of the log-probabilities: element or nat
+    scale  divide by the group's standard deviation (over K, not K − 1, as in the authors' code); false is Dr. GRPO
            (arXiv 2503.20783), which does not upweight prompts whose samples hardly differ
 
     Takes rewards (B, K), K ≥ 2. A prompt with equal rewards contributes nothing: advantages 0.
@@ -411,7 +411,7 @@ class GRPO(Settings, Loss):
 class PerPromptStatTracker:
     """A tracker of the last `size` rewards of every prompt, for DDPO's advantages; saved and restored with a run.
 
-    A = (r − mean)/(std + 10⁻⁶), over the prompt's latest rewards, the current ones included, once there are enough;
+    A = (r − mean)/(std + 10⁻⁶) over the prompt's latest rewards, including the current ones, once there are enough;
     until then, over the rewards of the whole batch.
 
     size       rewards per prompt, at least 2; published 16
@@ -425,7 +425,7 @@ class PerPromptStatTracker:
         self._rewards: dict[str, deque[float]] = {}
 
     def __call__(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
-        """Record rewards (B, K) of B prompts, repeats allowed, and return their advantages (B, K) fp32.
+        """Record rewards (B, K) of B prompts (repeats allowed) and return their advantages (B, K) fp32.
 
         Raises InputError, and records nothing, where shapes differ or a reward is not finite.
         """
@@ -456,16 +456,16 @@ class PerPromptStatTracker:
 
 @dataclass(frozen=True)
 class Filtered(Settings, Loss):
-    """Reward-filtered finetuning: the likelihood of each prompt's best samples (RAFT, arXiv 2304.06767).
+    """Reward-filtered finetuning: maximise the likelihood of each prompt's best samples (RAFT, arXiv 2304.06767).
 
     loss = − mean over the best n = max(1, keep·K rounded) samples of each prompt and all steps of (1/D) log π(x_s|x_t)
 
-    It does not keep the policy near the reference: add a KL penalty (`steer.training.gradient`).
+    The loss does not keep the policy near the reference: add a KL penalty (`steer.training.gradient`).
 
     keep  fraction of samples, above 0 and at most 1; at least one sample is kept. 0.25 is the best of four.
 
-    Takes rewards (B, K); of equal ones the earlier sample is kept. Metrics: kept, samples per prompt; lift, the mean
-    reward of those kept minus that of all.
+    Takes rewards (B, K); of equal rewards the earlier sample is kept. Metrics: kept, samples per prompt; lift, the mean
+    reward of the kept samples minus the mean of all.
     """
 
     keep: float = argument(0.25, "(0, 1]")

@@ -1,7 +1,7 @@
-"""Losses of the forward process: of clean latents, noisy ones made of them, and the denoiser's output there.
+"""Losses of the forward process: functions of clean latents, their noised versions and the denoiser's output there.
 
-With x_t = α x0 + σ ε a denoiser's output o (ε, v, or the velocity of a flow) predicts x̂0 = a x_t + b o, and its target
-is o* = (x0 − a x_t)/b: ε, v, or ε − x0. A sample has a signal made of its reward. Neither log-probabilities nor
+With x_t = α x0 + σ ε, a denoiser's output o (ε, v, or the velocity of a flow) predicts x̂0 = a x_t + b o, and its target
+is o* = (x0 − a x_t)/b: ε, v, or ε − x0. Each sample has a signal made from its reward. Neither log-probabilities nor
 trajectories are needed, so samples may come from any solver. ‖·‖² below is a mean over the elements of a sample.
 """
 
@@ -16,7 +16,7 @@ from steer.arguments import Settings, argument
 from steer.errors import InputError
 
 Weighting = Literal["uniform", "noise", "noise-squared", "huber"]
-SMALLEST_ERROR = 1e-5  # of |x̂0 − x0|, by which NFT divides, and of the root of AWM's huber
+SMALLEST_ERROR = 1e-5  # lower bound of |x̂0 − x0|, by which NFT divides, and of the root in AWM's huber
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class NoisyPredictions:
     """Outputs of the denoiser at one noise level, for N samples.
 
     x0, x_t         (N, …) fp32, clean and noisy latents
-    a, b            of x̂0 = a x_t + b o
+    a, b            weights of x̂0 = a x_t + b o
     noise           σ/(α + σ), 0 to 1: the time of a flow model
     new             (N, …) outputs of the trained weights; may require grad
-    old, reference  those of the policy that drew the samples, and of the reference; None where they are not evaluated
+    old, reference  outputs of the policy that drew the samples, and of the reference; None if not evaluated
 
     Raises InputError where b is 0: the output has no target there.
     """
@@ -59,7 +59,7 @@ class NoisyPredictions:
         return mean_square(output - self.target)
 
     def sampling_policy(self) -> Tensor:
-        """The output of the policy that drew the samples: of the present weights, where they did."""
+        """The output of the policy that drew the samples: `new` where `old` is None."""
         return self.new.detach() if self.old is None else self.old.detach()
 
     def required_reference(self) -> Tensor:
@@ -80,7 +80,7 @@ SampleMetrics = dict[str, Tensor]  # name → (N,)
 class ForwardLoss(Protocol):
     """A loss of the forward process: a frozen dataclass of its hyperparameters, called once per noise level.
 
-    uses_old, uses_reference: the policies whose outputs it needs beside the trained one's.
+    uses_old, uses_reference: the policies whose outputs the loss needs beside the trained policy's.
     """
 
     uses_old: ClassVar[bool]
@@ -102,10 +102,10 @@ class NFT(Settings):
     o⁺   = β o_θ + (1 − β) o_old,   o⁻ = (1 + β) o_old − β o_θ
     loss = A_max [r ‖x̂0(o⁺) − x0‖²/w⁺ + (1 − r) ‖x̂0(o⁻) − x0‖²/w⁻]/β,   w = mean |x̂0 − x0|, a constant
 
-    Where θ is the old policy its gradient w.r.t. x̂0 is 2 clip(A, ± A_max)(x̂0 − x0)/w: towards good samples, away from
-    bad ones. (The factor A_max is that of the authors' code, beside whose loss the published penalty stands.)
+    Where θ is the old policy, the gradient w.r.t. x̂0 is 2 clip(A, ± A_max)(x̂0 − x0)/w: towards good samples, away from
+    bad ones. (The factor A_max is from the authors' code; the published penalty weight refers to this scale.)
 
-    beta           β > 0: 1 or 0.1 as published; smaller ones move further from the old policy
+    beta           β > 0: 1 or 0.1 as published; smaller values move further from the old policy
     advantage_clip A_max
 
     Takes advantages (N,), as GRPO's.
@@ -144,12 +144,12 @@ class AWM(Settings):
     ℓ    = −w(t) ‖o − o*‖²,   ρ = exp(ℓ_θ − ℓ_old)
     loss = max(−A ρ, −A clip(ρ, 1 − ε, 1 + ε))
 
-    Where θ is the old policy its gradient is A w ∇‖o − o*‖²: the matching loss weighted by the advantages.
+    Where θ is the old policy, the gradient is A w ∇‖o − o*‖²: the matching loss weighted by the advantages.
 
-    clip            ε > 0 of the ratio, inf for none
+    clip            ε > 0, the clip range of the ratio, inf for none
     advantage_clip  advantages are clipped to ± this
     weighting       w(t): uniform 1, noise t, or noise-squared t², with t = σ/(α + σ); huber: ℓ = −t ‖o − o*‖, a root in
-                    place of the square, by which few elements of large errors count less
+                    place of the square, so that a few elements with large errors count less
 
     Takes advantages (N,), as GRPO's.
     """
@@ -177,14 +177,14 @@ class AWM(Settings):
 
 @dataclass(frozen=True)
 class RAM(Settings):
-    """Reinforce adjoint matching (arXiv 2605.10759): regression on the reference moved along the residual.
+    """Reinforce adjoint matching (arXiv 2605.10759): regression on the reference's output moved along the residual.
 
     loss = ‖o_θ − sg(o_ref + R (o* − o_θ))‖²,   sg: a constant
 
-    Its fixed point is o_θ = o_ref + E[R (o* − o_θ) | x_t]. With samples of θ itself, whose residual has mean 0, that is
+    The fixed point is o_θ = o_ref + E[R (o* − o_θ) | x_t]. With samples of θ itself, whose residual has mean 0, this is
     o_ref + Cov(R, o* | x_t): the output of the reference tilted by exp(R), to first order in R.
 
-    scale           of R = scale · A
+    scale           scale of R = scale · A
     advantage_clip  advantages are clipped to ± this
 
     Takes advantages (N,), as GRPO's.
@@ -205,12 +205,12 @@ class RAM(Settings):
 
 @dataclass(frozen=True)
 class DiffusionDPO(Settings):
-    """Diffusion-DPO (arXiv 2311.12908): the preferred of two images is denoised better than by the reference.
+    """Diffusion-DPO (arXiv 2311.12908): learn to denoise the preferred of two images better than the reference does.
 
     z    = −(β/2) [(‖o_θ − o*‖² − ‖o_ref − o*‖²) of the first − the same of the second],  with one ε and t for both
     loss = −c log σ(z) − (1 − c) log σ(−z),   c: the probability that the first is preferred
 
-    beta  β > 0, for errors averaged over elements; published 2000 (SD 1.5) and 5000 (SDXL). It stands for βTω(λ_t)
+    beta  β > 0, for errors averaged over elements; published 2000 (SD 1.5) and 5000 (SDXL). It is the paper's βTω(λ_t)
 
     Rows 2i and 2i + 1 are a pair. Takes c and 1 − c (N,). Both rows of a pair have its loss.
     """
@@ -224,5 +224,5 @@ class DiffusionDPO(Settings):
         first, second = excess.view(-1, 2).unbind(1)
         z, c = -self.beta / 2 * (first - second), signal.view(-1, 2)[:, 0]
         loss = -c * logsigmoid(z) - (1 - c) * logsigmoid(-z)
-        right = ((z.detach() * (c - 0.5)).sign() + 1) / 2  # ties half
+        right = ((z.detach() * (c - 0.5)).sign() + 1) / 2  # ties count half
         return loss.repeat_interleave(2), {"accuracy": right.repeat_interleave(2)}
