@@ -21,7 +21,7 @@ Denoise = Callable[[Tensor], Tensor]  # relaxed tokens (N, L, V) → logits (N, 
 
 @dataclass(frozen=True)
 class RelaxedRun:
-    """The end of a relaxed run: `tokens` (N, L, V), one-hot with a graph, and the KL (N,) in nats of the steps with a gradient."""
+    """The end of a relaxed run: one-hot `tokens` (N, L, V) with a graph, and the KL (N,) of the last steps in nats."""
 
     tokens: Tensor
     kl: Tensor
