@@ -84,7 +84,8 @@ def test_the_student_is_trained_where_its_scheduler_goes(turbo: StableDiffusionP
     for steps in (1, 2, 4):
         turbo.scheduler.set_timesteps(steps)
         visited |= set(turbo.scheduler.timesteps.tolist())
-    assert visited == set(STARTS) and sum(distil.SHARES) == pytest.approx(1)
+    assert visited == set(STARTS)
+    assert sum(distil.SINGLE_STEP) == sum(distil.SEVERAL_STEPS) == pytest.approx(1)
 
 
 def test_x0_is_what_diffusers_makes_of_it(distillation: Distillation) -> None:

@@ -123,7 +123,7 @@ def _pairs(options: argparse.Namespace) -> None:
 
 
 def _turbo(options: argparse.Namespace) -> None:
-    distil.distil(options.out / "turbo", options.model, options.steps or 10_000, start=options.start)
+    distil.distil(options.out / "turbo", options.model, options.steps or 8_000, start=options.start)
 
 
 def _lcm(options: argparse.Namespace) -> None:

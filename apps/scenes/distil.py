@@ -25,7 +25,9 @@ PROMPTS = 20_000
 BATCH = 32
 GUIDANCE = 4.0  # of the teacher, chosen for its accuracy; built into the student
 STARTS = (999, 759, 499, 259)  # timesteps that LCMScheduler visits in 1, 2 and 4 steps
-SHARES = (0.7, 0.1, 0.1, 0.1)  # of the training steps: a single step is the hardest
+SINGLE_STEP = (0.7, 0.1, 0.1, 0.1)  # shares of STARTS in a batch: a single step is the hardest
+SEVERAL_STEPS = (0.4, 0.2, 0.2, 0.2)  # shares from step LATER on
+LATER = 6_000
 FAKE_STEPS = 1  # steps of the fake score for one of the student
 EARLIEST, LATEST = 20, 980  # timesteps at which distributions are compared
 GUIDANCE_WIDTH = 32  # of an embedding of the guidance scale without effect: guidance is built in
@@ -63,15 +65,16 @@ class Distillation:
         rng = Generator().manual_seed(step)
         text = self.texts[torch.randint(len(self.texts), (BATCH,), generator=rng)]
         if step % (1 + FAKE_STEPS) == 0:
-            return self.matching_loss(self.images(text, rng), text, rng)
+            return self.matching_loss(self.images(text, step, rng), text, rng)
         with torch.no_grad():
-            x0 = self.images(text, rng)
+            x0 = self.images(text, step, rng)
         return self.denoising_loss(x0, text, rng)
 
-    def images(self, text: Tensor, rng: Generator) -> Tensor:
+    def images(self, text: Tensor, step: int, rng: Generator) -> Tensor:
         """Generate x0 (N, …) by the student, in one step from noise or from its own noised images."""
         x_t, again = self._noise(rng), self._noise(rng)
-        t = torch.tensor(STARTS)[torch.multinomial(torch.tensor(SHARES), BATCH, replacement=True, generator=rng)]
+        shares = torch.tensor(SINGLE_STEP if step < LATER else SEVERAL_STEPS)
+        t = torch.tensor(STARTS)[torch.multinomial(shares, BATCH, replacement=True, generator=rng)]
         later = (t != STARTS[0]).nonzero().flatten()  # rows that begin with an image of their own
         if len(later):
             with torch.no_grad():
