@@ -232,12 +232,11 @@ def pages() -> list[Path]:
 
 
 def added(old: Json, new: Json) -> Json:
-    """Return a study with those contenders of an older part of it that the new part lacks, after its own."""
+    """Return a study whose contenders are replaced by those of a new part, in their place, or followed by them."""
     shared = ("prompts", "seeds", "tags")
     if [old[key] for key in shared] != [new[key] for key in shared]:
         raise SystemExit("the study at hand has other prompts or seeds: remove its file first")
-    names = by_name(new)
-    return new | {"contenders": [*new["contenders"], *(one for one in old["contenders"] if one["name"] not in names)]}
+    return new | {"contenders": [*(by_name(old) | by_name(new)).values()]}
 
 
 def main(arguments: Sequence[str]) -> None:

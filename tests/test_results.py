@@ -60,8 +60,9 @@ def test_a_study_keeps_the_picked_image_and_the_mean_of_each_prompt(study: dict[
 
 def test_a_study_grows_by_contenders_of_the_same_prompts(study: dict[str, Any]) -> None:
     first, second = ({**study, "contenders": [one]} for one in study["contenders"])
-    assert results.added(second, first)["contenders"] == study["contenders"]
-    assert results.added(study, first)["contenders"] == study["contenders"]
+    assert results.added(first, second)["contenders"] == study["contenders"]
+    changed = dict(study["contenders"][0], options={"eta": 1.0})
+    assert results.added(study, first | {"contenders": [changed]})["contenders"] == [changed, study["contenders"][1]]
     with pytest.raises(SystemExit, match="other prompts"):
         results.added(study | {"tags": ["one", "one"]}, first)
 

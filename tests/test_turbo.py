@@ -47,10 +47,8 @@ def distillation(scenes: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatc
     return Distillation(teacher, student, fake, scenes.scheduler, texts, nothing)
 
 
-@pytest.mark.parametrize(("steps", "least"), [(1, 0.4), (2, 0.55), (4, 0.65)])
-def test_easy_prompts_come_out_right_more_often_with_more_steps(
-    turbo: StableDiffusionPipeline, steps: int, least: float
-) -> None:
+@pytest.mark.parametrize(("steps", "least"), [(1, 0.85), (2, 0.85), (4, 0.7)])
+def test_easy_prompts_come_out_right(turbo: StableDiffusionPipeline, steps: int, least: float) -> None:
     call = {"num_images_per_prompt": 8, "num_inference_steps": steps, "output_type": "pt"}
     images = turbo(EASY, generator=Generator().manual_seed(0), **call).images
     right = SceneReward()(images, [prompt for prompt in EASY for _ in range(8)]) == 1
@@ -85,7 +83,7 @@ def test_the_student_is_trained_where_its_scheduler_goes(turbo: StableDiffusionP
         turbo.scheduler.set_timesteps(steps)
         visited |= set(turbo.scheduler.timesteps.tolist())
     assert visited == set(STARTS)
-    assert sum(distil.SINGLE_STEP) == sum(distil.SEVERAL_STEPS) == pytest.approx(1)
+    assert [sum(distil.SINGLE_STEP), sum(distil.SEVERAL_STEPS)] == pytest.approx([1, 1])
 
 
 def test_x0_is_what_diffusers_makes_of_it(distillation: Distillation) -> None:
