@@ -184,18 +184,16 @@ def draw_search(study: Json, path: Path) -> None:
     titles = {"right": "best image right", "scene-soft": "its scene-soft, the reward that picks"}
     families: dict[str, list[Json]] = {}
     for one in study["contenders"]:
-        numbered = re.fullmatch(r"([a-z-]+?)[- ]\d+", one["name"])  # best-of-8, race 12
-        families.setdefault(numbered[1] if numbered else one["name"], []).append(one)
-    joined = {"best-of": [*families.pop(base["name"]), *families.pop("best-of")]} | families
+        families.setdefault(family(one), []).append(one)
     for axes, (reward, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for number, (name, some) in enumerate(joined.items()):
+        for number, (name, some) in enumerate(families.items()):
             rows = sorted((cost(one) / cost(base), *difference(one, None, reward, "picked")) for one in some)
             x, mean, low, high = zip(*rows, strict=True)
-            color = colormaps[COLORMAP](0.9 * number / max(len(joined) - 1, 1))
+            color = colormaps[COLORMAP](0.9 * number / max(len(families) - 1, 1))
             style: dict[str, Any] = {"color": color, "marker": MARKERS[number % len(MARKERS)], "ms": 5, "lw": 1.4}
             if number == 0:
                 axes.fill_between(x, low, high, color=color, alpha=0.1, lw=0)
-            axes.plot(x, mean, label="best-of-n" if number == 0 else name, **style)
+            axes.plot(x, mean, label=name, **style)
         axes.set_xscale("log", base=2)
         axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
         axes.set_xlabel("cost, in plain images", color=INK, size=8)
@@ -203,6 +201,14 @@ def draw_search(study: Json, path: Path) -> None:
         style_axes(axes)
     figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     save_figure(figure, path)
+
+
+def family(one: Json) -> str:
+    """Name the line of a contender: race of "race 12", best-of-n of "best-of-8" and of one plain image."""
+    if one["method"] == "base":
+        return "best-of-n" if one["name"] == "base" else f"{one['name']}, best-of-n"
+    numbered = re.fullmatch(r"((?:[a-z-]+, )?[a-z-]+?)([- ])\d+", one["name"])
+    return one["name"] if numbered is None else numbered[1] + "-n" * (numbered[2] == "-")
 
 
 FIGURES: dict[str, tuple[Callable[[Json, Path], None], str]] = {

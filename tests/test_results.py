@@ -103,16 +103,25 @@ def test_a_page_gets_its_tables_between_comments(tmp_path: Path, monkeypatch: py
 def test_a_figure_joins_the_numbers_of_particles_of_one_method(
     study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = dict(study["contenders"][1], name="fk 6, m = 3", cost={"nfe": 60.0, "decodes": 2.0})
+    fk, race = (
+        dict(study["contenders"][1], name=name, cost={"nfe": 60.0, "decodes": 2.0})
+        for name in ("fk 6, m = 3", "race 4")
+    )
+    large = dict(study["contenders"][0], name="scenes-large", model="scenes-large")
+    two = dict(study["contenders"][1], name="scenes-large, best-of-2", model="scenes-large")
     drawn = []
     monkeypatch.setattr(results, "save_figure", lambda figure, path: drawn.append(figure))
-    results.draw_search(study | {"contenders": [*study["contenders"], other]}, tmp_path / "search.png")
+    results.draw_search(study | {"contenders": [*study["contenders"], fk, race, large, two]}, tmp_path / "search.png")
     for axes in drawn[0].axes:
         lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
         unit = 20 + results.DECODING
         assert lines == {
             "best-of-n": [[1.0, 0.5], [(40 + 2 * results.DECODING) / unit, 0.5]],
             "fk 6, m = 3": [[(60 + 2 * results.DECODING) / unit, 0.5]],
+            "race": [[(60 + 2 * results.DECODING) / unit, 0.5]],
+            "scenes-large, best-of-n": [
+                [(n * 20 * results.EVALUATION["scenes-large"] + n * results.DECODING) / unit, 0.5] for n in (1, 2)
+            ],
         }
 
 

@@ -19,15 +19,12 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from steer.apps.scenes.training import (
     CHANNELS,
-    UNCONDITIONAL,
     Recipe,
     Scenes,
     build_tokenizer,
     learn_mean_images,
     new_mean_image,
     text_config,
-    timesteps,
-    token_ids,
 )
 from steer.training.supervised import TrainingRun
 
@@ -124,13 +121,9 @@ def train_flow(folder: Path, vae: AutoencoderKL, steps: int, decay: float = 0.25
     transformer.set_attn_processor(OneZeroToken())
     modules = torch.nn.ModuleList([transformer, *encoders, mean_image])
     average = EMAModel(modules.parameters(), decay=RECIPE.average, use_ema_warmup=True, power=0.75)
-    empty = token_ids(tokenizer, [""])
 
     def loss_at(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(step)
-        x0, ids = scenes.batch(step, generator)
-        ids = torch.where(torch.rand(len(ids), 1, generator=generator) < UNCONDITIONAL, empty, ids)
-        t, noise = timesteps(RECIPE, len(ids), generator), torch.randn(x0.shape, generator=generator)
+        x0, ids, t, noise = scenes.noisy_batch(step)
         states, pooled = encode_prompts(encoders, ids)
         mean_loss = torch.nn.functional.mse_loss(mean_image(pooled), x0.flatten(1))
         return flow_loss(transformer, states, pooled, x0, t, noise) + mean_loss

@@ -340,6 +340,15 @@ class Scenes:
         wording = torch.randint(WORDINGS, (size,), generator=generator)
         return latents[rows], tokens[rows, wording if self.recipe.all_captions else torch.zeros_like(wording)]
 
+    def noisy_batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents and tokens of one step, some of them of the empty prompt, with timesteps (B,) and noise."""
+        generator = torch.Generator().manual_seed(step)
+        x0, ids = self.batch(step, generator)
+        dropped = torch.rand(len(ids), 1, generator=generator) < UNCONDITIONAL
+        ids = torch.where(dropped, token_ids(self.tokenizer, [""]), ids)
+        t = timesteps(self.recipe, len(ids), generator)
+        return x0, ids, t, torch.randn(x0.shape, generator=generator)
+
 
 def timesteps(recipe: Recipe, count: int, generator: torch.Generator) -> Tensor:
     """Training timesteps (count,): powers of uniform numbers, or the sigmoid of a normal of mean 0.5."""
@@ -430,7 +439,6 @@ def train_denoiser(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(folder / "tokenizer", recipe.whole_words)
     scenes = Scenes(folder.parent / "parts", vae, tokenizer, recipe)
-    empty = token_ids(tokenizer, [""])
     text_encoder, mean_image = new_text_encoder(tokenizer, recipe), new_mean_image(recipe.width)
     learn_mean_images(folder / "text", scenes, [text_encoder], mean_image, lambda ids: text_encoder(ids).pooler_output)
     unet = new_denoiser(recipe).to(memory_format=torch.channels_last)
@@ -444,10 +452,7 @@ def train_denoiser(
     average.optimization_step = first
 
     def loss_at(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(step)
-        x0, ids = scenes.batch(step, generator)
-        ids = torch.where(torch.rand(len(ids), 1, generator=generator) < UNCONDITIONAL, empty, ids)
-        t, noise = timesteps(recipe, len(ids), generator), torch.randn(x0.shape, generator=generator)
+        x0, ids, t, noise = scenes.noisy_batch(step)
         text = text_encoder(ids)
         mean_loss = torch.nn.functional.mse_loss(mean_image(text.pooler_output), x0.flatten(1))
         return velocity_loss(unet, text.last_hidden_state, x0, t, noise, recipe) + mean_loss
@@ -505,15 +510,11 @@ def train_large(folder: Path, model: Path, steps: int, layers: int = LARGE) -> S
     average = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss_at(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(step)
-        x0, ids = scenes.batch(step, generator)
-        ids = torch.where(torch.rand(len(ids), 1, generator=generator) < UNCONDITIONAL, empty, ids)
+        x0, ids, t, noise = scenes.noisy_batch(step)
         with torch.no_grad():
             states = text_encoder(ids).last_hidden_state
-        t, noise = timesteps(_BASE, len(ids), generator), torch.randn(x0.shape, generator=generator)
         return velocity_loss(unet, states, x0, t, noise, _BASE)
 
-    empty = token_ids(tokenizer, [""])
     TrainingRun(folder, steps, LARGE_RATE, decay=0.5).train([unet], loss_at, after=average)
     average.copy_to(unet.parameters())
     large = assemble(vae, unet, text_encoder, tokenizer)
