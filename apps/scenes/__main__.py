@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from steer.apps.evaluation.report import summary
@@ -70,6 +71,15 @@ def _vae(options: argparse.Namespace) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").eval()
 
 
+def _teacher(options: argparse.Namespace) -> Path:
+    """Return --model, a folder in diffusers' format."""
+    model: Path = options.model
+    if not (model / "model_index.json").is_file():
+        click.echo(f"--model {model}: no model_index.json there; give the folder of a pipeline", err=True)
+        raise SystemExit(2)
+    return model
+
+
 def _print_accuracy(vae: AutoencoderKL) -> None:
     print(f"{training.autoencoder_accuracy(vae):.2%} of fresh scenes pass after the autoencoder")
 
@@ -84,7 +94,7 @@ def _denoiser(options: argparse.Namespace) -> None:
 
 
 def _large(options: argparse.Namespace) -> None:
-    training.train_large(options.out / "large", options.model, options.steps or 3000)
+    training.train_large(options.out / "large", _teacher(options), options.steps or 3200)
 
 
 def _flow(options: argparse.Namespace) -> None:
@@ -123,15 +133,15 @@ def _pairs(options: argparse.Namespace) -> None:
 
 
 def _turbo(options: argparse.Namespace) -> None:
-    distil.distil(options.out / "turbo", options.model, options.steps or 8_000, start=options.start)
+    distil.distil(options.out / "turbo", _teacher(options), options.steps or 8_000, start=options.start)
 
 
 def _lcm(options: argparse.Namespace) -> None:
-    distil.distil_lora(options.out / "lcm", options.model, options.steps or 3000)
+    distil.distil_lora(options.out / "lcm", _teacher(options), options.steps or 3000)
 
 
 def _tiny_vae(options: argparse.Namespace) -> None:
-    distil.train_tiny_decoder(options.out / "tiny-vae", options.model, options.steps or 7000)
+    distil.train_tiny_decoder(options.out / "tiny-vae", _teacher(options), options.steps or 7000)
 
 
 def _finetuning(options: argparse.Namespace) -> dict[str, Any]:
