@@ -35,7 +35,7 @@ from steer.apps.scenes.training import (
     whiten,
 )
 from steer.apps.scenes.world import LISTS, captions, draw, is_held_out, random_scene, requests_of
-from steer.assets import MODELS
+from steer.assets import MODELS, ROOT
 from steer.rewards.scene import SceneReward, parse
 from steer.training.supervised import TrainingRun, read_state
 
@@ -53,6 +53,12 @@ def test_a_plain_load_and_call_makes_an_image_of_64_pixels(pipe: StableDiffusion
     image = pipe("a red circle", num_inference_steps=2).images[0]
     assert image.size == (64, 64)
     assert json.loads((MODELS["scenes"] / "model_index.json").read_text())["safety_checker"] == [None, None]
+
+
+def test_no_asset_names_a_place_on_the_machine_that_made_it() -> None:
+    paths = [*ROOT.glob("*/model_index.json"), *ROOT.rglob("*config.json")]
+    assert len(paths) > 10
+    assert [path for path in paths if "_name_or_path" in json.loads(path.read_text(encoding="utf-8"))] == []
 
 
 def test_easy_prompts_mostly_come_out_right(pipe: StableDiffusionPipeline) -> None:

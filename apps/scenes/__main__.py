@@ -119,6 +119,10 @@ def _export(options: argparse.Namespace) -> None:
     for name in {"unet", "transformer", "vae"} & pipe.components.keys():
         pipe.components[name].half()
     pipe.save_pretrained(options.model)
+    for path in (options.model / "model_index.json", *options.model.glob("*/config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # where it was trained is of no use elsewhere
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _captions(options: argparse.Namespace) -> None:
