@@ -82,13 +82,38 @@ def test_a_precision_that_measures_rounding_is_refused(dtype: torch.dtype) -> No
     assert all(torch.equal(before[name], parameter) for name, parameter in trained.parameters.items())
 
 
+@pytest.mark.parametrize(("total", "share"), [(10, 0.876), (20, 0.755), (50, 0.533)])
+def test_the_last_two_steps_hold_most_of_the_kl_of_ddim(total: int, share: float) -> None:
+    """KL of two policies whose ε differ by one: |Δμ|²/2σ² of diffusers' own step."""
+    options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    scheduler = DDIMScheduler(**options, clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(total)
+    zero, nats = torch.zeros(1, dtype=torch.float64), []
+    for t in scheduler.timesteps:
+        means = [scheduler.step(eps, t, zero, eta=1, variance_noise=zero).prev_sample for eps in (zero, zero + 1)]
+        nats.append(float((means[1] - means[0]) ** 2 / 2 / scheduler._get_variance(t, t - 1000 // total)))
+    assert sum(nats[-2:]) / sum(nats) == pytest.approx(share, abs=1e-3)
+
+
 @pytest.mark.parametrize(
-    ("skip", "half", "window"), [(None, False, 10), (None, True, 8), (0, True, 10), (3, False, 7), (3, True, 7)]
+    ("skip", "default", "window"), [(None, False, 10), (None, True, 8), (0, True, 10), (3, False, 7), (3, True, 7)]
 )
-def test_the_window(skip: int | None, half: bool, window: int) -> None:
+def test_the_window(skip: int | None, default: bool, window: int) -> None:
     settings = TrainingConfig(skip_low_noise_steps=skip)
-    assert num_training_steps_of(10, settings, half) == window
+    assert num_training_steps_of(10, settings, default) == window
     assert num_training_steps_of(2, TrainingConfig(), True) == 1
+
+
+def test_who_leaves_out_the_last_steps() -> None:
+    def learned(pipe: Any, **options: Any) -> int:
+        reward = Soft(lambda images, prompts: images.mean((1, 2, 3)))
+        return GRPOTrainer(pipe, reward, GRPOConfig(**options), train_prompts=["a"]).num_learned_steps(10)
+
+    assert learned(fresh_scenes()) == 8
+    assert learned(fresh_scenes(), skip_low_noise_steps=0) == 10
+    assert learned(fresh_scenes(), window="first", window_size=3) == 10  # they are all within the window
+    assert learned(fresh_pipe("sd3"), dynamics="flow-sde") == 10
+    assert learned(fresh_pipe("sd3")) == 8
 
 
 def test_a_window_without_steps_is_refused() -> None:

@@ -17,7 +17,7 @@ from steer.diffusion.seeds import derived_seed
 from steer.diffusion.token_hooks import has_categorical_kernel, is_token_scheduler
 from steer.errors import InputError
 from steer.pipelines.base import RewardedPipeline
-from steer.pipelines.training.config import DTYPES, HALF_PRECISION_SKIPPED_STEPS, TrainingConfig
+from steer.pipelines.training.config import DTYPES, LOW_NOISE_STEPS, TrainingConfig
 from steer.reward import Reward, Scores, Submit, T, compares_images, mean_over_frames, score_components
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions
@@ -130,13 +130,15 @@ def half_precision(denoiser: Any, config: TrainingConfig) -> torch.dtype | None:
     return dtype if dtype in HALF else None
 
 
-def num_training_steps_of(total: int, config: TrainingConfig, half: bool) -> int:
+def num_training_steps_of(total: int, config: TrainingConfig, skip: bool) -> int:
     """Return the number of stochastic steps to learn from: all but the last steps, whose τ is lowest.
+
+    skip: whether some are left out by default
 
     Raises InputError where no step is left.
     """
     if config.skip_low_noise_steps is None:
-        return total - min(HALF_PRECISION_SKIPPED_STEPS, total // 2) if half else total
+        return total - min(LOW_NOISE_STEPS, total // 2) if skip else total
     if config.skip_low_noise_steps >= total:
         raise InputError(
             f"skip_low_noise_steps must be below the number of steps with noise, {total}, got "
@@ -286,8 +288,9 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         """Number of stochastic steps, from the first on, that count in losses and penalties."""
         if self.step_window(0) is not None:  # its place leaves out the last steps
             return total
-        half = half_precision(get_denoiser(self.pipe)[1], self.config)
-        return num_training_steps_of(total, self.config, half is not None)
+        half = half_precision(get_denoiser(self.pipe)[1], self.config) is not None
+        noisy_images = self.config.dynamics == "ddim" and not is_token_scheduler(self.pipe.scheduler)
+        return num_training_steps_of(total, self.config, half or noisy_images)
 
     def step_window(self, update: int) -> StepWindow | None:
         """The solver steps of an update's rollout that have noise; None: all."""

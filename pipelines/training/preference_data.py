@@ -23,7 +23,6 @@ from steer.pipelines.training.config import DTYPES, TrainingConfig
 from steer.pipelines.training.method import (
     OnChunk,
     chosen_steps,
-    half_precision,
     num_training_steps_of,
     process_shard,
     sampler_of,
@@ -259,12 +258,11 @@ class PreferenceDataset:
     ) -> RolloutBuffer:
         """Collect the preferences of every update of a rollout, from a stream of shuffled passes over all."""
         config, size, updates = self.config, self.config.train_batch_size, self.config.steps_per_generation
-        half = half_precision(trainable.denoiser, config) is not None
         batches, metrics = [], []
         for update in range(number * updates, (number + 1) * updates):
             own = process_shard(range(update * size, (update + 1) * size), context)
             chunks = self._chunks(_preferences_at(self.records, config, own.start, len(own)))
-            learned = num_training_steps_of(len(chunks[0].stochastic), config, half)
+            learned = num_training_steps_of(len(chunks[0].stochastic), config, skip=True)
             steps = chosen_steps(learned, config.timestep_fraction, config.seed, f"update {update}")
             references = references_of(sampler, trainable, chunks, steps, on_chunk, config)
             _check_reference(chunks, references, steps)
