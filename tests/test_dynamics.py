@@ -98,6 +98,20 @@ def test_a_step_is_that_of_its_paper(dynamics: Dynamics, a: float, k: int) -> No
     torch.testing.assert_close(fused.mean, mean.float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dynamics", "share"), [("ddim", 0.74), ("flow-sde", 0.67), ("cps", 0.71), ("dance", 0.28)])
+def test_how_much_of_the_kl_is_in_the_last_two_steps(dynamics: Dynamics, share: float) -> None:
+    """KL of two policies whose velocities differ by one, in ten even steps; the figures of finetuning-reference.md."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[sigma / 10 for sigma in range(10, 0, -1)])
+    x, nats = torch.zeros(1, 1, dtype=torch.float64), []
+    for k, t in enumerate(scheduler.timesteps):
+        levels, a = step_levels(scheduler, t, k), dict(FLOW_DYNAMICS).get(dynamics, 1.0)
+        one, other = (gaussian_transition(x, x - levels[0].sigma * v, *levels, a, dynamics) for v in (0, 1))
+        if one.std > 0:
+            nats.append(one.kl(other).item())
+    assert sum(nats[-2:]) / sum(nats) == pytest.approx(share, abs=0.006)
+
+
 def moments(pipe: FlowGaussianPipeline, steps: int, dynamics: str, a: float, window: range) -> tuple[float, float]:
     """Mean and standard deviation of the samples: N(0, 1) pushed through the published steps, the ODE elsewhere."""
     mean, variance, sigmas = 0.0, 1.0, pipe.levels(steps)

@@ -112,8 +112,7 @@ def test_who_leaves_out_the_last_steps() -> None:
     assert learned(fresh_scenes()) == 8
     assert learned(fresh_scenes(), skip_low_noise_steps=0) == 10
     assert learned(fresh_scenes(), window="first", window_size=3) == 10  # they are all within the window
-    assert learned(fresh_pipe("sd3"), dynamics="flow-sde") == 10
-    assert learned(fresh_pipe("sd3")) == 8
+    assert learned(fresh_pipe("sd3"), dynamics="flow-sde") == 8
 
 
 def test_a_window_without_steps_is_refused() -> None:

@@ -25,9 +25,8 @@ from steer.training.rollout import StepWindow, WindowKind
 from steer.training.signals import SampleFilter
 from steer.training.trainable import ATTENTION
 
-# The last steps, of lowest noise. For equal errors of ε they hold 88, 76 and 53 % of the KL of 10, 20 and 50 DDIM
-# steps on Stable Diffusion's schedule (tests/test_precision.py), though the composition is settled long before; in half
-# precision they cause nearly all of the rounding errors.
+# The last steps, of lowest noise: most of a trajectory's KL and gradient (docs/finetuning-reference.md), though the
+# composition is settled long before; in half precision they cause nearly all of the rounding errors.
 LOW_NOISE_STEPS = 2
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -55,8 +54,8 @@ class TrainingConfig(Settings):
     dynamics             law of the noise: ddim, for any model; flow-sde, dance, cps, for flow matching alone (see
                          `steer.diffusion.schedules.split_flow_noise`). Evaluations then use the ODE
     skip_low_noise_steps  number of last stochastic steps (lowest τ) that loss, KL and penalties leave out, for new, old
-                         and reference policy alike; None: 2, but at most half of the steps, for ddim noise of images
-                         and wherever weights or autocast are half precision, else 0
+                         and reference policy alike; None: 2, but at most half of the steps; 0 for texts in full
+                         precision
     log_prob_precision   precision of the denoiser for log-probabilities and KL: float32, whatever the dtype of the
                          weights and mixed_precision; or model, the model's (checked before the first update)
     timestep_fraction    share of the remaining steps that an update learns from; the others cost no denoiser call

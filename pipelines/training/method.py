@@ -289,8 +289,7 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         if self.step_window(0) is not None:  # its place leaves out the last steps
             return total
         half = half_precision(get_denoiser(self.pipe)[1], self.config) is not None
-        noisy_images = self.config.dynamics == "ddim" and not is_token_scheduler(self.pipe.scheduler)
-        return num_training_steps_of(total, self.config, half or noisy_images)
+        return num_training_steps_of(total, self.config, half or not is_token_scheduler(self.pipe.scheduler))
 
     def step_window(self, update: int) -> StepWindow | None:
         """The solver steps of an update's rollout that have noise; None: all."""
