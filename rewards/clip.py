@@ -285,8 +285,10 @@ def loading(what: str, remedy: str = "") -> Iterator[None]:
     logging.disable(logging.INFO)  # open_clip logs every step at the root
 
     def keep(record: logging.LogRecord) -> bool:
-        """Drop open_clip's warning about missing weights: they are loaded and checked after the model is built."""
-        return not record.getMessage().startswith("No pretrained weights loaded for model")
+        """Drop warnings about weights that are loaded and checked after the model is built."""
+        message = record.getMessage()
+        other = message.startswith("Multiple checkpoints found") and "member-0.safetensors" in message
+        return not other and not message.startswith("No pretrained weights loaded for model")
 
     logging.root.addFilter(keep)
     try:

@@ -32,6 +32,13 @@ def scenes() -> tuple[Tensor, list[str]]:
 
 
 @pytest.mark.parametrize("spec", EMBEDDED)
+def test_they_load_verified_and_without_a_word(spec: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        load_reward(spec)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("spec", EMBEDDED)
 def test_gradients_reach_the_pixels(spec: str, scenes: tuple[Tensor, list[str]]) -> None:
     images = scenes[0][:2].clone().requires_grad_()
     reward = load_reward(spec)
