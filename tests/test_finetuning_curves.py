@@ -63,8 +63,12 @@ def test_a_tiny_study_trains_once_and_draws(tmp_path: Path, monkeypatch: pytest.
     figures = finetuning_curves(runs, tmp_path, "scenes", "aesthetic:scenes", 0.5, 1, pairs=4)
     assert list(figures["runs"]) == ["grpo", "nft", "dpo"] and figures["seconds"][-1] == 0.5
     for one in figures["runs"].values():
-        assert {len(series) for name, series in one.items() if name != "seconds_to_baseline"} == {9}
+        assert {len(one[name]) for name in ("trained", "hold_out", "kl", "images")} == {9}
         assert one["kl"][0][0] == 0 < one["kl"][-1][0] and one["trained"][0][0] == 0
+    first, hold_out = figures["runs"]["grpo"], np.array(figures["runs"]["grpo"]["hold_out"])[:, 0]
+    assert first["hold_out_then"] == pytest.approx(
+        np.interp(first["seconds_to_baseline"], figures["seconds"], hold_out)
+    )
     folder = tmp_path / "scenes-aesthetic-scenes"
     spent = [json.loads(line)["seconds"] for line in (folder / "grpo-0/metrics.jsonl").read_text().splitlines()]
     assert sum(spent[:-1]) < 0.5 <= sum(spent)

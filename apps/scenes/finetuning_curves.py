@@ -51,8 +51,9 @@ def finetuning_curves(
     """Train each run with each seed for so many seconds of updates; finished ones are kept, others resumed.
 
     Returns curves by the name of the run, on the held-out prompts: `trained`, `hold_out` and `kl` at EVALUATIONS + 1
-    times, each [mean, low, high] with the 95 % t interval of the mean over seeds; and `seconds_to_baseline`, at which
-    the mean of `trained` reaches the end of the first run's, or None. Rewards are gains since the base model.
+    times, each [mean, low, high] with the 95 % t interval of the mean over seeds; `seconds_to_baseline`, at which the
+    mean of `trained` reaches the end of the first run's, and `hold_out_then`, the mean there, or None. Rewards are
+    gains since the base model.
     """
     place = folder / re.sub(r"\W+", "-", f"{Path(model).name} {reward}")
     names = [name for name in runs if not only or name.startswith(tuple(only))]
@@ -71,7 +72,9 @@ def finetuning_curves(
         figures["runs"][name] = {key: _interval([one[key] for one in curves]) for key in curves[0]}
     baseline = np.array(figures["runs"][names[0]]["trained"])[-1, 0]
     for one in figures["runs"].values():
-        one["seconds_to_baseline"] = first_reaching(grid, np.array(one["trained"])[:, 0], baseline)
+        reached = first_reaching(grid, np.array(one["trained"])[:, 0], baseline)
+        then = None if reached is None else float(np.interp(reached, grid, np.array(one["hold_out"])[:, 0]))
+        one |= {"seconds_to_baseline": reached, "hold_out_then": then}
     return figures
 
 
@@ -119,14 +122,16 @@ def first_reaching(grid: Numbers, values: Numbers, level: float) -> float | None
 
 def curves_table(figures: Figures) -> str:
     """Write the ends of all runs as a table of Markdown."""
-    names = f"{figures['reward']} | {figures['hold_out']} | √KL | images | seconds to the first run's gain"
-    lines = [f"| run | {names} |", "|" + "---|" * 6]
+    first, hold_out = next(iter(figures["runs"])), figures["hold_out"]
+    names = f"{figures['reward']} | {hold_out} | √KL | images | seconds to the gain of {first} | {hold_out} then"
+    lines = [f"| run | {names} |", "|" + "---|" * 7]
     for name, one in figures["runs"].items():
         ends = one["trained"][-1], one["hold_out"][-1]
         gains = [f"{mean:+.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in ends]
         root, images = max(one["kl"][-1][0], 0) ** 0.5, one["images"][-1][0]
-        seconds = one["seconds_to_baseline"]
-        cells = [name, *gains, f"{root:.2f}", f"{images:.0f}", "–" if seconds is None else f"{seconds:.0f}"]
+        seconds, then = one["seconds_to_baseline"], one["hold_out_then"]
+        reached = ["–", "–"] if seconds is None else [f"{seconds:.0f}", f"{then:+.3f}"]
+        cells = [name, *gains, f"{root:.1f}", f"{images:.0f}", *reached]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
