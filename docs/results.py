@@ -33,7 +33,7 @@ from steer.apps.bench.report import spread
 from steer.apps.evaluation import foresight
 from steer.apps.evaluation.report import MARKERS
 from steer.apps.plots import COLORMAP, DPI, INK, save_figure, set_title, style_axes
-from steer.apps.scenes.finetuning_curves import curves_table
+from steer.apps.scenes.finetuning_curves import curves_table, draw_finetuning_curves
 from steer.pipelines.training.evaluation import interval
 
 DOCS = Path(__file__).resolve().parent
@@ -214,6 +214,7 @@ def family(one: Json) -> str:
 FIGURES: dict[str, tuple[Callable[[Json, Path], None], str]] = {
     "search.png": (draw_search, "studies/search.json"),
     "foresight.png": (foresight.draw, "foresight-lookahead.json"),
+    "finetuning-methods.png": (draw_finetuning_curves, "studies/finetuning-methods.json"),
 }
 
 
