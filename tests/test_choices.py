@@ -137,7 +137,8 @@ def test_the_chosen_sample_becomes_likelier_than_the_rejected_one(
 def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorded: dict[str, Path]) -> None:
     """Every choice once a turn, chosen before rejected, with the signal 1 and 0; the old policy is the present one."""
     folder, pipe = recorded["stored"], fresh_pipe("sd")
-    config = tiny(folder, train_batch_size=1, steps_per_generation=3, micro_batch=1, timestep_fraction=0.5)
+    few = {"train_batch_size": 1, "steps_per_generation": 3, "micro_batch": 1, "timestep_fraction": 0.5}
+    config = tiny(folder, **few, skip_low_noise_steps=0)
     source = dataset(folder, pipe, config, folder / "unused")
     lora = LoRA(pipe, 2)
     move(lora, 0.05)

@@ -88,6 +88,7 @@ def test_the_stored_background_is_that_of_the_embedded_clip(tmp_path: Path) -> N
         features = load_backbone("scenes").image_layers(images / 255)
     assert torch.allclose(stored.float(), features, atol=5e-3)
     other = Path(shutil.copytree(folder, tmp_path / "clip"))
+    (other / "SHA256SUMS").unlink()
     write_background(other / BACKGROUND, folder / CONFIG, features)
     stars = saved(tmp_path / "stars", scenes(1, 5, RED_STAR))
     with pytest.raises(RewardError, match=r"computed by other weights than open_clip_model\.safetensors: remove it"):

@@ -59,7 +59,7 @@ def test_the_models_and_the_prompts_are_in_the_wheel_and_small() -> None:
     # Two diffusion models of 12 MB, an adapter of 3.3 MB, a model of text, and the rewards.
     assert sum(path.stat().st_size for path in packed) <= 38e6
     assert 0 < sum(path.stat().st_size for path in large) <= 52e6
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    assert {path.suffix or path.name for path in files} <= {".json", ".safetensors", ".txt", "SHA256SUMS"}
 
 
 def test_import_and_help_need_no_torch() -> None:

@@ -24,7 +24,7 @@ from steer.training.gradient import Batch, GradientOptions
 from steer.training.losses import Metrics
 from steer.training.rollout import Rows, Sampler, StepWindow, Trajectories
 from steer.training.token_rollout import TokenSampler
-from steer.training.trainable import get_denoiser
+from steer.training.trainable import get_denoiser, get_denoisers
 
 OnChunk = Callable[[], None]
 Samples = tuple[Trajectories, Tensor]  # trajectories and images (N, 3, H, W) in [0, 1]
@@ -128,6 +128,13 @@ def half_precision(denoiser: Any, config: TrainingConfig) -> torch.dtype | None:
     """Return the half-precision dtype of autocast or of the weights; None in float32."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, denoiser.dtype)
     return dtype if dtype in HALF else None
+
+
+def skips_low_noise_steps(pipe: Any, config: TrainingConfig) -> bool:
+    """Return whether the last steps are left out by default: not for texts, nor where a second denoiser has them."""
+    denoisers = get_denoisers(pipe)
+    half = half_precision(next(iter(denoisers.values())), config) is not None
+    return half or (len(denoisers) == 1 and not is_token_scheduler(pipe.scheduler))
 
 
 def num_training_steps_of(total: int, config: TrainingConfig, skip: bool) -> int:
@@ -288,8 +295,7 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         """Number of stochastic steps, from the first on, that count in losses and penalties."""
         if self.step_window(0) is not None:  # its place leaves out the last steps
             return total
-        half = half_precision(get_denoiser(self.pipe)[1], self.config) is not None
-        return num_training_steps_of(total, self.config, half or not is_token_scheduler(self.pipe.scheduler))
+        return num_training_steps_of(total, self.config, skips_low_noise_steps(self.pipe, self.config))
 
     def step_window(self, update: int) -> StepWindow | None:
         """The solver steps of an update's rollout that have noise; None: all."""

@@ -44,7 +44,7 @@ from steer.pipelines.training.preference_files import (
 )
 from steer.pipelines.training.rollouts import RolloutBuffer, batch_order, references_of, trajectories_to_tensors
 from steer.training.distributed import DistributedContext
-from steer.training.gradient import Batch, Reference
+from steer.training.gradient import Batch
 from steer.training.rollout import Rows, Sampler, Trajectories, blocks, log_probs
 from steer.training.trainable import Trainable
 
@@ -265,7 +265,12 @@ class PreferenceDataset:
             learned = num_training_steps_of(len(chunks[0].stochastic), config, skip=True)
             steps = chosen_steps(learned, config.timestep_fraction, config.seed, f"update {update}")
             references = references_of(sampler, trainable, chunks, steps, on_chunk, config)
-            _check_reference(chunks, references, steps)
+            for chunk, reference in zip(chunks, references, strict=True):
+                _check_reference(chunk, reference.log_probs, steps)
+            if number == 0:  # the last steps, which are not learned from, tell models apart best
+                with trainable.reference():
+                    for chunk in chunks:
+                        _check_reference(chunk, log_probs(sampler, chunk), range(len(chunk.stochastic)))
             old = []
             for chunk in chunks:
                 on_chunk()
@@ -312,16 +317,18 @@ def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfi
         )
 
 
-def _check_reference(chunks: Sequence[Trajectories], references: Sequence[Reference], steps: Sequence[int]) -> None:
-    """Raise InputError where the initial model of the training cannot have drawn the samples."""
-    for chunk, reference in zip(chunks, references, strict=True):
-        difference = (reference.log_probs - chunk.log_probs[:, list(steps)]).abs().max().item() / chunk.elements
-        if not difference <= MAX_LOG_PROB_DIFFERENCE:
-            raise InputError(
-                f"the trajectories of the preferences about {chunk.rows.prompts[0]!r:.60} have other log-probabilities "
-                f"by this model ({difference:.2g} nats per latent element apart, at most {MAX_LOG_PROB_DIFFERENCE:g}): "
-                "another one drew them. Train the model that the preferences were recorded with"
-            )
+def _check_reference(chunk: Trajectories, found: Tensor, steps: Sequence[int]) -> None:
+    """Raise InputError where the initial model of the training cannot have drawn the samples.
+
+    found: (N, steps) log-probabilities by that model
+    """
+    difference = (found - chunk.log_probs[:, list(steps)]).abs().max().item() / chunk.elements
+    if not difference <= MAX_LOG_PROB_DIFFERENCE:
+        raise InputError(
+            f"the trajectories of the preferences about {chunk.rows.prompts[0]!r:.60} have other log-probabilities "
+            f"by this model ({difference:.2g} nats per latent element apart, at most {MAX_LOG_PROB_DIFFERENCE:g}): "
+            "another one drew them. Train the model that the preferences were recorded with"
+        )
 
 
 def _regenerate(
