@@ -317,12 +317,12 @@ def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfi
         )
 
 
-def _check_reference(chunk: Trajectories, found: Tensor, steps: Sequence[int]) -> None:
+def _check_reference(chunk: Trajectories, reference: Tensor, steps: Sequence[int]) -> None:
     """Raise InputError where the initial model of the training cannot have drawn the samples.
 
-    found: (N, steps) log-probabilities by that model
+    reference: (N, steps) log-probabilities by that model
     """
-    difference = (found - chunk.log_probs[:, list(steps)]).abs().max().item() / chunk.elements
+    difference = (reference - chunk.log_probs[:, list(steps)]).abs().max().item() / chunk.elements
     if not difference <= MAX_LOG_PROB_DIFFERENCE:
         raise InputError(
             f"the trajectories of the preferences about {chunk.rows.prompts[0]!r:.60} have other log-probabilities "
