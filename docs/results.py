@@ -204,11 +204,11 @@ def draw_search(study: Json, path: Path) -> None:
 
 
 def family(one: Json) -> str:
-    """Name the line of a contender: race of "race 12", best-of-n of "best-of-8" and of one plain image."""
+    """Name the line of a contender: race of "race 12", "fk, m = 3" of "fk 4, m = 3", best-of-n of "best-of-8"."""
     if one["method"] == "base":
         return "best-of-n" if one["name"] == "base" else f"{one['name']}, best-of-n"
-    numbered = re.fullmatch(r"((?:[a-z-]+, )?[a-z-]+?)([- ])\d+", one["name"])
-    return one["name"] if numbered is None else numbered[1] + "-n" * (numbered[2] == "-")
+    numbered = re.fullmatch(r"((?:[a-z-]+, )?[a-z-]+?)([- ])\d+(, m = \d)?", one["name"])
+    return one["name"] if numbered is None else numbered[1] + "-n" * (numbered[2] == "-") + (numbered[3] or "")
 
 
 FIGURES: dict[str, tuple[Callable[[Json, Path], None], str]] = {
