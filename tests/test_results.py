@@ -117,7 +117,7 @@ def test_a_figure_joins_the_numbers_of_particles_of_one_method(
         unit = 20 + results.DECODING
         assert lines == {
             "best-of-n": [[1.0, 0.5], [(40 + 2 * results.DECODING) / unit, 0.5]],
-            "fk 6, m = 3": [[(60 + 2 * results.DECODING) / unit, 0.5]],
+            "fk, m = 3": [[(60 + 2 * results.DECODING) / unit, 0.5]],
             "race": [[(60 + 2 * results.DECODING) / unit, 0.5]],
             "scenes-large, best-of-n": [
                 [(n * 20 * results.EVALUATION["scenes-large"] + n * results.DECODING) / unit, 0.5] for n in (1, 2)
