@@ -55,7 +55,7 @@ class TrainingConfig(Settings):
                          `steer.diffusion.schedules.split_flow_noise`). Evaluations then use the ODE
     skip_low_noise_steps  number of last stochastic steps (lowest τ) that loss, KL and penalties leave out, for new, old
                          and reference policy alike; None: 2, but at most half of the steps; in full precision 0
-                         for texts, and where a second denoiser has the last steps
+                         for texts, for windows, and where a second denoiser has the last steps
     log_prob_precision   precision of the denoiser for log-probabilities and KL: float32, whatever the dtype of the
                          weights and mixed_precision; or model, the model's (checked before the first update)
     timestep_fraction    share of the remaining steps that an update learns from; the others cost no denoiser call
