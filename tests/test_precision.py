@@ -15,7 +15,7 @@ from rollouts import call_of, fresh_pipe
 from soft_rewards import Soft
 from torch import Tensor
 
-from steer import TrainingConfig
+from steer import TEXT_MODELS, MaskedDiffusionPipeline, TrainingConfig
 from steer.diffusion.precision import in_float32
 from steer.diffusion.schedules import Gaussian
 from steer.diffusion.step_hooks import SolverStep
@@ -113,6 +113,7 @@ def test_who_leaves_out_the_last_steps() -> None:
     assert learned(fresh_scenes(), skip_low_noise_steps=0) == 10
     assert learned(fresh_scenes(), window="first", window_size=3) == 10  # they are all within the window
     assert learned(fresh_pipe("sd3"), dynamics="flow-sde") == 8
+    assert learned(MaskedDiffusionPipeline.from_pretrained(TEXT_MODELS["scenes-text"])) == 10
 
 
 def test_a_window_without_steps_is_refused() -> None:

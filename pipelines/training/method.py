@@ -132,9 +132,8 @@ def half_precision(denoiser: Any, config: TrainingConfig) -> torch.dtype | None:
 
 def skips_low_noise_steps(pipe: Any, config: TrainingConfig) -> bool:
     """Return whether the last steps are left out by default: not for texts, nor where a second denoiser has them."""
-    denoisers = get_denoisers(pipe)
-    half = half_precision(next(iter(denoisers.values())), config) is not None
-    return half or (len(denoisers) == 1 and not is_token_scheduler(pipe.scheduler))
+    half = half_precision(get_denoiser(pipe)[1], config) is not None
+    return half or (len(get_denoisers(pipe)) == 1 and not is_token_scheduler(pipe.scheduler))
 
 
 def num_training_steps_of(total: int, config: TrainingConfig, skip: bool) -> int:

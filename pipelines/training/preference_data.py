@@ -27,6 +27,7 @@ from steer.pipelines.training.method import (
     process_shard,
     sampler_of,
     shuffled_at,
+    skips_low_noise_steps,
 )
 from steer.pipelines.training.preference_files import (
     GROUPS,
@@ -258,19 +259,21 @@ class PreferenceDataset:
     ) -> RolloutBuffer:
         """Collect the preferences of every update of a rollout, from a stream of shuffled passes over all."""
         config, size, updates = self.config, self.config.train_batch_size, self.config.steps_per_generation
+        skip = skips_low_noise_steps(trainable.pipe, config)
         batches, metrics = [], []
         for update in range(number * updates, (number + 1) * updates):
             own = process_shard(range(update * size, (update + 1) * size), context)
             chunks = self._chunks(_preferences_at(self.records, config, own.start, len(own)))
-            learned = num_training_steps_of(len(chunks[0].stochastic), config, skip=True)
+            total = len(chunks[0].stochastic)
+            learned = num_training_steps_of(total, config, skip)
             steps = chosen_steps(learned, config.timestep_fraction, config.seed, f"update {update}")
             references = references_of(sampler, trainable, chunks, steps, on_chunk, config)
             for chunk, reference in zip(chunks, references, strict=True):
                 _check_reference(chunk, reference.log_probs, steps)
-            if number == 0:  # the last steps, which are not learned from, tell models apart best
-                with trainable.reference():
+            if number == 0 and (others := [step for step in range(total) if step not in steps]):
+                with trainable.reference():  # the last steps, which are not learned from, tell models apart best
                     for chunk in chunks:
-                        _check_reference(chunk, log_probs(sampler, chunk), range(len(chunk.stochastic)))
+                        _check_reference(chunk, log_probs(sampler, chunk, others)[:, others], others)
             old = []
             for chunk in chunks:
                 on_chunk()
