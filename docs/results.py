@@ -120,9 +120,9 @@ def agreement(figures: Json) -> str:
     return foresight.table(figures)
 
 
-def curves(figures: Json) -> str:
-    """Tabulate a finetuning-curves.json."""
-    return curves_table(figures)
+def curves(figures: Json, goal: str | None = None) -> str:
+    """Tabulate a finetuning-curves.json, with the seconds to the end of its first run, or of that of another such file."""
+    return curves_table(figures, None if goal is None else json.loads((DOCS / goal).read_text()))
 
 
 def ratios(report: Json) -> str:

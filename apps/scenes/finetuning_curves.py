@@ -22,6 +22,8 @@ from steer.pipelines.training.method import Record
 EVALUATIONS = 8  # of a run, evenly spaced in seconds, beside the first one
 PAIRS = 2000  # for runs with `preferences: pairs`
 HOLD_OUT = "scene"
+COLOURS, MARKERS = color_sequences["tab10"], "os^vDPX*"
+LINEAR, KL_TICKS = 10, (0, 5, 10, 20, 50, 100)  # of the axis of √KL
 Figures = dict[str, Any]
 
 
@@ -50,10 +52,9 @@ def finetuning_curves(
 ) -> Figures:
     """Train each run with each seed for so many seconds of updates; finished ones are kept, others resumed.
 
-    Returns curves by the name of the run, on the held-out prompts: `trained`, `hold_out` and `kl` at EVALUATIONS + 1
-    times, each [mean, low, high] with the 95 % t interval of the mean over seeds; `seconds_to_baseline`, at which the
-    mean of `trained` reaches the end of the first run's, and `hold_out_then`, the mean there, or None. Rewards are
-    gains since the base model.
+    Returns curves by the name of the run, on the held-out prompts: `trained`, `hold_out`, `kl` and `images` at
+    EVALUATIONS + 1 times, each [mean, low, high] with the 95 % t interval of the mean over seeds; `trained_by_seed`, a
+    curve of each. Rewards are gains since the base model.
     """
     place = folder / re.sub(r"\W+", "-", f"{Path(model).name} {reward}")
     names = [name for name in runs if not only or name.startswith(tuple(only))]
@@ -69,12 +70,8 @@ def finetuning_curves(
                 prompts = list(islice(cycle(load_prompts("scenes-training")), pairs))
                 run["preferences"] = str(write_labelled_pairs(place / "pairs", model, reward, prompts))
             curves.append(train_curve(run, place / f"{name}-{seed}", grid, reward))
-        figures["runs"][name] = {key: _interval([one[key] for one in curves]) for key in curves[0]}
-    baseline = np.array(figures["runs"][names[0]]["trained"])[-1, 0]
-    for one in figures["runs"].values():
-        reached = first_reaching(grid, np.array(one["trained"])[:, 0], baseline)
-        then = None if reached is None else float(np.interp(reached, grid, np.array(one["hold_out"])[:, 0]))
-        one |= {"seconds_to_baseline": reached, "hold_out_then": then}
+        run_figures = {key: _interval([one[key] for one in curves]) for key in curves[0]}
+        figures["runs"][name] = run_figures | {"trained_by_seed": [one["trained"].tolist() for one in curves]}
     return figures
 
 
@@ -120,32 +117,50 @@ def first_reaching(grid: Numbers, values: Numbers, level: float) -> float | None
     return float(grid[place - 1] + share * (grid[place] - grid[place - 1]))
 
 
-def curves_table(figures: Figures) -> str:
-    """Write the ends of all runs as a table of Markdown."""
-    first, hold_out = next(iter(figures["runs"])), figures["hold_out"]
-    names = f"{figures['reward']} | {hold_out} | √KL | images | seconds to the gain of {first} | {hold_out} then"
+def curves_table(figures: Figures, goal: Figures | None = None) -> str:
+    """Write the ends of all runs as a table of Markdown, and when each reaches the mean end of the first run of `goal`.
+
+    goal  other figures; None: these
+    """
+    goal = goal or figures
+    (first, run), hold_out = next(iter(goal["runs"].items())), figures["hold_out"]
+    level = run["trained"][-1][0]
+    reaching = f"seconds to {level:+.3f}, as {first} after {goal['seconds'][-1]:.0f}"
+    names = f"{figures['reward']} | {hold_out} | √KL, √nats | images | {reaching} | {hold_out} at that time"
     lines = [f"| run | {names} |", "|" + "---|" * 7]
     for name, one in figures["runs"].items():
         ends = one["trained"][-1], one["hold_out"][-1]
         gains = [f"{mean:+.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in ends]
         root, images = max(one["kl"][-1][0], 0) ** 0.5, one["images"][-1][0]
-        seconds, then = one["seconds_to_baseline"], one["hold_out_then"]
-        reached = ["–", "–"] if seconds is None else [f"{seconds:.0f}", f"{then:+.3f}"]
-        cells = [name, *gains, f"{root:.1f}", f"{images:.0f}", *reached]
+        cells = [name, *gains, f"{root:.1f}", f"{images:.0f}", *_reached(figures["seconds"], one, level)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _reached(grid: Sequence[float], run: Figures, level: float) -> tuple[str, str]:
+    """Write when the mean gain of a run reaches a level, with the range of its seeds, and the hold-out at that time."""
+    trained, hold_out = (np.array(run[key])[:, 0] for key in ("trained", "hold_out"))
+    seconds = first_reaching(np.array(grid), trained, level)
+    if seconds is None:
+        return "–", "–"
+    by_seed = [first_reaching(np.array(grid), np.array(one), level) for one in run["trained_by_seed"]]
+    bounds = [f"{one:.0f}" for one in sorted(one for one in by_seed if one is not None)]
+    last = bounds[-1] if len(bounds) == len(by_seed) else "–"  # a seed that does not reach it
+    return f"{seconds:.0f} ({bounds[0]} to {last})", f"{np.interp(seconds, grid, hold_out):+.3f}"
+
+
 def draw_finetuning_curves(figures: Figures, path: Path) -> None:
-    """Draw the gain of the trained reward over seconds, and that of the hold-out over √KL."""
-    figure = Figure(figsize=(10.5, 4.3), dpi=DPI, layout="constrained")
+    """Draw the gain of the trained reward over seconds, and that of the hold-out over √KL, linear up to LINEAR."""
+    figure = Figure(figsize=(10.5, 4.5), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, one), colour in zip(figures["runs"].items(), cycle(color_sequences["petroff10"]), strict=False):
+    for (name, one), colour, marker in zip(figures["runs"].items(), cycle(COLOURS), cycle(MARKERS), strict=False):
         root = np.sqrt(np.array(one["kl"])[:, 0].clip(0))
         for axes, x, key in ((left, figures["seconds"], "trained"), (right, root, "hold_out")):
             mean, low, high = np.array(one[key]).T
-            axes.plot(x, mean, color=colour, lw=1.7, marker="o", ms=3.5, label=name)
-            axes.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
+            axes.plot(x, mean, color=colour, lw=1.5, marker=marker, ms=4, label=name)
+            axes.fill_between(x, low, high, color=colour, alpha=0.08, lw=0)
+    right.set_xscale("symlog", linthresh=LINEAR)
+    right.set_xticks(KL_TICKS, [f"{one}" for one in KL_TICKS])
     titles = {left: f"{figures['reward']}, trained", right: f"{figures['hold_out']}, held out"}
     for axes, label in ((left, "seconds of updates"), (right, "√KL from the base model, √nats")):
         axes.axhline(0, color=FAINT, lw=0.9)
