@@ -121,7 +121,7 @@ def agreement(figures: Json) -> str:
 
 
 def curves(figures: Json, goal: str | None = None) -> str:
-    """Tabulate a finetuning-curves.json, with the seconds to the end of its first run, or of that of another such file."""
+    """Tabulate a finetuning-curves.json, with the seconds to the end of its first run, or of another such file's."""
     return curves_table(figures, None if goal is None else json.loads((DOCS / goal).read_text()))
 
 

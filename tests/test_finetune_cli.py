@@ -341,6 +341,6 @@ def test_choices_are_learnt_from_as_they_were_drawn(
     code, _, err = steer("finetune", config, "--eta", "0.5", "--output-dir", tmp_path / "third")
     assert code == 2 and "eta is 0.5 in this run and was 1.0" in err
     err = refused(steer, config, "--method", "prdp", "--output-dir", tmp_path / "third")
-    assert "preferences are for methods that learn from choices, such as D3PO, not PRDP: give prompts" in err
+    assert "preferences are for methods that learn from them, such as D3PO, not PRDP: give prompts" in err
     next(preferences.rglob("*.png")).unlink()
     assert f"{config}: preferences: {preferences}" in refused(steer, config, "--output-dir", tmp_path / "third")

@@ -325,7 +325,7 @@ def test_tables_without_a_preference_and_other_trainers_refuse_in_one_line(table
     with pytest.raises(InputError, match="all 1 pairs are ties"):
         DPOTrainer.check_preferences(table.parent / "ties.jsonl", {})
     with pytest.raises(
-        InputError, match="preferences are for methods that learn from choices, such as D3PO, not DiffusionNFT"
+        InputError, match="preferences are for methods that learn from them, such as D3PO, not DiffusionNFT"
     ):
         NFTTrainer(fresh_pipe("sd"), preferences=table)
     with pytest.raises((InputError, OSError)):

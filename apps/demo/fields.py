@@ -13,7 +13,7 @@ from steer.pipelines.training.config import TrainingConfig
 
 REWARDS = {
     "scene-soft": "how well the scene's components are there, in degrees",
-    "preference:scenes": "what people would prefer, learned from choices",
+    "preference:scenes": "what people would prefer, learned from preferences",
     "aesthetic:scenes": "how calm and balanced it looks, learned",
     "clip:scenes": "how well a small CLIP thinks it fits the words",
     "preference:scenes + aesthetic:scenes:0.5": "both, the second at half weight",
@@ -29,7 +29,7 @@ HINTS = {
     "max_steps": "Changes of the model; each one learns from 16 images",
     "learning_rate": "How far one update changes the model; too high a rate breaks its images",
     "lora_rank": "Size of the addition to the model; a higher one can learn more",
-    "kl_weight": "Holds the model to what it was before (KL divergence); 0: not at all",
+    "kl_weight": "Keeps the model close to the base model (KL divergence); 0: no penalty",
 }
 EXAMPLE = "three green triangles"  # with the default fields, 1 of 4 base images is right, and all steered images are
 DEFAULTS: dict[str, Any] = {"steps": 20, "guidance": 4.0, "lam": 25.0, "iterations": 20}  # the app's own defaults

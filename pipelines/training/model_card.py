@@ -89,7 +89,7 @@ All other arguments are the defaults of steer's {{ config_class }}.
 
 ## Limits
 
-- A reward is not quality: the model learnt what raises this number, its faults included.
+- A reward is not quality: the model has learned to raise this number, including by its faults.
 - The model was moved away from the base model on purpose, and may be worse at what the reward does not measure.\
 {% if kl is not none %} In the last update the KL was {{ number(kl) }} nats per trajectory.{% endif %}
 - Held-out rewards are numbers of models or programs too: they are not human judgement.

@@ -119,7 +119,7 @@ class Trainer(TrainingMethod[ConfigT]):
     ) -> None:
         if preferences is not None and not self.takes_preferences:
             raise InputError(
-                f"preferences are for methods that learn from choices, such as D3PO, not {self.config_class.title}: "
+                f"preferences are for methods that learn from them, such as D3PO, not {self.config_class.title}: "
                 "give prompts and a reward"
             )
         if preferences is not None and (conditions or eval_conditions):
