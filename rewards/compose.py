@@ -79,7 +79,7 @@ class CompositeReward(ABC):
         self.compares_images, self.takes_videos = any(map(compares_images, rewards)), any(map(takes_videos, rewards))
 
     @property
-    def components(self) -> dict[str, Reward]:
+    def parts(self) -> dict[str, Reward]:
         """Return the rewards that this reward is composed of, by component name."""
         return dict(zip(self._names, self._rewards, strict=True))
 
@@ -116,7 +116,7 @@ def plain_rewards(reward: Reward) -> dict[str, Reward]:
     if isinstance(reward, WrappedReward):
         return plain_rewards(reward.reward)
     if isinstance(reward, CompositeReward):
-        return {name: one for part in reward.components.values() for name, one in plain_rewards(part).items()}
+        return {name: one for part in reward.parts.values() for name, one in plain_rewards(part).items()}
     return {reward.name: reward}
 
 

@@ -248,7 +248,7 @@ class SequenceScore:
 def _relaxed(reward: Reward, p: Tensor, prompts: Sequence[str], tokenizer: Any) -> Tensor:
     """Score relaxed tokens by a reward, or by the components of a composed one. Raises RewardError."""
     if isinstance(reward, Composite):
-        named = reward.components  # type: ignore[attr-defined]
+        named = reward.parts  # type: ignore[attr-defined]
         components = {name: _relaxed(part, p, prompts, tokenizer) for name, part in named.items()}
         return reward.total(components, prompts)
     relaxed = getattr(reward, "relaxed", None)
