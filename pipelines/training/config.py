@@ -6,7 +6,7 @@ derive from these dataclasses. Names are as in TRL, transformers and accelerate 
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
@@ -301,6 +301,17 @@ class ParetoConfig(LossConfig):
 
     pareto  with a weighted sum of rewards, only the Pareto front of a prompt's samples has a gradient; its advantage is
             the sum of standardised components (`steer.training.signals.pareto_advantages`)
+
+    Raises InputError for options that have no effect with it.
     """
 
+    without_pareto: ClassVar[tuple[str, ...]] = ("normalize_components",)  # options that pareto replaces
+
     pareto: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defaults = {one.name: one.default for one in fields(self)}
+        given = [name for name in self.without_pareto if getattr(self, name) != defaults[name]]
+        if self.pareto and given:
+            raise InputError(f"{given[0]} has no effect with pareto: leave one of them out")

@@ -13,6 +13,7 @@ from steer.reward import Composite, Metadata, Reward, WrappedReward, score_compo
 from steer.rewards.compose import CombinedReward, CompositeReward
 from steer.rewards.parser import load_reward
 from steer.training.constraints import Constraints, read_bounds
+from steer.training.losses import group_advantages
 from steer.training.signals import normalized_sum
 
 
@@ -66,15 +67,25 @@ class RewardSignal:
         rewards = scored.rewards
         if self.normalize and self.weights is not None:
             rewards = normalized_sum(scored.components, self.weights)
+        return self._constrained(rewards, scored) if self.constraints.bounds else rewards
+
+    def objectives(self, scored: Scored) -> Tensor:
+        """Return the weighted components of the trained sum (B, K, M), higher is better.
+
+        With constraints, each component is standardised among the samples of a prompt, then mixed with the bounded
+        rewards. (As further objectives these would count alike whatever their multipliers: dominance has no scale.)
+        """
+        weights = self.weights or {}
+        components = [weight * scored.components[name] for name, weight in weights.items()]
         if not self.constraints.bounds:
-            return rewards
+            return torch.stack(components, -1)
+        return self._constrained(torch.stack([group_advantages(one, True) for one in components], -1), scored)
+
+    def _constrained(self, rewards: Tensor, scored: Scored) -> Tensor:
+        """Return rewards (B, K) or (B, K, M) mixed with the bounded rewards, after moving the multipliers."""
         bounded = {self.name: scored.rewards} | scored.components
         self.constraints = self.constraints.after(rewards, bounded)
         return self.constraints.signal(rewards, bounded)
-
-    def objectives(self, scored: Scored) -> Tensor:
-        """Return the weighted components of the trained sum (B, K, M), higher is better."""
-        return torch.stack([weight * scored.components[name] for name, weight in (self.weights or {}).items()], -1)
 
 
 def unwrapped(reward: Reward) -> Reward:
