@@ -230,30 +230,23 @@ class TrainingConfig(Settings):
 
 
 @dataclass(frozen=True)
-class LossConfig(TrainingConfig):
-    """TrainingConfig of a method that minimises a loss of log-probabilities and rewards.
+class SignalConfig(TrainingConfig):
+    """TrainingConfig of a method whose signal compares the rewards of a prompt's samples.
 
-    window           first, random or sliding: noise, loss and replays only in a window of solver steps, the ODE
-                     elsewhere, evaluations included (`steer.training.rollout.StepWindow`); None: all steps
-    window_size      number of steps of the window
-    window_interval  updates until a sliding window moves by one step
     normalize_components  standardise each component of a weighted sum of rewards among the samples of a prompt before
                      the sum (`steer.training.signals.normalized_sum`); the signal then has no unit
     constraints      bounds on means of rewards with learned multipliers, {"clip:scenes": ">= 0.2"}: of components of
                      the trained reward, the trained reward, or others (`steer.training.constraints`)
     dual_rate        step size of the multipliers, per update
     sample_filter    none; best, best-random, best-worst: learn from `filter_keep` of a prompt's samples, by reward
-                     (`steer.training.signals.kept_samples`); the other samples cost no replay
+                     (`steer.training.signals.kept_samples`); the other samples cost no update
     filter_keep      samples of a prompt to learn from; None: half
 
-    Raises InputError for arguments that the loss cannot use.
+    Raises InputError for bounds that cannot be read, or more samples to keep than there are.
     """
 
     min_generations: ClassVar[int] = 2
 
-    window: WindowKind | None = argument(None, choices=("first", "random", "sliding"))  # noqa: RUF009
-    window_size: int = argument(3, "[1, inf]")
-    window_interval: int = argument(25, "[1, inf]")
     normalize_components: bool = False
     constraints: Mapping[str, str] = field(default_factory=dict)
     dual_rate: float = argument(0.05, "(0, inf)")
@@ -265,6 +258,32 @@ class LossConfig(TrainingConfig):
         if self.sample_filter == "none":
             return self.num_generations
         return self.num_generations // 2 if self.filter_keep is None else self.filter_keep
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_bounds(self.constraints)
+        if not self.min_generations <= self.kept_generations <= self.num_generations and self.sample_filter != "none":
+            raise InputError(
+                f"filter_keep must be from {self.min_generations} to num_generations = {self.num_generations}, got "
+                f"{self.kept_generations}"
+            )
+
+
+@dataclass(frozen=True)
+class LossConfig(SignalConfig):
+    """SignalConfig of a method that minimises a loss of log-probabilities and rewards.
+
+    window           first, random or sliding: noise, loss and replays only in a window of solver steps, the ODE
+                     elsewhere, evaluations included (`steer.training.rollout.StepWindow`); None: all steps
+    window_size      number of steps of the window
+    window_interval  updates until a sliding window moves by one step
+
+    Raises InputError for arguments that the loss cannot use.
+    """
+
+    window: WindowKind | None = argument(None, choices=("first", "random", "sliding"))  # noqa: RUF009
+    window_size: int = argument(3, "[1, inf]")
+    window_interval: int = argument(25, "[1, inf]")
 
     def step_window(self, update: int, half: bool = False) -> StepWindow | None:
         if self.window is None:
@@ -286,12 +305,6 @@ class LossConfig(TrainingConfig):
             raise InputError(
                 f"timestep_fraction must be 1, got {self.timestep_fraction}: the loss of {self.title} ties all steps "
                 "of a trajectory together"
-            )
-        read_bounds(self.constraints)
-        if not self.min_generations <= self.kept_generations <= self.num_generations and self.sample_filter != "none":
-            raise InputError(
-                f"filter_keep must be from {self.min_generations} to num_generations = {self.num_generations}, got "
-                f"{self.kept_generations}"
             )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.pipelines.training.config import LossConfig
+from steer.pipelines.training.config import SignalConfig
 from steer.pipelines.training.method import Scored
 from steer.reward import Composite, Metadata, Reward, WrappedReward, score_components, with_metadata
 from steer.rewards.compose import CombinedReward, CompositeReward
@@ -42,7 +42,7 @@ class RewardSignal:
     Raises InputError for options that do not fit the reward.
     """
 
-    def __init__(self, reward: Reward, config: LossConfig) -> None:
+    def __init__(self, reward: Reward, config: SignalConfig) -> None:
         plain = unwrapped(reward)
         self.name, self.weights = reward.name, plain.weights if isinstance(plain, CombinedReward) else None
         known = {reward.name, *(plain.component_names if isinstance(plain, CompositeReward) else ())}
