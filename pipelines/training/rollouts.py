@@ -24,7 +24,7 @@ from steer.pipelines.training.method import (
     rows_of,
     sample_and_score,
 )
-from steer.pipelines.training.workers import num_workers
+from steer.pipelines.training.workers import num_workers, one_local_call
 from steer.reward import Reward, Submit, run_in_background
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, Reference, reference_of
@@ -128,6 +128,7 @@ class OnlineRollouts:
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
             draw = partial(self._draw, sampler, self.method.step_window(update), on_chunk)
             reward = self.method.scored_reward()
+            reward = one_local_call(reward) if num_workers(reward) > 1 else reward
             with self._submit(reward) as submit:
                 scored = sample_and_score(draw, reward, rows, samples, config.micro_batch, context, submit)
             seconds += scored.seconds

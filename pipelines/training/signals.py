@@ -22,18 +22,19 @@ class RewardWithConstraints(CompositeReward):
 
     def __init__(self, reward: Reward, bounded: Sequence[Reward]) -> None:
         super().__init__([reward, *bounded], reward.name)
-        self._trained, *self._bounded = self._rewards
 
     def components(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> dict[str, Tensor]:
-        scores, components = score_components(self._trained, images, prompts, metadata)
-        bounded = {one.name: score_components(one, images, prompts, metadata)[0] for one in self._bounded}
+        trained, *others = self._rewards
+        scores, components = score_components(trained, images, prompts, metadata)
+        bounded = {one.name: score_components(one, images, prompts, metadata)[0] for one in others}
         return (components or {self.name: scores}) | bounded
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        if not isinstance(self._trained, Composite):
+        trained, *others = self._rewards
+        if not isinstance(trained, Composite):
             return components[self.name]
-        bounded = {one.name for one in self._bounded}
-        return self._trained.total({name: v for name, v in components.items() if name not in bounded}, prompts)
+        bounded = {one.name for one in others}
+        return trained.total({name: v for name, v in components.items() if name not in bounded}, prompts)
 
 
 class RewardSignal:
