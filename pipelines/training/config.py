@@ -106,8 +106,8 @@ class TrainingConfig(Settings):
     save_total_limit     newest checkpoints to keep; the best by the held-out reward is kept as well
     log_with             trackers, as in accelerate: tensorboard, wandb, trackio …; samples of evaluations are images
                          in tensorboard and a table in wandb
-    asynchronous_rewards  score a micro-batch in the background while the next one of the rollout is sampled; a rollout
-                         of one update needs several micro-batches for it
+    asynchronous_rewards  score a micro-batch in the background while the next ones of the rollout are sampled; a
+                         rollout needs several micro-batches for it
     rollout_workers      Ray actors per process that draw the samples in place of the process; 0: none
     reward_workers       Ray actors that compute a reward, by the name of the reward or component: {imagereward: 2}
     """

@@ -136,6 +136,8 @@ class Trainer(TrainingMethod[ConfigT]):
                 "window and dynamics are for samples of the present policy: preferences were sampled with noise in all "
                 "steps, so leave both out"
             )
+        if preferences is not None and self.config.asynchronous_rewards:
+            raise InputError("asynchronous_rewards score samples of train_prompts, not preferences: leave it out")
         self.preferences = None if preferences is None else Path(preferences)
         self.train_prompts, self.eval_prompts = train_prompts, eval_prompts
         self.eval_rewards = tuple(load_reward(one) for one in eval_rewards)
