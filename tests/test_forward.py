@@ -37,6 +37,7 @@ from steer.diffusion.seeds import seeded_normal
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
 from steer.files import file_sha256
+from steer.pipelines.training.image_pairs import encode
 from steer.pipelines.training.method import Scored
 from steer.training.distributed import SINGLE_PROCESS
 from steer.training.forward import forward_gradient, predictions_of
@@ -311,6 +312,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
             NFTConfig(**options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="micro_batch must be even"):
         DPOConfig(micro_batch=3)
+    with pytest.raises(InputError, match="asynchronous_rewards score samples of train_prompts, not preferences"):
+        DPOTrainer(None, config=DPOConfig(asynchronous_rewards=True), preferences="pairs.jsonl")
     with pytest.raises(InputError, match="learns from pairs of images: give preferences"):
         DPOTrainer(fresh_pipe("sd"), "brightness", train_prompts=("a star",))
 
@@ -394,6 +397,53 @@ def test_dpo_learns_from_a_table_of_pairs(table: Path, tmp_path: Path) -> None:
     assert file_sha256(cached) != before
     with pytest.raises(InputError, match=r"latents\.safetensors"):
         dpo(table, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_latents_are_encoded_again_by_another_autoencoder(table: Path, tmp_path: Path) -> None:
+    first = dpo(table, tmp_path)
+    latents = [first.preference_source(table).latents]
+    again = dpo(table, tmp_path)
+    again.pipe.vae.encode = None  # the same autoencoder: nothing is encoded
+    assert torch.equal(again.preference_source(table).latents, latents[0])
+    for change in ("weights", "scale"):
+        other = dpo(table, tmp_path)
+        with torch.no_grad():
+            if change == "weights":
+                next(other.pipe.vae.encoder.parameters()).flatten()[-1] += 1e-3
+            else:
+                other.pipe.vae.register_to_config(scaling_factor=1.01 * other.pipe.vae.config.scaling_factor)
+        latents.append(other.preference_source(table).latents)
+    assert len(list(tmp_path.glob("image-pairs/*/latents.safetensors"))) == 3
+    torch.testing.assert_close(latents[2], 1.01 * latents[0])
+    assert not torch.equal(latents[1], latents[0])
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_encodes_in_float32() -> None:
+    """As SDXL's, whose config says force_upcast: the weights are those of float16, the arithmetic is not."""
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
+    image = torch.from_numpy(np.array(square("red", 4))).permute(2, 0, 1)[None] / 255
+    vae = pipe.vae.to(torch.float16)
+    shape = (vae.config.latent_channels, 64 // pipe.vae_scale_factor, 64 // pipe.vae_scale_factor)
+    vae.register_to_config(force_upcast=True)
+    latents = encode(pipe, image, shape)
+    assert vae.dtype == torch.float16 and latents.dtype == torch.float32
+    with torch.no_grad():
+        truth = vae.to(torch.float32).encode(2 * image - 1).latent_dist.mode() * vae.config.scaling_factor
+    assert torch.equal(latents, truth)
+
+
+def test_latents_that_are_not_finite_are_refused_by_pair(table: Path, tmp_path: Path) -> None:
+    trainer = dpo(table, tmp_path)
+    encoder, rows = trainer.pipe.vae.encode, list[int]()
+
+    def broken(images: Tensor) -> Any:
+        rows.extend(range(len(images)))
+        images[1 if len(rows) > 4 else 4 :] = math.nan  # from the sixth image on, of the third pair
+        return encoder(images)
+
+    trainer.pipe.vae.encode = broken
+    with pytest.raises(InputError, match=r"an image of pair 3 \('a square 2'\) to latents that are not finite: load"):
+        trainer.preference_source(table)
 
 
 @pytest.mark.hard
