@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -424,21 +424,26 @@ class RewardProxy:
 
 
 class WrappedReward(RewardProxy):
-    """A reward with a timeout on every call, or with the metadata of each prompt from a table.
+    """A reward with a timeout on every call, with the metadata of each prompt from a table, or with a lock.
 
     With a timeout, each call runs in its own thread. Python cannot end a thread: a hanging thread is abandoned and ends
     with the process, see `has_abandoned_calls`. Raises RewardError with the reward's name on a timeout.
 
     seconds   the timeout; None: no limit
     metadata  a row for each prompt, in place of the caller's rows; None: the caller's
+    lock      held during every call
     """
 
     def __init__(
-        self, reward: Any, seconds: float | None = None, metadata: Mapping[str, Mapping[str, Any]] | None = None
+        self,
+        reward: Any,
+        seconds: float | None = None,
+        metadata: Mapping[str, Mapping[str, Any]] | None = None,
+        lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         super().__init__(reward)
         self.name, self.differentiable = reward.name, reward.differentiable
-        self.metadata, self._seconds = metadata, seconds
+        self.metadata, self._seconds, self._lock = metadata, seconds, lock or nullcontext()
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
         rows = self._rows(prompts, metadata)
@@ -449,7 +454,8 @@ class WrappedReward(RewardProxy):
 
     def _with_timeout(self, call: Callable[[], Any], device: torch.device) -> Any:
         if self._seconds is None:
-            return call()
+            with self._lock:
+                return call()
         outcome: dict[str, Any] = {}
         thread_context = ThreadContext(device)
 
@@ -473,7 +479,7 @@ class WrappedReward(RewardProxy):
 
 
 class WrappedComposite(WrappedReward):
-    """A composed reward with a timeout or metadata; its components are still reported."""
+    """A composed reward with a timeout, metadata or a lock; its components are still reported."""
 
     def components(
         self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None
@@ -492,6 +498,11 @@ def with_timeout(reward: Reward, seconds: float | None) -> Reward:
     if not seconds > 0:
         raise RewardError(f"the timeout of reward {reward.name!r} must be above 0 seconds, got {seconds}")
     return (WrappedComposite if isinstance(reward, Composite) else WrappedReward)(reward, seconds=seconds)
+
+
+def with_lock(reward: Reward, lock: AbstractContextManager[Any]) -> Reward:
+    """Hold a lock during every call of a reward."""
+    return (WrappedComposite if isinstance(reward, Composite) else WrappedReward)(reward, lock=lock)
 
 
 def with_metadata(reward: Reward, rows: Mapping[str, Mapping[str, Any]] | None) -> Reward:

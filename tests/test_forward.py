@@ -17,6 +17,7 @@ from pairwise import hard_but
 from PIL import Image
 from rollouts import TWO_PROMPTS, call_of, counted, fresh_pipe, move
 from safetensors.torch import load_file
+from soft_rewards import Soft
 from torch import Tensor
 
 from steer import (
@@ -30,16 +31,20 @@ from steer import (
     NFTTrainer,
     RAMConfig,
     RAMTrainer,
+    combine,
 )
 from steer.diffusion.seeds import seeded_normal
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
 from steer.files import file_sha256
+from steer.pipelines.training.image_pairs import encode
+from steer.pipelines.training.method import Scored
+from steer.training.distributed import SINGLE_PROCESS
 from steer.training.forward import forward_gradient, predictions_of
 from steer.training.gradient import Batch
 from steer.training.losses.forward import NFT, RAM, NoisyPredictions, mean_square
-from steer.training.rollout import Sampler, Trajectories
-from steer.training.trainable import LoRA
+from steer.training.rollout import Rows, Sampler, Trajectories
+from steer.training.trainable import LoRA, get_denoiser
 
 FAMILIES = ["sd", "v", "sd3", "flux"]
 SIGNAL = torch.tensor([[1.0, -1.0], [-0.5, 0.5]])
@@ -217,17 +222,98 @@ def test_the_averaged_weights_draw_the_samples(tmp_path: Path) -> None:
         torch.testing.assert_close(average, truth, atol=1e-6, rtol=1e-5)
 
 
+RED = Soft(lambda images, prompts: images[:, 0].mean((1, 2)), "red")
+RAMP = Soft(lambda images, prompts: torch.arange(len(images)) % 2 * 4.0, "ramp")  # 0, 4, 0, 4 …: mean 2, deviation 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_multipliers_move_and_are_resumed(method: str, tmp_path: Path) -> None:
+    """θ − mean = 8 − 2 is three deviations, so that μ rises by 3 rates in each update."""
+    trainer, config = METHODS[method]
+    options = SMALL | {"save_steps": 1, "eval_steps": 9, "constraints": {"ramp": ">= 8"}, "dual_rate": 0.1}
+    for steps in (2, 3):
+        made = config(**options | {"max_steps": steps, "output_dir": str(tmp_path)})
+        result = trainer(fresh_pipe("sd"), combine({RED: 1.0, RAMP: 1.0}), made, **DATA).train(steps == 3)
+    assert [record["multiplier/ramp"] for record in result.records] == pytest.approx([0.3, 0.6, 0.9])
+
+
+def test_advantages_are_those_of_the_mixed_reward() -> None:
+    """r = (0, 2), s_0 = 1; c = (4, 0) ≥ 6, s_c = 2, so that μ = ½·4/2 = 1 and r + μ s_0/s_c c = (2, 2); then (4, 2)."""
+    config = NFTConfig(constraints={"ramp": ">= 6"}, dual_rate=0.5)
+    trainer = NFTTrainer(None, combine({RED: 1.0, RAMP: 1.0}), config, train_prompts=["a"])
+    scored = Scored(("a",), (), torch.tensor([[0.0, 2.0]]), {"ramp": torch.tensor([[4.0, 0.0]])})
+    assert trainer.signal(scored).tolist() == [[0.0, 0.0]]
+    torch.testing.assert_close(trainer.signal(scored), torch.tensor([[1.0, -1.0]]), rtol=1e-4, atol=1e-4)
+    assert trainer.metrics() == {"multiplier/ramp": 2.0}
+
+
+def test_components_are_normalised_before_their_sum() -> None:
+    """2 z(0, 1, 2) + z(1000 · (2, 1, 0)) = z(0, 1, 2); the raw sum would be the second alone."""
+    red, blue = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2000.0, 1000.0, 0.0]])
+    scored = Scored(("a",), (), 2 * red + blue, {"red": red, "ramp": blue})
+    config = AWMConfig(normalize_components=True)
+    trainer = AWMTrainer(None, combine({RED: 2.0, RAMP: 1.0}), config, train_prompts=["a"])
+    torch.testing.assert_close(
+        trainer.signal(scored), torch.tensor([[-1.0, 0.0, 1.0]]) * 1.5**0.5, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_filtered_loss_is_that_of_the_kept_samples_by_the_advantages_of_all() -> None:
+    """Rewards (0, 1, 5) and (3, 1, 2): best-worst keeps the samples 0, 2 of the first prompt and 0, 1 of the other."""
+    pipe = pipe_of("sd")
+    trained, sampler = LoRA(pipe, 2), Sampler(pipe, call("sd"))
+    stored, _ = sampler.sample(Rows(("a star",) * 3 + ("two circles",) * 3, (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6)))
+    move(trained, 0.05)
+    rewards = torch.tensor([[0.0, 1.0, 5.0], [3.0, 1.0, 2.0]])
+    config = NFTConfig(num_generations=3, sample_filter="best-worst", filter_keep=2, micro_batch=4)
+    trainer = NFTTrainer(pipe, RED, config, train_prompts=["a star"])
+    scored = Scored(("a star", "two circles"), (stored,), rewards, {})
+    chunks, signal = trainer.select(scored, trainer.signal(scored), "update 0", SINGLE_PROCESS)
+    assert [chunk.rows.noises for chunk in chunks] == [(1, 3, 4, 5)]
+    spread = (14 / 3) ** 0.5, (2 / 3) ** 0.5  # standard deviations of the three rewards
+    by_hand = torch.tensor([[-2 / spread[0], 3 / spread[0]], [1 / spread[1], -1 / spread[1]]])
+    torch.testing.assert_close(signal, by_hand, rtol=1e-5, atol=1e-5)
+    kept = stored.at([0, 2, 3, 4])
+    terms = [config.loss()(one, by_hand.flatten())[0].mean() for one in collected(sampler, kept).values()]
+    with counted(trained.denoiser) as calls:
+        value, _ = forward_gradient(sampler, Batch(chunks, [], (0, 1), signal), config.loss())
+    assert calls == [4, 4], "the samples that are left out cost no call"
+    assert value == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_samples_that_a_filter_leaves_out_cost_no_call(method: str, tmp_path: Path) -> None:
+    trainer, config = METHODS[method]
+    options = SMALL | {"num_generations": 4, "micro_batch": 4, "steps_per_generation": 1, "max_steps": 1, "kl_every": 0}
+    rows = {}
+    for kind in ("none", "best-worst"):
+        pipe = fresh_pipe("sd")
+        made = config(**options, sample_filter=kind, output_dir=str(tmp_path / kind))
+        with counted(get_denoiser(pipe)[1]) as calls:
+            result = trainer(pipe, "brightness", made, train_prompts=DATA["train_prompts"]).train()
+        rows[kind] = sum(calls)
+        assert result.records[0]["grad_norm"] > 0
+    # Two prompts × 4 samples: 3 steps of the rollout, then 2 noise levels by the trained weights and, for NFT and RAM,
+    # by the reference; with a filter half as many rows of these.
+    policies = 1 if method == "awm" else 2
+    assert rows == {"none": 8 * (3 + 2 * policies), "best-worst": 8 * 3 + 4 * 2 * policies}
+
+
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     for options, message in (
         ({"kl_weight": 0.1}, r"kl_weight is for methods with log-probabilities, got 0\.1: give DiffusionNFT a ref"),
         ({"kl_budget_nats": 3.0}, "kl_budget_nats is for methods with log-probabilities"),
         ({"num_generations": 1}, "num_generations must be at least 2"),
         ({"old_decay_max": 1.0}, "old_decay_max must be"),
+        ({"constraints": {"red": "low"}}, "constraints: red must be like"),
+        ({"sample_filter": "best", "filter_keep": 1}, "filter_keep must be from 2 to num_generations = 4, got 1"),
     ):
         with pytest.raises(InputError, match=message):
             NFTConfig(**options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="micro_batch must be even"):
         DPOConfig(micro_batch=3)
+    with pytest.raises(InputError, match="asynchronous_rewards score samples of train_prompts, not preferences"):
+        DPOTrainer(None, config=DPOConfig(asynchronous_rewards=True), preferences="pairs.jsonl")
     with pytest.raises(InputError, match="learns from pairs of images: give preferences"):
         DPOTrainer(fresh_pipe("sd"), "brightness", train_prompts=("a star",))
 
@@ -311,6 +397,53 @@ def test_dpo_learns_from_a_table_of_pairs(table: Path, tmp_path: Path) -> None:
     assert file_sha256(cached) != before
     with pytest.raises(InputError, match=r"latents\.safetensors"):
         dpo(table, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_latents_are_encoded_again_by_another_autoencoder(table: Path, tmp_path: Path) -> None:
+    first = dpo(table, tmp_path)
+    latents = [first.preference_source(table).latents]
+    again = dpo(table, tmp_path)
+    again.pipe.vae.encode = None  # the same autoencoder: nothing is encoded
+    assert torch.equal(again.preference_source(table).latents, latents[0])
+    for change in ("weights", "scale"):
+        other = dpo(table, tmp_path)
+        with torch.no_grad():
+            if change == "weights":
+                next(other.pipe.vae.encoder.parameters()).flatten()[-1] += 1e-3
+            else:
+                other.pipe.vae.register_to_config(scaling_factor=1.01 * other.pipe.vae.config.scaling_factor)
+        latents.append(other.preference_source(table).latents)
+    assert len(list(tmp_path.glob("image-pairs/*/latents.safetensors"))) == 3
+    torch.testing.assert_close(latents[2], 1.01 * latents[0])
+    assert not torch.equal(latents[1], latents[0])
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_encodes_in_float32() -> None:
+    """As SDXL's, whose config says force_upcast: the weights are those of float16, the arithmetic is not."""
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
+    image = torch.from_numpy(np.array(square("red", 4))).permute(2, 0, 1)[None] / 255
+    vae = pipe.vae.to(torch.float16)
+    shape = (vae.config.latent_channels, 64 // pipe.vae_scale_factor, 64 // pipe.vae_scale_factor)
+    vae.register_to_config(force_upcast=True)
+    latents = encode(pipe, image, shape)
+    assert vae.dtype == torch.float16 and latents.dtype == torch.float32
+    with torch.no_grad():
+        truth = vae.to(torch.float32).encode(2 * image - 1).latent_dist.mode() * vae.config.scaling_factor
+    assert torch.equal(latents, truth)
+
+
+def test_latents_that_are_not_finite_are_refused_by_pair(table: Path, tmp_path: Path) -> None:
+    trainer = dpo(table, tmp_path)
+    encoder, rows = trainer.pipe.vae.encode, list[int]()
+
+    def broken(images: Tensor) -> Any:
+        rows.extend(range(len(images)))
+        images[1 if len(rows) > 4 else 4 :] = math.nan  # from the sixth image on, of the third pair
+        return encoder(images)
+
+    trainer.pipe.vae.encode = broken
+    with pytest.raises(InputError, match=r"an image of pair 3 \('a square 2'\) to latents that are not finite: load"):
+        trainer.preference_source(table)
 
 
 @pytest.mark.hard

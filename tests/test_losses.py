@@ -199,6 +199,20 @@ def test_filtered_by_hand() -> None:
     close(solved(Filtered(1.0), log_probs, rewards)[0], -(36 - 8) / 16)
 
 
+def test_filtered_keeps_the_pareto_front_of_several_rewards() -> None:
+    """By hand: (3, 0), (1, 1) and (0, 3) are not dominated, (0, 1) is; of the second prompt (1, 1) alone is not."""
+    rewards = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 3.0]], [[0, 0], [1, 1], [1, 0], [0, 1]]])
+    new = torch.tensor([[[-2.0], [9.0], [-6.0], [2.0]], [[9.0], [-4.0], [9.0], [9.0]]])
+    log_probs = LogProbs(new.requires_grad_(True), new.detach(), None, elements=2)
+    value, gradient = solved(Filtered(0.5), log_probs, rewards)
+    close(value, (1.0 + 2.0) / 2)  # −(−2 − 6 + 2)/(3·2) = 1 and 4/2 = 2: each prompt counts alike
+    close(gradient[..., 0], [[-1 / 12, 0.0, -1 / 12, -1 / 12], [0.0, -0.25, 0.0, 0.0]])
+    # Sums (3, 1, 2, 3) and (0, 2, 1, 1): kept means 8/3 and 2, means of all 9/4 and 1.
+    metrics = Filtered(0.5)(log_probs, rewards)[1]
+    assert metrics["kept"] == 2.0
+    close(metrics["lift"], (8 / 3 + 2) / 2 - 13 / 8)
+
+
 def test_dno_by_hand() -> None:
     # Win rates 1 and 0: the label is sigmoid(1) = 0.731059. At π = π_t the logit is 0, and ∂/∂z = ½ − 0.731059.
     rates = torch.tensor([[1.0, 0.0]])
@@ -639,7 +653,7 @@ def test_rewards_that_do_not_fit_are_refused(loss: Loss) -> None:
         with pytest.raises(InputError, match="rewards must be finite, 1 of 2"):
             loss(steps(PREFERRED), torch.tensor([[0.0, broken]]))
     wrong = [torch.zeros(2), torch.zeros(1, 3), torch.zeros(1, 2, 1, 1)]
-    wrong += [] if isinstance(loss, D3PO | D3POTrajectory) else [torch.zeros(1, 2, 1)]
+    wrong += [] if isinstance(loss, D3PO | D3POTrajectory | Filtered) else [torch.zeros(1, 2, 1)]
     for rewards in wrong:
         with pytest.raises(InputError, match="must be \\(prompts, samples\\) = \\(1, 2\\)"):
             loss(steps(PREFERRED), rewards)

@@ -8,6 +8,7 @@ from torch import Generator
 
 from steer.errors import InputError
 from steer.pipelines.training.evaluation import EvalResult
+from steer.pipelines.training.tracking import scalars
 from steer.training.overoptimization import (
     RewardCurve,
     best_of_n_kl,
@@ -77,6 +78,15 @@ def test_a_hacked_run_is_named() -> None:
     assert find_hacking([uncorrelated, HACKED]) is None  # the proxy never promised anything
     assert find_hacking([BASE]) is None and find_hacking([]) is None
     assert find_hacking([BASE, HACKED], step=0) is None  # the exported weights are the base model's
+
+
+def test_a_fall_within_the_noise_of_the_prompts_is_no_hacking() -> None:
+    """Paired by prompt: −1.0 and +0.75 have a mean below 0 and an interval around it; −1.0 and −0.1 do not."""
+    one, other = (evaluation(10, [[5.0, 6.0], [7.0, 8.0]], [[1.0, -1.0], [1.5 + d, 1.5 + d]]) for d in (0.75, -0.1))
+    assert one["eval/by_prompt"] == {"truth": [0.0, 2.25]} and one["eval/truth"][0] < BASE["eval/truth"][0]
+    assert find_hacking([BASE, one]) is None
+    assert find_hacking([BASE, other]) is not None
+    assert "eval/by_prompt" not in scalars(one) and scalars(one)["eval/truth"] == 1.125
 
 
 def test_the_point_of_usefulness_by_hand() -> None:

@@ -10,13 +10,22 @@ from soft_rewards import Soft
 
 from steer.errors import InputError
 from steer.pipelines.training.d3po_prdp import D3POConfig, D3POTrainer, PRDPConfig, PRDPTrainer
-from steer.pipelines.training.ddpo_grpo import DDPOConfig, DDPOTrainer, GRPOConfig, GRPOTrainer
+from steer.pipelines.training.ddpo_grpo import (
+    DDPOConfig,
+    DDPOTrainer,
+    FilteredConfig,
+    FilteredTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+)
+from steer.pipelines.training.judged import SPOConfig
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.signals import RewardSignal
 from steer.reward import score_components
 from steer.rewards.compose import Constraint, ProductReward, worst
 from steer.rewards.parser import combine
 from steer.training.losses import DDPO, GRPO
+from steer.training.signals import pareto_front
 from steer.training.trainable import get_denoiser
 
 RED = Soft(lambda images, prompts: images[:, 0].mean((1, 2)), "red")
@@ -92,6 +101,62 @@ def test_pareto_compares_weighted_components_of_the_sum_alone() -> None:
     for other in (worse, ProductReward([Constraint(RED, "<", 0.5)])):
         with pytest.raises(InputError, match="pareto compares the components of a weighted sum"):
             D3POTrainer(None, other, D3POConfig(pareto=True), train_prompts=PROMPTS)
+
+
+PARETO: dict[str, Any] = {"grpo": (GRPOTrainer, GRPOConfig), "ddpo": (DDPOTrainer, DDPOConfig),
+                          "d3po": (D3POTrainer, D3POConfig), "filtered": (FilteredTrainer, FilteredConfig)}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", PARETO)
+def test_pareto_learns_multipliers(method: str, tmp_path: Path) -> None:
+    """A bound that the samples violate raises its multiplier, and one that holds leaves it at 0."""
+    trainer, config = PARETO[method]
+    options = config(
+        output_dir=str(tmp_path), max_steps=2, pareto=True, dual_rate=1e-3,
+        constraints={"brightness": ">= 0.99", "blue": "<= 9999"}, **SMALL,
+    )  # fmt: skip
+    result = trainer(fresh_pipe("sd"), combine({RED: 1.0, BLUE: 1.0}), options, train_prompts=PROMPTS).train()
+    first, second = (one["multiplier/brightness"] for one in result.records)
+    assert 0 < first < second and result.records[1]["multiplier/blue"] == 0.0
+    assert result.records[0]["grad_norm"] > 0
+
+
+def test_objectives_are_mixed_with_bounded_rewards() -> None:
+    """By hand, r_1 = (0, 2), r_2 = (3, 1), c = (0, 4) ≥ 6, θ − mean(c) = 4, s_c = 2, rate ¼: μ = ¼·4/2 = ½.
+
+    Standardised objectives (−1, 1) and (1, −1) of deviation s_0 = 1 get ½·(1/2)·c = (0, 1), over 1 + μ: (−1, 2) and
+    (1, 0), over 1.5. At μ = 0 neither sample dominates; at the largest, 10, (−1, 21) and (1, 19): the second does.
+    """
+    components = {"red": torch.tensor([[0.0, 2.0]]), "blue": torch.tensor([[3.0, 1.0]])}
+    other = {"brightness": torch.tensor([[0.0, 4.0]])}
+    scored = Scored(("a",), (), components["red"] + components["blue"], components | other)
+    config = GRPOConfig(pareto=True, constraints={"brightness": ">= 6"}, dual_rate=0.25)
+    signal = RewardSignal(combine({RED: 1.0, BLUE: 1.0}), config)
+    objectives = signal.objectives(scored)
+    expected = torch.tensor([[[-1.0, 1.0], [2.0, 0.0]]]) / 1.5
+    torch.testing.assert_close(objectives, expected, rtol=1e-5, atol=1e-5)
+    assert signal.constraints.multipliers == pytest.approx((0.5,))
+    assert pareto_front(objectives).tolist() == [[True, True]]
+    for _ in range(30):
+        objectives = signal.objectives(scored)
+    assert signal.constraints.multipliers == (10.0,) and pareto_front(objectives).tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (GRPOConfig, {"scale_rewards": False}),
+        (GRPOConfig, {"normalize_components": True}),
+        (SPOConfig, {"scale_rewards": False}),
+        (DDPOConfig, {"history": 32}),
+        (D3POConfig, {"normalize_components": True}),
+        (FilteredConfig, {"keep_fraction": 0.5}),
+    ],
+)
+def test_options_that_pareto_replaces_are_refused(config: Any, options: Any) -> None:
+    config(pareto=True), config(**options)
+    with pytest.raises(InputError, match=f"{next(iter(options))} has no effect with pareto: leave one of them out"):
+        config(pareto=True, **options)
 
 
 def test_a_sum_is_normalised_by_component() -> None:

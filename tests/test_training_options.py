@@ -227,6 +227,47 @@ def test_asynchronous_rewards_give_the_same_run(tmp_path: Path, monkeypatch: pyt
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+class Slow:
+    """A reward that waits, in the background, until all micro-batches of the rollout are sampled."""
+
+    name, differentiable = "slow", False
+
+    def __init__(self, sampled: threading.Event, events: list[str]) -> None:
+        self.sampled, self.events = sampled, events
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            self.sampled.wait(5)
+        self.events.append("scored")
+        return images.mean((1, 2, 3))
+
+
+def test_all_updates_of_a_rollout_are_sampled_before_their_rewards_are_awaited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two updates of one rollout, each of one micro-batch: with one reward at a time in turn they alternate."""
+    rollout, orders, weights = Sampler.rollout, [], []
+    for name, asynchronous in (("one", False), ("two", True)):
+        sampled, events = threading.Event(), list[str]()
+
+        def drawn(*args: Any, sampled: threading.Event = sampled, events: list[str] = events, **options: Any) -> Any:
+            output = rollout(*args, **options)
+            events.append("sampled")
+            if events.count("sampled") == 2:
+                sampled.set()
+            return output
+
+        monkeypatch.setattr(Sampler, "rollout", drawn)
+        pipe = fresh()
+        options = {"asynchronous_rewards": asynchronous, "micro_batch": 4, "max_steps": 2, "steps_per_generation": 2}
+        config = config_of("grpo", **QUICK | options | {"num_iterations": 1})
+        train("grpo", pipe, tmp_path / name, config, reward=Slow(sampled, events), eval_prompts=())
+        orders.append(events)
+        weights.append({name: value.clone() for name, value in pipe.unet.state_dict().items()})
+    assert orders == [["sampled", "scored"] * 2, ["sampled"] * 2 + ["scored"] * 2]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_throughput_and_its_shares(tmp_path: Path) -> None:
     assert throughput(8, 4.0, 3.0, 1.0) == {
         "seconds": 4.0,

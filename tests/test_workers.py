@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,13 @@ from test_trainable import image
 from test_training_options import PLAIN, TIMES
 from torch import Tensor
 
-from steer import GRPOConfig, NFTConfig, NFTTrainer, RewardBackpropConfig, combine
+from steer import GRPOConfig, GRPOTrainer, NFTConfig, NFTTrainer, RewardBackpropConfig, combine, load_reward
 from steer.errors import InputError
 from steer.pipelines.training import config as config_module
+from steer.pipelines.training import signals as signals_module
 from steer.pipelines.training import workers as workers_module
 from steer.pipelines.training.workers import (
+    RayReward,
     num_workers,
     store,
     worker_processes,
@@ -65,6 +68,59 @@ def test_workers_get_whole_videos_where_their_reward_takes_them(monkeypatch: pyt
         False,
         True,
     ]
+
+
+class Local:
+    """A reward of this process that two threads must not compute at once."""
+
+    name, differentiable = "local", False
+
+    def __init__(self) -> None:
+        self.active, self.most, self.calls = 0, 0, 0
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        self.active += 1
+        self.most, self.calls = max(self.most, self.active), self.calls + 1
+        time.sleep(0.05)
+        self.active -= 1
+        return images.mean((1, 2, 3))
+
+
+@pytest.fixture
+def meeting(monkeypatch: pytest.MonkeyPatch) -> RayReward:
+    """A reward of two stand-ins of actors, whose calls return when both are computing."""
+    barrier, brightness = threading.Barrier(2, timeout=20), load_reward("brightness")
+
+    def score(images: Tensor, prompts: list[str], metadata: Any) -> Any:
+        return lambda: (barrier.wait(), brightness(images, prompts))[1]
+
+    actor = SimpleNamespace(score=SimpleNamespace(remote=score))
+    monkeypatch.setattr(workers_module, "store", lambda value, name: value)
+    monkeypatch.setattr(workers_module, "actor_of", lambda kind, share: SimpleNamespace(remote=lambda *given: actor))
+    monkeypatch.setattr(workers_module, "result", lambda pending: pending())
+    return RayReward(brightness, 2, "cpu", 0.0)
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_workers_of_one_component_compute_at_once_and_the_others_in_turn(
+    constrained: bool, meeting: RayReward, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A sum with a component of this process, or a constraint on it, which is computed in this process too."""
+    records = []
+    for name, first in (("plain", load_reward("brightness")), ("workers", meeting)):
+        local = Local()
+        config = GRPOConfig(
+            output_dir=str(tmp_path / name), max_steps=1, train_batch_size=2, num_generations=4, micro_batch=2,
+            num_inference_steps=3, lora_rank=2, call={"height": 8, "width": 8},
+            constraints={"local": ">= 9"} if constrained else {},
+        )  # fmt: skip
+        monkeypatch.setattr(signals_module, "load_reward", lambda text, local=local: local)
+        reward = first if constrained else combine({first: 1.0, local: 2.0})
+        trainer = GRPOTrainer(fresh(), reward, config, train_prompts=PROMPTS)
+        assert num_workers(trainer.scored_reward()) == (2 if first is meeting else 0)
+        records += [{k: v for k, v in one.items() if k not in TIMES} for one in trainer.train().records]
+        assert (local.calls, local.most) == (4, 1)
+    assert records[0] == records[1] and "reward/local" in records[0]
 
 
 @pytest.mark.parametrize(

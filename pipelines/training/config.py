@@ -6,7 +6,7 @@ derive from these dataclasses. Names are as in TRL, transformers and accelerate 
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
@@ -106,8 +106,8 @@ class TrainingConfig(Settings):
     save_total_limit     newest checkpoints to keep; the best by the held-out reward is kept as well
     log_with             trackers, as in accelerate: tensorboard, wandb, trackio …; samples of evaluations are images
                          in tensorboard and a table in wandb
-    asynchronous_rewards  score a micro-batch in the background while the next one of the rollout is sampled; a rollout
-                         of one update needs several micro-batches for it
+    asynchronous_rewards  score a micro-batch in the background while the next ones of the rollout are sampled; a
+                         rollout needs several micro-batches for it
     rollout_workers      Ray actors per process that draw the samples in place of the process; 0: none
     reward_workers       Ray actors that compute a reward, by the name of the reward or component: {imagereward: 2}
     """
@@ -230,30 +230,23 @@ class TrainingConfig(Settings):
 
 
 @dataclass(frozen=True)
-class LossConfig(TrainingConfig):
-    """TrainingConfig of a method that minimises a loss of log-probabilities and rewards.
+class SignalConfig(TrainingConfig):
+    """TrainingConfig of a method whose signal compares the rewards of a prompt's samples.
 
-    window           first, random or sliding: noise, loss and replays only in a window of solver steps, the ODE
-                     elsewhere, evaluations included (`steer.training.rollout.StepWindow`); None: all steps
-    window_size      number of steps of the window
-    window_interval  updates until a sliding window moves by one step
     normalize_components  standardise each component of a weighted sum of rewards among the samples of a prompt before
                      the sum (`steer.training.signals.normalized_sum`); the signal then has no unit
     constraints      bounds on means of rewards with learned multipliers, {"clip:scenes": ">= 0.2"}: of components of
                      the trained reward, the trained reward, or others (`steer.training.constraints`)
     dual_rate        step size of the multipliers, per update
     sample_filter    none; best, best-random, best-worst: learn from `filter_keep` of a prompt's samples, by reward
-                     (`steer.training.signals.kept_samples`); the other samples cost no replay
+                     (`steer.training.signals.kept_samples`); the other samples cost no update
     filter_keep      samples of a prompt to learn from; None: half
 
-    Raises InputError for arguments that the loss cannot use.
+    Raises InputError for bounds that cannot be read, or more samples to keep than there are.
     """
 
     min_generations: ClassVar[int] = 2
 
-    window: WindowKind | None = argument(None, choices=("first", "random", "sliding"))  # noqa: RUF009
-    window_size: int = argument(3, "[1, inf]")
-    window_interval: int = argument(25, "[1, inf]")
     normalize_components: bool = False
     constraints: Mapping[str, str] = field(default_factory=dict)
     dual_rate: float = argument(0.05, "(0, inf)")
@@ -265,6 +258,32 @@ class LossConfig(TrainingConfig):
         if self.sample_filter == "none":
             return self.num_generations
         return self.num_generations // 2 if self.filter_keep is None else self.filter_keep
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_bounds(self.constraints)
+        if not self.min_generations <= self.kept_generations <= self.num_generations and self.sample_filter != "none":
+            raise InputError(
+                f"filter_keep must be from {self.min_generations} to num_generations = {self.num_generations}, got "
+                f"{self.kept_generations}"
+            )
+
+
+@dataclass(frozen=True)
+class LossConfig(SignalConfig):
+    """SignalConfig of a method that minimises a loss of log-probabilities and rewards.
+
+    window           first, random or sliding: noise, loss and replays only in a window of solver steps, the ODE
+                     elsewhere, evaluations included (`steer.training.rollout.StepWindow`); None: all steps
+    window_size      number of steps of the window
+    window_interval  updates until a sliding window moves by one step
+
+    Raises InputError for arguments that the loss cannot use.
+    """
+
+    window: WindowKind | None = argument(None, choices=("first", "random", "sliding"))  # noqa: RUF009
+    window_size: int = argument(3, "[1, inf]")
+    window_interval: int = argument(25, "[1, inf]")
 
     def step_window(self, update: int, half: bool = False) -> StepWindow | None:
         if self.window is None:
@@ -287,12 +306,6 @@ class LossConfig(TrainingConfig):
                 f"timestep_fraction must be 1, got {self.timestep_fraction}: the loss of {self.title} ties all steps "
                 "of a trajectory together"
             )
-        read_bounds(self.constraints)
-        if not self.min_generations <= self.kept_generations <= self.num_generations and self.sample_filter != "none":
-            raise InputError(
-                f"filter_keep must be from {self.min_generations} to num_generations = {self.num_generations}, got "
-                f"{self.kept_generations}"
-            )
 
 
 @dataclass(frozen=True)
@@ -301,6 +314,17 @@ class ParetoConfig(LossConfig):
 
     pareto  with a weighted sum of rewards, only the Pareto front of a prompt's samples has a gradient; its advantage is
             the sum of standardised components (`steer.training.signals.pareto_advantages`)
+
+    Raises InputError for options that have no effect with it.
     """
 
+    without_pareto: ClassVar[tuple[str, ...]] = ("normalize_components",)  # options that pareto replaces
+
     pareto: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defaults = {one.name: one.default for one in fields(self)}
+        given = [name for name in self.without_pareto if getattr(self, name) != defaults[name]]
+        if self.pareto and given:
+            raise InputError(f"{given[0]} has no effect with pareto: leave one of them out")

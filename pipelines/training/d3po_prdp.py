@@ -45,7 +45,7 @@ class D3POTrainer(LossTrainer[D3POConfig]):
     takes_preferences: ClassVar[bool] = True
 
     def signal(self, scored: Scored) -> Tensor:
-        """Mixed rewards (B, K), or rewards of the components (B, K, M)."""
+        """Mixed rewards (B, K), or objectives (B, K, M)."""
         return self.reward_signal.objectives(scored) if self.config.pareto else super().signal(scored)
 
 

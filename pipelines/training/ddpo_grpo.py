@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from steer.pipelines.training.config import LossConfig, ParetoConfig
+from steer.pipelines.training.config import ParetoConfig
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.trainer import LossTrainer
 from steer.training.losses import DDPO, GRPO, Filtered, PerPromptStatTracker, group_advantages
@@ -28,6 +28,7 @@ class DDPOConfig(ParetoConfig):
     title: ClassVar[str] = "DDPO"
     paper: ClassVar[tuple[str, str]] = ("Training Diffusion Models with Reinforcement Learning", "2305.13301")
     min_generations: ClassVar[int] = 1  # a sample is compared with earlier samples of its prompt
+    without_pareto: ClassVar[tuple[str, ...]] = (*ParetoConfig.without_pareto, "history", "min_history")
 
     clip: float = DDPO.clip
     advantage_clip: float = DDPO.advantage_clip
@@ -80,6 +81,7 @@ class GRPOConfig(ParetoConfig):
 
     title: ClassVar[str] = "GRPO"
     paper: ClassVar[tuple[str, str]] = ("Flow-GRPO: Training Flow Matching Models via Online RL", "2505.05470")
+    without_pareto: ClassVar[tuple[str, ...]] = (*ParetoConfig.without_pareto, "scale_rewards")
 
     clip: float = GRPO.clip
     scale_rewards: bool = GRPO.scale
@@ -114,10 +116,11 @@ class GRPOTrainer(LossTrainer[GRPOConfig]):
 
 
 @dataclass(frozen=True)
-class FilteredConfig(LossConfig):
-    """TrainingConfig with the option of reward-filtered finetuning.
+class FilteredConfig(ParetoConfig):
+    """TrainingConfig with the options of reward-filtered finetuning.
 
     keep_fraction  share of a prompt's samples that are imitated. Only `kl_weight` keeps the model near the reference.
+    pareto         with a weighted sum of rewards, imitate the Pareto front of a prompt's samples in place of a share
     """
 
     title: ClassVar[str] = "Reward-filtered finetuning"
@@ -125,6 +128,7 @@ class FilteredConfig(LossConfig):
         "RAFT: Reward rAnked FineTuning for Generative Foundation Model Alignment",
         "2304.06767",
     )
+    without_pareto: ClassVar[tuple[str, ...]] = (*ParetoConfig.without_pareto, "keep_fraction")
 
     keep_fraction: float = Filtered.keep
 
@@ -136,3 +140,7 @@ class FilteredTrainer(LossTrainer[FilteredConfig]):
     """Reward-filtered finetuning (RAFT, arXiv 2304.06767): maximise the likelihood of each prompt's best samples."""
 
     config_class = FilteredConfig
+
+    def signal(self, scored: Scored) -> Tensor:
+        """Mixed rewards (B, K), or objectives (B, K, M)."""
+        return self.reward_signal.objectives(scored) if self.config.pareto else super().signal(scored)

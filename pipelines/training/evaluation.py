@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
@@ -19,10 +19,9 @@ from steer.rewards.judges import Tournament
 from steer.rewards.learned import LearnedReward
 from steer.training.distributed import DistributedContext
 from steer.training.forward import Policy
+from steer.training.overoptimization import interval as interval
 from steer.training.rollout import Kernel, Rows, Sampler, Trajectories
 from steer.training.signals import within_prompt_correlation
-
-BOOTSTRAP_RESAMPLES = 10_000  # for intervals
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,9 @@ class EvalResult:
     def record(self) -> dict[str, Any]:
         """Return plain values: [mean, low, high] of every reward, a 95 % bootstrap interval over the prompts.
 
-        Also the standard deviation of each reward over all images, and, with several images per prompt, Pearson's
-        correlation of each held-out reward with the trained reward within prompts.
+        Also the standard deviation of each reward over all images, the means of each held-out reward by prompt, and,
+        with several images per prompt, Pearson's correlation of each held-out reward with the trained reward within
+        prompts.
         """
         members = {f"member/{name}": values for name, values in self.members.items()}
         values: dict[str, Any] = {name: interval(one.mean(1)) for name, one in self.rewards.items()}
@@ -64,6 +64,7 @@ class EvalResult:
         for name in held_out:
             correlation = within_prompt_correlation(self.rewards[trained], self.rewards[name])
             values |= {f"correlation/{name}": correlation} if math.isfinite(correlation) else {}
+        values |= {"by_prompt": {name: self.rewards[name].mean(1).tolist() for name in held_out}} if held_out else {}
         values |= {"diversity": self.diversity} | ({} if self.kl is None else {"kl": self.kl})
         return {"step": self.step} | {f"eval/{name}": value for name, value in values.items()}
 
@@ -202,11 +203,3 @@ def diversity(images: Any, samples: int) -> float:
         flat = images.flatten(1).view(-1, samples, images[0].numel())
         distances = torch.stack([torch.cdist(group, group) for group in flat]) / flat.shape[2] ** 0.5
     return (distances.sum((1, 2)) / max(samples * (samples - 1), 1)).mean().item()
-
-
-def interval(values: Tensor) -> list[float]:
-    """Return the mean of values (N,) and its 95 % bootstrap interval over them: [mean, low, high]."""
-    generator = Generator().manual_seed(0)
-    rows = torch.randint(len(values), (BOOTSTRAP_RESAMPLES, len(values)), generator=generator)
-    low, high = values[rows].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return [values.mean().item(), low, high]

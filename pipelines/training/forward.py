@@ -11,13 +11,13 @@ from torch import Tensor
 from steer.arguments import argument
 from steer.diffusion.precision import Precision
 from steer.errors import InputError
-from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.config import SignalConfig, TrainingConfig
 from steer.pipelines.training.image_pairs import ImagePairs, read_image_pairs
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.preference_data import NoReward
 from steer.pipelines.training.rollouts import RolloutSource
 from steer.pipelines.training.state import RunState
-from steer.pipelines.training.trainer import Trainer
+from steer.pipelines.training.trainer import SignalTrainer, Trainer
 from steer.training.forward import forward_gradient
 from steer.training.gradient import Batch, GradientOptions
 from steer.training.losses import Metrics, group_advantages
@@ -92,10 +92,6 @@ class ForwardTrainer(Trainer[ForwardConfigT]):
         """Draw samples by the pipeline's own solver, without a window of noise."""
         return sampler.sample(rows)
 
-    def signal(self, scored: Scored) -> Tensor:
-        """Advantages (B, K) within the samples of each prompt."""
-        return group_advantages(scored.rewards, scale=True)
-
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Add the gradient of one update; see `steer.training.forward.forward_gradient`."""
         state, loss, every = self.state, self.config.loss(), self.config.kl_every
@@ -124,7 +120,23 @@ class ForwardTrainer(Trainer[ForwardConfigT]):
 
 
 @dataclass(frozen=True)
-class NFTConfig(ForwardConfig):
+class OnlineForwardConfig(ForwardConfig, SignalConfig):
+    """ForwardConfig of a method that learns from rewards of its own samples."""
+
+
+OnlineForwardConfigT = TypeVar("OnlineForwardConfigT", bound=OnlineForwardConfig)
+
+
+class OnlineForwardTrainer(SignalTrainer[OnlineForwardConfigT], ForwardTrainer[OnlineForwardConfigT]):
+    """A method of the forward process that learns from rewards of its own samples."""
+
+    def signal(self, scored: Scored) -> Tensor:
+        """Advantages (B, K) of the mixed rewards, within all samples of each prompt."""
+        return group_advantages(super().signal(scored), scale=True)
+
+
+@dataclass(frozen=True)
+class NFTConfig(OnlineForwardConfig):
     """TrainingConfig with the options of DiffusionNFT.
 
     beta            β of the positive and the negative policy; published 1 and 0.1
@@ -152,7 +164,7 @@ class NFTConfig(ForwardConfig):
         return min(self.old_decay_rate * rollouts, self.old_decay_max)
 
 
-class NFTTrainer(ForwardTrainer[NFTConfig]):
+class NFTTrainer(OnlineForwardTrainer[NFTConfig]):
     """DiffusionNFT (arXiv 2509.16117): good samples teach the model, bad ones its mirror image about the old policy.
 
     NFTTrainer(pipe, "hpsv2.1", NFTConfig(max_steps=200), train_prompts=prompts).train()
@@ -162,7 +174,7 @@ class NFTTrainer(ForwardTrainer[NFTConfig]):
 
 
 @dataclass(frozen=True)
-class AWMConfig(ForwardConfig):
+class AWMConfig(OnlineForwardConfig):
     """TrainingConfig with the options of AWM.
 
     clip            ε of the ratio of matching losses
@@ -185,14 +197,14 @@ class AWMConfig(ForwardConfig):
         return AWM(clip=self.clip, advantage_clip=self.advantage_clip, weighting=self.weighting)
 
 
-class AWMTrainer(ForwardTrainer[AWMConfig]):
+class AWMTrainer(OnlineForwardTrainer[AWMConfig]):
     """Advantage-weighted matching (arXiv 2509.25050): PPO's objective with the matching loss as a log-probability."""
 
     config_class = AWMConfig
 
 
 @dataclass(frozen=True)
-class RAMConfig(ForwardConfig):
+class RAMConfig(OnlineForwardConfig):
     """TrainingConfig with the options of RAM.
 
     scale           scale of the advantages, by which the reference's output is moved along the residual
@@ -212,7 +224,7 @@ class RAMConfig(ForwardConfig):
         return RAM(scale=self.scale, advantage_clip=self.advantage_clip)
 
 
-class RAMTrainer(ForwardTrainer[RAMConfig]):
+class RAMTrainer(OnlineForwardTrainer[RAMConfig]):
     """Reinforce adjoint matching (arXiv 2605.10759): regression on the reference's output moved along the residual."""
 
     config_class = RAMConfig

@@ -1,7 +1,8 @@
 """Pairs of images of one prompt, of any origin, as training samples: latents are encoded once and cached."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class ImagePairs:
 
     latents  (P, 2, …) clean latents of both images of each pair
     usable   the solver steps whose noise levels can be used
-    digest   hash of images, prompts and labels
+    digest   hash of images, prompts, labels and the autoencoder
     """
 
     pairs: Pairs
@@ -63,7 +64,7 @@ class ImagePairs:
         pairs = read_image_pairs(table, images)
         sampler = sampler_of(pipe, config)
         shape, example = sampler.sample(Rows(pairs.prompts[:1], (0,), (0,)), denoise=False)
-        digest = _digest(pairs, example.shape)
+        digest = _digest(pairs, example.shape, getattr(pipe, "vae", None))
         folder = Path(config.output_dir) / FOLDER / digest[:16]
         if (folder / LATENTS).exists():
             verify_checksums(folder / LATENTS)
@@ -113,8 +114,14 @@ class ImagePairs:
         return [whole.at(block) for block in blocks(range(len(latents)), self.config.micro_batch)]
 
 
-def _digest(pairs: Pairs, shape: Sequence[int]) -> str:
+def _digest(pairs: Pairs, shape: Sequence[int], vae: Any) -> str:
     digest = hashlib.sha256(repr((tuple(shape), pairs.prompts, pairs.labels.choice.tolist())).encode())
+    if vae is not None:  # the same images have other latents by another autoencoder
+        public = {name: value for name, value in vae.config.items() if not name.startswith("_")}  # no paths
+        digest.update(repr(sorted(public.items())).encode())
+        for name, value in vae.state_dict().items():
+            digest.update(f"{name} {value.dtype}".encode())
+            digest.update(value.cpu().flatten().view(torch.uint8).numpy())
     for source in (*pairs.a, *pairs.b):
         digest.update(hashlib.sha256(source if isinstance(source, bytes) else source.read_bytes()).digest())
     return digest.hexdigest()
@@ -131,6 +138,13 @@ def _encode_pairs(
     for block in blocks(range(len(sources)), chunk):
         images = torch.cat([fit(read_image(sources[number])[None], example.shape[-2:]) for number in block])
         latents = encode(pipe, images, shape.latents.shape[2:])
+        finite = latents.flatten(1).isfinite().all(1).tolist()
+        if not all(finite):
+            number = block[finite.index(False)] // 2
+            raise InputError(
+                f"{type(pipe).__name__} encodes an image of pair {number + 1} ({pairs.prompts[number]!r:.60}) to "
+                "latents that are not finite: load its VAE in float32 or bfloat16"
+            )
         if block.start == 0:
             _check_reconstruction(pipe, sampler, latents[:CHECKED], images[:CHECKED], pairs.prompts[0])
         encoded.append(latents.float().cpu())
@@ -148,6 +162,18 @@ def fit(image: Tensor, size: Sequence[int]) -> Tensor:
     return image[..., top : top + height, left : left + width]
 
 
+@contextmanager
+def _upcast(vae: Any) -> Iterator[None]:
+    """Compute in fp32 within the block if a VAE overflows in half precision, as diffusers' pipelines encode images."""
+    dtype = vae.dtype
+    if getattr(vae.config, "force_upcast", False):
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(dtype)
+
+
 @torch.no_grad()
 def encode(pipe: Any, images: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the clean latents (N, …) of images (N, 3, H, W) in [0, 1], as the solver's last step returns them.
@@ -156,7 +182,8 @@ def encode(pipe: Any, images: Tensor, shape: Sequence[int]) -> Tensor:
     """
     latents, vae = 2 * images - 1, getattr(pipe, "vae", None)
     if vae is not None:
-        posterior = vae.encode(latents.to(vae.device, vae.dtype))
+        with _upcast(vae):
+            posterior = vae.encode(latents.to(vae.device, vae.dtype))
         latents = posterior.latent_dist.mode() if hasattr(posterior, "latent_dist") else posterior.latents
         latents = (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
     if tuple(latents.shape[1:]) != tuple(shape) and hasattr(pipe, "_pack_latents"):

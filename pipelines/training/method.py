@@ -85,8 +85,8 @@ def sample_and_score(
     chunk: int,
     context: DistributedContext,
     submit: Submit = at_once,
-) -> Scored:
-    """Sample this process's shard of the rows, `chunk` at a time, and score their images.
+) -> Callable[[], Scored]:
+    """Sample this process's shard of the rows, `chunk` at a time; return a function that waits for the scores.
 
     submit  function that scores a chunk, in the background while the next chunk is sampled
     """
@@ -103,12 +103,16 @@ def sample_and_score(
         with torch.no_grad():
             results.append(submit(partial(mean_over_frames, images, score, reward)))
         seconds += time.monotonic() - started
-    started = time.monotonic()
-    scores = [result() for result in results]
-    seconds += time.monotonic() - started
-    rewards, components = zip(*context.gather(scores), strict=True)
-    named = {name: torch.cat([some[name] for some in components]).view(-1, samples) for name in components[0]}
-    return Scored(rows.prompts[::samples], tuple(chunks), torch.cat(rewards).view(-1, samples), named, seconds)
+
+    def scored() -> Scored:
+        started = time.monotonic()
+        scores = [result() for result in results]
+        spent = seconds + time.monotonic() - started
+        rewards, components = zip(*context.gather(scores), strict=True)
+        named = {name: torch.cat([some[name] for some in components]).view(-1, samples) for name in components[0]}
+        return Scored(rows.prompts[::samples], tuple(chunks), torch.cat(rewards).view(-1, samples), named, spent)
+
+    return scored
 
 
 def process_shard(numbers: range, context: DistributedContext) -> range:

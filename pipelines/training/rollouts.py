@@ -1,6 +1,6 @@
 """The rollout buffer: the samples that several updates learn from, all drawn by one policy."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from steer.pipelines.training.method import (
     rows_of,
     sample_and_score,
 )
-from steer.pipelines.training.workers import num_workers
+from steer.pipelines.training.workers import num_workers, one_local_call
 from steer.reward import Reward, Submit, run_in_background
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, Reference, reference_of
@@ -116,20 +116,12 @@ class OnlineRollouts:
         The reference is evaluated on the samples if the update needs it. Raises InputError if the first
         rollout leaves nothing to learn.
         """
-        config = self.method.config
-        size, samples, seed = config.train_batch_size, config.num_generations, config.seed
-        updates = config.steps_per_generation
+        config, first = self.method.config, number * self.method.config.steps_per_generation
         batches, rewards, metrics, seconds = [], [], [], 0.0
         if self.method.workers is not None:
             self.method.workers.load({name: whole(one.detach()).cpu() for name, one in trainable.parameters.items()})
-        for update in range(number * updates, (number + 1) * updates):
+        for update, scored in enumerate(self._sample(first, sampler, on_chunk, context), first):
             name = f"update {update}"
-            prompts = prompts_at(update * size, size, self.prompts, seed)
-            rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
-            draw = partial(self._draw, sampler, self.method.step_window(update), on_chunk)
-            reward = self.method.scored_reward()
-            with self._submit(reward) as submit:
-                scored = sample_and_score(draw, reward, rows, samples, config.micro_batch, context, submit)
             seconds += scored.seconds
             learned = self.method.num_learned_steps(scored.chunks[0].log_probs.shape[1])
             steps = self.method.steps(learned, name)
@@ -142,8 +134,21 @@ class OnlineRollouts:
             metrics.append(summary(scored) | self.method.metrics())
         if number == 0:
             check_spread(torch.cat(rewards), self.method.reward.name)
-        order = batch_order(len(batches), config.num_iterations, seed, number)
+        order = batch_order(len(batches), config.num_iterations, config.seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(rewards), tuple(metrics), order, reward_seconds=seconds)
+
+    def _sample(self, first: int, sampler: Sampler, on_chunk: OnChunk, context: DistributedContext) -> list[Scored]:
+        """Sample and score the updates of a rollout from `first` on; all are sampled before the wait for rewards."""
+        config, reward, pending = self.method.config, self.method.scored_reward(), list[Callable[[], Scored]]()
+        reward = one_local_call(reward) if num_workers(reward) > 1 else reward
+        size, samples, seed = config.train_batch_size, config.num_generations, config.seed
+        with self._submit(reward) as submit:
+            for update in range(first, first + config.steps_per_generation):
+                prompts = prompts_at(update * size, size, self.prompts, seed)
+                rows = rows_of(prompts, samples, seed, f"update {update}", self.method.shared_start)
+                draw = partial(self._draw, sampler, self.method.step_window(update), on_chunk)
+                pending.append(sample_and_score(draw, reward, rows, samples, config.micro_batch, context, submit))
+            return [scored() for scored in pending]
 
     def _draw(
         self, sampler: Sampler, window: StepWindow | None, on_chunk: OnChunk, chunks: Sequence[Rows]

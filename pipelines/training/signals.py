@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.pipelines.training.config import LossConfig
+from steer.pipelines.training.config import SignalConfig
 from steer.pipelines.training.method import Scored
 from steer.reward import Composite, Metadata, Reward, WrappedReward, score_components, with_metadata
 from steer.rewards.compose import CombinedReward, CompositeReward
 from steer.rewards.parser import load_reward
 from steer.training.constraints import Constraints, read_bounds
+from steer.training.losses import group_advantages
 from steer.training.signals import normalized_sum
 
 
@@ -21,18 +22,19 @@ class RewardWithConstraints(CompositeReward):
 
     def __init__(self, reward: Reward, bounded: Sequence[Reward]) -> None:
         super().__init__([reward, *bounded], reward.name)
-        self._trained, *self._bounded = self._rewards
 
     def components(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> dict[str, Tensor]:
-        scores, components = score_components(self._trained, images, prompts, metadata)
-        bounded = {one.name: score_components(one, images, prompts, metadata)[0] for one in self._bounded}
+        trained, *others = self._rewards
+        scores, components = score_components(trained, images, prompts, metadata)
+        bounded = {one.name: score_components(one, images, prompts, metadata)[0] for one in others}
         return (components or {self.name: scores}) | bounded
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        if not isinstance(self._trained, Composite):
+        trained, *others = self._rewards
+        if not isinstance(trained, Composite):
             return components[self.name]
-        bounded = {one.name for one in self._bounded}
-        return self._trained.total({name: v for name, v in components.items() if name not in bounded}, prompts)
+        bounded = {one.name for one in others}
+        return trained.total({name: v for name, v in components.items() if name not in bounded}, prompts)
 
 
 class RewardSignal:
@@ -41,7 +43,7 @@ class RewardSignal:
     Raises InputError for options that do not fit the reward.
     """
 
-    def __init__(self, reward: Reward, config: LossConfig) -> None:
+    def __init__(self, reward: Reward, config: SignalConfig) -> None:
         plain = unwrapped(reward)
         self.name, self.weights = reward.name, plain.weights if isinstance(plain, CombinedReward) else None
         known = {reward.name, *(plain.component_names if isinstance(plain, CompositeReward) else ())}
@@ -66,15 +68,25 @@ class RewardSignal:
         rewards = scored.rewards
         if self.normalize and self.weights is not None:
             rewards = normalized_sum(scored.components, self.weights)
+        return self._constrained(rewards, scored) if self.constraints.bounds else rewards
+
+    def objectives(self, scored: Scored) -> Tensor:
+        """Return the weighted components of the trained sum (B, K, M), higher is better.
+
+        With constraints, each component is standardised among the samples of a prompt, then mixed with the bounded
+        rewards. (As further objectives these would count alike whatever their multipliers: dominance has no scale.)
+        """
+        weights = self.weights or {}
+        components = [weight * scored.components[name] for name, weight in weights.items()]
         if not self.constraints.bounds:
-            return rewards
+            return torch.stack(components, -1)
+        return self._constrained(torch.stack([group_advantages(one, True) for one in components], -1), scored)
+
+    def _constrained(self, rewards: Tensor, scored: Scored) -> Tensor:
+        """Return rewards (B, K) or (B, K, M) mixed with the bounded rewards, after moving the multipliers."""
         bounded = {self.name: scored.rewards} | scored.components
         self.constraints = self.constraints.after(rewards, bounded)
         return self.constraints.signal(rewards, bounded)
-
-    def objectives(self, scored: Scored) -> Tensor:
-        """Return the weighted components of the trained sum (B, K, M), higher is better."""
-        return torch.stack([weight * scored.components[name] for name, weight in (self.weights or {}).items()], -1)
 
 
 def unwrapped(reward: Reward) -> Reward:

@@ -29,8 +29,9 @@ def trackers(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """Return the values that trackers plot; for [mean, low, high], the mean."""
-    return {name: value[0] if isinstance(value, list) else value for name, value in record.items()}
+    """Return the values that trackers plot; for [mean, low, high], the mean; none by prompt."""
+    plotted = {name: value for name, value in record.items() if not isinstance(value, dict)}
+    return {name: value[0] if isinstance(value, list) else value for name, value in plotted.items()}
 
 
 def log_samples(trackers: Sequence[Any], evaluated: EvalResult) -> None:

@@ -20,7 +20,7 @@ from steer.diffusion.views import plain_values
 from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines.training.asking import REFUSED, UNANSWERED, OnQuestion, ask, question_of
-from steer.pipelines.training.config import LossConfig, ParetoConfig, TrainingConfig
+from steer.pipelines.training.config import LossConfig, ParetoConfig, SignalConfig, TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.evaluation import Evaluator
 from steer.pipelines.training.events import Events, Stopped, StopRequest, stop_request
@@ -60,6 +60,7 @@ from steer.training.trainable import Trainable, whole
 
 INTERRUPTED = "interrupted"
 PAUSED = (INTERRUPTED, UNANSWERED)  # reasons to end a run that is to be resumed: nothing is exported
+SignalConfigT = TypeVar("SignalConfigT", bound=SignalConfig)
 LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
 
 
@@ -135,6 +136,8 @@ class Trainer(TrainingMethod[ConfigT]):
                 "window and dynamics are for samples of the present policy: preferences were sampled with noise in all "
                 "steps, so leave both out"
             )
+        if preferences is not None and self.config.asynchronous_rewards:
+            raise InputError("asynchronous_rewards score samples of train_prompts, not preferences: leave it out")
         self.preferences = None if preferences is None else Path(preferences)
         self.train_prompts, self.eval_prompts = train_prompts, eval_prompts
         self.eval_rewards = tuple(load_reward(one) for one in eval_rewards)
@@ -289,8 +292,8 @@ class Trainer(TrainingMethod[ConfigT]):
         return self.pipe(*args, **kwargs)
 
 
-class LossTrainer(Trainer[LossConfigT]):
-    """A method with a loss of log-probabilities and of the signal, which `signal` computes from rewards."""
+class SignalTrainer(Trainer[SignalConfigT]):
+    """A method whose signal, computed from rewards, compares the samples of a prompt."""
 
     @cached_property
     def reward_signal(self) -> RewardSignal:
@@ -304,8 +307,6 @@ class LossTrainer(Trainer[LossConfigT]):
             raise InputError(
                 "constraints, normalize_components and sample_filter are for rewards, and preferences have none"
             )
-        if isinstance(self.config, ParetoConfig) and self.config.pareto:
-            check_pareto(self.reward)
         self.reward_signal  # noqa: B018  reads its options
 
     def scored_reward(self) -> Reward:
@@ -343,6 +344,16 @@ class LossTrainer(Trainer[LossConfigT]):
     def attach_metadata(self, rows: Mapping[str, Mapping[str, Any]] | None) -> None:
         super().attach_metadata(rows)
         self.reward_signal.attach_metadata(rows)
+
+
+class LossTrainer(SignalTrainer[LossConfigT]):
+    """A method with a loss of log-probabilities and of the signal."""
+
+    def check(self) -> None:
+        """Raise InputError for options that do not fit the reward."""
+        if isinstance(self.config, ParetoConfig) and self.config.pareto:
+            check_pareto(self.reward)
+        super().check()
 
     @property
     def needs_reference(self) -> bool:

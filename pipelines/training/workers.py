@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import OnChunk, Samples, TrainingMethod, sampler_of
 from steer.pipelines.training.preparation import accelerator_of, trainable_of
 from steer.registry import nearest
-from steer.reward import Metadata, Reward, compares_images, score, takes_videos
+from steer.reward import Metadata, Reward, compares_images, score, takes_videos, with_lock
 from steer.rewards.compose import map_plain, plain_rewards
 from steer.training.rollout import Rows, StepWindow
 from steer.training.trainable import set_parameter
@@ -180,8 +181,14 @@ def gpu_share(device: str, count: int) -> float:
 
 
 def num_workers(reward: Reward) -> int:
-    """Return how many calls of a reward may run at once: the least number of workers of any component."""
-    return min(len(one.actors) if isinstance(one, RayReward) else 0 for one in plain_rewards(reward).values())
+    """Return how many calls of a reward may run at once: the largest number of workers of any component, or 0."""
+    return max(len(one.actors) if isinstance(one, RayReward) else 0 for one in plain_rewards(reward).values())
+
+
+def one_local_call(reward: Reward) -> Reward:
+    """Return a reward whose components without workers compute in one thread at a time: they may share memory."""
+    lock = Lock()
+    return map_plain(reward, lambda one: one if isinstance(one, RayReward) else with_lock(one, lock))
 
 
 @contextmanager

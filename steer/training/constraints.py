@@ -72,7 +72,7 @@ class Constraints:
     def after(self, rewards: Tensor, bounded: Mapping[str, Tensor]) -> "Constraints":
         """Return the constraints with the multipliers after one more update.
 
-        rewards  (B, K), the trained reward
+        rewards  (B, K), the trained reward, or (B, K, M), several objectives in one unit
         bounded  (B, K) for each bounded reward, of all processes
 
         Raises InputError where the first samples all have one value, so that there is no scale.
@@ -90,10 +90,11 @@ class Constraints:
         return replace(self, multipliers=tuple(moved), scales=scales)
 
     def signal(self, rewards: Tensor, bounded: Mapping[str, Tensor]) -> Tensor:
-        """Return the mixed reward (B, K), in the unit of `rewards`. The multipliers are constants in it."""
+        """Return the mixed reward of the shape and in the unit of `rewards`. The multipliers are constants in it."""
         total = rewards
         for bound, multiplier, scale in zip(self.bounds, self.multipliers, self.scales[1:], strict=True):
-            total = total + multiplier * bound.direction * (self.scales[0] / scale) * bounded[bound.name]
+            values = bounded[bound.name].reshape(*rewards.shape[:2], *(1,) * (rewards.dim() - 2))
+            total = total + multiplier * bound.direction * (self.scales[0] / scale) * values
         return total / (1 + sum(map(abs, self.multipliers)))
 
     def metrics(self) -> dict[str, float]:

@@ -11,6 +11,14 @@ from torch import Tensor
 from steer.errors import InputError
 
 Law = Literal["finetuning", "best-of-n"]
+RESAMPLES = 10_000  # of an interval
+
+
+def interval(values: Tensor) -> list[float]:
+    """Return the mean of values (N,) and its 95 % bootstrap interval over them: [mean, low, high]."""
+    rows = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
+    low, high = values[rows].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return [values.mean().item(), low, high]
 
 
 def best_of_n_kl(n: int) -> float:
@@ -153,6 +161,8 @@ class Hacking:
 def find_hacking(evaluations: Sequence[Mapping[str, Any]], step: int | None = None) -> Hacking | None:
     """Return the hacking of the first held-out reward that shows it; None without any, or with one sample per prompt.
 
+    A reward has fallen where the 95 % bootstrap interval of its difference, paired by prompt, is below 0.
+
     evaluations  records of the evaluations, the base model's first
     step         the update whose weights are judged; None: the last
     """
@@ -163,6 +173,7 @@ def find_hacking(evaluations: Sequence[Mapping[str, Any]], step: int | None = No
     for name in (key.removeprefix("eval/correlation/") for key in base if key.startswith("eval/correlation/")):
         before, after = (record[f"eval/{name}"][0] for record in (base, now))
         first, last = (record.get(f"eval/correlation/{name}", math.nan) for record in (base, now))
-        if first > 0 and after < before and base is not now:
+        then, here = (torch.tensor(record.get("eval/by_prompt", {}).get(name, [])) for record in (base, now))
+        if first > 0 and len(then) and len(then) == len(here) and interval(here - then)[2] < 0:
             return Hacking(name, before, after, first, last)
     return None

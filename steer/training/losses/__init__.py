@@ -464,8 +464,10 @@ class Filtered(Settings, Loss):
 
     keep  fraction of samples, above 0 and at most 1; at least one sample is kept. 0.25 is the best of four.
 
-    Takes rewards (B, K); of equal rewards the earlier sample is kept. Metrics: kept, samples per prompt; lift, the mean
-    reward of the kept samples minus the mean of all.
+    Takes rewards (B, K); of equal rewards the earlier sample is kept. Of rewards (B, K, M) the Pareto front is kept in
+    place of the best n: the samples that no other dominates (Parrot, arXiv 2401.05675). Each prompt counts alike.
+    Metrics: kept, samples per prompt; lift, the mean reward (the sum of the M) of the kept samples minus the mean of
+    all.
     """
 
     keep: float = argument(0.25, "(0, 1]")
@@ -473,9 +475,18 @@ class Filtered(Settings, Loss):
     uses_reference: ClassVar[bool] = False
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
-        rewards = checked_rewards(log_probs, rewards)
-        new = log_probs.per("element").new
-        kept = max(1, round(self.keep * rewards.shape[1]))
-        best = rewards.argsort(dim=1, descending=True, stable=True)[:, :kept]
-        loss = -new.gather(1, best[..., None].expand(-1, -1, new.shape[2])).mean()
-        return loss, {"kept": float(kept), "lift": float(rewards.gather(1, best).mean() - rewards.mean())}
+        rewards = checked_rewards(log_probs, rewards, several=True)
+        kept = self.kept(rewards).to(rewards)
+        shares = kept / kept.sum(1, keepdim=True)
+        loss = -(shares[..., None] * log_probs.per("element").new).sum(1).mean()
+        total = rewards.sum(-1) if rewards.dim() == 3 else rewards
+        lift = (shares * total).sum(1).mean() - total.mean()
+        return loss, {"kept": float(kept.sum(1).mean()), "lift": float(lift)}
+
+    def kept(self, rewards: Tensor) -> Tensor:
+        """Return (B, K), true for the samples to imitate of rewards (B, K) or (B, K, M)."""
+        if rewards.dim() == 3:
+            return ~dominates(rewards).any(1)
+        count = max(1, round(self.keep * rewards.shape[1]))
+        best = rewards.argsort(dim=1, descending=True, stable=True)[:, :count]
+        return torch.zeros_like(rewards, dtype=torch.bool).scatter(1, best, True)
