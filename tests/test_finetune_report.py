@@ -20,7 +20,7 @@ from rollouts import fresh_pipe, move
 from torch import Generator, Tensor
 
 import steer
-from steer import D3POConfig, PRDPConfig, PRDPTrainer, TrainingConfig, TrainingResult
+from steer import D3POConfig, GRPOConfig, NFTConfig, PRDPConfig, PRDPTrainer, TrainingConfig, TrainingResult
 from steer.apps import finetune_report as grids
 from steer.apps import finetune_report as report
 from steer.apps import plots
@@ -265,6 +265,31 @@ def test_one_update_and_none(count: int, steps: tuple[int, ...], files: int, tmp
 def test_without_evaluations_the_training_samples_are_reported(tmp_path: Path) -> None:
     text = card_of(tmp_path, result_of(7))
     assert "0.1429 in update 1, 1 in update 7" in text and "0.8642 nats" in text and "\n|" not in text
+
+
+def without_kl(result: TrainingResult, *measured: int) -> TrainingResult:
+    """A result whose records have a KL at the measured updates alone."""
+    kept = [{k: v for k, v in one.items() if k != "kl" or one["step"] in measured} for one in result.records]
+    return replace(result, records=tuple(kept))
+
+
+@pytest.mark.parametrize("config", [GRPOConfig(), NFTConfig()])
+def test_the_card_names_the_update_whose_kl_was_measured_last(config: TrainingConfig, tmp_path: Path) -> None:
+    """Between two measurements (kl_every), or with a loss that has no KL, the last update has none."""
+    text = card_of(tmp_path, without_kl(result_of(7), 1, 5), config=config)
+    assert "KL in update 5: 0.6173 nats per trajectory." in text and "In update 5 the KL was 0.6173 nats" in text
+    text = card_of(tmp_path, without_kl(result_of(7)), config=config)
+    assert "1 in update 7; the two are of different prompts.\n" in text and "KL" not in text
+
+
+def test_the_table_has_a_row_of_the_kl_where_it_was_measured(tmp_path: Path) -> None:
+    result = without_kl(result_of(7, 0, 7))
+    assert "KL" not in card_of(tmp_path, result, config=NFTConfig())
+    sampled = replace(result, evaluations=tuple(one | {"eval/kl": 0.5 * one["step"]} for one in result.evaluations))
+    text = card_of(tmp_path, sampled, config=NFTConfig(eval_kl=True))
+    assert "\n| KL, nats per trajectory | 0 | 3.5 |\n" in text and "of trajectories of held-out prompts." in text
+    text = card_of(tmp_path, without_kl(result_of(7, 0, 7), 7), config=GRPOConfig())
+    assert "| KL, nats per trajectory | 0 | 0.8642 |" in text and "of the training samples of that update." in text
 
 
 # The card.

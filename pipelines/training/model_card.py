@@ -21,6 +21,7 @@ from steer.training.trainable import LORA_FILES, SECOND_DENOISER, get_denoiser
 
 LORA, PEFT = LORA_FILES
 PACKAGES = ("torch", "diffusers", "peft")
+KL_ROW = "KL, nats per trajectory"
 PICTURES = {
     "before-after.png": "The same held-out prompts and seeds, before and after",
     "rewards.png": "The trained reward and the held-out ones",
@@ -45,14 +46,15 @@ It made {{ result.step }} update{{ "" if result.step == 1 else "s" }}.
 {% if loop.first %}{{ "|---" * row | length }}|
 {% endif %}{% endfor %}
 Rewards: mean over held-out prompts at fixed seeds, with its 95 % bootstrap interval over the prompts. Diversity: mean \
-distance between two {{ noun }} of a prompt ({{ distance }}, 0 to 1). KL: of the training \
-samples of that update, from the base model.
+distance between two {{ noun }} of a prompt ({{ distance }}, 0 to 1).\
+{% if table[-1][0] == kl_row %} KL: from the base model, of {{ kl_samples }}.{% endif %}
 {% if hacking %}
 **{{ hacking }}**
 {% endif %}{% elif scored %}Nothing was evaluated on held-out prompts. Mean reward of the training samples: \
 {{ number(scored[0].reward) }} in update {{ scored[0].step }}, {{ number(scored[-1].reward) }} in update \
-{{ scored[-1].step }}; the two are of different prompts. KL in the last: {{ number(scored[-1].kl) }} nats per \
-trajectory.
+{{ scored[-1].step }}; the two are of different prompts.\
+{% if measured is not none %} KL in update {{ measured.step }}: {{ number(measured.kl) }} nats per \
+trajectory.{% endif %}
 {% else %}Nothing was evaluated.
 {% endif %}{% for text, file in pictures %}
 ![{{ text }}]({{ file }})
@@ -91,7 +93,8 @@ All other arguments are the defaults of steer's {{ config_class }}.
 
 - A reward is not quality: the model learnt what raises this number, its faults included.
 - The model was moved away from the base model on purpose, and may be worse at what the reward does not measure.\
-{% if kl is not none %} In the last update the KL was {{ number(kl) }} nats per trajectory.{% endif %}
+{% if measured is not none %} In update {{ measured.step }} the KL was {{ number(measured.kl) }} nats per trajectory.\
+{% endif %}
 - Held-out rewards are numbers of models or programs too: they are not human judgement.
 - The intervals are over prompts, of one training: another seed may give other results.
 - The licence and the limits of the base model hold for this one too.
@@ -115,7 +118,9 @@ def model_card(
     model, kind = escaped(about.get("model") or "a diffusion model"), "LoRA" if config.lora_rank else "full finetuning"
     pictures = [(text, f"plots/{file}") for file, text in PICTURES.items() if (folder / "plots" / file).exists()]
     pictures += [("Held-out images of the last evaluation", f"samples/{path.name}") for path in grids[-1:]]
-    kl = next((record["kl"] for record in reversed(result.records) if record.get("kl") is not None), None)
+    # Only some updates measure the KL (kl_every), and losses without log-probabilities never do.
+    measured = next((record for record in reversed(result.records) if record.get("kl") is not None), None)
+    sampled = any("eval/kl" in one for one in result.evaluations)
     seconds = sum(record.get("seconds", 0.0) for record in result.records)
     tokens = is_token_scheduler(pipe.scheduler)
     hacking = find_hacking(result.evaluations, result.weights_step)
@@ -145,7 +150,9 @@ def model_card(
         arguments=_arguments(config, about),
         minutes=f"{seconds / 60:.3g}" if seconds else None,
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
-        kl=kl,
+        measured=measured,
+        kl_row=KL_ROW,
+        kl_samples="trajectories of held-out prompts" if sampled else "the training samples of that update",
         stopped=None if result.stopped is None else escaped(result.stopped),
     )
     return str(card)
@@ -278,7 +285,10 @@ def _evaluations(result: TrainingResult) -> list[list[str]]:
     if any(one.get("eval/diversity") for one in chosen.values()):
         rows.append(["diversity", *[_number(one.get("eval/diversity")) for one in chosen.values()]])
     kl = {0: 0.0} | {record["step"]: record.get("kl") for record in result.records}
-    return [*rows, ["KL, nats per trajectory", *[_number(kl.get(step)) for step in chosen]]]
+    nats = {step: one.get("eval/kl", kl.get(step)) for step, one in chosen.items()}
+    if all(value is None for step, value in nats.items() if step):  # a loss without log-probabilities
+        return rows
+    return [*rows, [KL_ROW, *map(_number, nats.values())]]
 
 
 def _arguments(config: TrainingConfig, about: Mapping[str, Any]) -> list[tuple[str, str]]:
