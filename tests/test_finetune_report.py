@@ -236,6 +236,24 @@ def test_only_recorded_metrics_are_drawn() -> None:
     ]
 
 
+@pytest.mark.parametrize("options", [{}, {"eval_steps": 25}, {"kl_every": 100}, {"max_steps": 67}])
+def test_every_evaluation_has_a_kl(options: dict[str, int], tmp_path: Path) -> None:
+    """Records with the KL of the updates that log it: a point of the √KL panel for each evaluation, no gap in a card."""
+    config = GRPOConfig(**options)
+    last = config.max_steps
+    steps = sorted({*range(0, last, config.eval_steps), last})
+    result = result_of(last, *steps, best=steps[-2])
+    logged = [step for step in range(1, last + 1) if config.logs_divergence(step - 1)]
+    assert len(logged) <= (last // config.kl_every) + len(steps)
+    result = without_kl(result, *logged)
+    kl, gains = report.reward_gains(result, "s")
+    assert kl.tolist() == pytest.approx([0.123456 * step for step in steps[1:]]) and len(gains) == len(kl)
+    (axes,) = panels(report.overoptimization_panels(result)).values()
+    assert len(axes.lines[0].get_xdata()) == len(steps) - 1
+    row = next(line for line in card_of(tmp_path, result, config=config).splitlines() if line.startswith("| KL"))
+    assert "–" not in row
+
+
 @pytest.mark.parametrize(("budget", "drawn"), [(1.0, "budget: 1 nats"), (1000.0, "budget: 1000 nats, above")])
 def test_a_budget_does_not_flatten_the_curve(budget: float, drawn: str) -> None:
     (axes,) = panels(report.divergence_panels(result_of(12), {"kl_budget_nats": budget})).values()

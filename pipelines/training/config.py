@@ -88,7 +88,8 @@ class TrainingConfig(Settings):
                          over its elements and steps
     kl_budget_nats       KL at which the training ends, in the same unit
     kl_every             updates between measurements of the KL for the log, where neither the loss nor a KL weight,
-                         target or budget nor chi_square_weight needs the reference; 0: never. Elsewhere every update
+                         target or budget nor chi_square_weight needs the reference; also measured in the first update
+                         and in the last one before each evaluation; 0: never. Elsewhere every update
     chi_square_weight    weight of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a
                          trajectory
     eval_steps           updates between evaluations; there is also one before the first update and one after the last
@@ -207,6 +208,16 @@ class TrainingConfig(Settings):
     def needs_divergence(self) -> bool:
         """Whether anything depends on the KL or χ² to the reference, so that it is computed instead of estimated."""
         return bool(self.kl_weight or self.kl_budget_nats or self.chi_square_weight)
+
+    def logs_divergence(self, update: int) -> bool:
+        """Whether the divergence from the reference is measured for the log in an update, numbered from 0.
+
+        In the first update, every kl_every updates, and in the last one before an evaluation, whose gain is drawn
+        against the KL.
+        """
+        done = update + 1
+        evaluated = done % self.eval_steps == 0 or done == self.max_steps
+        return self.kl_every > 0 and (update == 0 or done % self.kl_every == 0 or evaluated)
 
     def step_window(self, update: int, half: bool = False) -> StepWindow | None:
         """The solver steps with noise in an update's rollout; None: all. `half`: whether weights are half precision."""

@@ -98,8 +98,8 @@ class ForwardTrainer(Trainer[ForwardConfigT]):
 
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Add the gradient of one update; see `steer.training.forward.forward_gradient`."""
-        state, loss, every = self.state, self.config.loss(), self.config.kl_every
-        logged = every > 0 and state.step % every == 0
+        state, loss = self.state, self.config.loss()
+        logged = self.config.logs_divergence(state.step)
         reference = loss.uses_reference or self.config.reference_weight > 0 or logged
         drew_batch = options["on_policy"] and self.old_decay(state.num_rollouts - 1) == 0
         return forward_gradient(

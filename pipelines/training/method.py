@@ -287,8 +287,7 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
 
     def evaluates_reference(self, update: int) -> bool:
         """Whether the reference is evaluated on the samples of an update, numbered from 0."""
-        every = self.config.kl_every
-        return self.needs_reference or (every > 0 and update % every == 0)
+        return self.needs_reference or self.config.logs_divergence(update)
 
     def num_learned_steps(self, total: int) -> int:
         """Number of stochastic steps, from the first on, that count in losses and penalties."""

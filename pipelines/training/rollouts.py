@@ -113,7 +113,7 @@ class OnlineRollouts:
     ) -> RolloutBuffer:
         """Collect rollout `number`, from 0: sample and score this process's shard of every update.
 
-        The reference is evaluated on the samples if the update needs it. Raises InputError if the first
+        The reference is evaluated on the samples if one of their updates needs it. Raises InputError if the first
         rollout leaves nothing to learn.
         """
         config = self.method.config
@@ -122,6 +122,9 @@ class OnlineRollouts:
         batches, rewards, metrics, seconds = [], [], [], 0.0
         if self.method.workers is not None:
             self.method.workers.load({name: whole(one.detach()).cpu() for name, one in trainable.parameters.items()})
+        order = batch_order(updates, config.num_iterations, seed, number)
+        passes = enumerate(order, number * len(order))  # with the number of the optimiser's update
+        referenced = {batch for update, batch in passes if self.method.evaluates_reference(update)}
         for update in range(number * updates, (number + 1) * updates):
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
@@ -135,14 +138,13 @@ class OnlineRollouts:
             steps = self.method.steps(learned, name)
             chunks, signal = self.method.select(scored, self.method.signal(scored), name, context)
             references: list[Reference] = []
-            if self.method.evaluates_reference(update):
+            if len(batches) in referenced:
                 references = references_of(sampler, trainable, chunks, steps, on_chunk, config)
             batches.append(Batch(chunks, references, steps, signal, learned))
             rewards.append(scored.rewards)
             metrics.append(summary(scored) | self.method.metrics())
         if number == 0:
             check_spread(torch.cat(rewards), self.method.reward.name)
-        order = batch_order(len(batches), config.num_iterations, seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(rewards), tuple(metrics), order, reward_seconds=seconds)
 
     def _draw(
