@@ -20,7 +20,7 @@ from rollouts import fresh_pipe, move
 from torch import Generator, Tensor
 
 import steer
-from steer import D3POConfig, GRPOConfig, NFTConfig, PRDPConfig, PRDPTrainer, TrainingConfig, TrainingResult
+from steer import D3POConfig, DPOConfig, GRPOConfig, NFTConfig, PRDPConfig, PRDPTrainer, TrainingConfig, TrainingResult
 from steer.apps import finetune_report as grids
 from steer.apps import finetune_report as report
 from steer.apps import plots
@@ -238,7 +238,7 @@ def test_only_recorded_metrics_are_drawn() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"eval_steps": 25}, {"kl_every": 100}, {"max_steps": 67}])
 def test_every_evaluation_has_a_kl(options: dict[str, int], tmp_path: Path) -> None:
-    """Records with the KL of the updates that log it: a point of the √KL panel for each evaluation, no gap in a card."""
+    """With the KL of the updates that log it: a point of the √KL panel for each evaluation, and no gap in the card."""
     config = GRPOConfig(**options)
     last = config.max_steps
     steps = sorted({*range(0, last, config.eval_steps), last})
@@ -396,6 +396,16 @@ def test_awkward_names_stay_text(tmp_path: Path) -> None:
 def test_every_method_cites_the_paper_of_its_code(trainer: type[Trainer[Any]]) -> None:
     number = trainer.config_class.paper[1]
     assert number in (inspect.getsource(inspect.getmodule(trainer)) or "").replace(f'"{number}"', "")
+
+
+@pytest.mark.parametrize("config", [GRPOConfig(), NFTConfig(), DPOConfig(), NFTConfig(eval_kl=True, eta=0.5)])
+def test_eta_is_named_where_samples_were_drawn_with_it(config: TrainingConfig, tmp_path: Path) -> None:
+    """Methods of the forward process sample by the pipeline's own solver, and η is the noise of their eval_kl alone."""
+    text = card_of(tmp_path, result_of(2, weights=tmp_path / "final" / "unet"), config=config)
+    used = isinstance(config, GRPOConfig)
+    code = text.split("```python")[1].split("```")[0]
+    assert ("own scheduler at η = 1, 20 steps" in text, ", eta=1.0)" in code) == (used, used)
+    assert used or ("own scheduler, 20 steps and guidance 1." in text and "η" not in text and "eta=" not in code)
 
 
 def test_weights_that_a_guard_kept_are_named(tmp_path: Path) -> None:

@@ -199,6 +199,30 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(method: str, tmp_pa
     assert measured == ([1, 2, 3, 4, 5] if method != "awm" else [1])
 
 
+@pytest.mark.parametrize("options", [{"dynamics": "flow-sde"}, {"eta": 0.5}])
+@pytest.mark.parametrize("config", [NFTConfig, AWMConfig, RAMConfig, DPOConfig])
+def test_noise_that_would_not_be_used_is_refused(config: Any, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(InputError, match=f"^{name} is the noise of eval_kl alone .*true, or leave {name}"):
+        config(**options)
+    assert not config(**options, eval_kl=True).evaluates_by_ode, "images come from the pipeline's own solver"
+    assert config(eta=1.0, dynamics="ddim") == config()
+
+
+def test_dynamics_are_the_law_of_eval_kl_alone(tmp_path: Path) -> None:
+    """The same weights and images by any law; another KL."""
+    results = {}
+    for law in ("ddim", "cps"):
+        options = SMALL | {"max_steps": 2, "eval_steps": 2, "eval_kl": True, "output_dir": str(tmp_path / law)}
+        trainer = NFTTrainer(fresh_pipe("sd3"), "brightness", NFTConfig(**options, dynamics=law), **DATA)
+        results[law] = trainer.train()
+    one, other = (load_file(result.weights) for result in results.values())
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    last = [result.evaluations[-1] for result in results.values()]
+    assert last[0]["eval/brightness"] == last[1]["eval/brightness"]
+    assert last[0]["eval/kl"] > 0 < last[1]["eval/kl"] != last[0]["eval/kl"]
+
+
 @pytest.mark.parametrize(("trainer", "config"), [(NFTTrainer, NFTConfig), (GRPOTrainer, GRPOConfig)])
 def test_a_run_without_evaluations_has_a_model_card(trainer: Any, config: Any, tmp_path: Path) -> None:
     """The last update has no KL: never with a loss of the forward process, rarely where only the log needs it."""

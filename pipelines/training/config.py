@@ -170,6 +170,7 @@ class TrainingConfig(Settings):
     reward_workers: Mapping[str, int] = field(default_factory=dict)
 
     min_generations: ClassVar[int] = 1  # samples of a prompt that the method compares
+    samples_with_eta: ClassVar[bool] = True  # else by the pipeline's own solver: `eta` and `dynamics` are of eval_kl
 
     def __post_init__(self) -> None:
         super().__post_init__()

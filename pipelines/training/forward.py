@@ -29,14 +29,16 @@ PATH_PENALTIES = ("kl_weight", "kl_target_nats", "kl_budget_nats", "chi_square_w
 
 @dataclass(frozen=True)
 class ForwardConfig(TrainingConfig):
-    """TrainingConfig of a method of the forward process. `eta` and `latents_dtype` apply to no log-probabilities here.
+    """TrainingConfig of a method of the forward process, which samples by the pipeline's own solver.
 
+    eta               noise of the trajectories of eval_kl, as `dynamics`, their law; refused without eval_kl
     guidance_scale    guidance scale in training and evaluation: none (1) as published; None: the pipeline's default
     log_prob_precision  precision of the denoiser: the model's is enough, since no differences of large sums are taken
     reference_weight  β of ‖o_θ − o_ref‖², the mean squared difference of the denoiser's outputs, in place of kl_weight
     """
 
     min_generations: ClassVar[int] = 2
+    samples_with_eta: ClassVar[bool] = False
 
     guidance_scale: float | None = argument(1.0, "(-inf, inf)")
     log_prob_precision: Precision = "model"
@@ -50,9 +52,20 @@ class ForwardConfig(TrainingConfig):
         """Decay of the averaged weights that draw the samples, after this many rollouts; 0: no average."""
         return 0.0
 
+    @property
+    def evaluates_by_ode(self) -> bool:
+        """Return False: evaluations use the pipeline's own solver, as the samples do."""
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.loss()
+        noise = [name for name in ("dynamics", "eta") if getattr(self, name) != type(self).field(name).default]
+        if noise and not self.eval_kl:
+            raise InputError(
+                f"{noise[0]} is the noise of eval_kl alone in {self.title}, which samples by the pipeline's own solver, "
+                f"got {getattr(self, noise[0])}: set eval_kl: true, or leave {noise[0]} out"
+            )
         if given := [name for name in PATH_PENALTIES if getattr(self, name)]:
             raise InputError(
                 f"{given[0]} is for methods with log-probabilities, got {getattr(self, given[0]):g}: give "

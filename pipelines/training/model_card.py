@@ -73,11 +73,11 @@ by the held-out reward.{% endif %}
 
 {% if config.evaluates_by_ode %}It was trained with noise of the law {{ config.dynamics }} at level \
 {{ "%g" % config.eta }}{% if window %} in {{ window }} solver steps{% endif %}, and evaluated without noise, \
-by the base model's own scheduler,{% else %}It was trained and evaluated with the base model's own scheduler at \
-η = {{ "%g" % config.eta }},{% endif %} {{ config.num_inference_steps }} steps and \
+by the base model's own scheduler,{% else %}It was trained and evaluated with the base model's own scheduler\
+{% if eta is not none %} at η = {{ "%g" % eta }}{% endif %},{% endif %} {{ config.num_inference_steps }} steps and \
 {% if noun == "texts" %}no guidance{% elif config.guidance_scale is none %}\
 the default guidance of the pipeline{% else %}guidance {{ "%g" % config.guidance_scale }}{% endif %}.\
-{% if not takes_eta and not config.evaluates_by_ode %} This call takes no η, so the scheduler makes \
+{% if eta is not none and not takes_eta %} This call takes no η, so the scheduler makes \
 its own steps, which may be without noise: {{ noun }} then differ from those of the evaluation, which were made by \
 steer's stochastic steps.{% endif %}
 {% endif %}
@@ -143,7 +143,8 @@ def model_card(
         kept=None if result.weights_step == result.step else result.weights_step,
         code="" if result.weights is None else _code(folder, pipe, about.get("model"), config, result.weights),
         window=None if (noisy := config.step_window(0)) is None else noisy.size,
-        takes_eta=_takes_eta(pipe) or tokens,
+        eta=_eta(pipe, config),
+        takes_eta=_takes_eta(pipe),
         noun="texts" if tokens else "images",
         distance="share of tokens that differ" if tokens else "root mean square of the pixels' differences",
         config_class=type(config).__name__,
@@ -204,9 +205,8 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
     else:
         imports, more = "AutoModel, DiffusionPipeline", f", {name}={name}"
         before = [f"{name} = AutoModel.from_pretrained(run, subfolder={str(where / name)!r})"]
-    # As in training, with η where the pipeline and its solver accept η.
-    noise = {"eta": config.eta} if _takes_eta(pipe) and not config.evaluates_by_ode else {}
-    given = config.call_kwargs | noise
+    eta = _eta(pipe, config)
+    given = config.call_kwargs | ({} if eta is None or not _takes_eta(pipe) else {"eta": eta})
     arguments = ", ".join(f"{key}={value!r}" for key, value in given.items() if isinstance(value, str | int | float))
     lines = [
         f"from diffusers import {imports}",
@@ -244,6 +244,12 @@ def _text_code(weights: Path, model: Any, config: TrainingConfig) -> str:
         f'output = pipe("a", num_inference_steps={config.num_inference_steps})',
     ]
     return "\n".join(lines)
+
+
+def _eta(pipe: Any, config: TrainingConfig) -> float | None:
+    """The η of the samples in training and evaluation; None where they have none, or only those of the training."""
+    drawn = config.samples_with_eta and not config.evaluates_by_ode and not is_token_scheduler(pipe.scheduler)
+    return config.eta if drawn else None
 
 
 def _takes_eta(pipe: Any) -> bool:
