@@ -1,12 +1,14 @@
 """The configuration of `steer finetune`: one strict schema, derived from the dataclasses."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import cached_pipe
 
+from steer import PRDPConfig, TrainingConfig
 from steer.apps.cli.finetune import parse_overrides
 from steer.apps.finetuning import METHODS, FinetuneJob, read_config, schema_of
 from steer.apps.prompts import load_prompts
@@ -14,6 +16,7 @@ from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
 from steer.errors import InputError
 from steer.pipelines.training.d3po_prdp import PRDPTrainer
+from steer.pipelines.training.method import sampler_of
 from steer.reward import with_timeout
 from steer.rewards.compose import RewardStatistics, StandardisedReward
 from steer.rewards.names import reward_names
@@ -54,6 +57,24 @@ def test_defaults_are_those_of_the_classes(method: str, tmp_path: Path) -> None:
     config = read_config(written(tmp_path, LEAST.replace("prdp", method)))
     assert config.training == METHODS[method].config_class(log_with=("tensorboard",), output_dir="out")
     assert config.job == FinetuneJob(method, "brightness", prompts="p.txt")
+
+
+@pytest.mark.parametrize(("law", "level"), [("ddim", 1.0), ("flow-sde", 0.7), ("dance", 0.3), ("cps", 0.8)])
+def test_the_noise_is_by_default_the_published_one_of_its_law(law: Any, level: float, tmp_path: Path) -> None:
+    """And config.yaml, the identity of checkpoints and the samples have this number; a given one stays."""
+    config = read_config(written(tmp_path, LEAST), {"dynamics": law})
+    assert config.plain()["eta"] == level == asdict(config.training)["eta"]
+    assert read_config(written(tmp_path, yaml.safe_dump(config.plain()))).training == config.training
+    assert read_config(written(tmp_path, LEAST + "eta: null\n"), {"dynamics": law}).training.eta == level
+    given = read_config(written(tmp_path, LEAST + "eta: 0.6\n"), {"dynamics": law})
+    assert given.plain()["eta"] == 0.6
+    assert [sampler_of(cached_pipe("sd3"), one.training).eta for one in (config, given)] == [level, 0.6]
+
+
+def test_a_run_from_before_the_default_of_its_law_has_the_same_identity() -> None:
+    """Its checkpoints hold the number 1.0, which was the default of every law."""
+    assert PRDPConfig() == PRDPConfig(eta=1.0) and asdict(PRDPConfig())["eta"] == 1.0
+    assert TrainingConfig(eta=1.0, dynamics="cps").eta == 1.0
 
 
 def test_a_resolved_configuration_is_one_again(tmp_path: Path) -> None:

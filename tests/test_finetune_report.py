@@ -405,6 +405,9 @@ def test_eta_is_named_where_samples_were_drawn_with_it(config: TrainingConfig, t
     used = isinstance(config, GRPOConfig)
     code = text.split("```python")[1].split("```")[0]
     assert ("own scheduler at η = 1, 20 steps" in text, ", eta=1.0)" in code) == (used, used)
+    window = GRPOConfig(dynamics="cps", window="first")
+    windowed = card_of(tmp_path, result_of(2, weights=tmp_path / "w"), config=window)
+    assert "of the law cps at level 0.8 in 3 solver steps" in windowed and "- eta: 0.8" in windowed
     assert used or ("own scheduler, 20 steps and guidance 1." in text and "η" not in text and "eta=" not in code)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from steer.arguments import Settings, argument
 from steer.diffusion.precision import Precision
-from steer.diffusion.schedules import Dynamics
+from steer.diffusion.schedules import PUBLISHED_ETA, Dynamics
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
 from steer.training.constraints import read_bounds
@@ -50,7 +50,9 @@ class TrainingConfig(Settings):
     micro_batch          rows per call of the denoiser; the gradients of an update's micro-batches are accumulated
     num_inference_steps  solver steps, in training and evaluation
     guidance_scale       guidance scale in training and evaluation; None: the default of the pipeline
-    eta                  η of every step, above 0 and at most 1; for flow-sde, dance and cps the noise level a
+    eta                  η of every step, above 0 and at most 1; for flow-sde, dance and cps the noise level a. None:
+                         the published one of `dynamics` (ddim 1, flow-sde 0.7, dance 0.3, cps 0.8), which the new
+                         configuration then holds
     dynamics             law of the noise: ddim, for any model; flow-sde, dance, cps, for flow matching alone (see
                          `steer.diffusion.schedules.split_flow_noise`). Evaluations then use the ODE
     skip_low_noise_steps  number of last stochastic steps (lowest τ) that loss, KL and penalties leave out, for new, old
@@ -126,7 +128,7 @@ class TrainingConfig(Settings):
     micro_batch: int = argument(16, "[1, inf]")
     num_inference_steps: int = argument(20, "[1, inf]")
     guidance_scale: float | None = argument(None, "(-inf, inf)")
-    eta: float = argument(1.0, "(0, 1]")
+    eta: float | None = argument(None, "(0, 1]")
     dynamics: Dynamics = "ddim"
     skip_low_noise_steps: int | None = None
     log_prob_precision: Precision = "float32"
@@ -174,6 +176,7 @@ class TrainingConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "eta", self.noise_level)  # config.yaml, checkpoints and cards say what is used
         if self.num_generations < self.min_generations:
             raise InputError(
                 f"num_generations must be at least {self.min_generations}, got {self.num_generations}: {self.title} "
@@ -200,6 +203,11 @@ class TrainingConfig(Settings):
         if (self.rollout_workers or self.reward_workers) and find_spec("ray") is None:
             raise InputError("rollout_workers and reward_workers need Ray: pip install 'steer-diffusion[ray]'")
         self.kl_control()
+
+    @property
+    def noise_level(self) -> float:
+        """η of every step, or the noise level a of `dynamics`: `eta`, by default the published one."""
+        return PUBLISHED_ETA[self.dynamics] if self.eta is None else self.eta
 
     def kl_control(self) -> KLControl:
         """The control of the KL weight before the first update. Raises InputError for values out of range."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steer.arguments import argument
 from steer.diffusion.precision import Precision
+from steer.diffusion.schedules import PUBLISHED_ETA
 from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.image_pairs import ImagePairs, read_image_pairs
@@ -60,11 +61,12 @@ class ForwardConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.loss()
-        noise = [name for name in ("dynamics", "eta") if getattr(self, name) != type(self).field(name).default]
+        usual = {"dynamics": "ddim", "eta": PUBLISHED_ETA[self.dynamics]}
+        noise = [name for name, value in usual.items() if getattr(self, name) != value]
         if noise and not self.eval_kl:
             raise InputError(
-                f"{noise[0]} is the noise of eval_kl alone in {self.title}, which samples by the pipeline's own solver, "
-                f"got {getattr(self, noise[0])}: set eval_kl: true, or leave {noise[0]} out"
+                f"{noise[0]} is the noise of eval_kl alone in {self.title}, which samples by the pipeline's own "
+                f"solver, got {getattr(self, noise[0])}: set eval_kl: true, or leave {noise[0]} out"
             )
         if given := [name for name in PATH_PENALTIES if getattr(self, name)]:
             raise InputError(

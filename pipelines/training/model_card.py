@@ -72,7 +72,7 @@ by the held-out reward.{% endif %}
 ```
 
 {% if config.evaluates_by_ode %}It was trained with noise of the law {{ config.dynamics }} at level \
-{{ "%g" % config.eta }}{% if window %} in {{ window }} solver steps{% endif %}, and evaluated without noise, \
+{{ "%g" % config.noise_level }}{% if window %} in {{ window }} solver steps{% endif %}, and evaluated without noise, \
 by the base model's own scheduler,{% else %}It was trained and evaluated with the base model's own scheduler\
 {% if eta is not none %} at η = {{ "%g" % eta }}{% endif %},{% endif %} {{ config.num_inference_steps }} steps and \
 {% if noun == "texts" %}no guidance{% elif config.guidance_scale is none %}\
@@ -249,7 +249,7 @@ def _text_code(weights: Path, model: Any, config: TrainingConfig) -> str:
 def _eta(pipe: Any, config: TrainingConfig) -> float | None:
     """The η of the samples in training and evaluation; None where they have none, or only those of the training."""
     drawn = config.samples_with_eta and not config.evaluates_by_ode and not is_token_scheduler(pipe.scheduler)
-    return config.eta if drawn else None
+    return config.noise_level if drawn else None
 
 
 def _takes_eta(pipe: Any) -> bool:
