@@ -45,6 +45,23 @@ def test_embedded_configurations_are_whole(name: str) -> None:
         assert not set(load_prompts(job.prompts)) & set(load_prompts(job.eval_prompts))
 
 
+def test_grpo_of_sd3_has_the_noise_of_its_paper_in_two_of_ten_steps() -> None:
+    """As Flow-GRPO-Fast: in the first half, at random. β = 0.01 of means is per nat divided by their counts."""
+    config = read_config("grpo-sd3").training
+    windows = [config.step_window(update) for update in range(40)]
+    steps = {tuple(one.steps(config.num_inference_steps)) for one in windows if one is not None}
+    assert steps == {(first, first + 1) for first in range(4)} and None not in windows
+    assert (config.dynamics, config.noise_level, config.num_generations) == ("flow-sde", 0.7, 24)
+    assert config.kl_weight * 2 * 16 * 64 * 64 == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["awm", "ram"])
+def test_forward_methods_of_scenes_differ_in_their_loss_alone(name: str) -> None:
+    one, other = (read_config(f"{method}-scenes").plain() for method in (name, "nft"))
+    differ = {key for key in one.keys() & other.keys() if one[key] != other[key]}
+    assert differ == {"method", "output_dir", "reference_weight"}
+
+
 def test_one_embedded_configuration_explains_every_key() -> None:
     config_values = yaml.safe_load(CONFIGS["prdp-sd15"].read_text())
     assert set(config_values) == set(schema_of("prdp").model_fields)
