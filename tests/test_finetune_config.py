@@ -1,5 +1,6 @@
 """The configuration of `steer finetune`: one strict schema, derived from the dataclasses."""
 
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import yaml
 from conftest import cached_pipe
 
-from steer import PRDPConfig, TrainingConfig
+from steer import GRPOConfig, NFTConfig, PRDPConfig, TrainingConfig
 from steer.apps.cli.finetune import parse_overrides
 from steer.apps.finetuning import METHODS, FinetuneJob, read_config, schema_of
 from steer.apps.prompts import load_prompts
@@ -43,6 +44,15 @@ def test_embedded_configurations_are_whole(name: str) -> None:
     if name.endswith("-scenes") and job.method != "dpo":  # which learns from a table of the user's
         assert job.prompts and job.eval_prompts
         assert not set(load_prompts(job.prompts)) & set(load_prompts(job.eval_prompts))
+
+
+def test_names_in_other_tools_are_translated_to_fields() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs/finetuning-reference.md").read_text()
+    table = page.split("### Names in other tools")[1].split("###")[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines() if line.startswith("| ")][1:]
+    names = {name for *_, ours in rows for name in re.findall(r"`([a-z_]+)(?::[^`]*)?`", ours)}
+    known = {one.name for config in (GRPOConfig, NFTConfig) for one in fields(config)}
+    assert len(rows) > 15 and names - {"cps"} <= known, names - known
 
 
 def test_grpo_of_sd3_has_the_noise_of_its_paper_in_two_of_ten_steps() -> None:
