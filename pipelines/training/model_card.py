@@ -118,9 +118,6 @@ def model_card(
     model, kind = escaped(about.get("model") or "a diffusion model"), "LoRA" if config.lora_rank else "full finetuning"
     pictures = [(text, f"plots/{file}") for file, text in PICTURES.items() if (folder / "plots" / file).exists()]
     pictures += [("Held-out images of the last evaluation", f"samples/{path.name}") for path in grids[-1:]]
-    # Only some updates measure the KL (kl_every), and losses without log-probabilities never do.
-    measured = next((record for record in reversed(result.records) if record.get("kl") is not None), None)
-    sampled = any("eval/kl" in one for one in result.evaluations)
     seconds = sum(record.get("seconds", 0.0) for record in result.records)
     tokens = is_token_scheduler(pipe.scheduler)
     hacking = find_hacking(result.evaluations, result.weights_step)
@@ -151,12 +148,20 @@ def model_card(
         arguments=_arguments(config, about),
         minutes=f"{seconds / 60:.3g}" if seconds else None,
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
-        measured=measured,
-        kl_row=KL_ROW,
-        kl_samples="trajectories of held-out prompts" if sampled else "the training samples of that update",
+        **_kl(result),
         stopped=None if result.stopped is None else escaped(result.stopped),
     )
     return str(card)
+
+
+def _kl(result: TrainingResult) -> dict[str, Any]:
+    """The values of the template about the KL, which kl_every measures in some updates, and some losses in none."""
+    sampled = any("eval/kl" in one for one in result.evaluations)
+    return {
+        "measured": next((record for record in reversed(result.records) if record.get("kl") is not None), None),
+        "kl_row": KL_ROW,
+        "kl_samples": "trajectories of held-out prompts" if sampled else "the training samples of that update",
+    }
 
 
 def _card_data(pipe: Any, config: TrainingConfig, result: TrainingResult, about: Mapping[str, Any]) -> ModelCardData:

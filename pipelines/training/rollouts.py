@@ -119,7 +119,7 @@ class OnlineRollouts:
         config = self.method.config
         size, samples, seed = config.train_batch_size, config.num_generations, config.seed
         updates = config.steps_per_generation
-        batches, rewards, metrics, seconds = [], [], [], 0.0
+        batches, rewards, metrics, seconds = list[Batch](), [], [], 0.0
         if self.method.workers is not None:
             self.method.workers.load({name: whole(one.detach()).cpu() for name, one in trainable.parameters.items()})
         order = batch_order(updates, config.num_iterations, seed, number)
