@@ -1,12 +1,15 @@
 """The configuration of `steer finetune`: one strict schema, derived from the dataclasses."""
 
-from dataclasses import fields
+import re
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import cached_pipe
 
+from steer import GRPOConfig, NFTConfig, PRDPConfig, TrainingConfig
 from steer.apps.cli.finetune import parse_overrides
 from steer.apps.finetuning import METHODS, FinetuneJob, read_config, schema_of
 from steer.apps.prompts import load_prompts
@@ -14,6 +17,7 @@ from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
 from steer.errors import InputError
 from steer.pipelines.training.d3po_prdp import PRDPTrainer
+from steer.pipelines.training.method import sampler_of
 from steer.reward import with_timeout
 from steer.rewards.compose import RewardStatistics, StandardisedReward
 from steer.rewards.names import reward_names
@@ -42,6 +46,32 @@ def test_embedded_configurations_are_whole(name: str) -> None:
         assert not set(load_prompts(job.prompts)) & set(load_prompts(job.eval_prompts))
 
 
+def test_names_in_other_tools_are_translated_to_fields() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs/finetuning-reference.md").read_text()
+    table = page.split("### Names in other tools")[1].split("###")[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines() if line.startswith("| ")][1:]
+    names = {name for *_, ours in rows for name in re.findall(r"`([a-z_]+)(?::[^`]*)?`", ours)}
+    known = {one.name for config in (GRPOConfig, NFTConfig) for one in fields(config)}
+    assert len(rows) > 15 and names - {"cps"} <= known, names - known
+
+
+def test_grpo_of_sd3_has_the_noise_of_its_paper_in_two_of_ten_steps() -> None:
+    """As Flow-GRPO-Fast: in the first half, at random. β = 0.01 of means is per nat divided by their counts."""
+    config = read_config("grpo-sd3").training
+    windows = [config.step_window(update) for update in range(40)]
+    steps = {tuple(one.steps(config.num_inference_steps)) for one in windows if one is not None}
+    assert steps == {(first, first + 1) for first in range(4)} and None not in windows
+    assert (config.dynamics, config.noise_level, config.num_generations) == ("flow-sde", 0.7, 24)
+    assert config.kl_weight * 2 * 16 * 64 * 64 == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["awm", "ram"])
+def test_forward_methods_of_scenes_differ_in_their_loss_alone(name: str) -> None:
+    one, other = (read_config(f"{method}-scenes").plain() for method in (name, "nft"))
+    differ = {key for key in one.keys() & other.keys() if one[key] != other[key]}
+    assert differ == {"method", "output_dir", "reference_weight"}
+
+
 def test_one_embedded_configuration_explains_every_key() -> None:
     config_values = yaml.safe_load(CONFIGS["prdp-sd15"].read_text())
     assert set(config_values) == set(schema_of("prdp").model_fields)
@@ -54,6 +84,24 @@ def test_defaults_are_those_of_the_classes(method: str, tmp_path: Path) -> None:
     config = read_config(written(tmp_path, LEAST.replace("prdp", method)))
     assert config.training == METHODS[method].config_class(log_with=("tensorboard",), output_dir="out")
     assert config.job == FinetuneJob(method, "brightness", prompts="p.txt")
+
+
+@pytest.mark.parametrize(("law", "level"), [("ddim", 1.0), ("flow-sde", 0.7), ("dance", 0.3), ("cps", 0.8)])
+def test_the_noise_is_by_default_the_published_one_of_its_law(law: Any, level: float, tmp_path: Path) -> None:
+    """And config.yaml, the identity of checkpoints and the samples have this number; a given one stays."""
+    config = read_config(written(tmp_path, LEAST), {"dynamics": law})
+    assert config.plain()["eta"] == level == asdict(config.training)["eta"]
+    assert read_config(written(tmp_path, yaml.safe_dump(config.plain()))).training == config.training
+    assert read_config(written(tmp_path, LEAST + "eta: null\n"), {"dynamics": law}).training.eta == level
+    given = read_config(written(tmp_path, LEAST + "eta: 0.6\n"), {"dynamics": law})
+    assert given.plain()["eta"] == 0.6
+    assert [sampler_of(cached_pipe("sd3"), one.training).eta for one in (config, given)] == [level, 0.6]
+
+
+def test_a_run_from_before_the_default_of_its_law_has_the_same_identity() -> None:
+    """Its checkpoints hold the number 1.0, which was the default of every law."""
+    assert PRDPConfig() == PRDPConfig(eta=1.0) and asdict(PRDPConfig())["eta"] == 1.0
+    assert TrainingConfig(eta=1.0, dynamics="cps").eta == 1.0
 
 
 def test_a_resolved_configuration_is_one_again(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rollouts import fresh_pipe, move
 from torch import Generator, Tensor
 
 import steer
-from steer import D3POConfig, PRDPConfig, PRDPTrainer, TrainingConfig, TrainingResult
+from steer import D3POConfig, DPOConfig, GRPOConfig, NFTConfig, PRDPConfig, PRDPTrainer, TrainingConfig, TrainingResult
 from steer.apps import finetune_report as grids
 from steer.apps import finetune_report as report
 from steer.apps import plots
@@ -236,6 +236,24 @@ def test_only_recorded_metrics_are_drawn() -> None:
     ]
 
 
+@pytest.mark.parametrize("options", [{}, {"eval_steps": 25}, {"kl_every": 100}, {"max_steps": 67}])
+def test_every_evaluation_has_a_kl(options: dict[str, int], tmp_path: Path) -> None:
+    """With the KL of the updates that log it: a point of the √KL panel for each evaluation, and no gap in the card."""
+    config = GRPOConfig(**options)
+    last = config.max_steps
+    steps = sorted({*range(0, last, config.eval_steps), last})
+    result = result_of(last, *steps, best=steps[-2])
+    logged = [step for step in range(1, last + 1) if config.logs_divergence(step - 1)]
+    assert len(logged) <= (last // config.kl_every) + len(steps)
+    result = without_kl(result, *logged)
+    kl, gains = report.reward_gains(result, "s")
+    assert kl.tolist() == pytest.approx([0.123456 * step for step in steps[1:]]) and len(gains) == len(kl)
+    (axes,) = panels(report.overoptimization_panels(result)).values()
+    assert len(axes.lines[0].get_xdata()) == len(steps) - 1
+    row = next(line for line in card_of(tmp_path, result, config=config).splitlines() if line.startswith("| KL"))
+    assert "–" not in row
+
+
 @pytest.mark.parametrize(("budget", "drawn"), [(1.0, "budget: 1 nats"), (1000.0, "budget: 1000 nats, above")])
 def test_a_budget_does_not_flatten_the_curve(budget: float, drawn: str) -> None:
     (axes,) = panels(report.divergence_panels(result_of(12), {"kl_budget_nats": budget})).values()
@@ -265,6 +283,31 @@ def test_one_update_and_none(count: int, steps: tuple[int, ...], files: int, tmp
 def test_without_evaluations_the_training_samples_are_reported(tmp_path: Path) -> None:
     text = card_of(tmp_path, result_of(7))
     assert "0.1429 in update 1, 1 in update 7" in text and "0.8642 nats" in text and "\n|" not in text
+
+
+def without_kl(result: TrainingResult, *measured: int) -> TrainingResult:
+    """A result whose records have a KL at the measured updates alone."""
+    kept = [{k: v for k, v in one.items() if k != "kl" or one["step"] in measured} for one in result.records]
+    return replace(result, records=tuple(kept))
+
+
+@pytest.mark.parametrize("config", [GRPOConfig(), NFTConfig()])
+def test_the_card_names_the_update_whose_kl_was_measured_last(config: TrainingConfig, tmp_path: Path) -> None:
+    """Between two measurements (kl_every), or with a loss that has no KL, the last update has none."""
+    text = card_of(tmp_path, without_kl(result_of(7), 1, 5), config=config)
+    assert "KL in update 5: 0.6173 nats per trajectory." in text and "In update 5 the KL was 0.6173 nats" in text
+    text = card_of(tmp_path, without_kl(result_of(7)), config=config)
+    assert "1 in update 7; the two are of different prompts.\n" in text and "KL" not in text
+
+
+def test_the_table_has_a_row_of_the_kl_where_it_was_measured(tmp_path: Path) -> None:
+    result = without_kl(result_of(7, 0, 7))
+    assert "KL" not in card_of(tmp_path, result, config=NFTConfig())
+    sampled = replace(result, evaluations=tuple(one | {"eval/kl": 0.5 * one["step"]} for one in result.evaluations))
+    text = card_of(tmp_path, sampled, config=NFTConfig(eval_kl=True))
+    assert "\n| KL, nats per trajectory | 0 | 3.5 |\n" in text and "of trajectories of held-out prompts." in text
+    text = card_of(tmp_path, without_kl(result_of(7, 0, 7), 7), config=GRPOConfig())
+    assert "| KL, nats per trajectory | 0 | 0.8642 |" in text and "of the training samples of that update." in text
 
 
 # The card.
@@ -353,6 +396,19 @@ def test_awkward_names_stay_text(tmp_path: Path) -> None:
 def test_every_method_cites_the_paper_of_its_code(trainer: type[Trainer[Any]]) -> None:
     number = trainer.config_class.paper[1]
     assert number in (inspect.getsource(inspect.getmodule(trainer)) or "").replace(f'"{number}"', "")
+
+
+@pytest.mark.parametrize("config", [GRPOConfig(), NFTConfig(), DPOConfig(), NFTConfig(eval_kl=True, eta=0.5)])
+def test_eta_is_named_where_samples_were_drawn_with_it(config: TrainingConfig, tmp_path: Path) -> None:
+    """Methods of the forward process sample by the pipeline's own solver, and η is the noise of their eval_kl alone."""
+    text = card_of(tmp_path, result_of(2, weights=tmp_path / "final" / "unet"), config=config)
+    used = isinstance(config, GRPOConfig)
+    code = text.split("```python")[1].split("```")[0]
+    assert ("own scheduler at η = 1, 20 steps" in text, ", eta=1.0)" in code) == (used, used)
+    window = GRPOConfig(dynamics="cps", window="first")
+    windowed = card_of(tmp_path, result_of(2, weights=tmp_path / "w"), config=window)
+    assert "of the law cps at level 0.8 in 3 solver steps" in windowed and "- eta: 0.8" in windowed
+    assert used or ("own scheduler, 20 steps and guidance 1." in text and "η" not in text and "eta=" not in code)
 
 
 def test_weights_that_a_guard_kept_are_named(tmp_path: Path) -> None:

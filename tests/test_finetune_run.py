@@ -110,12 +110,14 @@ def test_a_replay_that_differs_ends_the_run_before_the_first_update(pipe: Any, t
 @pytest.mark.parametrize(
     ("method", "options", "measured"),
     [
-        ("grpo", {"kl_every": 3}, [1, 4]),
+        ("grpo", {"kl_every": 3, "eval_steps": 100}, [1, 3, 5]),
+        ("grpo", {"kl_every": 100, "eval_steps": 2}, [1, 2, 4, 5]),
+        ("grpo", {"kl_every": 0, "eval_steps": 2}, []),
         ("ddpo", {"kl_every": 0}, []),
         ("grpo", {"kl_every": 0, "kl_weight": 0.1}, [1, 2, 3, 4, 5]),
         ("grpo", {"kl_every": 0, "kl_budget_nats": 1e9}, [1, 2, 3, 4, 5]),
         ("prdp", {"kl_every": 0}, [1, 2, 3, 4, 5]),
-        ("reward-backprop", {"kl_every": 2}, [1, 3, 5]),
+        ("reward-backprop", {"kl_every": 2, "eval_steps": 100}, [1, 2, 4, 5]),
     ],
 )
 def test_the_reference_is_evaluated_only_where_it_is_needed(
@@ -129,6 +131,14 @@ def test_the_reference_is_evaluated_only_where_it_is_needed(
     result = train(method, pipe, tmp_path, config, eval_prompts=(), eval_rewards=())
     assert [record["step"] for record in result.records if "kl" in record] == measured
     assert len(entered) == len(measured)
+
+
+def test_an_update_of_a_further_pass_before_an_evaluation_has_a_kl(pipe: Any, tmp_path: Path) -> None:
+    """Rollouts of two batches in two passes: updates 4 and 8 learn from whichever batch comes last in its rollout."""
+    options = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 9, "kl_every": 100, "eval_steps": 4}
+    config = config_of("grpo", **SHORT | options | {"save_steps": 100})
+    result = train("grpo", pipe, tmp_path, config, eval_prompts=(), eval_rewards=())
+    assert {1, 4, 8, 9} <= {record["step"] for record in result.records if "kl" in record} < set(range(1, 10))
 
 
 def test_a_rollout_without_references_is_resumed_to_the_last_bit(tmp_path: Path) -> None:

@@ -27,12 +27,15 @@ from steer import (
     D3POTrainer,
     DPOConfig,
     DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
     NFTConfig,
     NFTTrainer,
     RAMConfig,
     RAMTrainer,
     combine,
 )
+from steer.apps.finetune_report import write_report
 from steer.diffusion.seeds import seeded_normal
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
@@ -199,6 +202,43 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(method: str, tmp_pa
     assert all(record["grad_norm"] > 0 for record in results[0].records)
     measured = [record["step"] for record in results[0].records if "reference_distance" in record]
     assert measured == ([1, 2, 3, 4, 5] if method != "awm" else [1])
+
+
+@pytest.mark.parametrize("options", [{"dynamics": "flow-sde"}, {"eta": 0.5}])
+@pytest.mark.parametrize("config", [NFTConfig, AWMConfig, RAMConfig, DPOConfig])
+def test_noise_that_would_not_be_used_is_refused(config: Any, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(InputError, match=f"^{name} is the noise of eval_kl alone .*true, or leave {name}"):
+        config(**options)
+    assert not config(**options, eval_kl=True).evaluates_by_ode, "images come from the pipeline's own solver"
+    assert config(eta=1.0, dynamics="ddim") == config()
+
+
+def test_dynamics_are_the_law_of_eval_kl_alone(tmp_path: Path) -> None:
+    """The same weights and images by any law; another KL."""
+    results = {}
+    for law in ("ddim", "cps"):
+        options = SMALL | {"max_steps": 2, "eval_steps": 2, "eval_kl": True, "output_dir": str(tmp_path / law)}
+        trainer = NFTTrainer(fresh_pipe("sd3"), "brightness", NFTConfig(**options, dynamics=law), **DATA)
+        results[law] = trainer.train()
+    one, other = (load_file(result.weights) for result in results.values())
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    last = [result.evaluations[-1] for result in results.values()]
+    assert last[0]["eval/brightness"] == last[1]["eval/brightness"]
+    assert last[0]["eval/kl"] > 0 < last[1]["eval/kl"] != last[0]["eval/kl"]
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(NFTTrainer, NFTConfig), (GRPOTrainer, GRPOConfig)])
+def test_a_run_without_evaluations_has_a_model_card(trainer: Any, config: Any, tmp_path: Path) -> None:
+    """The last update has no KL: never with a loss of the forward process, rarely where only the log needs it."""
+    options = SMALL | {"max_steps": 2, "kl_every": 0, "output_dir": str(tmp_path / "run")}
+    trained = trainer(fresh_pipe("sd"), "brightness", config(**options), train_prompts=DATA["train_prompts"])
+    result = trained.train()
+    assert not any("kl" in record for record in result.records)
+    text = (trained.save_pretrained(tmp_path / "lora") / "README.md").read_text()
+    write_report(trained, result)
+    for card in (text, (tmp_path / "run" / "README.md").read_text()):
+        assert "Nothing was evaluated on held-out prompts. Mean reward" in card and "KL" not in card
 
 
 def test_the_averaged_weights_draw_the_samples(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from steer.arguments import Settings, argument
 from steer.diffusion.precision import Precision
-from steer.diffusion.schedules import Dynamics
+from steer.diffusion.schedules import PUBLISHED_ETA, Dynamics
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
 from steer.training.constraints import read_bounds
@@ -50,7 +50,9 @@ class TrainingConfig(Settings):
     micro_batch          rows per call of the denoiser; the gradients of an update's micro-batches are accumulated
     num_inference_steps  solver steps, in training and evaluation
     guidance_scale       guidance scale in training and evaluation; None: the default of the pipeline
-    eta                  η of every step, above 0 and at most 1; for flow-sde, dance and cps the noise level a
+    eta                  η of every step, above 0 and at most 1; for flow-sde, dance and cps the noise level a. None:
+                         the published one of `dynamics` (ddim 1, flow-sde 0.7, dance 0.3, cps 0.8), which the new
+                         configuration then holds
     dynamics             law of the noise: ddim, for any model; flow-sde, dance, cps, for flow matching alone (see
                          `steer.diffusion.schedules.split_flow_noise`). Evaluations then use the ODE
     skip_low_noise_steps  number of last stochastic steps (lowest τ) that loss, KL and penalties leave out, for new, old
@@ -88,7 +90,8 @@ class TrainingConfig(Settings):
                          over its elements and steps
     kl_budget_nats       KL at which the training ends, in the same unit
     kl_every             updates between measurements of the KL for the log, where neither the loss nor a KL weight,
-                         target or budget nor chi_square_weight needs the reference; 0: never. Elsewhere every update
+                         target or budget nor chi_square_weight needs the reference; also measured in the first update
+                         and in the last one before each evaluation; 0: never. Elsewhere every update
     chi_square_weight    weight of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a
                          trajectory
     eval_steps           updates between evaluations; there is also one before the first update and one after the last
@@ -125,7 +128,7 @@ class TrainingConfig(Settings):
     micro_batch: int = argument(16, "[1, inf]")
     num_inference_steps: int = argument(20, "[1, inf]")
     guidance_scale: float | None = argument(None, "(-inf, inf)")
-    eta: float = argument(1.0, "(0, 1]")
+    eta: float | None = argument(None, "(0, 1]")
     dynamics: Dynamics = "ddim"
     skip_low_noise_steps: int | None = None
     log_prob_precision: Precision = "float32"
@@ -169,9 +172,11 @@ class TrainingConfig(Settings):
     reward_workers: Mapping[str, int] = field(default_factory=dict)
 
     min_generations: ClassVar[int] = 1  # samples of a prompt that the method compares
+    samples_with_eta: ClassVar[bool] = True  # else by the pipeline's own solver: `eta` and `dynamics` are of eval_kl
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "eta", self.noise_level)  # config.yaml, checkpoints and cards say what is used
         if self.num_generations < self.min_generations:
             raise InputError(
                 f"num_generations must be at least {self.min_generations}, got {self.num_generations}: {self.title} "
@@ -199,6 +204,11 @@ class TrainingConfig(Settings):
             raise InputError("rollout_workers and reward_workers need Ray: pip install 'steer-diffusion[ray]'")
         self.kl_control()
 
+    @property
+    def noise_level(self) -> float:
+        """η of every step, or the noise level a of `dynamics`: `eta`, by default the published one."""
+        return PUBLISHED_ETA[self.dynamics] if self.eta is None else self.eta
+
     def kl_control(self) -> KLControl:
         """The control of the KL weight before the first update. Raises InputError for values out of range."""
         return KLControl(self.kl_weight, self.kl_target_nats, self.kl_budget_nats)
@@ -207,6 +217,16 @@ class TrainingConfig(Settings):
     def needs_divergence(self) -> bool:
         """Whether anything depends on the KL or χ² to the reference, so that it is computed instead of estimated."""
         return bool(self.kl_weight or self.kl_budget_nats or self.chi_square_weight)
+
+    def logs_divergence(self, update: int) -> bool:
+        """Whether the divergence from the reference is measured for the log in an update, numbered from 0.
+
+        In the first update, every kl_every updates, and in the last one before an evaluation, whose gain is drawn
+        against the KL.
+        """
+        done = update + 1
+        evaluated = done % self.eval_steps == 0 or done == self.max_steps
+        return self.kl_every > 0 and (update == 0 or done % self.kl_every == 0 or evaluated)
 
     def step_window(self, update: int, half: bool = False) -> StepWindow | None:
         """The solver steps with noise in an update's rollout; None: all. `half`: whether weights are half precision."""

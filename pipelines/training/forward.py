@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steer.arguments import argument
 from steer.diffusion.precision import Precision
+from steer.diffusion.schedules import PUBLISHED_ETA
 from steer.errors import InputError
 from steer.pipelines.training.config import SignalConfig, TrainingConfig
 from steer.pipelines.training.image_pairs import ImagePairs, read_image_pairs
@@ -29,14 +30,16 @@ PATH_PENALTIES = ("kl_weight", "kl_target_nats", "kl_budget_nats", "chi_square_w
 
 @dataclass(frozen=True)
 class ForwardConfig(TrainingConfig):
-    """TrainingConfig of a method of the forward process. `eta` and `latents_dtype` apply to no log-probabilities here.
+    """TrainingConfig of a method of the forward process, which samples by the pipeline's own solver.
 
+    eta               noise of the trajectories of eval_kl, as `dynamics`, their law; refused without eval_kl
     guidance_scale    guidance scale in training and evaluation: none (1) as published; None: the pipeline's default
     log_prob_precision  precision of the denoiser: the model's is enough, since no differences of large sums are taken
     reference_weight  β of ‖o_θ − o_ref‖², the mean squared difference of the denoiser's outputs, in place of kl_weight
     """
 
     min_generations: ClassVar[int] = 2
+    samples_with_eta: ClassVar[bool] = False
 
     guidance_scale: float | None = argument(1.0, "(-inf, inf)")
     log_prob_precision: Precision = "model"
@@ -50,9 +53,21 @@ class ForwardConfig(TrainingConfig):
         """Decay of the averaged weights that draw the samples, after this many rollouts; 0: no average."""
         return 0.0
 
+    @property
+    def evaluates_by_ode(self) -> bool:
+        """Return False: evaluations use the pipeline's own solver, as the samples do."""
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.loss()
+        usual = {"dynamics": "ddim", "eta": PUBLISHED_ETA[self.dynamics]}
+        noise = [name for name, value in usual.items() if getattr(self, name) != value]
+        if noise and not self.eval_kl:
+            raise InputError(
+                f"{noise[0]} is the noise of eval_kl alone in {self.title}, which samples by the pipeline's own "
+                f"solver, got {getattr(self, noise[0])}: set eval_kl: true, or leave {noise[0]} out"
+            )
         if given := [name for name in PATH_PENALTIES if getattr(self, name)]:
             raise InputError(
                 f"{given[0]} is for methods with log-probabilities, got {getattr(self, given[0]):g}: give "
@@ -94,8 +109,8 @@ class ForwardTrainer(Trainer[ForwardConfigT]):
 
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Add the gradient of one update; see `steer.training.forward.forward_gradient`."""
-        state, loss, every = self.state, self.config.loss(), self.config.kl_every
-        logged = every > 0 and state.step % every == 0
+        state, loss = self.state, self.config.loss()
+        logged = self.config.logs_divergence(state.step)
         reference = loss.uses_reference or self.config.reference_weight > 0 or logged
         drew_batch = options["on_policy"] and self.old_decay(state.num_rollouts - 1) == 0
         return forward_gradient(

@@ -169,7 +169,7 @@ def sampler_of(
     precision, autocast = precision or config.log_prob_precision, config.mixed_precision != "no"
     if is_token_scheduler(pipe.scheduler):
         return TokenSampler(pipe, config.call_kwargs, prepared, precision, autocast)
-    options = (config.eta, latents_dtype, prepared, precision, autocast, config.dynamics)
+    options = (config.noise_level, latents_dtype, prepared, precision, autocast, config.dynamics)
     return Sampler(pipe, config.call_kwargs, *options, conditions)
 
 
@@ -188,7 +188,7 @@ def check_tokens(pipe: Any, config: TrainingConfig, trains_tokens: bool) -> None
             f"{config.title} is for images: train {name} by a method of log-probabilities, such as grpo, or by drakes"
         )
     plain = TrainingConfig()
-    options = ("eta", "dynamics", "guidance_scale", "chi_square_weight", "window")
+    options = ("dynamics", "eta", "guidance_scale", "chi_square_weight", "window")
     given = [one for one in options if getattr(config, one, None) != getattr(plain, one, None)]
     if given:
         raise InputError(f"{given[0]} is for images, and {name} makes texts: leave it out")
@@ -291,8 +291,7 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
 
     def evaluates_reference(self, update: int) -> bool:
         """Whether the reference is evaluated on the samples of an update, numbered from 0."""
-        every = self.config.kl_every
-        return self.needs_reference or (every > 0 and update % every == 0)
+        return self.needs_reference or self.config.logs_divergence(update)
 
     def num_learned_steps(self, total: int) -> int:
         """Number of stochastic steps, from the first on, that count in losses and penalties."""

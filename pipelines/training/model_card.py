@@ -21,6 +21,7 @@ from steer.training.trainable import LORA_FILES, SECOND_DENOISER, get_denoiser
 
 LORA, PEFT = LORA_FILES
 PACKAGES = ("torch", "diffusers", "peft")
+KL_ROW = "KL, nats per trajectory"
 PICTURES = {
     "before-after.png": "The same held-out prompts and seeds, before and after",
     "rewards.png": "The trained reward and the held-out ones",
@@ -45,14 +46,15 @@ It made {{ result.step }} update{{ "" if result.step == 1 else "s" }}.
 {% if loop.first %}{{ "|---" * row | length }}|
 {% endif %}{% endfor %}
 Rewards: mean over held-out prompts at fixed seeds, with its 95 % bootstrap interval over the prompts. Diversity: mean \
-distance between two {{ noun }} of a prompt ({{ distance }}, 0 to 1). KL: of the training \
-samples of that update, from the base model.
+distance between two {{ noun }} of a prompt ({{ distance }}, 0 to 1).\
+{% if table[-1][0] == kl_row %} KL: from the base model, of {{ kl_samples }}.{% endif %}
 {% if hacking %}
 **{{ hacking }}**
 {% endif %}{% elif scored %}Nothing was evaluated on held-out prompts. Mean reward of the training samples: \
 {{ number(scored[0].reward) }} in update {{ scored[0].step }}, {{ number(scored[-1].reward) }} in update \
-{{ scored[-1].step }}; the two are of different prompts. KL in the last: {{ number(scored[-1].kl) }} nats per \
-trajectory.
+{{ scored[-1].step }}; the two are of different prompts.\
+{% if measured is not none %} KL in update {{ measured.step }}: {{ number(measured.kl) }} nats per \
+trajectory.{% endif %}
 {% else %}Nothing was evaluated.
 {% endif %}{% for text, file in pictures %}
 ![{{ text }}]({{ file }})
@@ -70,12 +72,12 @@ by the held-out reward.{% endif %}
 ```
 
 {% if config.evaluates_by_ode %}It was trained with noise of the law {{ config.dynamics }} at level \
-{{ "%g" % config.eta }}{% if window %} in {{ window }} solver steps{% endif %}, and evaluated without noise, \
-by the base model's own scheduler,{% else %}It was trained and evaluated with the base model's own scheduler at \
-η = {{ "%g" % config.eta }},{% endif %} {{ config.num_inference_steps }} steps and \
+{{ "%g" % config.noise_level }}{% if window %} in {{ window }} solver steps{% endif %}, and evaluated without noise, \
+by the base model's own scheduler,{% else %}It was trained and evaluated with the base model's own scheduler\
+{% if eta is not none %} at η = {{ "%g" % eta }}{% endif %},{% endif %} {{ config.num_inference_steps }} steps and \
 {% if noun == "texts" %}no guidance{% elif config.guidance_scale is none %}\
 the default guidance of the pipeline{% else %}guidance {{ "%g" % config.guidance_scale }}{% endif %}.\
-{% if not takes_eta and not config.evaluates_by_ode %} This call takes no η, so the scheduler makes \
+{% if eta is not none and not takes_eta %} This call takes no η, so the scheduler makes \
 its own steps, which may be without noise: {{ noun }} then differ from those of the evaluation, which were made by \
 steer's stochastic steps.{% endif %}
 {% endif %}
@@ -91,7 +93,8 @@ All other arguments are the defaults of steer's {{ config_class }}.
 
 - A reward is not quality: the model has learned to raise this number, including by its faults.
 - The model was moved away from the base model on purpose, and may be worse at what the reward does not measure.\
-{% if kl is not none %} In the last update the KL was {{ number(kl) }} nats per trajectory.{% endif %}
+{% if measured is not none %} In update {{ measured.step }} the KL was {{ number(measured.kl) }} nats per trajectory.\
+{% endif %}
 - Held-out rewards are numbers of models or programs too: they are not human judgement.
 - The intervals are over prompts, of one training: another seed may give other results.
 - The licence and the limits of the base model hold for this one too.
@@ -115,7 +118,6 @@ def model_card(
     model, kind = escaped(about.get("model") or "a diffusion model"), "LoRA" if config.lora_rank else "full finetuning"
     pictures = [(text, f"plots/{file}") for file, text in PICTURES.items() if (folder / "plots" / file).exists()]
     pictures += [("Held-out images of the last evaluation", f"samples/{path.name}") for path in grids[-1:]]
-    kl = next((record["kl"] for record in reversed(result.records) if record.get("kl") is not None), None)
     seconds = sum(record.get("seconds", 0.0) for record in result.records)
     tokens = is_token_scheduler(pipe.scheduler)
     hacking = find_hacking(result.evaluations, result.weights_step)
@@ -138,17 +140,28 @@ def model_card(
         kept=None if result.weights_step == result.step else result.weights_step,
         code="" if result.weights is None else _code(folder, pipe, about.get("model"), config, result.weights),
         window=None if (noisy := config.step_window(0)) is None else noisy.size,
-        takes_eta=_takes_eta(pipe) or tokens,
+        eta=_eta(pipe, config),
+        takes_eta=_takes_eta(pipe),
         noun="texts" if tokens else "images",
         distance="share of tokens that differ" if tokens else "root mean square of the pixels' differences",
         config_class=type(config).__name__,
         arguments=_arguments(config, about),
         minutes=f"{seconds / 60:.3g}" if seconds else None,
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
-        kl=kl,
+        **_kl(result),
         stopped=None if result.stopped is None else escaped(result.stopped),
     )
     return str(card)
+
+
+def _kl(result: TrainingResult) -> dict[str, Any]:
+    """The values of the template about the KL, which kl_every measures in some updates, and some losses in none."""
+    sampled = any("eval/kl" in one for one in result.evaluations)
+    return {
+        "measured": next((record for record in reversed(result.records) if record.get("kl") is not None), None),
+        "kl_row": KL_ROW,
+        "kl_samples": "trajectories of held-out prompts" if sampled else "the training samples of that update",
+    }
 
 
 def _card_data(pipe: Any, config: TrainingConfig, result: TrainingResult, about: Mapping[str, Any]) -> ModelCardData:
@@ -197,9 +210,8 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
     else:
         imports, more = "AutoModel, DiffusionPipeline", f", {name}={name}"
         before = [f"{name} = AutoModel.from_pretrained(run, subfolder={str(where / name)!r})"]
-    # As in training, with η where the pipeline and its solver accept η.
-    noise = {"eta": config.eta} if _takes_eta(pipe) and not config.evaluates_by_ode else {}
-    given = config.call_kwargs | noise
+    eta = _eta(pipe, config)
+    given = config.call_kwargs | ({} if eta is None or not _takes_eta(pipe) else {"eta": eta})
     arguments = ", ".join(f"{key}={value!r}" for key, value in given.items() if isinstance(value, str | int | float))
     lines = [
         f"from diffusers import {imports}",
@@ -237,6 +249,12 @@ def _text_code(weights: Path, model: Any, config: TrainingConfig) -> str:
         f'output = pipe("a", num_inference_steps={config.num_inference_steps})',
     ]
     return "\n".join(lines)
+
+
+def _eta(pipe: Any, config: TrainingConfig) -> float | None:
+    """The η of the samples in training and evaluation; None where they have none, or only those of the training."""
+    drawn = config.samples_with_eta and not config.evaluates_by_ode and not is_token_scheduler(pipe.scheduler)
+    return config.noise_level if drawn else None
 
 
 def _takes_eta(pipe: Any) -> bool:
@@ -278,7 +296,10 @@ def _evaluations(result: TrainingResult) -> list[list[str]]:
     if any(one.get("eval/diversity") for one in chosen.values()):
         rows.append(["diversity", *[_number(one.get("eval/diversity")) for one in chosen.values()]])
     kl = {0: 0.0} | {record["step"]: record.get("kl") for record in result.records}
-    return [*rows, ["KL, nats per trajectory", *[_number(kl.get(step)) for step in chosen]]]
+    nats = {step: one.get("eval/kl", kl.get(step)) for step, one in chosen.items()}
+    if all(value is None for step, value in nats.items() if step):  # a loss without log-probabilities
+        return rows
+    return [*rows, [KL_ROW, *map(_number, nats.values())]]
 
 
 def _arguments(config: TrainingConfig, about: Mapping[str, Any]) -> list[tuple[str, str]]:

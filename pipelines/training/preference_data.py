@@ -309,7 +309,7 @@ def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfi
     """Raise InputError where a run would not draw samples as the folder's samples were drawn."""
     if config.num_generations != 2:
         raise InputError(f"num_generations must be 2, got {config.num_generations}: a preference compares two samples")
-    here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
+    here = SampleProvenance.of(pipe, config.call_kwargs, config.noise_level, config.latents_dtype)
     other = replace(records.provenance, **{name: getattr(here, name) for name in MUST_MATCH})
     for name, values in records.provenance.diff(other).items():
         there, asked = ("not given" if value is None else repr(value) for value in values)
@@ -344,7 +344,7 @@ def _regenerate(
     if not groups:
         return {}
     kept, sampler = PreferenceFolder.create_as(folder, records.provenance), sampler_of(pipe, config)
-    here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
+    here = SampleProvenance.of(pipe, config.call_kwargs, config.noise_level, config.latents_dtype)
     for group in tqdm(groups, unit="group", disable=None, desc="sampling the recorded images again"):
         if (known := kept.groups.get(group_id(group.rows))) is not None and known.images == group.images:
             continue  # already sampled by this run before it was stopped

@@ -113,13 +113,17 @@ class OnlineRollouts:
     ) -> RolloutBuffer:
         """Collect rollout `number`, from 0: sample and score this process's shard of every update.
 
-        The reference is evaluated on the samples if the update needs it. Raises InputError if the first
+        The reference is evaluated on the samples if one of their updates needs it. Raises InputError if the first
         rollout leaves nothing to learn.
         """
-        config, first = self.method.config, number * self.method.config.steps_per_generation
-        batches, rewards, metrics, seconds = [], [], [], 0.0
+        config, updates = self.method.config, self.method.config.steps_per_generation
+        batches, rewards, metrics, seconds = list[Batch](), [], [], 0.0
         if self.method.workers is not None:
             self.method.workers.load({name: whole(one.detach()).cpu() for name, one in trainable.parameters.items()})
+        order = batch_order(updates, config.num_iterations, config.seed, number)
+        passes = enumerate(order, number * len(order))  # with the number of the optimiser's update
+        referenced = {batch for update, batch in passes if self.method.evaluates_reference(update)}
+        first = number * updates
         for update, scored in enumerate(self._sample(first, sampler, on_chunk, context), first):
             name = f"update {update}"
             seconds += scored.seconds
@@ -127,14 +131,13 @@ class OnlineRollouts:
             steps = self.method.steps(learned, name)
             chunks, signal = self.method.select(scored, self.method.signal(scored), name, context)
             references: list[Reference] = []
-            if self.method.evaluates_reference(update):
+            if len(batches) in referenced:
                 references = references_of(sampler, trainable, chunks, steps, on_chunk, config)
             batches.append(Batch(chunks, references, steps, signal, learned))
             rewards.append(scored.rewards)
             metrics.append(summary(scored) | self.method.metrics())
         if number == 0:
             check_spread(torch.cat(rewards), self.method.reward.name)
-        order = batch_order(len(batches), config.num_iterations, config.seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(rewards), tuple(metrics), order, reward_seconds=seconds)
 
     def _sample(self, first: int, sampler: Sampler, on_chunk: OnChunk, context: DistributedContext) -> list[Scored]:

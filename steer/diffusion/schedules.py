@@ -293,6 +293,8 @@ class Gaussian:
 
 Dynamics = Literal["ddim", "flow-sde", "dance", "cps"]
 DYNAMICS: tuple[Dynamics, ...] = get_args(Dynamics)
+# η of DDPM; a of Flow-GRPO (arXiv 2505.05470), DanceGRPO (2505.07818) and Flow-CPS (2509.05952)
+PUBLISHED_ETA: dict[Dynamics, float] = {"ddim": 1.0, "flow-sde": 0.7, "dance": 0.3, "cps": 0.8}
 
 
 def gaussian_transition(
