@@ -30,7 +30,7 @@ from steer.pipelines.training.method import TrainingResult
 from steer.pipelines.training.methods import METHODS
 from steer.pipelines.training.state import checkpoint_to_resume
 from steer.pipelines.training.trainer import PAUSED, Trainer
-from steer.registry import choose, nearest
+from steer.registry import choose, did_you_mean, nearest
 from steer.training.trainable import SECOND_DENOISER, read_lora
 
 
@@ -247,7 +247,9 @@ def _validated(schema: type[BaseModel], config_values: Mapping[str, Any], source
         if holders := [method for method in METHODS if key in schema_of(method).model_fields]:
             owners = ", ".join(holders)
             raise InputError(f"{source.key(key)}: {schema.__name__} has no such option, it is one of {owners}")
-        raise InputError(f"{source.key(key)}: unknown key, did you mean {nearest(key, schema.model_fields)}?")
+        listed = f"`steer finetune {source.name} --help` lists the keys"
+        hint = did_you_mean(key, schema.model_fields, listed, TrainingConfig.other_names)
+        raise InputError(f"{source.key(key)}: unknown key, {hint}")
     if first["type"] == "missing":
         raise InputError(f"{source.name}: {key} is missing: give it there, or with --{key.replace('_', '-')}")
     asked = TYPES.get(first["type"]) or first["msg"].removeprefix("Input should be ")
@@ -363,12 +365,11 @@ def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
 
 def _check_call(config: FinetuneConfig, pipe: Any) -> None:
     """Raise InputError for an argument that the loaded pipeline's call does not have."""
-    known = inspect.signature(type(pipe).__call__).parameters
+    known = [*inspect.signature(type(pipe).__call__).parameters][1:]  # without self
     if unknown := [name for name in config.training.call if name not in known]:
         key = config.source.key(f"call.{unknown[0]}")
-        raise InputError(
-            f"{key}: {type(pipe).__name__} has no such argument, did you mean {nearest(unknown[0], known)}?"
-        )
+        hint = did_you_mean(unknown[0], known, f"see the arguments of {type(pipe).__name__}.__call__")
+        raise InputError(f"{key}: {type(pipe).__name__} has no such argument, {hint}")
 
 
 def _prompts(config: FinetuneConfig) -> tuple[list[PromptRow], list[PromptRow]]:

@@ -25,7 +25,7 @@ from steer.pipelines.settings import (
     ReNOSettings,
     SelectionSettings,
 )
-from steer.registry import choose, nearest
+from steer.registry import choose, did_you_mean
 
 
 class MethodOptions(NamedTuple):
@@ -193,6 +193,7 @@ def _call_text(given: Any) -> str | None:
 
 
 SHARED = [name for name in SamplingConfig.saved() if name != "options"]
+OPTIONS_LISTED = "`steer sample --help` lists the options"
 ALL_OPTIONS = list(dict.fromkeys(name for one in METHOD_OPTIONS.values() for name in one.names))
 
 
@@ -204,7 +205,7 @@ def method_settings(method: str, values: Mapping[str, Any], particles: int) -> C
         if name not in names:
             if owners := methods_with(name):
                 raise InputError(f"{name} is an option of {' and '.join(owners)}, not of {method}: leave it out", name)
-            raise InputError(f"unknown option {name!r}: did you mean {nearest(name, [*SHARED, *names])}?")
+            raise InputError(f"unknown option {name!r}: {did_you_mean(name, [*SHARED, *names], OPTIONS_LISTED)}")
     return settings(**{**defaults, **values, "num_particles": particles})
 
 

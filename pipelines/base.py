@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from os import PathLike
-from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
+from typing import Any, ClassVar, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 import torch
 from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
-from steer.arguments import Settings, coerce_value
+from steer.arguments import KeywordChecked, Settings, coerce_value
 from steer.diffusion.draws import replaced_draw
 from steer.diffusion.modular import as_callable
 from steer.diffusion.schedules import clip_limit, descends_from, ignores_eta
@@ -21,16 +21,20 @@ from steer.diffusion.seeds import Generators, copy_generators
 from steer.errors import InputError
 from steer.pipelines.settings import IntermediateSettings, Prompts, read_arguments
 from steer.pipelines.text.masked_diffusion import left_out, pipeline_class
-from steer.registry import nearest
+from steer.registry import did_you_mean
 from steer.rewards.parser import load_reward
 
 
-class RewardedPipeline:
+class RewardedPipeline(KeywordChecked):
     """A diffusers pipeline, which stays unchanged, and a reward.
 
     The reward is a Reward, a function (images, prompts) → (N,), a name, a dict of weights or a list (see
     `steer.load_reward`).
     """
+
+    other_names: ClassVar[Mapping[str, str]] = dict.fromkeys(("pipeline", "model"), "pipe") | dict.fromkeys(
+        ("reward_funcs", "reward_fn"), "reward"
+    )
 
     def __init__(self, pipe: Any, reward: Any) -> None:
         self.pipe = as_callable(pipe)
@@ -95,7 +99,7 @@ def steering_call(settings: Callable[P, S]) -> Callable[[SteeringMethod[S]], Ste
         @functools.wraps(method)
         def call(self: Any, prompt: Prompts = None, **arguments: Any) -> SteeringOutput:
             own, rest = read_arguments(kind, arguments)
-            check_known(rest, self.pipe, [one.name for one in parameters])
+            check_known(rest, self.pipe, kind)
             return method(self, coerce_value("prompt", Prompts, prompt), own, rest)
 
         table = "\n".join(f"{one.name:23} {kind.help()[one.name]}" for one in parameters)
@@ -108,13 +112,26 @@ def steering_call(settings: Callable[P, S]) -> Callable[[SteeringMethod[S]], Ste
     return decorate
 
 
-def check_known(call: Mapping[str, Any], pipe: Any, settings: Sequence[str]) -> None:
+OTHER_NAMES = {  # words for arguments of a steering call in other libraries and in `steer sample`
+    "seed": "generator=torch.Generator().manual_seed(seed)",
+    "n": "num_particles",
+    "num_samples": "num_particles",
+    "batch_size": "num_particles",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+}
+
+
+def check_known(call: Mapping[str, Any], pipe: Any, settings: type[Settings]) -> None:
     """Raise InputError for an argument that neither the method nor the pipeline's own call knows."""
-    accepted = inspect.signature(type(pipe).__call__).parameters.values()
-    known = [*settings, "metadata", *(one.name for one in accepted if one.kind in (_POSITIONAL, _KEYWORD))]
+    _, *accepted = inspect.signature(type(pipe).__call__).parameters.values()  # without self
+    own = [one.name for one in accepted if one.kind in (_POSITIONAL, _KEYWORD)]
+    known = [*(one.name for one in fields(settings)), "metadata", *own]
     if unknown := [name for name in call if name not in known]:
+        kind = type(pipe).__name__
+        see = f"see the arguments of {kind}.__call__ and {settings.__name__}"
         raise InputError(
-            f"{type(pipe).__name__} takes no argument {unknown[0]!r}: did you mean {nearest(unknown[0], known)}?"
+            f"{kind} takes no argument {unknown[0]!r}: {did_you_mean(unknown[0], known, see, OTHER_NAMES)}"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.registry import nearest
+from steer.registry import did_you_mean
 from steer.reward import (
     METADATA_PARAMETERS,
     Metadata,
@@ -44,6 +44,7 @@ class _FunctionReward(RewardProxy):
 
 
 ARGUMENTS = ("images", "prompts")
+LISTED = "`steer rewards` lists the names"
 
 
 def _in_standard_order(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,8 +101,7 @@ def make_reward(atom: str) -> Reward:
         return _as_reward(_make(factory, name, argument))
     if argument and ("." in name or (name.isidentifier() and _is_module(name))):
         return _as_reward(_attribute(f"{name}:{argument}"))
-    near = nearest(name, reward_names())
-    raise RewardError(f"unknown reward {atom!r}: did you mean {near}? `steer rewards` lists them")
+    raise RewardError(f"unknown reward {atom!r}: {did_you_mean(name, reward_names(), LISTED)}")
 
 
 def takes_number(name: str) -> bool:

@@ -394,9 +394,9 @@ def test_errors_are_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("contender", "message"),
     [
-        ("fk", "contender 'scenes fk=None': unknown option 'fk': did you mean"),
+        ("fk", "contender 'scenes fk=None': unknown option 'fk': `steer evaluate --help` lists the options"),
         ("method: [", "--contender"),
-        ("methd: fk", "contender 'scenes methd=fk': unknown option 'methd': did you mean"),
+        ("methd: fk", "contender 'scenes methd=fk': unknown option 'methd': did you mean method"),
         ("model: 3", "model of a contender must be text, got 3"),
         ("method: fkk", "unknown method 'fkk': did you mean fk"),
         ("particles: 0", "particles must be at least 1"),

@@ -1,5 +1,6 @@
 """The snippets that a new user writes without documentation: each of them runs."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,6 +144,34 @@ def test_arguments_of_the_pipeline_are_passed_on(pipe: Any) -> None:
 def test_a_misspelt_argument_has_a_suggestion(pipe: Any) -> None:
     with pytest.raises(InputError, match="StableDiffusionPipeline takes no argument 'lamb': did you mean lam"):
         FKSteeringPipeline(pipe, "brightness")(PROMPT, lamb=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("seed", "did you mean generator=torch.Generator().manual_seed(seed)?"),
+        ("n", "did you mean num_particles?"),
+        ("num_samples", "did you mean num_particles?"),
+        ("batch_size", "did you mean num_particles?"),
+        ("steps", "did you mean num_inference_steps?"),
+        ("num_particle", "did you mean num_particles?"),
+        ("zzz", "see the arguments of StableDiffusionPipeline.__call__ and FKSettings"),
+        ("self_", "see the arguments of StableDiffusionPipeline.__call__ and FKSettings"),
+    ],
+)
+def test_an_unknown_argument_of_a_call_is_one_line_with_the_right_name(pipe: Any, given: str, hint: str) -> None:
+    with pytest.raises(InputError) as error:
+        FKSteeringPipeline(pipe, "brightness")(PROMPT, **{given: 2})
+    assert str(error.value) == f"StableDiffusionPipeline takes no argument {given!r}: {hint}"
+
+
+@pytest.mark.parametrize("method", PIPELINES, ids=[one.__name__ for one in PIPELINES])
+def test_an_unknown_argument_of_a_steering_pipeline_has_a_suggestion(pipe: Any, method: Any) -> None:
+    for given, meant in {"reward_fn": "reward", "reward_funcs": "reward", "rewards": "reward"}.items():
+        with pytest.raises(InputError) as error:
+            method(pipe, **{given: "brightness"})
+        assert str(error.value) == f"{method.__name__} takes no argument {given!r}: did you mean {meant}?"
+    assert [*inspect.signature(method).parameters] == ["pipe", "reward"]
 
 
 # The wrapped pipeline

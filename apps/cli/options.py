@@ -20,7 +20,7 @@ from steer.apps.settings import (
 )
 from steer.arguments import Settings, plain_value
 from steer.errors import InputError
-from steer.registry import nearest
+from steer.registry import did_you_mean
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -97,8 +97,8 @@ def _read_settings(others: Collection[str], context: click.Context, option: clic
     if not isinstance(values, dict):
         raise InputError(f"--settings {path}: expected lines of `name: value`, such as lam: 25")
     if unknown := [str(name) for name in values if name not in known]:
-        near = nearest(unknown[0], known)
-        raise InputError(f"--settings {path}: unknown key {unknown[0]!r:.60}: did you mean {near}?")
+        hint = did_you_mean(unknown[0], known, f"`{context.command_path} --help` lists the options")
+        raise InputError(f"--settings {path}: unknown key {unknown[0]!r:.60}: {hint}")
     given = {name: value for name, value in values.items() if value is not None}
     context.default_map = {
         name: (value if isinstance(value, list) else [value]) if options[name].multiple else plain_value(value)
