@@ -97,12 +97,15 @@ def steering_call(settings: Callable[P, S]) -> Callable[[SteeringMethod[S]], Ste
 
     def decorate(method: SteeringMethod[S]) -> SteeringCall[P]:
         @functools.wraps(method)
-        def call(self: Any, prompt: Prompts = None, **arguments: Any) -> SteeringOutput:
+        def call(self: Any, prompt: Prompts = None, **arguments: Any) -> Any:
+            return_dict = coerce_value("return_dict", bool, arguments.pop("return_dict", True))
             own, rest = read_arguments(kind, arguments)
             check_known(rest, self.pipe, kind)
-            return method(self, coerce_value("prompt", Prompts, prompt), own, rest)
+            output = method(self, coerce_value("prompt", Prompts, prompt), own, rest)
+            return output if return_dict else output.to_tuple()
 
         table = "\n".join(f"{one.name:23} {kind.help()[one.name]}" for one in parameters)
+        table += f"\n{'return_dict':23} false returns the output's `to_tuple()`, whose first entry is the images"
         call.__doc__ = f"{inspect.cleandoc(method.__doc__ or '')}\n\n{table}"
         shown = [inspect.Parameter("self", _POSITIONAL), inspect.Parameter("prompt", _POSITIONAL, default=None)]
         rest = inspect.Parameter("pipeline_call", inspect.Parameter.VAR_KEYWORD, annotation=Any)

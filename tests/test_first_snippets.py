@@ -141,6 +141,32 @@ def test_arguments_of_the_pipeline_are_passed_on(pipe: Any) -> None:
     assert out.images.shape == (4, 64, 64, 3) and steps == [0, 1, 2, 3]
 
 
+def test_return_dict_is_that_of_diffusers(pipe: Any) -> None:
+    steer, call = BestOfNPipeline(pipe, "brightness"), CALL | {"num_images_per_prompt": 2, "output_type": "pt"}
+    outputs = [steer(PROMPT, generator=seeded(), return_dict=given, **call) for given in (True, False)]
+    out, as_tuple = outputs[0], outputs[1]
+    assert type(as_tuple) is tuple and len(as_tuple) == len(out.to_tuple())
+    assert torch.equal(as_tuple[0], out.images) and torch.equal(as_tuple[1], out.rewards) and len(out.images) == 2
+    with pytest.raises(InputError, match="return_dict must be True or False, got 'no'"):
+        steer(PROMPT, return_dict="no", **CALL)
+
+
+@pytest.mark.parametrize("name", ["num_images_per_prompt", "batch_size"])
+def test_a_number_of_images_is_not_hidden_by_return_dict(name: str) -> None:
+    """`batch_size` is an argument of unconditional pipelines, and no steering call may lose it in silence."""
+    pipe = BatchSized.from_pretrained(MODELS["scenes"])
+    hint = "batch_size is the steering pipeline's own: say num_particles|num_images_per_prompt and num_particles are"
+    with pytest.raises(InputError, match=hint):
+        FKSteeringPipeline(pipe, "brightness")(PROMPT, num_particles=2, return_dict=False, **{name: 2})
+
+
+class BatchSized(StableDiffusionPipeline):  # type: ignore[misc]  # diffusers has no types
+    """A pipeline whose call has a batch_size, as unconditional ones have."""
+
+    def __call__(self, *args: Any, batch_size: int = 1, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
 def test_a_misspelt_argument_has_a_suggestion(pipe: Any) -> None:
     with pytest.raises(InputError, match="StableDiffusionPipeline takes no argument 'lamb': did you mean lam"):
         FKSteeringPipeline(pipe, "brightness")(PROMPT, lamb=3)
