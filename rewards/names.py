@@ -90,10 +90,18 @@ def reward_names() -> dict[str, str]:
     return plugins | {name: about for name, (_, about) in REWARDS.items()}
 
 
+def registered_name(name: str) -> str | None:
+    """Return the named reward of a name: itself, or the only one that differs from it in case alone; None: no such."""
+    names = reward_names()
+    alike = [name] if name in names else [one for one in names if one.casefold() == name.casefold()]
+    return alike[0] if len(alike) == 1 else None
+
+
 def make_reward(atom: str) -> Reward:
     """Make the reward of one NAME[:ARGUMENT][,option=value…].
 
-    NAME is looked up among the built-in rewards, then the entry points `steer.rewards`, then as module:attribute.
+    NAME is looked up among the built-in rewards, then the entry points `steer.rewards`, both in any case where that is
+    unambiguous, then as module:attribute.
     """
     name, _, argument = atom.strip().partition(":")
     factory = _factory(name)
@@ -129,9 +137,10 @@ def option_count(name: str, given: str | int) -> int:
 
 def _factory(name: str) -> Any:
     """Return the factory of a named reward, or None."""
-    if name in REWARDS:
-        return _attribute(REWARDS[name][0])
-    return next((_attribute(point.value) for point in entry_points(group="steer.rewards") if point.name == name), None)
+    known = name if name in REWARDS else registered_name(name)
+    if known in REWARDS:
+        return _attribute(REWARDS[known][0])
+    return next((_attribute(point.value) for point in entry_points(group="steer.rewards") if point.name == known), None)
 
 
 def _is_module(name: str) -> bool:

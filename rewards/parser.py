@@ -18,7 +18,7 @@ from steer.rewards import compose
 from steer.rewards.folders import CARD, kind_of, preference
 from steer.rewards.grammar import NUMBER, PLUS, Call, read_call, read_constraint, split
 from steer.rewards.inputs import as_batch, prompt_of_each
-from steer.rewards.names import LISTED, _as_reward, _make, make_reward, reward_names
+from steer.rewards.names import LISTED, _as_reward, _make, make_reward, registered_name, reward_names
 from steer.rewards.remote import RemoteReward, is_remote
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ def _is_path(text: str) -> bool:
 
 def _has_no_name(text: str) -> bool:
     """Return whether a text does not begin with the name of a reward."""
-    return bool(text) and text.partition(":")[0] not in reward_names()
+    return bool(text) and registered_name(text.partition(":")[0]) is None
 
 
 def _build(call: Call, state: ParserState, table: Mapping[str, tuple[Callable[[Call, ParserState], T], Any]]) -> T:
