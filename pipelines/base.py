@@ -14,6 +14,7 @@ from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
 from steer.arguments import KeywordChecked, Settings, coerce_value
+from steer.assets import MODELS, TEXT_MODELS
 from steer.diffusion.draws import replaced_draw
 from steer.diffusion.modular import as_callable
 from steer.diffusion.schedules import clip_limit, descends_from, ignores_eta
@@ -23,6 +24,8 @@ from steer.pipelines.settings import IntermediateSettings, Prompts, read_argumen
 from steer.pipelines.text.masked_diffusion import left_out, pipeline_class
 from steer.registry import did_you_mean
 from steer.rewards.parser import load_reward
+
+EMBEDDED = MODELS | TEXT_MODELS
 
 
 class RewardedPipeline(KeywordChecked):
@@ -37,13 +40,22 @@ class RewardedPipeline(KeywordChecked):
     )
 
     def __init__(self, pipe: Any, reward: Any) -> None:
+        if isinstance(pipe, str | PathLike):
+            place = f"MODELS[{pipe!r}]" if pipe in EMBEDDED else repr(str(pipe))
+            raise InputError(
+                f"pipe must be a loaded pipeline, got {str(pipe)!r}: give DiffusionPipeline.from_pretrained({place})"
+            )
         self.pipe = as_callable(pipe)
         self.reward = load_reward(reward)
 
     @classmethod
     def from_pretrained(cls, model: str | PathLike[str], reward: Any, **options: Any) -> Self:
-        """Load a diffusers pipeline by hub name or folder; `options` go to DiffusionPipeline.from_pretrained."""
-        return cls(pipeline_class(model).from_pretrained(model, **{**left_out(model), **options}), reward)
+        """Load a pipeline by hub name, folder or embedded name, such as "scenes".
+
+        options  arguments of DiffusionPipeline.from_pretrained
+        """
+        source = EMBEDDED.get(str(model), model)
+        return cls(pipeline_class(source).from_pretrained(source, **{**left_out(source), **options}), reward)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the diffusers pipeline, as its own `to` does."""

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from steer import (
     MODELS,
     BestOfNPipeline,
     FKSteeringPipeline,
+    GRPOTrainer,
     InputError,
     NoiseSearchPipeline,
     ReNOPipeline,
@@ -225,6 +227,24 @@ def test_attributes_are_the_pipelines() -> None:
 def test_a_pipeline_is_loaded_by_name(method: Any) -> None:
     steer = method.from_pretrained(MODELS["scenes"], reward="brightness", torch_dtype=torch.float32)
     assert isinstance(steer, method) and isinstance(steer.pipe, StableDiffusionPipeline)
+
+
+def test_embedded_models_are_loaded_by_name() -> None:
+    steer = BestOfNPipeline.from_pretrained("scenes", reward="brightness")
+    assert isinstance(steer.pipe, StableDiffusionPipeline)
+
+
+@pytest.mark.parametrize("kind", [*PIPELINES, GRPOTrainer], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [("scenes", "MODELS['scenes']"), ("me/model", "'me/model'"), (Path("me/model"), "'me/model'")],
+    ids=["embedded", "hub", "path"],
+)
+def test_the_name_of_a_model_is_no_pipeline(kind: Any, given: Any, place: str) -> None:
+    with pytest.raises(InputError) as error:
+        kind(given, "brightness")
+    said = f"pipe must be a loaded pipeline, got {str(given)!r}: give DiffusionPipeline.from_pretrained({place})"
+    assert str(error.value) == said
 
 
 def test_editors_show_the_arguments() -> None:
