@@ -253,6 +253,13 @@ def kinds_of(name: str, method: str | None = None) -> tuple[type, ...]:
     return plain_kinds(METHOD_OPTIONS[method if method in owners else owners[0]].settings.hints()[name])
 
 
+def within_of(name: str) -> str | None:
+    """Return the interval of a setting's numbers; None where it has none, or methods have different ones."""
+    owners = [SamplingConfig] if name in SHARED else [METHOD_OPTIONS[method].settings for method in methods_with(name)]
+    intervals = {owner.field(name).metadata["within"] for owner in owners}
+    return intervals.pop() if len(intervals) == 1 else None
+
+
 def flags_of(name: str) -> tuple[str, ...]:
     """Return the flags of a setting on the command line."""
     owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings

@@ -1,5 +1,6 @@
 """`steer.apps.evaluation`: results against plain diffusers calls and hand computations, resuming, refusals."""
 
+import inspect
 import json
 import math
 import shutil
@@ -389,6 +390,12 @@ def test_errors_are_one_line_and_exit_code_2(
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("steer: ") and message.format(tmp=tmp_path) in last
     assert "Traceback" not in err and not (tmp_path / "log").exists()
+
+
+def test_every_option_of_the_command_is_one_of_an_evaluation() -> None:
+    """An option that `--help` shows and every evaluation refuses is none."""
+    own = {*inspect.signature(command.callback).parameters, "settings"}
+    assert {one.name for one in command.params} - own <= {*DEFAULTS}
 
 
 @pytest.mark.parametrize(
