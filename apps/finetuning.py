@@ -21,6 +21,7 @@ from steer.apps.processes import is_main_process, launch_context
 from steer.apps.prompts import PromptRow, evenly_chosen, load_rows, metadata_of
 from steer.apps.reward_specs import resolve_reward
 from steer.apps.yaml_text import read_yaml
+from steer.arguments import field_help
 from steer.assets import CONFIGS
 from steer.errors import InputError
 from steer.files import IMAGE_SUFFIXES, read_image, write_text
@@ -38,7 +39,7 @@ from steer.training.trainable import SECOND_DENOISER, read_lora
 class FinetuneJob:
     """Model, rewards and data of a run: the keys of a configuration that are not fields of the method's TrainingConfig.
 
-    method              a name in METHODS
+    method              training method, such as grpo
     reward              reward to train on; with preferences, only the first reward of evaluations
     judge               judge of pairs of images, as `steer.load_judge` reads it, in place of reward: the method learns
                         from each sample's win rate against the others of its prompt, as from reward tournament(JUDGE)
@@ -46,9 +47,9 @@ class FinetuneJob:
     model               an embedded model, a folder, or ORGANISATION/NAME
     variant             variant of the model's weights, such as fp16
     model_config_dir    for a model in a single file: a folder of such a model in diffusers' format
-    prompts             prompts to learn from: an embedded list, a file, or a dataset of the hub; or
-    preferences         a folder of human comparisons, for d3po, which also sets the arguments of sampling; or a
-                        table of pairs of images, for dpo, as `steer rewards train` reads it
+    prompts             prompts to learn from: an embedded list, a file, or a dataset of the hub
+    preferences         in place of prompts: a folder of human comparisons, for d3po, which also sets the arguments of
+                        sampling; or a table of pairs of images, for dpo, as `steer rewards train` reads it
     eval_prompts        held-out prompts, from the same kinds of sources as `prompts`
     eval_prompts_count  number of them, evenly spaced; by default all
     prompt_column, eval_prompt_column  columns of the prompts in a table; by default "prompt"
@@ -168,6 +169,14 @@ def read_config(name: str, overrides: Mapping[str, str] | None = None) -> Finetu
     except InputError as error:
         raise source.locate_error(error) from error
     return FinetuneConfig(job, training, source)
+
+
+def describe_keys(name: str) -> list[tuple[str, str]]:
+    """Return the keys of a configuration, as options of the command, with their help and their values in it."""
+    config = read_config(name)
+    texts = field_help(FinetuneJob) | config.training.help()
+    values = {key: json.dumps(value, ensure_ascii=False) for key, value in config.plain().items()}
+    return [(f"--{key.replace('_', '-')}", f"{texts[key]} [{value}]") for key, value in values.items()]
 
 
 @cache

@@ -291,15 +291,23 @@ class Settings(KeywordChecked):
     @functools.cache
     def help(cls) -> dict[str, str]:
         """Return the help of each field: the tables in the docstrings of the class and of its bases."""
-        texts: dict[str, str] = {}
-        for base in reversed(cls.__mro__):
-            for name, text in re.findall(r"^(\w+) {2,}(.+(?:\n +.+)*)", inspect.cleandoc(base.__doc__ or ""), re.M):
-                texts[name] = " ".join(text.split())
-        return {one.name: texts[one.name] for one in fields(cls)}
+        return field_help(cls)
 
     def plain(self) -> dict[str, Any]:
         """Return the fields that affect the image as JSON values; None where there is no limit."""
         return {name: plain_value(getattr(self, name)) for name in self.saved()}
+
+
+def field_help(cls: type[Any]) -> dict[str, str]:
+    """Return the help of a dataclass's fields: the tables in the docstrings of the class and of its bases.
+
+    A line is `name  text`, or `name, name  text` for several fields.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        table = re.findall(r"^(\w+(?:, \w+)*) {2,}(.+(?:\n +.+)*)", inspect.cleandoc(base.__doc__ or ""), re.M)
+        texts |= {name: " ".join(text.split()) for names, text in table for name in names.split(", ")}
+    return {one.name: texts[one.name] for one in fields(cls)}
 
 
 def plain_kinds(hint: Any) -> tuple[type, ...]:
