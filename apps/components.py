@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from safetensors import SafetensorError
 
 from steer.errors import InputError
-from steer.registry import nearest
+from steer.registry import did_you_mean, nearest
 from steer.tables import one_line
 
 # Short names of schedulers, as in their papers; any class of diffusers is accepted too.
@@ -51,7 +51,8 @@ def read_scheduler(text: str) -> tuple[type[Any], dict[str, Any]]:
     cls: Any = getattr(diffusers, SCHEDULERS.get(name, name), None) if name.isprintable() else None
     if not hasattr(cls, "step"):
         classes = [one for one in dir(diffusers) if one.endswith("Scheduler")]
-        raise InputError(f"unknown scheduler {name!r:.60}: did you mean {nearest(name, [*SCHEDULERS, *classes])}?")
+        hint = did_you_mean(name, [*SCHEDULERS, *classes], f"use {', '.join(SCHEDULERS)}, or a class of diffusers")
+        raise InputError(f"unknown scheduler {name!r:.60}: {hint}")
     known = [one for one in inspect.signature(cls.__init__).parameters if one not in ("self", "kwargs")]
     options: dict[str, Any] = {}
     for part in filter(None, tail.split(",")):

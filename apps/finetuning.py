@@ -21,6 +21,7 @@ from steer.apps.processes import is_main_process, launch_context
 from steer.apps.prompts import PromptRow, evenly_chosen, load_rows, metadata_of
 from steer.apps.reward_specs import resolve_reward
 from steer.apps.yaml_text import read_yaml
+from steer.arguments import field_help
 from steer.assets import CONFIGS
 from steer.errors import InputError
 from steer.files import IMAGE_SUFFIXES, read_image, write_text
@@ -30,7 +31,7 @@ from steer.pipelines.training.method import TrainingResult
 from steer.pipelines.training.methods import METHODS
 from steer.pipelines.training.state import checkpoint_to_resume
 from steer.pipelines.training.trainer import PAUSED, Trainer
-from steer.registry import choose, nearest
+from steer.registry import choose, did_you_mean, nearest
 from steer.training.trainable import SECOND_DENOISER, read_lora
 
 
@@ -38,7 +39,7 @@ from steer.training.trainable import SECOND_DENOISER, read_lora
 class FinetuneJob:
     """Model, rewards and data of a run: the keys of a configuration that are not fields of the method's TrainingConfig.
 
-    method              a name in METHODS
+    method              training method, such as grpo
     reward              reward to train on; with preferences, only the first reward of evaluations
     judge               judge of pairs of images, as `steer.load_judge` reads it, in place of reward: the method learns
                         from each sample's win rate against the others of its prompt, as from reward tournament(JUDGE)
@@ -46,9 +47,9 @@ class FinetuneJob:
     model               an embedded model, a folder, or ORGANISATION/NAME
     variant             variant of the model's weights, such as fp16
     model_config_dir    for a model in a single file: a folder of such a model in diffusers' format
-    prompts             prompts to learn from: an embedded list, a file, or a dataset of the hub; or
-    preferences         a folder of human comparisons, for d3po, which also sets the arguments of sampling; or a
-                        table of pairs of images, for dpo, as `steer rewards train` reads it
+    prompts             prompts to learn from: an embedded list, a file, or a dataset of the hub
+    preferences         in place of prompts: a folder of human comparisons, for d3po, which also sets the arguments of
+                        sampling; or a table of pairs of images, for dpo, as `steer rewards train` reads it
     eval_prompts        held-out prompts, from the same kinds of sources as `prompts`
     eval_prompts_count  number of them, evenly spaced; by default all
     prompt_column, eval_prompt_column  columns of the prompts in a table; by default "prompt"
@@ -170,6 +171,14 @@ def read_config(name: str, overrides: Mapping[str, str] | None = None) -> Finetu
     return FinetuneConfig(job, training, source)
 
 
+def describe_keys(name: str) -> list[tuple[str, str]]:
+    """Return the keys of a configuration, as options of the command, with their help and their values in it."""
+    config = read_config(name)
+    texts = field_help(FinetuneJob) | config.training.help()
+    values = {key: json.dumps(value, ensure_ascii=False) for key, value in config.plain().items()}
+    return [(f"--{key.replace('_', '-')}", f"{texts[key]} [{value}]") for key, value in values.items()]
+
+
 @cache
 def schema_of(method: str) -> type[BaseModel]:
     """Return the schema of a method's configuration: the fields of FinetuneJob and of its config dataclass."""
@@ -247,7 +256,9 @@ def _validated(schema: type[BaseModel], config_values: Mapping[str, Any], source
         if holders := [method for method in METHODS if key in schema_of(method).model_fields]:
             owners = ", ".join(holders)
             raise InputError(f"{source.key(key)}: {schema.__name__} has no such option, it is one of {owners}")
-        raise InputError(f"{source.key(key)}: unknown key, did you mean {nearest(key, schema.model_fields)}?")
+        listed = f"`steer finetune {source.name} --help` lists the keys"
+        hint = did_you_mean(key, schema.model_fields, listed, TrainingConfig.other_names)
+        raise InputError(f"{source.key(key)}: unknown key, {hint}")
     if first["type"] == "missing":
         raise InputError(f"{source.name}: {key} is missing: give it there, or with --{key.replace('_', '-')}")
     asked = TYPES.get(first["type"]) or first["msg"].removeprefix("Input should be ")
@@ -363,12 +374,11 @@ def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
 
 def _check_call(config: FinetuneConfig, pipe: Any) -> None:
     """Raise InputError for an argument that the loaded pipeline's call does not have."""
-    known = inspect.signature(type(pipe).__call__).parameters
+    known = [*inspect.signature(type(pipe).__call__).parameters][1:]  # without self
     if unknown := [name for name in config.training.call if name not in known]:
         key = config.source.key(f"call.{unknown[0]}")
-        raise InputError(
-            f"{key}: {type(pipe).__name__} has no such argument, did you mean {nearest(unknown[0], known)}?"
-        )
+        hint = did_you_mean(unknown[0], known, f"see the arguments of {type(pipe).__name__}.__call__")
+        raise InputError(f"{key}: {type(pipe).__name__} has no such argument, {hint}")
 
 
 def _prompts(config: FinetuneConfig) -> tuple[list[PromptRow], list[PromptRow]]:

@@ -21,7 +21,7 @@ from steer.apps.sampling import MEMORY_HINT, check_model_settings, output_errors
 from steer.apps.settings import ALL_OPTIONS, METHOD_OPTIONS, SHARED, SamplingConfig, kinds_of
 from steer.errors import InputError
 from steer.files import write_text
-from steer.registry import nearest
+from steer.registry import did_you_mean
 from steer.reward import Reward
 
 PROMPT, DEFAULT = "prompt", "default"  # an axis of prompts; the value that leaves a setting at its default
@@ -137,7 +137,8 @@ def _check_axes(prompt: str | None, axes: Sequence[Axis], given: Mapping[str, An
         kind = pipeline_type(str(given.get("model") or SamplingConfig.field("model").default))
         arguments = argument_names(kind) if kind is not None else {name: None}  # a model on the hub is checked later
         if name not in arguments or name in FIXED:
-            raise InputError(f"axis {name!r} is no setting: did you mean {nearest(name, [*known, *arguments])}?")
+            hint = did_you_mean(name, [*known, *arguments], "`steer sample --help` lists the settings")
+            raise InputError(f"axis {name!r} is no setting: {hint}")
 
 
 def sample_grid(

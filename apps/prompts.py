@@ -15,7 +15,7 @@ from steer.apps.settings import SamplingConfig
 from steer.arguments import IMAGES_PER_PROMPT, annotations_of, coerce_value
 from steer.assets import PROMPTS
 from steer.errors import InputError
-from steer.registry import nearest
+from steer.registry import did_you_mean, nearest
 from steer.tables import (
     DATA_SET,
     data_files,
@@ -463,7 +463,8 @@ def call_arguments(kind: type[Any], settings: SamplingConfig) -> dict[str, Any]:
             raise InputError(f"{flag}: steering sets this argument itself: leave it out")
         if name in inspect.signature(kind.__call__).parameters:
             raise InputError(f"{flag}: {kind.__name__} takes an object here, which a text cannot give: use Python")
-        raise InputError(f"{flag}: {kind.__name__} has no such argument: did you mean {nearest(name, hints)}?")
+        hint = did_you_mean(name, hints, f"see the arguments of {kind.__name__}.__call__")
+        raise InputError(f"{flag}: {kind.__name__} has no such argument: {hint}")
     return {name: cell(f"argument {name!r}", hints[name], value) for name, value in given.items()}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from steer.assets import CLIPS
 from steer.reward import Reward, RewardError, with_timeout
 from steer.rewards.grammar import NUMBER, PLUS, read_call, read_constraint, split
-from steer.rewards.names import reward_names
+from steer.rewards.names import registered_name
 from steer.rewards.parser import FILES, FUNCTIONS, load_reward
 from steer.rewards.remote import ADDRESS
 
@@ -19,7 +19,8 @@ def resolve_reward(text: str, timeout: float | None = None) -> Reward:
     timeout  limit of each call in seconds; None: no limit
     """
     # The current folder is importable only for rewards without a name or an address.
-    if set(re.findall(r"([A-Za-z_][\w.]*):", re.sub(ADDRESS, "", text))) - set(reward_names()):
+    words = re.findall(r"([A-Za-z_][\w.]*):", re.sub(ADDRESS, "", text))
+    if any(registered_name(word) is None for word in words):
         sys.path.append(str(Path.cwd()))
     return with_timeout(load_reward(text), timeout)
 
@@ -48,4 +49,4 @@ def _is_named(term: str) -> bool:
     name, *arguments = term.split(":")
     if any(argument not in CLIPS and os.path.exists(argument) for argument in arguments):  # an existing path is no name
         return False
-    return name in reward_names() and not term.endswith(FILES) and all(map(ARGUMENT.fullmatch, arguments))
+    return registered_name(name) is not None and not term.endswith(FILES) and all(map(ARGUMENT.fullmatch, arguments))

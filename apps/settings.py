@@ -25,7 +25,7 @@ from steer.pipelines.settings import (
     ReNOSettings,
     SelectionSettings,
 )
-from steer.registry import choose, nearest
+from steer.registry import choose, did_you_mean
 
 
 class MethodOptions(NamedTuple):
@@ -193,6 +193,7 @@ def _call_text(given: Any) -> str | None:
 
 
 SHARED = [name for name in SamplingConfig.saved() if name != "options"]
+OPTIONS_LISTED = "`steer sample --help` lists the options"
 ALL_OPTIONS = list(dict.fromkeys(name for one in METHOD_OPTIONS.values() for name in one.names))
 
 
@@ -204,7 +205,7 @@ def method_settings(method: str, values: Mapping[str, Any], particles: int) -> C
         if name not in names:
             if owners := methods_with(name):
                 raise InputError(f"{name} is an option of {' and '.join(owners)}, not of {method}: leave it out", name)
-            raise InputError(f"unknown option {name!r}: did you mean {nearest(name, [*SHARED, *names])}?")
+            raise InputError(f"unknown option {name!r}: {did_you_mean(name, [*SHARED, *names], OPTIONS_LISTED)}")
     return settings(**{**defaults, **values, "num_particles": particles})
 
 
@@ -250,6 +251,13 @@ def kinds_of(name: str, method: str | None = None) -> tuple[type, ...]:
         return plain_kinds(SamplingConfig.hints()[name])
     owners = methods_with(name)
     return plain_kinds(METHOD_OPTIONS[method if method in owners else owners[0]].settings.hints()[name])
+
+
+def within_of(name: str) -> str | None:
+    """Return the interval of a setting's numbers; None where it has none, or methods have different ones."""
+    owners = [SamplingConfig] if name in SHARED else [METHOD_OPTIONS[method].settings for method in methods_with(name)]
+    intervals = {owner.field(name).metadata["within"] for owner in owners}
+    return intervals.pop() if len(intervals) == 1 else None
 
 
 def flags_of(name: str) -> tuple[str, ...]:

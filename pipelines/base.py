@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from os import PathLike
-from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
+from typing import Any, ClassVar, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 import torch
 from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
-from steer.arguments import Settings, coerce_value
+from steer.arguments import KeywordChecked, Settings, coerce_value
+from steer.assets import MODELS, TEXT_MODELS
 from steer.diffusion.draws import replaced_draw
 from steer.diffusion.modular import as_callable
 from steer.diffusion.schedules import clip_limit, descends_from, ignores_eta
@@ -21,25 +22,40 @@ from steer.diffusion.seeds import Generators, copy_generators
 from steer.errors import InputError
 from steer.pipelines.settings import IntermediateSettings, Prompts, read_arguments
 from steer.pipelines.text.masked_diffusion import left_out, pipeline_class
-from steer.registry import nearest
+from steer.registry import did_you_mean
 from steer.rewards.parser import load_reward
 
+EMBEDDED = MODELS | TEXT_MODELS
 
-class RewardedPipeline:
+
+class RewardedPipeline(KeywordChecked):
     """A diffusers pipeline, which stays unchanged, and a reward.
 
     The reward is a Reward, a function (images, prompts) → (N,), a name, a dict of weights or a list (see
     `steer.load_reward`).
     """
 
+    other_names: ClassVar[Mapping[str, str]] = dict.fromkeys(("pipeline", "model"), "pipe") | dict.fromkeys(
+        ("reward_funcs", "reward_fn"), "reward"
+    )
+
     def __init__(self, pipe: Any, reward: Any) -> None:
+        if isinstance(pipe, str | PathLike):
+            place = f"MODELS[{pipe!r}]" if pipe in EMBEDDED else repr(str(pipe))
+            raise InputError(
+                f"pipe must be a loaded pipeline, got {str(pipe)!r}: give DiffusionPipeline.from_pretrained({place})"
+            )
         self.pipe = as_callable(pipe)
         self.reward = load_reward(reward)
 
     @classmethod
     def from_pretrained(cls, model: str | PathLike[str], reward: Any, **options: Any) -> Self:
-        """Load a diffusers pipeline by hub name or folder; `options` go to DiffusionPipeline.from_pretrained."""
-        return cls(pipeline_class(model).from_pretrained(model, **{**left_out(model), **options}), reward)
+        """Load a pipeline by hub name, folder or embedded name, such as "scenes".
+
+        options  arguments of DiffusionPipeline.from_pretrained
+        """
+        source = EMBEDDED.get(str(model), model)
+        return cls(pipeline_class(source).from_pretrained(source, **{**left_out(source), **options}), reward)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the diffusers pipeline, as its own `to` does."""
@@ -93,12 +109,15 @@ def steering_call(settings: Callable[P, S]) -> Callable[[SteeringMethod[S]], Ste
 
     def decorate(method: SteeringMethod[S]) -> SteeringCall[P]:
         @functools.wraps(method)
-        def call(self: Any, prompt: Prompts = None, **arguments: Any) -> SteeringOutput:
+        def call(self: Any, prompt: Prompts = None, **arguments: Any) -> Any:
+            return_dict = coerce_value("return_dict", bool, arguments.pop("return_dict", True))
             own, rest = read_arguments(kind, arguments)
-            check_known(rest, self.pipe, [one.name for one in parameters])
-            return method(self, coerce_value("prompt", Prompts, prompt), own, rest)
+            check_known(rest, self.pipe, kind)
+            output = method(self, coerce_value("prompt", Prompts, prompt), own, rest)
+            return output if return_dict else output.to_tuple()
 
         table = "\n".join(f"{one.name:23} {kind.help()[one.name]}" for one in parameters)
+        table += f"\n{'return_dict':23} false returns the output's `to_tuple()`, whose first entry is the images"
         call.__doc__ = f"{inspect.cleandoc(method.__doc__ or '')}\n\n{table}"
         shown = [inspect.Parameter("self", _POSITIONAL), inspect.Parameter("prompt", _POSITIONAL, default=None)]
         rest = inspect.Parameter("pipeline_call", inspect.Parameter.VAR_KEYWORD, annotation=Any)
@@ -108,13 +127,26 @@ def steering_call(settings: Callable[P, S]) -> Callable[[SteeringMethod[S]], Ste
     return decorate
 
 
-def check_known(call: Mapping[str, Any], pipe: Any, settings: Sequence[str]) -> None:
+OTHER_NAMES = {  # words for arguments of a steering call in other libraries and in `steer sample`
+    "seed": "generator=torch.Generator().manual_seed(seed)",
+    "n": "num_particles",
+    "num_samples": "num_particles",
+    "batch_size": "num_particles",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+}
+
+
+def check_known(call: Mapping[str, Any], pipe: Any, settings: type[Settings]) -> None:
     """Raise InputError for an argument that neither the method nor the pipeline's own call knows."""
-    accepted = inspect.signature(type(pipe).__call__).parameters.values()
-    known = [*settings, "metadata", *(one.name for one in accepted if one.kind in (_POSITIONAL, _KEYWORD))]
+    _, *accepted = inspect.signature(type(pipe).__call__).parameters.values()  # without self
+    own = [one.name for one in accepted if one.kind in (_POSITIONAL, _KEYWORD)]
+    known = [*(one.name for one in fields(settings)), "metadata", *own]
     if unknown := [name for name in call if name not in known]:
+        kind = type(pipe).__name__
+        see = f"see the arguments of {kind}.__call__ and {settings.__name__}"
         raise InputError(
-            f"{type(pipe).__name__} takes no argument {unknown[0]!r}: did you mean {nearest(unknown[0], known)}?"
+            f"{kind} takes no argument {unknown[0]!r}: {did_you_mean(unknown[0], known, see, OTHER_NAMES)}"
         )
 
 

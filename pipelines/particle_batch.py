@@ -276,13 +276,16 @@ def as_type(images: Tensor, output_type: str) -> Any:
     return arrays if output_type == "np" else VaeImageProcessor.numpy_to_pil(arrays)
 
 
+RESERVED = dict.fromkeys((*IMAGES_PER_PROMPT, "batch_size"), "say num_particles") | {"return_dict": "leave it out"}
+
+
 def _bound_call(pipe: Any, prompt: str | Sequence[str] | None, groups: int, call: Mapping[str, Any]) -> dict[str, Any]:
     accepted = inspect.signature(type(pipe).__call__).parameters
     unknown = [name for name in call if name not in accepted]
     if unknown:
         raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
-    if reserved := [name for name in (*IMAGES_PER_PROMPT, "batch_size", "return_dict") if name in call]:
-        raise InputError(f"{reserved[0]} is the steering pipeline's own: say num_particles")
+    if reserved := [name for name in RESERVED if name in call]:
+        raise InputError(f"{reserved[0]} is the steering pipeline's own: {RESERVED[reserved[0]]}")
     several_images = isinstance(call.get("image"), list | tuple) or getattr(call.get("image"), "ndim", 0) == 4
     if groups > 1 and several_images and "strength" in accepted:
         raise InputError(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.registry import nearest
+from steer.registry import did_you_mean
 from steer.reward import (
     METADATA_PARAMETERS,
     Metadata,
@@ -44,6 +44,7 @@ class _FunctionReward(RewardProxy):
 
 
 ARGUMENTS = ("images", "prompts")
+LISTED = "`steer rewards` lists the names"
 
 
 def _in_standard_order(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,10 +90,18 @@ def reward_names() -> dict[str, str]:
     return plugins | {name: about for name, (_, about) in REWARDS.items()}
 
 
+def registered_name(name: str) -> str | None:
+    """Return the named reward of a name: itself, or the only one that differs from it in case alone; None: no such."""
+    names = reward_names()
+    alike = [name] if name in names else [one for one in names if one.casefold() == name.casefold()]
+    return alike[0] if len(alike) == 1 else None
+
+
 def make_reward(atom: str) -> Reward:
     """Make the reward of one NAME[:ARGUMENT][,option=value…].
 
-    NAME is looked up among the built-in rewards, then the entry points `steer.rewards`, then as module:attribute.
+    NAME is looked up among the built-in rewards, then the entry points `steer.rewards`, both in any case where that is
+    unambiguous, then as module:attribute.
     """
     name, _, argument = atom.strip().partition(":")
     factory = _factory(name)
@@ -100,8 +109,7 @@ def make_reward(atom: str) -> Reward:
         return _as_reward(_make(factory, name, argument))
     if argument and ("." in name or (name.isidentifier() and _is_module(name))):
         return _as_reward(_attribute(f"{name}:{argument}"))
-    near = nearest(name, reward_names())
-    raise RewardError(f"unknown reward {atom!r}: did you mean {near}? `steer rewards` lists them")
+    raise RewardError(f"unknown reward {atom!r}: {did_you_mean(name, reward_names(), LISTED)}")
 
 
 def takes_number(name: str) -> bool:
@@ -129,9 +137,10 @@ def option_count(name: str, given: str | int) -> int:
 
 def _factory(name: str) -> Any:
     """Return the factory of a named reward, or None."""
-    if name in REWARDS:
-        return _attribute(REWARDS[name][0])
-    return next((_attribute(point.value) for point in entry_points(group="steer.rewards") if point.name == name), None)
+    known = name if name in REWARDS else registered_name(name)
+    if known in REWARDS:
+        return _attribute(REWARDS[known][0])
+    return next((_attribute(point.value) for point in entry_points(group="steer.rewards") if point.name == known), None)
 
 
 def _is_module(name: str) -> bool:

@@ -11,14 +11,14 @@ import yaml
 from torch import Tensor
 
 from steer.arguments import is_number
-from steer.registry import nearest
+from steer.registry import did_you_mean, nearest
 from steer.reward import Judge, Metadata, Reward, RewardError, as_texts, mean_over_frames
 from steer.reward import score_components as reward_scores
 from steer.rewards import compose
 from steer.rewards.folders import CARD, kind_of, preference
 from steer.rewards.grammar import NUMBER, PLUS, Call, read_call, read_constraint, split
 from steer.rewards.inputs import as_batch, prompt_of_each
-from steer.rewards.names import _as_reward, _make, make_reward, reward_names
+from steer.rewards.names import LISTED, _as_reward, _make, make_reward, registered_name, reward_names
 from steer.rewards.remote import RemoteReward, is_remote
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def _atom(text: str, state: ParserState) -> Reward:
     if len(state.read) > MAX_REWARDS:
         raise RewardError(f"a reward has at most {MAX_REWARDS} rewards in it")
     if state.named_only and _has_no_name(text):
-        raise RewardError(f"{text!r:.80} is not a named reward: did you mean {nearest(text, reward_names())}?")
+        raise RewardError(f"{text!r:.80} is not a named reward: {did_you_mean(text, reward_names(), LISTED)}")
     if is_remote(text):
         return RemoteReward(text)
     if text.endswith(FILES) and _has_no_name(text):
@@ -99,7 +99,7 @@ def _is_path(text: str) -> bool:
 
 def _has_no_name(text: str) -> bool:
     """Return whether a text does not begin with the name of a reward."""
-    return bool(text) and text.partition(":")[0] not in reward_names()
+    return bool(text) and registered_name(text.partition(":")[0]) is None
 
 
 def _build(call: Call, state: ParserState, table: Mapping[str, tuple[Callable[[Call, ParserState], T], Any]]) -> T:

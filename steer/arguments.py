@@ -12,10 +12,22 @@ from dataclasses import Field, dataclass, field, fields
 from numbers import Real
 from pkgutil import resolve_name
 from types import NoneType, UnionType
-from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    ParamSpec,
+    Self,
+    TypeGuard,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from steer.errors import InputError
-from steer.registry import choose
+from steer.registry import choose, did_you_mean
 
 # Names that diffusers uses for num_particles
 IMAGES_PER_PROMPT = (
@@ -197,8 +209,29 @@ def argument(default: Any, within: str | None = None, *, choices: Choices = None
     return field(default=default, metadata={"within": within, "choices": choices})
 
 
+class KeywordChecked:
+    """Base of classes whose unknown keyword arguments raise InputError with the nearest name.
+
+    The check is in `__new__`, which comes after the `__init__` of every subclass in the order of resolution: the
+    signature that editors, `inspect` and type checkers show stays that of `__init__`.
+
+    other_names  words for arguments in other libraries, to the names here
+    """
+
+    other_names: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Return the object, not yet initialised. Raises InputError for a keyword that `__init__` does not have."""
+        known = [*inspect.signature(cls).parameters] if kwargs else []
+        if unknown := [name for name in kwargs if name not in known]:
+            listed = f"help({cls.__name__}) lists the arguments"
+            hint = did_you_mean(unknown[0], known, listed, cls.other_names)
+            raise InputError(f"{cls.__name__} takes no argument {unknown[0]!r}: {hint}", unknown[0])
+        return super().__new__(cls)
+
+
 @dataclass(frozen=True)
-class Settings:
+class Settings(KeywordChecked):
     """Dataclass whose fields have range, choices and help. Raises InputError with the field's name for a bad value."""
 
     def __post_init__(self) -> None:
@@ -258,15 +291,23 @@ class Settings:
     @functools.cache
     def help(cls) -> dict[str, str]:
         """Return the help of each field: the tables in the docstrings of the class and of its bases."""
-        texts: dict[str, str] = {}
-        for base in reversed(cls.__mro__):
-            for name, text in re.findall(r"^(\w+) {2,}(.+(?:\n +.+)*)", inspect.cleandoc(base.__doc__ or ""), re.M):
-                texts[name] = " ".join(text.split())
-        return {one.name: texts[one.name] for one in fields(cls)}
+        return field_help(cls)
 
     def plain(self) -> dict[str, Any]:
         """Return the fields that affect the image as JSON values; None where there is no limit."""
         return {name: plain_value(getattr(self, name)) for name in self.saved()}
+
+
+def field_help(cls: type[Any]) -> dict[str, str]:
+    """Return the help of a dataclass's fields: the tables in the docstrings of the class and of its bases.
+
+    A line is `name  text`, or `name, name  text` for several fields.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        table = re.findall(r"^(\w+(?:, \w+)*) {2,}(.+(?:\n +.+)*)", inspect.cleandoc(base.__doc__ or ""), re.M)
+        texts |= {name: " ".join(text.split()) for names, text in table for name in names.split(", ")}
+    return {one.name: texts[one.name] for one in fields(cls)}
 
 
 def plain_kinds(hint: Any) -> tuple[type, ...]:

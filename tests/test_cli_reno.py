@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from conftest import Steer, replaced
@@ -16,9 +17,19 @@ from torch import Generator
 
 from steer import Iteration
 from steer.apps.cli import main as cli
+from steer.apps.cli.evaluate import OWN_OPTIONS as OF_EVALUATE
 from steer.apps.methods import METHODS, Job
 from steer.apps.plots import Frames, draw_progress
-from steer.apps.settings import ALL_OPTIONS, SHARED, SamplingConfig, default_of, methods_with, option_names
+from steer.apps.settings import (
+    ALL_OPTIONS,
+    METHOD_OPTIONS,
+    SHARED,
+    SamplingConfig,
+    default_of,
+    methods_with,
+    option_names,
+)
+from steer.arguments import _table
 from steer.assets import MODELS
 
 RENO = ["--method", "reno", "--seeds", "2", "--seed", "7", "--lr", "1"]
@@ -227,6 +238,34 @@ def test_the_command_has_an_option_for_every_setting() -> None:
         assert options[name].default is None and options[name].help
     assert options["iterations"].help.endswith("[default: reno 50, noise-search 12, map-elites 24]")
     assert all(default_of(method, name) is not Ellipsis for name in ALL_OPTIONS for method in methods_with(name))
+
+
+@pytest.mark.parametrize("command", [cli.sample, cli.evaluate], ids=["sample", "evaluate"])
+def test_help_shows_every_range_and_every_choice(command: Any) -> None:
+    context = click.Context(command)
+    rows = {option.name: option.get_help_record(context) for option in command.params if option.name}
+    shown = {name: " ".join(row) for name, row in rows.items() if row is not None}
+    for range_shown, names in {
+        "[x>=1]": ("steps", "beams", "patience", "iterations"),
+        "[x>=2]": ("glass_steps",),
+        "[0.0<x<=1.0]": ("ess_threshold", "distance"),
+        "[0.0<=x<=1.0]": ("eta",),
+        "[x>0.0]": ("lr", "max_grad_norm"),
+    }.items():
+        assert all(range_shown in shown[name] for name in names)
+    assert all(
+        "<None" not in text and "inf" not in text.partition("[")[2] for name, text in shown.items() if name != "lam"
+    )
+    for name in {*SHARED, *ALL_OPTIONS} & {one.name for one in command.params} - {*OF_EVALUATE}:
+        owners = [SamplingConfig] if name in SHARED else [METHOD_OPTIONS[one].settings for one in methods_with(name)]
+        for choices in (owner.field(name).metadata["choices"] for owner in owners):
+            assert all(choice in shown[name] for choice in _table(choices or ()))
+
+
+def test_a_value_outside_of_its_range_is_refused_by_the_settings(steer: Steer) -> None:
+    """One message for the range on the command line, in a file and in Python."""
+    code, _, err = steer("sample", "a star", "--ess-threshold", "2")
+    assert code == 2 and err == "steer: --ess-threshold must be above 0 and at most 1, got 2.0\n"
 
 
 @pytest.mark.parametrize(

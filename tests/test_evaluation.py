@@ -1,5 +1,6 @@
 """`steer.apps.evaluation`: results against plain diffusers calls and hand computations, resuming, refusals."""
 
+import inspect
 import json
 import math
 import shutil
@@ -391,12 +392,18 @@ def test_errors_are_one_line_and_exit_code_2(
     assert "Traceback" not in err and not (tmp_path / "log").exists()
 
 
+def test_every_option_of_the_command_is_one_of_an_evaluation() -> None:
+    """An option that `--help` shows and every evaluation refuses is none."""
+    own = {*inspect.signature(command.callback).parameters, "settings"}
+    assert {one.name for one in command.params} - own <= {*DEFAULTS}
+
+
 @pytest.mark.parametrize(
     ("contender", "message"),
     [
-        ("fk", "contender 'scenes fk=None': unknown option 'fk': did you mean"),
+        ("fk", "contender 'scenes fk=None': unknown option 'fk': `steer evaluate --help` lists the options"),
         ("method: [", "--contender"),
-        ("methd: fk", "contender 'scenes methd=fk': unknown option 'methd': did you mean"),
+        ("methd: fk", "contender 'scenes methd=fk': unknown option 'methd': did you mean method"),
         ("model: 3", "model of a contender must be text, got 3"),
         ("method: fkk", "unknown method 'fkk': did you mean fk"),
         ("particles: 0", "particles must be at least 1"),

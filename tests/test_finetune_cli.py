@@ -344,3 +344,12 @@ def test_choices_are_learnt_from_as_they_were_drawn(
     assert "preferences are for methods that learn from them, such as D3PO, not PRDP: give prompts" in err
     next(preferences.rglob("*.png")).unlink()
     assert f"{config}: preferences: {preferences}" in refused(steer, config, "--output-dir", tmp_path / "third")
+
+
+def test_help_lists_the_keys_of_a_configuration(steer: Steer, tmp_path: Path) -> None:
+    code, out, _ = steer("finetune", "grpo-scenes", "--help")
+    assert code == 0 and "Keys of grpo-scenes:" in out and re.search(r"--max-steps +number of updates \[80\]", out)
+    code, plain, _ = steer("finetune", "--help")
+    assert code == 0 and "Keys of" not in plain and "`steer finetune CONFIG --help`" in " ".join(plain.split())
+    code, _, err = steer("finetune", "grpo-scene", "--help")
+    assert code == 2 and err.startswith("steer: unknown configuration 'grpo-scene': use grpo-scenes or ")

@@ -11,7 +11,7 @@ from conftest import cached_pipe
 
 from steer import GRPOConfig, NFTConfig, PRDPConfig, TrainingConfig
 from steer.apps.cli.finetune import parse_overrides
-from steer.apps.finetuning import METHODS, FinetuneJob, read_config, schema_of
+from steer.apps.finetuning import METHODS, FinetuneJob, describe_keys, read_config, schema_of
 from steer.apps.prompts import load_prompts
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
@@ -269,3 +269,22 @@ def test_a_component_of_the_trained_reward_is_no_hold_out(reward: Any, held_out:
 def test_job_and_training_share_no_key(method: str) -> None:
     names = [{one.name for one in fields(cls)} for cls in (FinetuneJob, METHODS[method].config_class)]
     assert not names[0] & names[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_reference_lists_every_key(method: str) -> None:
+    """A row of a table or a sentence of the page names the key as code."""
+    page = (Path(__file__).parent.parent / "docs" / "finetuning-reference.md").read_text(encoding="utf-8")
+    named = {*re.findall(r"`(\w+)[`:]", page)}
+    assert sorted(schema_of(method).model_fields.keys() - named) == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_key_is_described_with_its_value(name: str) -> None:
+    config, rows = read_config(name), dict(describe_keys(name))
+    keys = {key: f"--{key.replace('_', '-')}" for key in schema_of(config.job.method).model_fields}
+    assert [*rows] == [keys[key] for key in config.plain()] and len(rows) == len(keys)
+    assert all(text.partition(" [")[0] for text in rows.values())
+    assert rows["--method"].endswith(f' ["{config.job.method}"]')
+    assert rows["--max-steps"] == f"number of updates [{config.training.max_steps}]"
+    assert rows["--eval-prompt-column"].startswith("columns of the prompts in a table")

@@ -1,6 +1,8 @@
 """The snippets that a new user writes without documentation: each of them runs."""
 
+import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from steer import (
     MODELS,
     BestOfNPipeline,
     FKSteeringPipeline,
+    GRPOTrainer,
     InputError,
     NoiseSearchPipeline,
     ReNOPipeline,
@@ -140,9 +143,63 @@ def test_arguments_of_the_pipeline_are_passed_on(pipe: Any) -> None:
     assert out.images.shape == (4, 64, 64, 3) and steps == [0, 1, 2, 3]
 
 
+def test_return_dict_is_that_of_diffusers(pipe: Any) -> None:
+    steer, call = BestOfNPipeline(pipe, "brightness"), CALL | {"num_images_per_prompt": 2, "output_type": "pt"}
+    outputs = [steer(PROMPT, generator=seeded(), return_dict=given, **call) for given in (True, False)]
+    out, as_tuple = outputs[0], outputs[1]
+    assert type(as_tuple) is tuple and len(as_tuple) == len(out.to_tuple())
+    assert torch.equal(as_tuple[0], out.images) and torch.equal(as_tuple[1], out.rewards) and len(out.images) == 2
+    with pytest.raises(InputError, match="return_dict must be True or False, got 'no'"):
+        steer(PROMPT, return_dict="no", **CALL)
+
+
+@pytest.mark.parametrize("name", ["num_images_per_prompt", "batch_size"])
+def test_a_number_of_images_is_not_hidden_by_return_dict(name: str) -> None:
+    """`batch_size` is an argument of unconditional pipelines, and no steering call may lose it in silence."""
+    pipe = BatchSized.from_pretrained(MODELS["scenes"])
+    hint = "batch_size is the steering pipeline's own: say num_particles|num_images_per_prompt and num_particles are"
+    with pytest.raises(InputError, match=hint):
+        FKSteeringPipeline(pipe, "brightness")(PROMPT, num_particles=2, return_dict=False, **{name: 2})
+
+
+class BatchSized(StableDiffusionPipeline):  # type: ignore[misc]  # diffusers has no types
+    """A pipeline whose call has a batch_size, as unconditional ones have."""
+
+    def __call__(self, *args: Any, batch_size: int = 1, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
 def test_a_misspelt_argument_has_a_suggestion(pipe: Any) -> None:
     with pytest.raises(InputError, match="StableDiffusionPipeline takes no argument 'lamb': did you mean lam"):
         FKSteeringPipeline(pipe, "brightness")(PROMPT, lamb=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("seed", "did you mean generator=torch.Generator().manual_seed(seed)?"),
+        ("n", "did you mean num_particles?"),
+        ("num_samples", "did you mean num_particles?"),
+        ("batch_size", "did you mean num_particles?"),
+        ("steps", "did you mean num_inference_steps?"),
+        ("num_particle", "did you mean num_particles?"),
+        ("zzz", "see the arguments of StableDiffusionPipeline.__call__ and FKSettings"),
+        ("self_", "see the arguments of StableDiffusionPipeline.__call__ and FKSettings"),
+    ],
+)
+def test_an_unknown_argument_of_a_call_is_one_line_with_the_right_name(pipe: Any, given: str, hint: str) -> None:
+    with pytest.raises(InputError) as error:
+        FKSteeringPipeline(pipe, "brightness")(PROMPT, **{given: 2})
+    assert str(error.value) == f"StableDiffusionPipeline takes no argument {given!r}: {hint}"
+
+
+@pytest.mark.parametrize("method", PIPELINES, ids=[one.__name__ for one in PIPELINES])
+def test_an_unknown_argument_of_a_steering_pipeline_has_a_suggestion(pipe: Any, method: Any) -> None:
+    for given, meant in {"reward_fn": "reward", "reward_funcs": "reward", "rewards": "reward"}.items():
+        with pytest.raises(InputError) as error:
+            method(pipe, **{given: "brightness"})
+        assert str(error.value) == f"{method.__name__} takes no argument {given!r}: did you mean {meant}?"
+    assert [*inspect.signature(method).parameters] == ["pipe", "reward"]
 
 
 # The wrapped pipeline
@@ -170,6 +227,24 @@ def test_attributes_are_the_pipelines() -> None:
 def test_a_pipeline_is_loaded_by_name(method: Any) -> None:
     steer = method.from_pretrained(MODELS["scenes"], reward="brightness", torch_dtype=torch.float32)
     assert isinstance(steer, method) and isinstance(steer.pipe, StableDiffusionPipeline)
+
+
+def test_embedded_models_are_loaded_by_name() -> None:
+    steer = BestOfNPipeline.from_pretrained("scenes", reward="brightness")
+    assert isinstance(steer.pipe, StableDiffusionPipeline)
+
+
+@pytest.mark.parametrize("kind", [*PIPELINES, GRPOTrainer], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [("scenes", "MODELS['scenes']"), ("me/model", "'me/model'"), (Path("me/model"), "'me/model'")],
+    ids=["embedded", "hub", "path"],
+)
+def test_the_name_of_a_model_is_no_pipeline(kind: Any, given: Any, place: str) -> None:
+    with pytest.raises(InputError) as error:
+        kind(given, "brightness")
+    said = f"pipe must be a loaded pipeline, got {str(given)!r}: give DiffusionPipeline.from_pretrained({place})"
+    assert str(error.value) == said
 
 
 def test_editors_show_the_arguments() -> None:

@@ -11,12 +11,20 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LINKS = ("apps", "assets", "pipelines", "rewards")  # steer/apps → ../apps and so on, for tools that read a checkout
 SHIPPED = ("README.md", "LICENSE", "pyproject.toml", "steer", *LINKS)
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "scenes-large", "scenes-flow")  # not shipped: test_house.py
+
+
+def test_a_release_runs_the_tests_first() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
+    tests = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())
+    assert jobs["tests"]["uses"] == "./.github/workflows/tests.yml" and "workflow_call" in tests[True]  # YAML's `on`
+    assert jobs["build"]["needs"] == "tests" and jobs["publish"]["needs"] == "build"
 
 
 def checkout(into: Path, symlinks: str = "kept") -> Path:

@@ -296,6 +296,7 @@ def test_any_changed_byte_gives_a_recipe_or_an_input_error(where: Any, sums: boo
         "scene-soft + brightness:0.1",
         "clip:scenes + aesthetic:scenes:0.5",
         "classifier:tiger cat",
+        "Colour:red + JPEG:0.5",
         "colour:#ff0000:-2",
         "clip:ViT-L-14/openai",
         "min(scene, mean-std(jpeg, scene:2, lam=1)):3",

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import preloaded
@@ -13,8 +13,8 @@ from tiny_rewards import tiny_specifications
 from torch import Tensor
 
 from steer.reward import Reward, RewardError, Texts, score
-from steer.rewards import REWARDS
-from steer.rewards.names import reward_names
+from steer.rewards import REWARDS, names
+from steer.rewards.names import registered_name, reward_names
 from steer.rewards.parser import load_reward
 
 PROMPTS = ["a red circle", "two stars"]
@@ -110,6 +110,33 @@ def test_colour_and_brightness_by_hand() -> None:
 def test_a_reward_that_is_not_there_is_refused_in_one_line(spec: object, message: str) -> None:
     with pytest.raises(RewardError, match=message):
         load_reward(spec)
+
+
+@pytest.mark.parametrize("spec", ["JPEG", "Jpeg:2", "Colour:red", "Aesthetic:scenes", "ImageReward:path=x"])
+def test_names_of_rewards_are_found_in_any_case(spec: str) -> None:
+    """Models call themselves ImageReward and HPSv2.1; the argument keeps its case."""
+    name, colon, rest = spec.partition(":")
+    lower = f"{name.lower()}{colon}{rest}"
+    assert outcome(lambda: load_reward(spec).name) == outcome(lambda: load_reward(lower).name)
+    assert registered_name(name) == name.lower()
+
+
+def outcome(make: Callable[[], str]) -> str:
+    try:
+        return make()
+    except RewardError as error:
+        return str(error).lower()
+
+
+def test_two_names_that_differ_in_case_alone_are_both_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "reward_names", lambda: dict.fromkeys(("glow", "Glow", "jpeg"), ""))
+    assert [registered_name(one) for one in ("glow", "Glow", "GLOW", "JPEG", "x")] == [
+        "glow",
+        "Glow",
+        None,
+        "jpeg",
+        None,
+    ]
 
 
 def test_functions_classes_and_paths_are_rewards() -> None:

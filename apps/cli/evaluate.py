@@ -13,7 +13,7 @@ from steer.apps.settings import errors_with_flags
 from steer.errors import InputError
 
 # Settings with their own options here: settings of a contender or of the whole evaluation.
-OWN_OPTIONS = ("model", "lora", "method", "reward", "compare", "particles", "seed", "expand", "original")
+OWN_OPTIONS = ("model", "lora", "method", "reward", "compare", "best_of", "particles", "seed", "expand", "original")
 PARTICLES = click.option(
     "--particles",
     type=int,

@@ -10,9 +10,37 @@ from steer.apps.processes import is_main_process
 from steer.assets import CONFIGS
 from steer.errors import InputError
 
+CONFIG = "steer.finetune.config"  # key of the context: the configuration that help describes
+
+
+class FinetuneCommand(Command):
+    """A command whose help lists the keys of the configuration that is named before `--help`."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """Store the configuration for help, which is printed before arguments are read."""
+        if args and not args[0].startswith("-"):
+            context.meta[CONFIG] = args[0]
+        return super().parse_args(context, args)
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, then the keys of the configuration with their values in it."""
+        super().format_options(context, formatter)
+        if (name := context.meta.get(CONFIG)) is not None:
+            check_installed()
+            from steer.apps.finetuning import describe_keys
+
+            with formatter.section(f"Keys of {name}"):
+                formatter.write_dl(describe_keys(name))
+
+
+def check_installed() -> None:
+    """Raise InputError where a package of finetuning is missing."""
+    if missing := [package for package in ("pydantic", "peft") if find_spec(package) is None]:
+        raise InputError(f"finetuning needs {missing[0]}: pip install 'steer-diffusion[train]'")
+
 
 @click.command(
-    cls=Command,
+    cls=FinetuneCommand,
     context_settings={"ignore_unknown_options": True},
     options_metavar="[--KEY VALUE …]",
     epilog=f"Embedded: {', '.join(CONFIGS)}. The file of prdp-sd15, in steer/assets/configs, explains each key.",
@@ -26,7 +54,8 @@ def finetune(config: str, overrides: tuple[str, ...], device: str | None, resume
     """Train a diffusion model on a reward. CONFIG is the name of an embedded configuration, or a YAML file.
 
     Any key of the configuration is also an option, which overrides the file: --max-steps 20 --beta 0.01
-    --eval-rewards '[scene, jpeg]'. Paths are relative to the current folder.
+    --eval-rewards '[scene, jpeg]'. `steer finetune CONFIG --help` lists the keys of CONFIG, with their values.
+    Paths are relative to the current folder.
 
     The run's folder, output_dir, contains the weights (best/, final/), checkpoints/, metrics.jsonl, evaluations.jsonl,
     config.yaml, samples/, plots/ and a model card. Ctrl-C ends the run with a checkpoint. With `ask: true` but no
@@ -35,8 +64,7 @@ def finetune(config: str, overrides: tuple[str, ...], device: str | None, resume
     if config.startswith("-"):
         raise InputError(f"{config}: the configuration comes first: steer finetune CONFIG --KEY VALUE …")
     words = parse_overrides(overrides) | ({} if device is None else {"device": device})
-    if missing := [package for package in ("pydantic", "peft") if find_spec(package) is None]:
-        raise InputError(f"finetuning needs {missing[0]}: pip install 'steer-diffusion[train]'")
+    check_installed()
     from steer.apps.asking import UNANSWERED_EXIT
     from steer.apps.finetuning import finetune as run
     from steer.apps.finetuning import read_config, summary

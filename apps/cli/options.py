@@ -1,6 +1,6 @@
 """Base classes and common options of all commands: every given option is used or refused."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,11 @@ from steer.apps.settings import (
     help_of,
     kinds_of,
     methods_with,
+    within_of,
 )
 from steer.arguments import Settings, plain_value
 from steer.errors import InputError
-from steer.registry import nearest
+from steer.registry import did_you_mean
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -97,8 +98,8 @@ def _read_settings(others: Collection[str], context: click.Context, option: clic
     if not isinstance(values, dict):
         raise InputError(f"--settings {path}: expected lines of `name: value`, such as lam: 25")
     if unknown := [str(name) for name in values if name not in known]:
-        near = nearest(unknown[0], known)
-        raise InputError(f"--settings {path}: unknown key {unknown[0]!r:.60}: did you mean {near}?")
+        hint = did_you_mean(unknown[0], known, f"`{context.command_path} --help` lists the options")
+        raise InputError(f"--settings {path}: unknown key {unknown[0]!r:.60}: {hint}")
     given = {name: value for name, value in values.items() if value is not None}
     context.default_map = {
         name: (value if isinstance(value, list) else [value]) if options[name].multiple else plain_value(value)
@@ -199,6 +200,8 @@ def setting_options(without: Collection[str] = (), others: Collection[str] = ())
             flags = flags_of(name)
             kinds = [kind for kind in kinds_of(name) if kind in (bool, int, float)]
             kind: Any = NumberOrWord(kinds[0]) if kinds and str in kinds_of(name) else (*kinds, str)[0]
+            if kind in SHOWN_RANGES and (within := within_of(name)) is not None:
+                kind = range_of(kind, within, SHOWN_RANGES)
             switch = True if kind is bool and "/" not in flags[0] else None
             given: dict[str, Any] = {"type": None if kind is bool else kind, "is_flag": switch}
             if name in REPEATABLE:
@@ -228,9 +231,28 @@ def options_of(settings: type[Settings]) -> Callable[[F], F]:
     return decorate
 
 
-def range_of(kind: type, within: str) -> click.ParamType[Any]:
-    """Return the click type for numbers of one kind in an interval such as "(0, 1]"."""
+class _ShownIntRange(click.IntRange):
+    """A range that help shows and the settings check: their message has the flag and may depend on other settings."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        return click.INT.convert(value, param, context)
+
+
+class _ShownFloatRange(click.FloatRange):
+    """As `_ShownIntRange`, for real numbers."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        return click.FLOAT.convert(value, param, context)
+
+
+RANGES: dict[type, Any] = {int: click.IntRange, float: click.FloatRange}
+SHOWN_RANGES: dict[type, Any] = {int: _ShownIntRange, float: _ShownFloatRange}
+
+
+def range_of(kind: type, within: str, ranges: Mapping[type, Any] = RANGES) -> click.ParamType[Any]:
+    """Return the click type for numbers of one kind in an interval such as "(0, 1]"; a plain one without bounds."""
     low, high = (None if end.strip("-") == "inf" else kind(end) for end in within[1:-1].split(", "))
-    limited: Any = click.IntRange if kind is int else click.FloatRange
-    numbers: click.ParamType[Any] = limited(low, high, min_open=within[0] == "(", max_open=within[-1] == ")")
+    if low is None and high is None:
+        return click.INT if kind is int else click.FLOAT
+    numbers: click.ParamType[Any] = ranges[kind](low, high, min_open=within[0] == "(", max_open=within[-1] == ")")
     return numbers

@@ -28,7 +28,7 @@ from steer.errors import InputError
 from steer.files import atomic_write, write_text
 from steer.pipelines.base import Cost, SteeringOutput, route_eta
 from steer.pipelines.training.evaluation import diversity
-from steer.registry import choose, nearest
+from steer.registry import choose, did_you_mean
 from steer.reward import Reward, Scores, compares_images, mean_over_frames, score_components
 
 BASE_METHOD = "base"  # plain sampling without a reward: one image per run
@@ -38,6 +38,8 @@ DEFAULTS: dict[str, Any] = {
     name: SamplingConfig.field(name).default for name in SHARED if name not in (*_OF_A_CONTENDER, "expand", "original")
 }
 DEFAULTS |= dict.fromkeys(ALL_OPTIONS)
+CONTENDER_KEYS = ("model", "lora", "method", "label")
+OPTIONS_LISTED = "`steer evaluate --help` lists the options"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Contender:
     def of(cls, settings: Mapping[str, Any]) -> Self:
         """Return the contender of flat settings: model, lora, method, label, and its options. Raises InputError."""
         options = dict(settings)
-        own = {name: options.pop(name) for name in ("model", "lora", "method", "label") if name in options}
+        own = {name: options.pop(name) for name in CONTENDER_KEYS if name in options}
         for name, value in own.items():
             if not isinstance(value, str):
                 raise InputError(f"{name} of a contender must be text, got {value!r:.60}")
@@ -179,7 +181,8 @@ def _settings_of(one: Contender, spec: EvaluationSpec) -> SamplingConfig:
 def _check_options(options: Mapping[str, Any], prefix: str) -> None:
     for name in options:
         if name not in DEFAULTS:
-            raise InputError(f"{prefix}unknown option {name!r}: did you mean {nearest(name, DEFAULTS)}?")
+            known = [*DEFAULTS, *(CONTENDER_KEYS if prefix else ())]
+            raise InputError(f"{prefix}unknown option {name!r}: {did_you_mean(name, known, OPTIONS_LISTED)}")
 
 
 @dataclass(frozen=True)

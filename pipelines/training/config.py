@@ -4,9 +4,10 @@ Python (`TrainingConfig`, `GRPOConfig` …), the YAML files and options of `stee
 derive from these dataclasses. Names are as in TRL, transformers and accelerate where they mean the same.
 """
 
+import json
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
@@ -117,6 +118,17 @@ class TrainingConfig(Settings):
 
     title: ClassVar[str] = "Finetuning"  # name of the method
     paper: ClassVar[tuple[str, str]] = ("", "")  # title and arXiv number of the paper
+    other_names: ClassVar[Mapping[str, str]] = {  # of transformers and TRL; where a method has the name, it is its own
+        "beta": "kl_weight",
+        "epsilon": "clip",
+        "per_device_train_batch_size": "train_batch_size",
+        "num_train_epochs": "max_steps",
+        "fp16": "mixed_precision",
+        "bf16": "mixed_precision",
+        "report_to": "log_with",
+        "lora_r": "lora_rank",
+        "lr": "learning_rate",
+    }
 
     output_dir: str = "trainer_output"
     max_steps: int = argument(100, "[1, inf]")
@@ -241,6 +253,15 @@ class TrainingConfig(Settings):
     def kept_generations(self) -> int:
         """Samples of a prompt that losses take."""
         return self.num_generations
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON values; objects in `call` as their text."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return plain
+
+    def to_json_string(self) -> str:
+        """Return `to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
 
     @property
     def call_kwargs(self) -> dict[str, Any]:

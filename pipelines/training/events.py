@@ -3,14 +3,46 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext
 from steer.pipelines.training.state import RunState
+
+EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_evaluate", "on_save", "on_train_end")
+TRACKERS = {"Wandb": "wandb", "Trackio": "trackio", "Comet": "comet_ml", "MLflow": "mlflow", "SwanLab": "swanlab"}
+# Callbacks of transformers that read arguments of its own loop, and what does the same here.
+REPLACEMENTS = {
+    "EarlyStoppingCallback": "set early_stopping_patience in the configuration, with eval_prompts and eval_rewards",
+    "DefaultFlowCallback": "set eval_steps and save_steps in the configuration",
+    **{f"{name}Callback": f"set log_with=({tracker!r},) in the configuration" for name, tracker in TRACKERS.items()},
+}
+INTEGRATIONS = "transformers.integrations."  # trackers, which read a transformers configuration from the model
+
+
+def read_callbacks(callbacks: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the callbacks, each class among them called without arguments, as transformers does.
+
+    Raises InputError for an object without any of EVENTS, and for a callback of transformers in REPLACEMENTS.
+    """
+    if not isinstance(callbacks, Iterable) or isinstance(callbacks, str):
+        raise InputError(f"callbacks must be a list, got {callbacks!r:.60}: write callbacks=[…]")
+    for one in callbacks:
+        kind = one if isinstance(one, type) else type(one)
+        own = [base.__name__ for base in kind.__mro__ if base.__module__.startswith("transformers.")]
+        if replaced := [name for name in own if name in REPLACEMENTS]:
+            raise InputError(f"callbacks: {replaced[0]} is for transformers' Trainer: {REPLACEMENTS[replaced[0]]}")
+        if not any(hasattr(one, event) for event in EVENTS):
+            raise InputError(f"callbacks: {one!r:.60} has none of the methods {', '.join(EVENTS)}")
+    return tuple(one() if isinstance(one, type) else one for one in callbacks)
+
+
+def _is_integration(callback: Any) -> bool:
+    return any(base.__module__.startswith(INTEGRATIONS) for base in type(callback).__mro__)
 
 
 class Events:
@@ -43,10 +75,11 @@ class Events:
         state = self.trainer_state
         state.global_step, state.log_history = self.state.step, self.state.records
         state.best_global_step = self.state.early_stopping.best_step
-        details |= {"model": self.state.trainable.denoiser}
+        model = {"model": self.state.trainable.denoiser}
         for callback in self.callbacks:
             if (function := getattr(callback, event, None)) is not None:
-                self.control = function(self.config, state, self.control, **details) or self.control
+                given = details if _is_integration(callback) else details | model
+                self.control = function(self.config, state, self.control, **given) or self.control
 
     def asked(self, name: str) -> bool:
         """Whether a callback of any process set this field of the TrainerControl; unset the field."""

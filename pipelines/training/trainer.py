@@ -19,11 +19,12 @@ from steer.diffusion.seeds import derived_seed, get_random_state, set_random_sta
 from steer.diffusion.views import plain_values
 from steer.errors import InputError
 from steer.files import write_text
+from steer.pipelines.base import RewardedPipeline
 from steer.pipelines.training.asking import REFUSED, UNANSWERED, OnQuestion, ask, question_of
 from steer.pipelines.training.config import LossConfig, ParetoConfig, SignalConfig, TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.evaluation import Evaluator
-from steer.pipelines.training.events import Events, Stopped, StopRequest, stop_request
+from steer.pipelines.training.events import Events, Stopped, StopRequest, read_callbacks, stop_request
 from steer.pipelines.training.identity import check_identity, identity_of
 from steer.pipelines.training.method import (
     ConfigT,
@@ -86,8 +87,8 @@ class Trainer(TrainingMethod[ConfigT]):
                    they are part of the metadata
     callbacks      `transformers.TrainerCallback`s, or objects with some of its methods: on_train_begin, on_step_end,
                    on_log (`logs`: the metrics of an update), on_evaluate (`metrics`, and `evaluation`: an EvalResult
-                   with images), on_save, on_train_end. They are called in every process, and may set
-                   should_training_stop, should_save and should_evaluate of their TrainerControl.
+                   with images), on_save, on_train_end. Classes are called without arguments. Events are called in every
+                   process, and may set should_training_stop, should_save and should_evaluate of their TrainerControl.
     on_question    answers the questions of `config.ask` (`asking.OnQuestion`); without it, a question ends the run with
                    a checkpoint, and is asked again when the run is resumed
     run_config     plain values that describe the run, in its checkpoints and model card
@@ -95,6 +96,12 @@ class Trainer(TrainingMethod[ConfigT]):
     Raises InputError for arguments that do not fit.
     """
 
+    other_names: ClassVar[Mapping[str, str]] = {  # of transformers and TRL
+        **RewardedPipeline.other_names,
+        "args": "config",
+        "train_dataset": "train_prompts",
+        "eval_dataset": "eval_prompts",
+    }
     config_class: ClassVar[type[TrainingConfig]]
     takes_preferences: ClassVar[bool] = False
     trains_tokens: ClassVar[bool] = False  # by another method than log-probabilities
@@ -143,7 +150,7 @@ class Trainer(TrainingMethod[ConfigT]):
         self.eval_rewards = tuple(load_reward(one) for one in eval_rewards)
         self.metadata, self.eval_metadata = metadata, eval_metadata
         self.conditions, self.eval_conditions = conditions, eval_conditions
-        self.callbacks, self.on_question, self.run_config = tuple(callbacks), on_question, run_config
+        self.callbacks, self.on_question, self.run_config = read_callbacks(callbacks), on_question, run_config
         self._run: FinetuningRun | None = None
         names, trained = [one.name for one in self.eval_rewards], plain_rewards(self.reward).keys()
         if twice := [name for place, name in enumerate(names) if name in names[:place]]:
@@ -453,7 +460,7 @@ class FinetuningRun:
                         break
                     if (record := self._update(request)) is not None:
                         self.events.call("on_step_end")
-                        self.events.call("on_log", logs=record)
+                        self.events.call("on_log", logs=dict(record))  # transformers' callbacks remove keys
                         if self.events.asked("should_training_stop"):
                             self.stopped = "a callback asked for it"
                         self.accelerator.log(scalars(record), state.step)
