@@ -139,8 +139,8 @@ class IntermediateRewards:
 
 
 def route_kernel_eta(pipe: Any, call: dict[str, Any], s: IntermediateSettings) -> tuple[dict[str, Any], float | None]:
-    """Route η as `route_eta` does; with GLASS transitions always to the kernel."""
-    return route_eta(pipe, call, s.eta) if s.kernel == "gaussian" else (call, s.eta)
+    """Route η as `route_eta` does; with GLASS transitions an η above 0 goes to the kernel."""
+    return (call, s.eta) if s.kernel == "glass" and s.eta else route_eta(pipe, call, s.eta)
 
 
 def learned_value(s: IntermediateSettings, pipe: Any) -> Value | None:
@@ -323,8 +323,11 @@ class Run:
         return None if eta is None else self._draw(solver_step, eta, rows)
 
     def _draw(self, solver_step: SolverStep, eta: float, rows: Tensor | None = None) -> Tensor:
-        """Draw x_s (N, …) of all rows, each continuing one of `rows`, by the Gaussian kernel or a GLASS transition."""
-        if self.glass_steps:
+        """Draw x_s (N, …) of all rows, each continuing one of `rows`, by the Gaussian kernel or a GLASS transition.
+
+        With η = 0 it is the Gaussian kernel's mean: a GLASS transition would still draw x0 given x_t.
+        """
+        if self.glass_steps and eta > 0:
             return self.particle_batch.glass(solver_step, eta, rows, self.glass_steps)
         return solver_step.kernel(eta, rows).sample(self.particle_batch.rng)
 

@@ -107,9 +107,9 @@ class FKSettings(IntermediateSettings):
                             ensemble, or the terms of a weighted sum, disagree; if it returns False, the particles of
                             the prompt stay with their weights, and the distribution is the same
     ask_cost                value of asking above which on_disagreement is called, in standard deviations of the rewards
-    eta                     noise η of every solver step, from 0 to 1. By default, and with 0, steps are the solver's
-                            own, except that all particles take the Gaussian kernel with η = 1 where they may be
-                            resampled. With reward_guidance every step takes the kernel, by default with η = 1
+    eta                     noise η of every solver step, from 0 to 1; by default the solver's own. With None and 0, all
+                            particles take the kernel with η = 1 where they may be resampled. With reward_guidance every
+                            step takes the kernel, by default with η = 1
     """
 
     lam: float | str = option("auto", "(-inf, inf)", choices=("auto",), label="strength", slider=(0, 100, 1))

@@ -12,7 +12,7 @@ from gaussian import GaussianPipeline, check_tilted, steered_gaussians
 from schedulers import DIFFUSION, FLOW
 from soft_rewards import redness, seeded
 
-from steer import FKSteeringPipeline, RacingPipeline, SelectionPipeline
+from steer import BestOfNPipeline, FKSteeringPipeline, RacingPipeline, SelectionPipeline
 from steer.arguments import IMAGES_PER_PROMPT
 from steer.diffusion.schedules import step_levels
 from steer.diffusion.step_hooks import SolverStep
@@ -118,6 +118,30 @@ def test_copies_diverge_in_steps_of_glass(case: str) -> None:
         images = outs[1].images
         assert images.isfinite().all() and not torch.equal(images, outs[0].images)
         assert all(not torch.equal(images[i], images[j]) for i in range(K) for j in range(i))
+
+
+@pytest.mark.parametrize("eta", [None, 0.0])
+@pytest.mark.parametrize("case", CASES)
+def test_without_noise_a_step_is_that_of_the_plain_batch(case: str, eta: float | None) -> None:
+    """GLASS transitions are drawn only where copies part: at no step of an unsteered run."""
+    name, scheduler = CASES[case]
+    pipe = with_scheduler(cached_pipe(name), scheduler())
+    call: dict[str, Any] = {
+        key: value for key, value in call_kwargs(name, K, STEPS).items() if key not in IMAGES_PER_PROMPT
+    }
+    call |= {"num_particles": K, "output_type": "pt", "eta": eta}
+    plain = BestOfNPipeline(pipe, redness)(generator=seeded(), **call)
+    unsteered = {"resample_steps": [1, 3], "lam": 0.0}
+    out = FKSteeringPipeline(pipe, redness)(generator=seeded(), kernel="glass", **call | unsteered)
+    assert torch.equal(out.images, plain.images) and out.cost.nfe == plain.cost.nfe == K * STEPS
+    runs: list[tuple[Any, dict[str, Any]]] = [
+        (FKSteeringPipeline, {"resample_steps": [1], "lam": 50.0, "ess_threshold": 1.0}),
+        (SelectionPipeline, {"select_steps": [1], "beams": 1}),
+        (RacingPipeline, {"rungs": {1: K}, "branches": 2, "lookahead": 1}),
+    ]
+    for method, options in runs:
+        out = method(pipe, redness)(generator=seeded(), kernel="glass", **call | options)
+        assert out.cost.nfe == K * (STEPS + 1), method  # one further evaluation at the step whose copies part
 
 
 @pytest.mark.parametrize(
