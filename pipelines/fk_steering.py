@@ -284,9 +284,10 @@ class Run:
 
     def _choose_strength(self, rewards: Tensor, progress: float) -> None:
         """Choose λ, if it is "auto", by the first rewards (B, K) that differ within a prompt."""
-        differ = bool((rewards != rewards[:, :1]).any())
-        if self.auto_strength and isinstance(self.algorithm, FeynmanKac) and (differ or progress == 1.0):
-            self.algorithm, self.auto_strength = self.algorithm.at_half_ess(self.particles, rewards, progress), False
+        if self.auto_strength and isinstance(self.algorithm, FeynmanKac):
+            chosen = self.algorithm.at_half_ess(self.particles, rewards, progress)
+            if chosen.lam > 0 or progress == 1.0:
+                self.algorithm, self.auto_strength = chosen, False
 
     def finish(self, rewards: Tensor) -> Particles:
         """Return the particles; in Feynman–Kac steering, with the terminal factor of the final rewards (B, K)."""

@@ -24,6 +24,7 @@ from steer.diffusion.preview import Preview
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
 from steer.smc.particles import FeynmanKac, Particles
+from steer.smc.potentials import maximum
 
 K = 2
 WHOLE = 99  # more steps than any run here has left: a look-ahead is then the rest of the run
@@ -232,6 +233,61 @@ def test_auto_leaves_half_of_the_particles() -> None:
     scaled = FeynmanKac().at_half_ess(particles, torch.tensor([[5.0, 5.0, 5.0, 5.01]]), 0.5)
     assert scaled.lam == pytest.approx(100 * chosen.lam, rel=1e-2)  # whatever the unit of the reward
     assert FeynmanKac().at_half_ess(particles, torch.ones(1, 4), 0.5).lam == 0
+
+
+def chosen_by_auto(*rewards: list[float]) -> float:
+    scored = torch.tensor(rewards, dtype=torch.float32)
+    return FeynmanKac().at_half_ess(Particles.start(*scored.shape), scored, 0.4).lam
+
+
+LAM_1_OF_4 = math.log(3 + math.sqrt(12))  # as above
+
+
+@pytest.mark.parametrize(
+    ("rewards", "lam"),
+    [
+        # n of K rewards are 1, the others 0: (n w + K − n)² = (n w² + K − n) max(K/2, n + 1/2), λ = log w.
+        ([[0, 1]], math.log(2 + math.sqrt(3))),
+        ([[0, 0, 1, 1]], math.log(4 + math.sqrt(15))),
+        ([[0, 1, 1, 1]], math.log(2 + math.sqrt(21) / 3)),
+        ([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]], LAM_1_OF_4),  # ties of all particles have no say
+        ([[0, 1, 1, 1], [1, 1, 1, 1]], math.log(2 + math.sqrt(21) / 3)),
+        ([[0, 0, 0, 1], [0.5, 0.5, 0.5, 0.505]], LAM_1_OF_4),  # near ties of a prompt beside one that differs
+        ([[0, 1, 1, 1.001]], math.log(2 + math.sqrt(21) / 3)),  # near ties of the best
+        ([[0.7, 0.7, 0.7, 0.7 + 1e-7]], 0.0),  # rounding alone
+        ([[0.3]], 0.0),
+    ],
+)
+def test_auto_of_ties_by_hand(rewards: list[list[float]], lam: float) -> None:
+    assert chosen_by_auto(*rewards) == pytest.approx(lam, rel=2e-3)
+
+
+@pytest.mark.parametrize("size", [3, 4, 7])
+def test_auto_of_several_prompts_has_the_mean_of_their_targets(size: int) -> None:
+    """Without ties it is half of the particles; with n of them at the top, n + 1/2 for that prompt."""
+
+    def mean_ess(rewards: Tensor, lam: float) -> float:
+        weights = (lam * rewards.double()).exp()
+        return float((weights.sum(1) ** 2 / (weights**2).sum(1)).mean())
+
+    apart = torch.rand(3, size, generator=seeded(3))
+    assert mean_ess(apart, chosen_by_auto(*apart.tolist())) == pytest.approx(size / 2, rel=1e-4)
+    tied = apart.clone()
+    tied[1, 1:] = 1.0
+    targets = (size / 2, size - 0.5, size / 2)
+    assert mean_ess(tied, chosen_by_auto(*tied.tolist())) == pytest.approx(sum(targets) / 3, rel=1e-4)
+
+
+def test_auto_waits_for_an_evaluation_that_depends_on_it() -> None:
+    """λ_0 is 0 under geometric tempering, and the maximum may stem from an earlier evaluation of equal rewards."""
+    own = {"resample_steps": [0, 2], "tempering": "geometric", "ess_threshold": 1e-9}
+    auto, _ = watched(cached_pipe("sd"), "sd", FKSteeringPipeline, **own)
+    assert auto.lam is not None and auto.history[0].ess.item() == pytest.approx(K)
+    assert auto.history[1].ess.item() == pytest.approx(1.5, abs=1e-3)
+    algorithm = FeynmanKac(potential=maximum)
+    particles = algorithm.reweight(Particles.start(1, 4), torch.full((1, 4), 0.5), 0.2)
+    assert algorithm.at_half_ess(particles, torch.tensor([[0.1, 0.2, 0.3, 0.4]]), 0.4).lam == 0
+    assert algorithm.at_half_ess(particles, torch.tensor([[0.5, 0.5, 0.5, 1.5]]), 0.4).lam == pytest.approx(LAM_1_OF_4)
 
 
 def test_auto_is_the_same_as_its_number() -> None:
