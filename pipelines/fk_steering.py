@@ -15,7 +15,7 @@ from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
 from steer.diffusion.step_hooks import SolverStep, StepOverride
-from steer.diffusion.value import Value, load_value
+from steer.diffusion.value import Value, check_use, load_value
 from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.disagreement import agreed, disagreements, term_signs
@@ -143,9 +143,16 @@ def route_kernel_eta(pipe: Any, call: dict[str, Any], s: IntermediateSettings) -
     return (call, s.eta) if s.kernel == "glass" and s.eta else route_eta(pipe, call, s.eta)
 
 
-def learned_value(s: IntermediateSettings, pipe: Any) -> Value | None:
-    """Return the learned value of the settings, if any. Raises InputError for one that does not fit the pipeline."""
-    return None if s.value is None else load_value(s.value, pipe)
+def learned_value(s: IntermediateSettings, pipeline: SteeringPipeline, call: Mapping[str, Any]) -> Value | None:
+    """Return the learned value of the settings, if any.
+
+    Raises InputError for a value of another model or reward; one of another kind of call is logged.
+    """
+    if s.value is None:
+        return None
+    value = load_value(s.value, pipeline.pipe)
+    check_use(value, s.value, pipeline.pipe, pipeline.reward.name, call)
+    return value
 
 
 Agreement = Callable[[int, IntermediateRewards, Tensor], Tensor]
@@ -551,7 +558,7 @@ class FKSteeringPipeline(SteeringPipeline):
             if s.target_reward is not None and particle_batch.groups > 1:
                 raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
             kind: type[Run] = GuidedRun if s.reward_guidance else AsynchronousRun if s.asynchronous_rewards else Run
-            return kind(algorithm, particle_batch, eta, schedule, s, learned_value(s, self.pipe))
+            return kind(algorithm, particle_batch, eta, schedule, s, learned_value(s, self, call))
 
         batch: dict[str, Any] = {"pipe": pipe, "live": live, "lookahead": s.lookahead, "preview": s.preview}
         return run_particles(self, prompt, s, call, make_run, **batch, draw=s.draw)

@@ -57,7 +57,7 @@ class RacingPipeline(SteeringPipeline):
         pipe = self.pipe if race.rungs == {} else live.view(self.pipe)
 
         def make_run(particle_batch: ParticleBatch) -> Run:
-            return RacingRun(particle_batch, kernel_eta, race.rungs, s, learned_value(s, self.pipe))
+            return RacingRun(particle_batch, kernel_eta, race.rungs, s, learned_value(s, self, call))
 
         batch: dict[str, Any] = {"pipe": pipe, "size": race.starts, "preview": s.preview, "live": live}
         lookahead = s.lookahead if s.value is None else 1
