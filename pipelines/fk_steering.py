@@ -224,8 +224,11 @@ class Run:
 
     def on_solver_step(self, solver_step: SolverStep) -> StepOverride:
         """Make a solver step, after `begin` at the first; return ancestors of the slots and their next latents."""
+        total = solver_step.total
         if solver_step.k == 0:
-            self.begin(solver_step.total, solver_step.scheduler)
+            self.begin(total, solver_step.scheduler)
+            if wrong := sorted(step for step in self.preview_steps if not 0 <= step < total):
+                raise InputError(f"preview_steps: {wrong[0]} is not from 0 to {total - 1}, in a run of {total} steps")
         return self._make_step(solver_step)
 
     def begin(self, total: int, scheduler: Any) -> None:

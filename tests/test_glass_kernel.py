@@ -149,6 +149,7 @@ def test_without_noise_a_step_is_that_of_the_plain_batch(case: str, eta: float |
     [
         ({"kernel": "glas"}, "kernel"),
         ({"glass_steps": 1}, "glass_steps must be at least 2"),
+        ({"glass_steps": 3}, "glass_steps is an option of kernel='glass' alone: leave it out"),
         ({"kernel": "glass", "reward_guidance": 1.0}, "reward_guidance and kernel='glass' exclude each other"),
         ({"kernel": "glass", "asynchronous_rewards": True}, "asynchronous_rewards and kernel='glass' exclude"),
     ],

@@ -110,6 +110,12 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: s
         FKSteeringPipeline(cached_pipe("sd"), redness)(num_particles=K, **CALL | {"value": first_pixel} | options)
 
 
+def test_a_look_ahead_given_to_a_race_beside_a_value_is_refused() -> None:
+    """Also the number that a race without a value would take."""
+    with pytest.raises(InputError, match="value and lookahead exclude each other"):
+        RacingPipeline(cached_pipe("sd"), redness)(num_particles=K, **CALL | {"value": first_pixel, "lookahead": 6})
+
+
 def test_a_training_resumes_and_its_value_fits_its_model_alone(tmp_path: Path) -> None:
     pipe, call = cached_pipe("sd"), {name: value for name, value in CALL.items() if name != "prompt"}
     value = train_value(pipe, redness, ["a", "b c"], tmp_path, SMALL, call)
