@@ -14,6 +14,7 @@ from steer.diffusion.differentiable import computes_in_fp16, differentiable, per
 from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
+from steer.diffusion.short_schedule import check_movable
 from steer.diffusion.step_hooks import SolverStep, StepOverride
 from steer.diffusion.value import Value, check_use, load_value
 from steer.errors import InputError, UnsupportedPipelineError
@@ -226,6 +227,8 @@ class Run:
         """Make a solver step, after `begin` at the first; return ancestors of the slots and their next latents."""
         total = solver_step.total
         if solver_step.k == 0:
+            if self.glass_steps:
+                check_movable(solver_step.scheduler)
             self.begin(total, solver_step.scheduler)
             if wrong := sorted(step for step in self.preview_steps if not 0 <= step < total):
                 raise InputError(f"preview_steps: {wrong[0]} is not from 0 to {total - 1}, in a run of {total} steps")

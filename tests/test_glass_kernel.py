@@ -11,12 +11,14 @@ from diffusers import DDIMScheduler
 from gaussian import GaussianPipeline, check_tilted, steered_gaussians
 from schedulers import DIFFUSION, FLOW
 from soft_rewards import redness, seeded
+from zoo.build import build, call_of
 
 from steer import BestOfNPipeline, FKSteeringPipeline, RacingPipeline, SelectionPipeline
 from steer.arguments import IMAGES_PER_PROMPT
 from steer.diffusion.schedules import step_levels
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
+from steer.pipelines.compatibility import PipelineCheck
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.rewards.parser import load_reward
 
@@ -157,3 +159,13 @@ def test_without_noise_a_step_is_that_of_the_plain_batch(case: str, eta: float |
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         FKSteeringPipeline(cached_pipe("sd"), redness)(**call_kwargs("sd", K, STEPS) | options)
+
+
+def test_a_scheduler_without_levels_between_its_steps_is_refused_by_name() -> None:
+    check = PipelineCheck(build("SanaSprint"), call_of("SanaSprint"))
+    prompt, call = check.split()
+    options: dict[str, Any] = {"num_particles": 2, "rungs": {0: 2}, "branches": 2, "lookahead": 1, "kernel": "glass"}
+    with pytest.raises(
+        InputError, match=r"^SCMScheduler has no noise levels between its steps: use kernel='gaussian'$"
+    ):
+        RacingPipeline(check.pipe, check.reward)(prompt, **call, **options)
