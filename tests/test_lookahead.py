@@ -20,6 +20,7 @@ from torch import Tensor
 from steer import BestOfNPipeline, FKSteeringPipeline, SelectionPipeline, StepReport
 from steer.apps.recipes import read_metadata
 from steer.arguments import IMAGES_PER_PROMPT
+from steer.diffusion.batching import micro_batched
 from steer.diffusion.preview import Preview
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
@@ -144,6 +145,41 @@ def test_fewer_particles_look_ahead_alone() -> None:
     options = {"lam": 0.0, "lookahead": 2, "resample_steps": [2], "particle_schedule": {1: 1}}
     out, _ = watched(cached_pipe("sd"), "sd", FKSteeringPipeline, **options)
     assert out.cost.nfe == 2 * 2 + 3 + 2 + 1  # two steps of two, three of one, and look-aheads of two and of one
+
+
+def test_a_look_ahead_reaches_the_target_of_a_search() -> None:
+    """The particle whose look-ahead is best continues alone, from the first evaluation that reaches the target."""
+    pipe, own = cached_pipe("sd"), {"lam": 0.0, "lookahead": 3, "resample_steps": [1, 2]}
+    plain, _ = watched(pipe, "sd", FKSteeringPipeline, **own)
+    first, second = (one.rewards[0] for one in plain.history)
+    out, _ = watched(pipe, "sd", FKSteeringPipeline, target_reward=first.max().item(), **own)
+    assert len(out.history) == 1 and len(out.images) == 1
+    torch.testing.assert_close(out.images[0], plain.images[int(first.argmax())], atol=1e-4, rtol=0)
+    assert out.cost.nfe == 2 * (2 + 2) + (STEPS - 2)  # two steps of two with one look-ahead, then one alone
+    never, _ = watched(
+        pipe, "sd", FKSteeringPipeline, target_reward=first.max().item() + second.max().item() + 1, **own
+    )
+    assert len(never.history) == 2 and torch.equal(never.images, plain.images)
+
+
+def test_micro_batches_bound_the_rows_of_a_look_ahead() -> None:
+    """The denoiser gets one row at a time, in the run and in the look-ahead."""
+    rows: list[int] = []
+    pipe = with_scheduler(cached_pipe("sd"), DIFFUSION["DDIM"]())
+    own = {"lam": 0.0, "lookahead": 3, "resample_steps": [1]}
+    whole, before = watched(pipe, "sd", FKSteeringPipeline, **own)
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        rows.append(len(args[0] if args else kwargs["sample"]))
+
+    hook = pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        with micro_batched(pipe, 1) as view:
+            out, seen = watched(view, "sd", FKSteeringPipeline, **own)
+    finally:
+        hook.remove()
+    assert max(rows) == 1 and sum(rows) == 2 * out.cost.nfe == 2 * whole.cost.nfe  # guidance asks for every row twice
+    torch.testing.assert_close(seen[1], before[1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("m", [2, 3])
