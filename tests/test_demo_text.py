@@ -28,6 +28,7 @@ ASKED: dict[str, Any] = {
     "reward": "parses + says:blue",
     "particles": 4,
     "lam": 5.0,
+    "auto": False,
     "steps": 8,
     "seed": 3,
     "model": "scenes-text",
@@ -118,7 +119,7 @@ def test_the_tab_shows_a_run_and_refuses_what_it_cannot_do(studio: Studio) -> No
     assert "reward of texts" in run(reward="brightness")[tab.status]
     assert "rewards have names" in run(reward="bigram:/etc/passwd")[tab.status]
     assert "at most" in run(particles=100)[tab.status]
-    assert tab.fit("base") == gr.update(visible=False)
+    assert tab.fit("base") == [gr.update(visible=False)] * 2  # the strength, and its choice
 
 
 def test_the_app_has_the_tab_where_the_model_is_installed(studio: Studio) -> None:
