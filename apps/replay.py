@@ -17,7 +17,7 @@ from steer.apps.prompts import argument_names, call_arguments, cell, check_argum
 from steer.apps.recipes import Recipe, image_hash, make_recipe, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
 from steer.apps.sampling import READ, guided_by_original
-from steer.apps.settings import SamplingConfig
+from steer.apps.settings import SamplingConfig, default_of
 from steer.diffusion.preview import PREVIEWS
 from steer.errors import InputError
 from steer.reward import Reward, with_timeout
@@ -112,7 +112,8 @@ def _trusted_preview(image: Path, recipe: Recipe) -> str | None:
 def _trusted_file(image: Path, recipe: Recipe, name: str, given: int | str | None) -> int | str | None:
     """Return the user's value of a setting, or the image's if that is not a file. Raises InputError."""
     stored: int | str | None = recipe.settings.plain().get(name)
-    if given is None and isinstance(stored, str) and not recipe.base:
+    own = default_of(recipe.settings.method, name) if stored is not None else None
+    if given is None and isinstance(stored, str) and stored != own and not recipe.base:
         raise InputError(f"{image}: its {name} is {stored!r:.200}: add --{name} with a file that you trust")
     return stored if given is None else given
 

@@ -14,8 +14,9 @@ from steer.diffusion.differentiable import computes_in_fp16, differentiable, per
 from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
+from steer.diffusion.short_schedule import check_movable
 from steer.diffusion.step_hooks import SolverStep, StepOverride
-from steer.diffusion.value import Value, load_value
+from steer.diffusion.value import Value, check_use, load_value
 from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.disagreement import agreed, disagreements, term_signs
@@ -139,13 +140,20 @@ class IntermediateRewards:
 
 
 def route_kernel_eta(pipe: Any, call: dict[str, Any], s: IntermediateSettings) -> tuple[dict[str, Any], float | None]:
-    """Route η as `route_eta` does; with GLASS transitions always to the kernel."""
-    return route_eta(pipe, call, s.eta) if s.kernel == "gaussian" else (call, s.eta)
+    """Route η as `route_eta` does; with GLASS transitions an η above 0 goes to the kernel."""
+    return (call, s.eta) if s.kernel == "glass" and s.eta else route_eta(pipe, call, s.eta)
 
 
-def learned_value(s: IntermediateSettings, pipe: Any) -> Value | None:
-    """Return the learned value of the settings, if any. Raises InputError for one that does not fit the pipeline."""
-    return None if s.value is None else load_value(s.value, pipe)
+def learned_value(s: IntermediateSettings, pipeline: SteeringPipeline, call: Mapping[str, Any]) -> Value | None:
+    """Return the learned value of the settings, if any.
+
+    Raises InputError for a value of another model or reward; one of another kind of call is logged.
+    """
+    if s.value is None:
+        return None
+    value = load_value(s.value, pipeline.pipe)
+    check_use(value, s.value, pipeline.pipe, pipeline.reward.name, call)
+    return value
 
 
 Agreement = Callable[[int, IntermediateRewards, Tensor], Tensor]
@@ -217,8 +225,13 @@ class Run:
 
     def on_solver_step(self, solver_step: SolverStep) -> StepOverride:
         """Make a solver step, after `begin` at the first; return ancestors of the slots and their next latents."""
+        total = solver_step.total
         if solver_step.k == 0:
-            self.begin(solver_step.total, solver_step.scheduler)
+            if self.glass_steps:
+                check_movable(solver_step.scheduler)
+            self.begin(total, solver_step.scheduler)
+            if wrong := sorted(step for step in self.preview_steps if not 0 <= step < total):
+                raise InputError(f"preview_steps: {wrong[0]} is not from 0 to {total - 1}, in a run of {total} steps")
         return self._make_step(solver_step)
 
     def begin(self, total: int, scheduler: Any) -> None:
@@ -284,9 +297,10 @@ class Run:
 
     def _choose_strength(self, rewards: Tensor, progress: float) -> None:
         """Choose λ, if it is "auto", by the first rewards (B, K) that differ within a prompt."""
-        differ = bool((rewards != rewards[:, :1]).any())
-        if self.auto_strength and isinstance(self.algorithm, FeynmanKac) and (differ or progress == 1.0):
-            self.algorithm, self.auto_strength = self.algorithm.at_half_ess(self.particles, rewards, progress), False
+        if self.auto_strength and isinstance(self.algorithm, FeynmanKac):
+            chosen = self.algorithm.at_half_ess(self.particles, rewards, progress)
+            if chosen.lam > 0 or progress == 1.0:
+                self.algorithm, self.auto_strength = chosen, False
 
     def finish(self, rewards: Tensor) -> Particles:
         """Return the particles; in Feynman–Kac steering, with the terminal factor of the final rewards (B, K)."""
@@ -323,8 +337,11 @@ class Run:
         return None if eta is None else self._draw(solver_step, eta, rows)
 
     def _draw(self, solver_step: SolverStep, eta: float, rows: Tensor | None = None) -> Tensor:
-        """Draw x_s (N, …) of all rows, each continuing one of `rows`, by the Gaussian kernel or a GLASS transition."""
-        if self.glass_steps:
+        """Draw x_s (N, …) of all rows, each continuing one of `rows`, by the Gaussian kernel or a GLASS transition.
+
+        With η = 0 it is the Gaussian kernel's mean: a GLASS transition would still draw x0 given x_t.
+        """
+        if self.glass_steps and eta > 0:
             return self.particle_batch.glass(solver_step, eta, rows, self.glass_steps)
         return solver_step.kernel(eta, rows).sample(self.particle_batch.rng)
 
@@ -547,7 +564,7 @@ class FKSteeringPipeline(SteeringPipeline):
             if s.target_reward is not None and particle_batch.groups > 1:
                 raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
             kind: type[Run] = GuidedRun if s.reward_guidance else AsynchronousRun if s.asynchronous_rewards else Run
-            return kind(algorithm, particle_batch, eta, schedule, s, learned_value(s, self.pipe))
+            return kind(algorithm, particle_batch, eta, schedule, s, learned_value(s, self, call))
 
         batch: dict[str, Any] = {"pipe": pipe, "live": live, "lookahead": s.lookahead, "preview": s.preview}
         return run_particles(self, prompt, s, call, make_run, **batch, draw=s.draw)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from torch import Generator
@@ -24,12 +24,13 @@ from steer.pipelines.fk_steering import (
 )
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.selection import Selection, SelectionRun
-from steer.pipelines.settings import Prompts, RacingSettings
+from steer.pipelines.settings import AUTO, RACE_LOOKAHEAD, Prompts, RacingSettings
 from steer.reward import Reward
 from steer.smc.particles import Particles
 
 DRAFT_LOOKAHEAD = 4  # with this many coarse steps, a look-ahead from the first step is a draft of the image
 DRAFTS_PER_SURVIVOR = 6
+LOOKAHEAD_SHARE = 0.3  # of the run: the most coarse steps that a budget is spent on
 DEFAULT_RUNGS = ((0.25, 4), (0.5, 8))  # shares of the run, and the divisors of K₀ there
 BRANCHING_RUNGS = (0.25, 0.4, 0.6)  # shares of the run at which all slots continue as children: beam search
 
@@ -51,26 +52,29 @@ class RacingPipeline(SteeringPipeline):
         `log_weights` and `log_normaliser` are 0. The images are the particles that remain after the last rung.
         """
         s = settings
+        if s.kernel == "glass" and s.branches == 1 and not s.eta:
+            raise s.error("branches=1 without eta: no step has noise for kernel='glass' to draw, use more branches")
         call, kernel_eta = route_kernel_eta(self.pipe, call, s)
         race, call = self._race(prompt, s, call)
         live = ActiveRows()
         pipe = self.pipe if race.rungs == {} else live.view(self.pipe)
 
         def make_run(particle_batch: ParticleBatch) -> Run:
-            return RacingRun(particle_batch, kernel_eta, race.rungs, s, learned_value(s, self.pipe))
+            return RacingRun(particle_batch, kernel_eta, race.rungs, s, learned_value(s, self, call))
 
         batch: dict[str, Any] = {"pipe": pipe, "size": race.starts, "preview": s.preview, "live": live}
-        lookahead = s.lookahead if s.value is None else 1
-        return run_particles(self, prompt, s, call, make_run, lookahead=lookahead, **batch)
+        return run_particles(self, prompt, s, call, make_run, lookahead=race.lookahead, **batch)
 
     def _race(self, prompt: Prompts, s: RacingSettings, call: dict[str, Any]) -> tuple["Race", dict[str, Any]]:
         """Return the race, and the call; a list of generators is spread over the starts of the race."""
         if s.budget is None:
-            return Race(s.num_particles, s.rungs), call
+            return Race(s.num_particles, s.rungs, s.chosen_lookahead), call
         if call.get("latents") is not None:
             raise InputError("budget and latents exclude each other: the starts follow from the budget, leave one out")
         first, groups = first_solver_step(self.pipe, self.reward, prompt, call, s.reward_prompt)
-        race, generator = plan_race(s.budget, first.total, s.branches, s.evaluations), call.get("generator")
+        chooses, generator = s.lookahead == AUTO and s.value is None, call.get("generator")
+        race = plan_race(s.budget, first.total, s.branches, None if chooses else s.evaluations)
+        race = race if chooses else replace(race, lookahead=s.chosen_lookahead)
         if generator is None or isinstance(generator, Generator):
             return race, call
         return race, call | {"generator": spread_generators(generator, groups, race.starts)}
@@ -78,10 +82,16 @@ class RacingPipeline(SteeringPipeline):
 
 @dataclass(frozen=True)
 class Race:
-    """A race: K₀ starts, and the particles that continue from each rung, by solver step; None: the default rungs."""
+    """A race.
+
+    starts     K₀
+    rungs      particles that continue from each rung, by solver step; None: the default rungs
+    lookahead  coarse steps of a look-ahead, or its adapter
+    """
 
     starts: int
     rungs: Mapping[int, int] | None = None
+    lookahead: int | str = 1
 
 
 def default_rungs(starts: int, steps: int, branches: int = 1, lookahead: int = 1) -> dict[int, int]:
@@ -122,24 +132,36 @@ def race_cost(starts: int, rungs: Mapping[int, int], steps: int, lookahead: int 
     return cost + alive * (steps - 1 - before)
 
 
-def plan_race(budget: int, steps: int, branches: int = 1, lookahead: int = 1) -> Race:
+def plan_race(budget: int, steps: int, branches: int = 1, lookahead: int | None = 1) -> Race:
     """Return the race with the most starts whose cost is within the budget, with the default rungs of a run of T steps.
+
+    lookahead  evaluations m of an intermediate reward. None: the largest m that leaves six starts, of at most 6 and at
+               most 30 % of the run, rounded; if none leaves six, the m with the most starts, the larger one of two
 
     Raises InputError for a budget below the cost of a race of two starts.
     """
-
-    def cost(starts: int) -> int:
-        return race_cost(starts, default_rungs(starts, steps, branches, lookahead), steps, lookahead)
-
-    if budget < cost(2):
+    most = max(min(RACE_LOOKAHEAD, round(LOOKAHEAD_SHARE * steps)), 1)
+    choices = range(most, 0, -1) if lookahead is None else (lookahead,)
+    races = [race for m in choices if (race := _largest_race(budget, steps, branches, m)).starts >= 2]
+    if not races:
+        least = min(race_cost(2, default_rungs(2, steps, branches, m), steps, m) for m in choices)
         raise InputError(
-            f"budget: {budget} evaluations are too few for a race over {steps} steps: give at least {cost(2)}, or "
+            f"budget: {budget} evaluations are too few for a race over {steps} steps: give at least {least}, or "
             "fewer steps"
         )
-    starts = 2
-    while cost(starts + 1) <= budget:
+    return next((race for race in races if race.starts >= DRAFTS_PER_SURVIVOR), max(races, key=lambda one: one.starts))
+
+
+def _largest_race(budget: int, steps: int, branches: int, lookahead: int) -> Race:
+    """Return the race with the most starts within the budget, of at least one start."""
+
+    def rungs(starts: int) -> dict[int, int]:
+        return default_rungs(starts, steps, branches, lookahead)
+
+    starts = 1
+    while race_cost(starts + 1, rungs(starts + 1), steps, lookahead) <= budget:
         starts += 1
-    return Race(starts, default_rungs(starts, steps, branches, lookahead))
+    return Race(starts, rungs(starts), lookahead)
 
 
 def first_solver_step(

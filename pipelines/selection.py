@@ -48,7 +48,7 @@ class SelectionPipeline(SteeringPipeline):
         selection, schedule = Selection(s.beams, s.lam), ResamplingSchedule(s.select_steps)
 
         def make_run(particle_batch: ParticleBatch) -> Run:
-            return SelectionRun(selection, particle_batch, kernel_eta, schedule, s, learned_value(s, self.pipe))
+            return SelectionRun(selection, particle_batch, kernel_eta, schedule, s, learned_value(s, self, call))
 
         return run_particles(self, prompt, s, call, make_run, lookahead=s.lookahead, preview=s.preview)
 

@@ -13,6 +13,8 @@ from typing import Any
 from steer.arguments import IMAGES_PER_PROMPT, Settings, argument, option
 from steer.errors import InputError
 
+AUTO = "auto"  # a choice that depends on the other settings or on the run
+RACE_LOOKAHEAD = 6  # coarse steps of a race's look-ahead: at the first solver step it is a draft of the image
 ADAPTER = "lora:"  # before the PATH of a few-step adapter for the look-ahead
 Prompts = str | Sequence[str] | None
 
@@ -73,10 +75,13 @@ class IntermediateSettings(StepSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.lookahead, str) and not (self.lookahead.startswith(ADAPTER) and self.lookahead != ADAPTER):
+        default, adapter = self.field("lookahead").default, str(self.lookahead).removeprefix(ADAPTER)
+        if isinstance(self.lookahead, str) and self.lookahead != default and adapter in ("", self.lookahead):
             raise self.error(f"lookahead must be a number of steps, or {ADAPTER}PATH, got {self.lookahead!r}")
-        if self.value is not None and self.lookahead not in (1, self.field("lookahead").default):
+        if self.value is not None and self.lookahead not in (1, default):
             raise self.error("value and lookahead exclude each other: leave one out")
+        if self.kernel != "glass" and self.glass_steps != self.field("glass_steps").default:
+            raise self.error("glass_steps is an option of kernel='glass' alone: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +112,9 @@ class FKSettings(IntermediateSettings):
                             ensemble, or the terms of a weighted sum, disagree; if it returns False, the particles of
                             the prompt stay with their weights, and the distribution is the same
     ask_cost                value of asking above which on_disagreement is called, in standard deviations of the rewards
-    eta                     noise η of every solver step, from 0 to 1. By default, and with 0, steps are the solver's
-                            own, except that all particles take the Gaussian kernel with η = 1 where they may be
-                            resampled. With reward_guidance every step takes the kernel, by default with η = 1
+    eta                     noise η of every solver step, from 0 to 1; by default the solver's own. With None and 0, all
+                            particles take the kernel with η = 1 where they may be resampled. With reward_guidance every
+                            step takes the kernel, by default with η = 1
     """
 
     lam: float | str = option("auto", "(-inf, inf)", choices=("auto",), label="strength", slider=(0, 100, 1))
@@ -189,9 +194,11 @@ class SelectionSettings(IntermediateSettings):
 class RacingSettings(IntermediateSettings):
     """Settings of racing: many starts, of which the best by intermediate reward continue from every rung.
 
-    num_particles  K₀, starts of each prompt; a budget replaces it. The images are the particles left by the last rung
-    lookahead      coarse solver steps of a look-ahead, as for fk; six steps at the first step give a draft of the image
-    budget         denoiser evaluations for each prompt, from which K₀ and the rungs follow (`plan_race`)
+    num_particles  K₀, starts of each prompt, without a budget. The images are the particles left by the last rung
+    lookahead      coarse solver steps of a look-ahead, as for fk. auto: 6, which at the first step give a draft of the
+                   image; with a budget as many as the budget and the run allow (`plan_race`); none with a value
+    budget         denoiser evaluations for each prompt, from which K₀, the rungs and the look-ahead follow
+                   (`plan_race`). It excludes num_particles
     rungs          particles of each prompt that continue from a solver step on, such as 5:4,10:2 or {5: 4, 10: 2}. By
                    default a sixth of K₀ from the first step on; with a look-ahead of fewer than 4 steps a quarter at
                    25 % of the run, and an eighth at 50 %; with branches all at 25, 40, 60 %
@@ -205,17 +212,25 @@ class RacingSettings(IntermediateSettings):
     rungs: Mapping[int, int] | None = option(None)
     branches: int = option(1, "[1, inf]")
     num_particles: int = argument(12, "[1, inf]")
-    lookahead: int | str = option(6, "[1, inf]")
+    lookahead: int | str = option(AUTO, "[1, inf]")
+
+    @property
+    def chosen_lookahead(self) -> int | str:
+        """The look-ahead of a race without a budget."""
+        if self.lookahead != AUTO:
+            return self.lookahead
+        return RACE_LOOKAHEAD if self.value is None else 1
 
     @property
     def evaluations(self) -> int:
         """Evaluations for an intermediate reward, including the solver step's own."""
-        if self.value is not None:
-            return 1
-        return 2 if isinstance(self.lookahead, str) else self.lookahead  # an adapter needs one more than x̂0
+        chosen = self.chosen_lookahead
+        return 2 if isinstance(chosen, str) else chosen  # an adapter needs one more than x̂0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.budget is not None and self.num_particles != self.field("num_particles").default:
+            raise self.error("budget and num_particles exclude each other: starts follow from a budget, leave one out")
         if self.budget is not None and self.rungs is not None:
             raise self.error("budget and rungs exclude each other: rungs follow from a budget, leave one out")
         before = self.num_particles

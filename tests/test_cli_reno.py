@@ -324,9 +324,9 @@ EXCLUSIVE: dict[str, tuple[set[str], ...]] = {
         {"reward_guidance"},
         {"asynchronous_rewards"},
         {"draw"},
-        {"target_reward", "particle_schedule", "kernel"},
-        {"lookahead", "draw", "kernel"},
-        {"value", "kernel"},
+        {"target_reward", "particle_schedule", "kernel", "glass_steps"},
+        {"lookahead", "draw", "kernel", "glass_steps"},
+        {"value", "kernel", "glass_steps"},
     ),
     "svdd": ({"lookahead"}, {"value"}),
     "beam": ({"lookahead"}, {"value"}),
@@ -349,7 +349,8 @@ def test_every_option_reaches_its_pipeline(monkeypatch: pytest.MonkeyPatch, meth
     for alternative in alternatives:
         others = set.union(*alternatives) - alternative
         given = {name: value for name, value in own.items() if name not in others}
-        given |= {"particles": 2, "steps": 3, "eta": 0.5, "seed": 5, "method": method}
+        count = default_of(method, "num_particles") if "budget" in given else 2  # a budget decides the starts
+        given |= {"particles": count, "steps": 3, "eta": 0.5, "seed": 5, "method": method}
         job = Job(OfTwoArguments(), METHODS, "a star", SamplingConfig.of(**given), Path("x"))
         with pytest.raises(FileRecord) as told:
             METHODS[method].run(job)
@@ -357,7 +358,7 @@ def test_every_option_reaches_its_pipeline(monkeypatch: pytest.MonkeyPatch, meth
         assert prompt == "a star" and {name: named[name] for name in given if name in own} == {
             name: value for name, value in given.items() if name in own
         }
-        assert (named["num_particles"], named["num_inference_steps"], named["eta"]) == (2, 3, 0.5)
+        assert (named["num_particles"], named["num_inference_steps"], named["eta"]) == (count, 3, 0.5)
         assert named["generator"].initial_seed() == 5
         assert named.get("guidance_scale", "its own") == (0.0 if method == "reno" else "its own")
         assert named.get("state_file") == (Path("x") if METHODS[method].is_iterative else None)

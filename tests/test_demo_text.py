@@ -19,6 +19,7 @@ from steer.apps.demo.steering import as_command
 from steer.apps.demo.studio import Studio
 from steer.apps.demo.text_steering import TextFrame, TextResult, Token, text_steering
 from steer.apps.demo.text_tab import TextTab, text_settings, text_view
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 
 ASKED: dict[str, Any] = {
@@ -27,6 +28,7 @@ ASKED: dict[str, Any] = {
     "reward": "parses + says:blue",
     "particles": 4,
     "lam": 5.0,
+    "auto": False,
     "steps": 8,
     "seed": 3,
     "model": "scenes-text",
@@ -57,6 +59,18 @@ def test_tokens_open_step_by_step_until_the_text_is_finished(studio: Studio, met
     if method == "fk":
         assert any(frame.rewards and frame.ess and frame.ancestors for frame in frames)
         assert [one.reward for one in made.texts] == sorted((one.reward for one in made.texts), reverse=True)
+
+
+def test_the_strength_is_chosen_unless_it_is_given(studio: Studio) -> None:
+    with gr.Blocks():
+        tab = TextTab(studio)
+    assert tab.fields["auto"].value is True
+    assert text_settings(ASKED | {"auto": True}).options.lam == "auto"
+    assert text_settings(ASKED | {"auto": False}).options.lam == text_settings(ASKED).options.lam == 5.0
+    assert text_settings(ASKED | {"auto": True, "method": "base"}).plain().get("lam") is None
+    for lam, auto, number in (("auto", True, 5.0), (7.0, False, 7.0)):
+        changes = tab.fill("a red", SamplingConfig.of(method="fk", model="scenes-text", lam=lam))
+        assert (changes[tab.fields["auto"]]["value"], changes[tab.fields["lam"]]["value"]) == (auto, number)
 
 
 def test_open_tokens_are_those_of_the_ancestors(studio: Studio) -> None:
@@ -105,7 +119,7 @@ def test_the_tab_shows_a_run_and_refuses_what_it_cannot_do(studio: Studio) -> No
     assert "reward of texts" in run(reward="brightness")[tab.status]
     assert "rewards have names" in run(reward="bigram:/etc/passwd")[tab.status]
     assert "at most" in run(particles=100)[tab.status]
-    assert tab.fit("base") == gr.update(visible=False)
+    assert tab.fit("base") == [gr.update(visible=False)] * 2  # the strength, and its choice
 
 
 def test_the_app_has_the_tab_where_the_model_is_installed(studio: Studio) -> None:

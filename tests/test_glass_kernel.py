@@ -11,12 +11,14 @@ from diffusers import DDIMScheduler
 from gaussian import GaussianPipeline, check_tilted, steered_gaussians
 from schedulers import DIFFUSION, FLOW
 from soft_rewards import redness, seeded
+from zoo.build import build, call_of
 
-from steer import FKSteeringPipeline, RacingPipeline, SelectionPipeline
+from steer import BestOfNPipeline, FKSteeringPipeline, RacingPipeline, SelectionPipeline
 from steer.arguments import IMAGES_PER_PROMPT
 from steer.diffusion.schedules import step_levels
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
+from steer.pipelines.compatibility import PipelineCheck
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.rewards.parser import load_reward
 
@@ -120,11 +122,36 @@ def test_copies_diverge_in_steps_of_glass(case: str) -> None:
         assert all(not torch.equal(images[i], images[j]) for i in range(K) for j in range(i))
 
 
+@pytest.mark.parametrize("eta", [None, 0.0])
+@pytest.mark.parametrize("case", CASES)
+def test_without_noise_a_step_is_that_of_the_plain_batch(case: str, eta: float | None) -> None:
+    """GLASS transitions are drawn only where copies part: at no step of an unsteered run."""
+    name, scheduler = CASES[case]
+    pipe = with_scheduler(cached_pipe(name), scheduler())
+    call: dict[str, Any] = {
+        key: value for key, value in call_kwargs(name, K, STEPS).items() if key not in IMAGES_PER_PROMPT
+    }
+    call |= {"num_particles": K, "output_type": "pt", "eta": eta}
+    plain = BestOfNPipeline(pipe, redness)(generator=seeded(), **call)
+    unsteered = {"resample_steps": [1, 3], "lam": 0.0}
+    out = FKSteeringPipeline(pipe, redness)(generator=seeded(), kernel="glass", **call | unsteered)
+    assert torch.equal(out.images, plain.images) and out.cost.nfe == plain.cost.nfe == K * STEPS
+    runs: list[tuple[Any, dict[str, Any]]] = [
+        (FKSteeringPipeline, {"resample_steps": [1], "lam": 50.0, "ess_threshold": 1.0}),
+        (SelectionPipeline, {"select_steps": [1], "beams": 1}),
+        (RacingPipeline, {"rungs": {1: K}, "branches": 2, "lookahead": 1}),
+    ]
+    for method, options in runs:
+        out = method(pipe, redness)(generator=seeded(), kernel="glass", **call | options)
+        assert out.cost.nfe == K * (STEPS + 1), method  # one further evaluation at the step whose copies part
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"kernel": "glas"}, "kernel"),
         ({"glass_steps": 1}, "glass_steps must be at least 2"),
+        ({"glass_steps": 3}, "glass_steps is an option of kernel='glass' alone: leave it out"),
         ({"kernel": "glass", "reward_guidance": 1.0}, "reward_guidance and kernel='glass' exclude each other"),
         ({"kernel": "glass", "asynchronous_rewards": True}, "asynchronous_rewards and kernel='glass' exclude"),
     ],
@@ -132,3 +159,13 @@ def test_copies_diverge_in_steps_of_glass(case: str) -> None:
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         FKSteeringPipeline(cached_pipe("sd"), redness)(**call_kwargs("sd", K, STEPS) | options)
+
+
+def test_a_scheduler_without_levels_between_its_steps_is_refused_by_name() -> None:
+    check = PipelineCheck(build("SanaSprint"), call_of("SanaSprint"))
+    prompt, call = check.split()
+    options: dict[str, Any] = {"num_particles": 2, "rungs": {0: 2}, "branches": 2, "lookahead": 1, "kernel": "glass"}
+    with pytest.raises(
+        InputError, match=r"^SCMScheduler has no noise levels between its steps: use kernel='gaussian'$"
+    ):
+        RacingPipeline(check.pipe, check.reward)(prompt, **call, **options)

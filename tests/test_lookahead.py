@@ -20,10 +20,12 @@ from torch import Tensor
 from steer import BestOfNPipeline, FKSteeringPipeline, SelectionPipeline, StepReport
 from steer.apps.recipes import read_metadata
 from steer.arguments import IMAGES_PER_PROMPT
+from steer.diffusion.batching import micro_batched
 from steer.diffusion.preview import Preview
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
 from steer.smc.particles import FeynmanKac, Particles
+from steer.smc.potentials import maximum
 
 K = 2
 WHOLE = 99  # more steps than any run here has left: a look-ahead is then the rest of the run
@@ -145,6 +147,41 @@ def test_fewer_particles_look_ahead_alone() -> None:
     assert out.cost.nfe == 2 * 2 + 3 + 2 + 1  # two steps of two, three of one, and look-aheads of two and of one
 
 
+def test_a_look_ahead_reaches_the_target_of_a_search() -> None:
+    """The particle whose look-ahead is best continues alone, from the first evaluation that reaches the target."""
+    pipe, own = cached_pipe("sd"), {"lam": 0.0, "lookahead": 3, "resample_steps": [1, 2]}
+    plain, _ = watched(pipe, "sd", FKSteeringPipeline, **own)
+    first, second = (one.rewards[0] for one in plain.history)
+    out, _ = watched(pipe, "sd", FKSteeringPipeline, target_reward=first.max().item(), **own)
+    assert len(out.history) == 1 and len(out.images) == 1
+    torch.testing.assert_close(out.images[0], plain.images[int(first.argmax())], atol=1e-4, rtol=0)
+    assert out.cost.nfe == 2 * (2 + 2) + (STEPS - 2)  # two steps of two with one look-ahead, then one alone
+    never, _ = watched(
+        pipe, "sd", FKSteeringPipeline, target_reward=first.max().item() + second.max().item() + 1, **own
+    )
+    assert len(never.history) == 2 and torch.equal(never.images, plain.images)
+
+
+def test_micro_batches_bound_the_rows_of_a_look_ahead() -> None:
+    """The denoiser gets one row at a time, in the run and in the look-ahead."""
+    rows: list[int] = []
+    pipe = with_scheduler(cached_pipe("sd"), DIFFUSION["DDIM"]())
+    own = {"lam": 0.0, "lookahead": 3, "resample_steps": [1]}
+    whole, before = watched(pipe, "sd", FKSteeringPipeline, **own)
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        rows.append(len(args[0] if args else kwargs["sample"]))
+
+    hook = pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        with micro_batched(pipe, 1) as view:
+            out, seen = watched(view, "sd", FKSteeringPipeline, **own)
+    finally:
+        hook.remove()
+    assert max(rows) == 1 and sum(rows) == 2 * out.cost.nfe == 2 * whole.cost.nfe  # guidance asks for every row twice
+    torch.testing.assert_close(seen[1], before[1], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("m", [2, 3])
 @pytest.mark.parametrize("potential", ["difference", "max"])
 def test_the_law_is_exact_whatever_the_look_ahead(potential: str, m: int) -> None:
@@ -172,6 +209,9 @@ def test_observers_get_previews_from_the_first_steps_on() -> None:
         ({"lookahead": 2, "asynchronous_rewards": True}, "asynchronous_rewards and lookahead exclude"),
         ({"lam": "strong"}, "lam"),
         ({"lam": "auto", "tempering": "ess"}, "both choose λ"),
+        ({"preview_steps": [5]}, "preview_steps: 5 is not from 0 to 4, in a run of 5 steps"),
+        ({"preview_steps": [-1, 2]}, "preview_steps: -1 is not from 0 to 4"),
+        ({"lookahead": "auto"}, "lookahead must be a number of steps, or lora:PATH, got 'auto'"),
         ({"lookahead": "lora:no-such-folder"}, "lookahead: there is no no-such-folder"),
     ],
     ids=str,
@@ -232,6 +272,61 @@ def test_auto_leaves_half_of_the_particles() -> None:
     scaled = FeynmanKac().at_half_ess(particles, torch.tensor([[5.0, 5.0, 5.0, 5.01]]), 0.5)
     assert scaled.lam == pytest.approx(100 * chosen.lam, rel=1e-2)  # whatever the unit of the reward
     assert FeynmanKac().at_half_ess(particles, torch.ones(1, 4), 0.5).lam == 0
+
+
+def chosen_by_auto(*rewards: list[float]) -> float:
+    scored = torch.tensor(rewards, dtype=torch.float32)
+    return FeynmanKac().at_half_ess(Particles.start(*scored.shape), scored, 0.4).lam
+
+
+LAM_1_OF_4 = math.log(3 + math.sqrt(12))  # as above
+
+
+@pytest.mark.parametrize(
+    ("rewards", "lam"),
+    [
+        # n of K rewards are 1, the others 0: (n w + K − n)² = (n w² + K − n) max(K/2, n + 1/2), λ = log w.
+        ([[0, 1]], math.log(2 + math.sqrt(3))),
+        ([[0, 0, 1, 1]], math.log(4 + math.sqrt(15))),
+        ([[0, 1, 1, 1]], math.log(2 + math.sqrt(21) / 3)),
+        ([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]], LAM_1_OF_4),  # ties of all particles have no say
+        ([[0, 1, 1, 1], [1, 1, 1, 1]], math.log(2 + math.sqrt(21) / 3)),
+        ([[0, 0, 0, 1], [0.5, 0.5, 0.5, 0.505]], LAM_1_OF_4),  # near ties of a prompt beside one that differs
+        ([[0, 1, 1, 1.001]], math.log(2 + math.sqrt(21) / 3)),  # near ties of the best
+        ([[0.7, 0.7, 0.7, 0.7 + 1e-7]], 0.0),  # rounding alone
+        ([[0.3]], 0.0),
+    ],
+)
+def test_auto_of_ties_by_hand(rewards: list[list[float]], lam: float) -> None:
+    assert chosen_by_auto(*rewards) == pytest.approx(lam, rel=2e-3)
+
+
+@pytest.mark.parametrize("size", [3, 4, 7])
+def test_auto_of_several_prompts_has_the_mean_of_their_targets(size: int) -> None:
+    """Without ties it is half of the particles; with n of them at the top, n + 1/2 for that prompt."""
+
+    def mean_ess(rewards: Tensor, lam: float) -> float:
+        weights = (lam * rewards.double()).exp()
+        return float((weights.sum(1) ** 2 / (weights**2).sum(1)).mean())
+
+    apart = torch.rand(3, size, generator=seeded(3))
+    assert mean_ess(apart, chosen_by_auto(*apart.tolist())) == pytest.approx(size / 2, rel=1e-4)
+    tied = apart.clone()
+    tied[1, 1:] = 1.0
+    targets = (size / 2, size - 0.5, size / 2)
+    assert mean_ess(tied, chosen_by_auto(*tied.tolist())) == pytest.approx(sum(targets) / 3, rel=1e-4)
+
+
+def test_auto_waits_for_an_evaluation_that_depends_on_it() -> None:
+    """λ_0 is 0 under geometric tempering, and the maximum may stem from an earlier evaluation of equal rewards."""
+    own = {"resample_steps": [0, 2], "tempering": "geometric", "ess_threshold": 1e-9}
+    auto, _ = watched(cached_pipe("sd"), "sd", FKSteeringPipeline, **own)
+    assert auto.lam is not None and auto.history[0].ess.item() == pytest.approx(K)
+    assert auto.history[1].ess.item() == pytest.approx(1.5, abs=1e-3)
+    algorithm = FeynmanKac(potential=maximum)
+    particles = algorithm.reweight(Particles.start(1, 4), torch.full((1, 4), 0.5), 0.2)
+    assert algorithm.at_half_ess(particles, torch.tensor([[0.1, 0.2, 0.3, 0.4]]), 0.4).lam == 0
+    assert algorithm.at_half_ess(particles, torch.tensor([[0.5, 0.5, 0.5, 1.5]]), 0.4).lam == pytest.approx(LAM_1_OF_4)
 
 
 def test_auto_is_the_same_as_its_number() -> None:

@@ -1,5 +1,6 @@
 """Racing: costs by hand, best-of-N and beam search where it is one of them, survivors by their intermediate rewards."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,60 @@ def test_a_budget_becomes_the_largest_race_within_it() -> None:
     for budget in range(40, 400, 7):
         one = plan_race(budget, 20, lookahead=3)
         assert one.rungs is not None and race_cost(one.starts, one.rungs, 20, 3) <= budget
+
+
+def test_a_budget_chooses_the_look_ahead() -> None:
+    """m ≤ 30 % of the run; with 20 steps K₀ starts cost K₀ m + 19 ⌈K₀/6⌉, for m of at least 4."""
+    usual = plan_race(160, 20, lookahead=None)
+    assert (usual.starts, usual.rungs, usual.lookahead) == (17, {0: 3}, 6)  # as before this rule
+    plans = {
+        (55, 20): (6, 6),  # 6·6 + 19
+        (54, 20): (6, 5),  # 6·5 + 19 = 49
+        (48, 20): (6, 4),  # 6·4 + 19 = 43
+        (42, 20): (5, 4),  # 5·4 + 19 = 39; of no look-ahead only four starts, 4·6 + 14 = 38
+        (26, 20): (2, 1),  # 2·6 + 14
+        (80, 10): (11, 3),  # rungs {2: 3, 5: 2}: 11·5 + 3·5 + 2·4 = 78
+        (40, 6): (8, 2),  # rungs {2: 2, 3: 1}: 8·4 + 2·2 + 2 = 38
+        (400, 50): (25, 6),  # 25·6 + 49·5
+    }
+    for (budget, steps), (starts, m) in plans.items():
+        plan = plan_race(budget, steps, lookahead=None)
+        assert (plan.starts, plan.lookahead) == (starts, m), (budget, steps)
+
+
+@pytest.mark.parametrize("branches", [1, 2, 4])
+def test_the_chosen_race_is_that_of_a_search(branches: int) -> None:
+    for steps, budget in itertools.product((3, 6, 10, 20, 50), range(30, 500, 23)):
+        most = max(1, min(6, round(0.3 * steps)))
+        affordable = {
+            (m, starts)
+            for m in range(1, most + 1)
+            for starts in range(2, budget)
+            if race_cost(starts, default_rungs(starts, steps, branches, m), steps, m) <= budget
+        }
+        if not affordable:
+            with pytest.raises(InputError, match="are too few for a race"):
+                plan_race(budget, steps, branches, None)
+            continue
+        six = [one for one in affordable if one[1] >= 6]
+        m, starts = max(six) if six else max(affordable, key=lambda one: (one[1], one[0]))
+        plan = plan_race(budget, steps, branches, None)
+        assert (plan.lookahead, plan.starts) == (m, starts), (steps, budget)
+        assert plan.rungs == default_rungs(starts, steps, branches, m)
+
+
+def test_a_race_looks_ahead_as_its_plan_says(pipe_of: Callable[[str], Any]) -> None:
+    """Of 12 steps at most four look ahead; a number given is kept, and a value has none."""
+    call = {"budget": 60, "num_inference_steps": 12}
+    for lookahead, m in (("auto", 4), (2, 2)):
+        plan = plan_race(60, 12, lookahead=m)
+        made = race(pipe_of("sd"), lookahead=lookahead, **call)
+        assert made.history[0].rewards.shape[1] == plan.starts and plan.rungs is not None
+        assert made.cost.nfe == race_cost(plan.starts, plan.rungs, 12, m)
+    valued = race(pipe_of("sd"), lookahead="auto", value=lambda step, prompts: step.x.flatten(1)[:, 0], **call)
+    assert valued.history[0].rewards.shape[1] == plan_race(60, 12).starts
+    without_budget = race(pipe_of("sd"), lookahead="auto", num_particles=6, num_inference_steps=12)
+    assert without_budget.cost.nfe == race_cost(6, {0: 1}, 12, 6)
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux", "wan"])
@@ -168,7 +223,7 @@ def test_a_budget_is_kept_and_leaves_the_generator_to_the_run(pipe_of: Callable[
 
 def test_generators_of_the_images_start_the_first_of_a_larger_race(pipe_of: Callable[[str], Any]) -> None:
     own = [seeded(5), seeded(6)]
-    several: Tensor = race(pipe_of("sd"), budget=30, num_particles=2, generator=own).history[0].rewards
+    several: Tensor = race(pipe_of("sd"), budget=30, generator=own).history[0].rewards
     two = race(pipe_of("sd"), rungs={}, num_particles=2, generator=[seeded(5), seeded(6)], output_type="pt")
     first = race(pipe_of("sd"), rungs={round(STEPS / 4): 1}, num_particles=2, generator=[seeded(5), seeded(6)])
     assert two.cost.nfe == 2 * STEPS and several.shape[1] > 2
@@ -190,6 +245,12 @@ def test_generators_of_the_images_start_the_first_of_a_larger_race(pipe_of: Call
             "branches must divide the particles of each rung",
         ),
         ({"budget": 40, "rungs": {1: 1}}, "budget and rungs exclude each other"),
+        ({"budget": 40, "num_particles": 9}, "budget and num_particles exclude each other: starts follow"),
+        (
+            {"kernel": "glass"},
+            "branches=1 without eta: no step has noise for kernel='glass' to draw, use more branches",
+        ),
+        ({"kernel": "glass", "eta": 0.0}, "branches=1 without eta"),
         ({"budget": 3}, "budget: 3 evaluations are too few for a race over 6 steps"),
         ({"budget": 40, "latents": torch.zeros(1, 4, 8, 8)}, "budget and latents exclude each other"),
         ({"branches": 0}, "branches must be at least 1"),
@@ -217,5 +278,12 @@ def test_the_command_races_and_resumes(steer: Steer, tmp_path: Path) -> None:
         before = image.stat().st_mtime_ns
         assert steer(*words, *options, "--out", out)[0] == 0 and image.stat().st_mtime_ns == before
         assert steer("sample", "--replay", image, "--out", tmp_path / "again" / options[0])[0] == 0
+    automatic, out = [word for word in words if word not in ("--lookahead", "1")], tmp_path / "auto"
+    assert steer(*automatic, "--budget", "40", "--out", out)[0] == 0
+    assert json.loads((out / "report.json").read_text())["cost"]["nfe"] == 38  # of two steps: 8·4 + 2·2 + 2
+    image = next(out.glob("*/00.png"))
+    assert steer("sample", "--replay", image, "--out", tmp_path / "again")[0] == 0  # no file to be trusted
+    code, _, err = steer(*automatic, "--budget", "40", "--particles", "9", "--out", out)
+    assert code == 2 and "--budget and --particles exclude each other" in err
     code, _, err = steer(*words, "--rungs", "1:12", "--out", tmp_path / "o")
     assert code == 2 and "--rungs: 12 particles from step 1 on, of 12" in err

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import Steer, cached_pipe, call_kwargs
 from soft_rewards import Soft
@@ -78,5 +79,44 @@ def test_the_command_writes_a_preset_that_sample_reads(steer: Steer, tmp_path: P
     assert code == 0, error
     settings = json.loads((tmp_path / "o/report.json").read_text())["settings"]
     assert all(settings[name] == value for name, value in preset.items())
+    code, _, error = steer("tune", "scenes", *words, "--lam", 5, "--out", tmp_path / "other")
+    assert code == 2 and "--lam is the strength of --purpose samples" in error
+    code, _, error = steer(
+        *("tune", "scenes", *words, "--purpose", "samples", "--lam", "strong", "--out", tmp_path / "other")
+    )
+    assert code == 2 and "lam must be a number, or auto, got 'strong'" in error
     code, _, error = steer("tune", "scenes", *words, "--purpose", "samples", "--out", tmp_path / "other")
-    assert code == 2 and "--lam and --purpose samples need each other" in error
+    assert code == 0, error
+    header = json.loads((tmp_path / "other/tune.json").read_text())["header"]
+    assert (header["purpose"], header["lam"]) == ("samples", "auto")
+
+
+def test_a_strength_is_chosen_by_best_of_n_once_for_all_candidates(tmp_path: Path) -> None:
+    pipe, call = cached_pipe("sd"), {"num_inference_steps": 5}
+    made: list[tuple[int, torch.Tensor]] = []
+
+    def red(images: Any, prompts: Any) -> Any:
+        rewards = images[:, 0].mean((1, 2))
+        made.append((len(images), rewards))
+        return rewards
+
+    arguments = (pipe, Soft(red, "red"), ["a star", "two stars"], 20, tmp_path, "samples")
+    results = tune(*arguments, "auto", call)
+    first = torch.stack([rewards for _, rewards in made[:2]]).double()  # four images each of two prompts
+    weights = (results["lam"] * first).exp()
+    assert (weights.sum(1) ** 2 / (weights**2).sum(1)).mean().item() == pytest.approx(2, rel=1e-3)
+    same = tune(*arguments[:4], tmp_path / "number", "samples", results["lam"], call)
+    assert results["scores"] == same["scores"] and results["preset"] == same["preset"]
+    before = len(made)
+    assert tune(*arguments, "auto", call)["preset"] == results["preset"] and len(made) == before, "nothing ran again"
+    with pytest.raises(InputError, match="all images of each prompt have the same reward"):
+        tune(
+            pipe,
+            Soft(lambda images, prompts: torch.zeros(len(images)), "0"),
+            ["a"],
+            20,
+            tmp_path / "0",
+            "samples",
+            "auto",
+            call,
+        )

@@ -1,5 +1,6 @@
 """Learned values: against the closed form of a Gaussian chain, their cost, and the models that they fit."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -8,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Steer, cached_pipe, call_kwargs
+from conftest import Steer, cached_pipe, call_kwargs, with_scheduler
 from diffusers import DDIMScheduler
 from gaussian import TOTAL, GaussianPipeline, check_tilted, steered_gaussians
+from schedulers import DIFFUSION
 from soft_rewards import redness, seeded
 from torch import Tensor
 
 from steer import FKSteeringPipeline, InputError, RacingPipeline, SelectionPipeline, train_value
 from steer.arguments import IMAGES_PER_PROMPT
 from steer.diffusion.step_hooks import SolverStep, hook_steps
-from steer.diffusion.value import hashed_words, load_value, model_fingerprint
+from steer.diffusion.value import hashed_words, load_value, model_fingerprint, warn_once
 from steer.pipelines.training.value import ValueConfig, held_out_r2, rollout_prompts
 
 STEPS, K = 5, 4
@@ -108,6 +110,12 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: s
         FKSteeringPipeline(cached_pipe("sd"), redness)(num_particles=K, **CALL | {"value": first_pixel} | options)
 
 
+def test_a_look_ahead_given_to_a_race_beside_a_value_is_refused() -> None:
+    """Also the number that a race without a value would take."""
+    with pytest.raises(InputError, match="value and lookahead exclude each other"):
+        RacingPipeline(cached_pipe("sd"), redness)(num_particles=K, **CALL | {"value": first_pixel, "lookahead": 6})
+
+
 def test_a_training_resumes_and_its_value_fits_its_model_alone(tmp_path: Path) -> None:
     pipe, call = cached_pipe("sd"), {name: value for name, value in CALL.items() if name != "prompt"}
     value = train_value(pipe, redness, ["a", "b c"], tmp_path, SMALL, call)
@@ -131,6 +139,47 @@ def test_a_training_resumes_and_its_value_fits_its_model_alone(tmp_path: Path) -
     (tmp_path / "value.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="checksum mismatch"):
         load_value(tmp_path, pipe)
+
+
+def blueness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images[:, 2].mean((1, 2))
+
+
+def test_a_value_of_another_reward_is_refused_and_one_of_another_call_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe, call = cached_pipe("sd"), {name: value for name, value in CALL.items() if name != "prompt"}
+    trained = train_value(pipe, redness, ["a"], tmp_path, SMALL, call)
+    runs: dict[Any, dict[str, Any]] = {
+        FKSteeringPipeline: {"resample_steps": [1]},
+        SelectionPipeline: {"select_steps": [1]},
+        RacingPipeline: {"rungs": {1: 1}},
+    }
+
+    def warnings_of(reward: Any = redness, method: Any = FKSteeringPipeline, value: Any = tmp_path, **own: Any) -> str:
+        caplog.clear()
+        warn_once.cache_clear()
+        method(pipe, reward)("a", num_particles=2, value=value, **runs[method] | call | own)
+        return caplog.text
+
+    for method, value in itertools.product(runs, (tmp_path, trained)):
+        with pytest.raises(InputError, match="trained for reward 'redness', got reward 'blueness': train one for it"):
+            warnings_of(blueness, method, value)
+        assert warnings_of(method=method, value=value) == ""
+    assert "trained for reward 'redness', which cannot be compared with reward '<lambda>'" in warnings_of(
+        lambda images, prompts: images[:, 0].mean((1, 2))
+    )
+    assert "num_inference_steps 5, got 7: it may rank badly" in warnings_of(num_inference_steps=7)
+    assert "guidance_scale" in (logged := warnings_of(guidance_scale=1.0)) and "num_inference_steps" not in logged
+    other = with_scheduler(pipe, DIFFUSION["EulerDiscrete"]())
+    FKSteeringPipeline(other, redness)("a", num_particles=2, value=tmp_path, resample_steps=[1], **call)
+    assert "scheduler" in caplog.text and "got EulerDiscreteScheduler" in caplog.text
+    config = json.loads((tmp_path / "value.json").read_text())
+    assert config["use"] == {
+        "num_inference_steps": STEPS,
+        "guidance_scale": CALL["guidance_scale"],
+        "scheduler": type(pipe.scheduler).__name__,
+    }
 
 
 def test_the_fingerprint_survives_half_precision() -> None:

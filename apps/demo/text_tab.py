@@ -39,12 +39,14 @@ EXAMPLE = "a red"
 EMPTY_TEXT = "The texts appear here, word by word, while they are being steered."
 NOTE = "Each line: the particle’s number, its reward where it was evaluated, and its words. Words in brackets are the "
 NOTE += "model’s present guess at places that are still masked."
+LAM = 5.0  # strength where it is not chosen
 REDRAW_INTERVAL = 0.15  # seconds between two updates of the view
 
 
 def text_settings(asked: dict[str, Any]) -> SamplingConfig:
     """Read the settings from the fields. Raises InputError for numbers beyond the limits of this app."""
     own = ("particles", "steps", *(["lam"] if "lam" in option_names(asked["method"]) else []))
+    asked = asked | ({"lam": "auto"} if asked.get("auto") else {})
     if empty := [name for name in own if asked[name] is None]:
         raise InputError(f"{empty[0]}: the field is empty, give a number")
     given = {name: asked[name] for name in (*own, "method", "model", "compare")}
@@ -123,7 +125,8 @@ class TextTab(JobTab):
                     self.command = gr.Code(label="Command", language="shell", interactive=False, wrap_lines=True)
         live = [self.status, self.view, self.start, self.stop, self.command, self.fields["seed"]]
         self._connect_job(self.start.click(self.run, {*self.fields.values()}, live, **RUNS))
-        self.fields["method"].input(self.fit, self.fields["method"], self.fields["lam"], **PRIVATE)
+        own = [self.fields["lam"], self.fields["auto"]]
+        self.fields["method"].input(self.fit, self.fields["method"], own, **PRIVATE)
 
     def _fields(self) -> dict[str, Any]:
         models = [*self.studio.text_models]
@@ -143,17 +146,18 @@ class TextTab(JobTab):
                 "particles": setting_field(
                     "particles", value=default_of("fk", "num_particles"), info="K, texts at a time"
                 ),
-                "lam": setting_field("lam", value=5.0),
+                "lam": setting_field("lam", value=LAM),
             }
+        fields["auto"] = gr.Checkbox(True, label="Choose the strength by the first rewards", elem_id="text-auto")
         with gr.Row():
             fields |= {"steps": setting_field("steps", value=20), "seed": setting_field("seed", info="−1: a new one")}
         fields["model"] = setting_field("model", choices=models, value=models[0], info=None, visible=len(models) > 1)
         fields["compare"] = setting_field("compare", label="Also make the base texts of the same seed", info=None)
         return fields
 
-    def fit(self, method: str) -> Any:
-        """Show the strength if the method has one."""
-        return gr.update(visible="lam" in option_names(method))
+    def fit(self, method: str) -> list[Any]:
+        """Show the strength, and its choice, if the method has one."""
+        return [gr.update(visible="lam" in option_names(method))] * 2
 
     def remember(self, request: gr.Request, made: TextResult) -> None:
         """Add finished texts to the history."""
@@ -168,9 +172,11 @@ class TextTab(JobTab):
         """Set all fields as they were for a run."""
         values = settings.plain() | {"prompt": prompt}
         changes = {self.fields[name]: gr.update(value=values[name]) for name in self.fields if name in values}
-        lam = gr.update(visible="lam" in values, **({"value": values["lam"]} if "lam" in values else {}))
+        lam = values.get("lam")
+        own = {"lam": LAM if lam in (None, "auto") else lam, "auto": lam in (None, "auto")}
+        shown = {self.fields[name]: gr.update(visible="lam" in values, value=value) for name, value in own.items()}
         status = line("Settings of the run restored: press Steer texts for the same texts.")
-        return changes | {self.fields["lam"]: lam, self.status: status}
+        return changes | shown | {self.status: status}
 
     @guarded
     def run(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:

@@ -17,9 +17,11 @@ from steer.apps.settings import SamplingConfig
 from steer.arguments import plain_value
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
+from steer.pipelines.base import SteeringOutput
 from steer.pipelines.racing import first_solver_step, plan_race, race_cost
 from steer.pipelines.training.evaluation import interval
 from steer.reward import Reward
+from steer.smc.particles import FeynmanKac, Particles
 
 RESULTS, TABLE, PRESET = "tune.json", "tune.md", "preset.yaml"
 SEARCH_STEPS = ((0.25, 0.4, 0.6), (0.1, 0.25, 0.4), (0.25, 0.5))  # shares of the run
@@ -94,7 +96,7 @@ def tune(
     budget: int,
     out: Path,
     purpose: str = "picture",
-    lam: float | None = None,
+    lam: float | str | None = None,
     call: Mapping[str, Any] | None = None,
     shared: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -102,7 +104,8 @@ def tune(
     """Run all candidates within `budget` evaluations for each prompt, and write the best as a preset.
 
     purpose  picture: the score of a prompt is its best reward; samples: the mean reward under the weights at strength
-             `lam`, which is too low with few particles or bad steps
+             `lam`, which is too low with few particles or bad steps. lam="auto": the λ at which the images of
+             best-of-N have an ESS of half of them, the same for all candidates, which the preset contains
     call     arguments of the pipeline's call
     shared   further settings for the preset, such as the model
 
@@ -118,14 +121,17 @@ def tune(
     header |= {"reward": reward.name, **(shared or {})}
     results = _open_results(out, header)
     candidates = list(CANDIDATES[purpose](budget, steps))
+    if lam == "auto" and "lam" not in results:
+        results["lam"] = _strength(candidates[0], pipe, reward, prompts, call, seed)
+    strength = None if lam is None else float(results["lam"] if lam == "auto" else lam)
     for candidate in tqdm(candidates, "candidates", disable=None):
         if candidate.name not in results["scores"]:
-            scores, nfe = _scores(candidate, pipe, reward, prompts, call, lam, seed)
+            scores, nfe = _scores(candidate, pipe, reward, prompts, call, strength, seed)
             results["scores"][candidate.name], results["nfe"][candidate.name] = scores, nfe
             write_text(out / RESULTS, dumps_with_checksum(results))
     best = max(candidates, key=lambda one: sum(results["scores"][one.name]))
     write_text(out / TABLE, table(results) + "\n")
-    preset = _preset(best, lam, call, reward, shared or {})
+    preset = _preset(best, strength, call, reward, shared or {})
     write_text(out / PRESET, yaml.safe_dump(preset, sort_keys=False, allow_unicode=True))
     return results | {"best": best.name, "preset": preset}
 
@@ -144,6 +150,36 @@ def _open_results(out: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     return stored
 
 
+def _outputs(
+    candidate: Candidate,
+    pipe: Any,
+    reward: Reward,
+    prompts: Sequence[str],
+    call: Mapping[str, Any],
+    seed: int,
+    options: Mapping[str, Any],
+) -> Iterator[SteeringOutput]:
+    """Run a candidate on every prompt, with the same seeds for all."""
+    pipeline = METHODS[candidate.method].pipeline(pipe, reward)
+    own = {"num_particles": candidate.particles, "output_type": "latent", **candidate.options, **call, **options}
+    for number, prompt in enumerate(prompts):
+        yield pipeline(prompt, generator=Generator().manual_seed(seed + number), **own)
+
+
+def _strength(
+    control: Candidate, pipe: Any, reward: Reward, prompts: Sequence[str], call: Mapping[str, Any], seed: int
+) -> float:
+    """Return the λ with an ESS of half of the images of best-of-N, on average over prompts.
+
+    Raises InputError if no prompt has two images of different reward.
+    """
+    rewards = torch.cat([out.rewards for out in _outputs(control, pipe, reward, prompts, call, seed, {})])
+    lam = FeynmanKac().at_half_ess(Particles.start(*rewards.shape), rewards, 1.0).lam
+    if lam == 0:
+        raise InputError("lam: all images of each prompt have the same reward, which chooses none: give a number")
+    return lam
+
+
 def _scores(
     candidate: Candidate,
     pipe: Any,
@@ -154,12 +190,8 @@ def _scores(
     seed: int,
 ) -> tuple[list[float], float]:
     """Run a candidate on every prompt, with the same seeds for all; return scores, and evaluations per prompt."""
-    pipeline = METHODS[candidate.method].pipeline(pipe, reward)
-    own = {"num_particles": candidate.particles, "output_type": "latent", **candidate.options, **call}
-    own |= {"lam": lam} if candidate.method == "fk" else {}
     scores, nfe = list[float](), 0
-    for number, prompt in enumerate(prompts):
-        out = pipeline(prompt, generator=Generator().manual_seed(seed + number), **own)
+    for out in _outputs(candidate, pipe, reward, prompts, call, seed, {"lam": lam} if candidate.method == "fk" else {}):
         weights = out.log_weights if candidate.method == "fk" or lam is None else lam * out.rewards
         picked = out.rewards.max() if lam is None else (weights.softmax(1) * out.rewards).sum()
         scores.append(float(picked))

@@ -14,7 +14,15 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from steer.diffusion.step_hooks import SolverStep
-from steer.diffusion.value import LearnedValue, ValueNet, hashed_words, model_fingerprint, save_value, value_features
+from steer.diffusion.value import (
+    LearnedValue,
+    ValueNet,
+    hashed_words,
+    model_fingerprint,
+    save_value,
+    use_of,
+    value_features,
+)
 from steer.errors import InputError
 from steer.files import atomic_write, write_text
 from steer.pipelines.particle_batch import ParticleBatch
@@ -67,7 +75,8 @@ def train_value(
     net = fit(features[:, :first_held_out], ratios, rewards[:first_held_out], texts[:first_held_out], config, out)
     r2 = held_out_r2(net, features[:, first_held_out:], ratios, rewards[first_held_out:], texts[first_held_out:])
     entries = {"reward": reward.name, "channels": features.shape[2], "width": config.width, "rollouts": len(rewards)}
-    value = LearnedValue(net, dict(about or {}) | entries | {"call": call, "r2": [round(one, 4) for one in r2]})
+    entries |= {"call": call, "use": use_of(pipe, call), "r2": [round(one, 4) for one in r2]}
+    value = LearnedValue(net, dict(about or {}) | entries)
     save_value(out, value, model_fingerprint(pipe))
     return value
 

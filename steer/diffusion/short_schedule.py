@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from steer.diffusion.schedules import Scheduler, is_flow, predict_x0, stepped_timesteps
+from steer.errors import UnsupportedPipelineError
 
 STATE, PLACES, RATIO = "_short_state", "_short_places", "_short_ratio"
 
@@ -132,6 +133,14 @@ def _move_level(scheduler: Scheduler, place: int, ratio: float, timesteps: Tenso
     kind = scheduler.timesteps.dtype
     scheduler.timesteps[place] = torch.tensor(at).to(kind) if kind.is_floating_point else round(float(at))
     scheduler.sigmas[place] = sigma
+
+
+def check_movable(scheduler: Scheduler) -> None:
+    """Raise UnsupportedPipelineError for a scheduler whose places cannot be moved to another level."""
+    if getattr(scheduler, "sigmas", None) is None and not hasattr(scheduler, "alphas_cumprod"):
+        raise UnsupportedPipelineError(
+            f"{type(scheduler).__name__} has no noise levels between its steps: use kernel='gaussian'"
+        )
 
 
 def transition_starts(scheduler: Scheduler) -> list[int]:

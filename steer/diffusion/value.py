@@ -5,8 +5,10 @@ decoding and no reward. With the terminal factor Feynman–Kac steering is exact
 """
 
 import functools
+import inspect
 import itertools
 import json
+import logging
 import math
 import re
 import zlib
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steer.diffusion.schedules import step_levels
-from steer.diffusion.step_hooks import SolverStep
+from steer.diffusion.step_hooks import SolverStep, scheduler_of
 from steer.diffusion.views import denoising_modules
 from steer.errors import InputError
 from steer.files import atomic_write_with_checksums, verify_checksums
@@ -36,6 +38,10 @@ SIDE = 32  # elements per side to which larger latents are averaged
 BUCKETS, WORD, HIDDEN, FREQUENCIES = 4096, 64, 128, 8
 MAX_LOG_RATIO = 8.0  # bound on log(σ/α)
 MAX_WIDTH = 1024  # bounds the memory that a configuration can ask for
+CALL = ("num_inference_steps", "guidance_scale")  # arguments of the pipeline's call that a value depends on
+UNNAMED = "<lambda>"  # name of a reward that says nothing about it
+
+logger = logging.getLogger(__name__)
 
 
 class ValueNet(nn.Module):
@@ -162,6 +168,40 @@ def check_model(fingerprint: Tensor, pipe: Any, path: object) -> None:
     same = own.shape == fingerprint.shape
     if not same or (own - fingerprint).norm() > MAX_FINGERPRINT_DISTANCE * fingerprint.norm():
         raise InputError(f"value {path}: trained on another model than this {type(pipe).__name__}: train one for it")
+
+
+def use_of(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the steps, the guidance and the scheduler of a call of `pipe`, with the pipeline's own defaults."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    defaults = {name: parameters[name].default for name in CALL if name in parameters}
+    own = {name: call.get(name, default) for name, default in defaults.items()}
+    return own | {"scheduler": type(scheduler_of(pipe)).__name__}
+
+
+def check_use(value: Value, path: object, pipe: Any, reward: str, call: Mapping[str, Any]) -> None:
+    """Raise InputError where a learned value predicts another reward than the reward of this name.
+
+    A reward without a name, and steps, guidance or a scheduler unlike those of the training, are logged as a warning.
+    """
+    if not isinstance(value, LearnedValue) or "reward" not in value.config:
+        return
+    trained, label = value.config["reward"], "value" if path is value else f"value {path}"
+    if UNNAMED in (trained, reward):
+        warn_once(f"{label}: trained for reward {trained!r}, which cannot be compared with reward {reward!r}")
+    elif trained != reward:
+        raise InputError(
+            f"{label}: trained for reward {trained!r}, got reward {reward!r}: train one for it by `steer value train`"
+        )
+    before, now = value.config.get("use") or value.config.get("call") or {}, use_of(pipe, call)
+    if other := [name for name, one in now.items() if before.get(name) not in (None, one)]:
+        shown = ", ".join(f"{name} {before[name]}, got {now[name]}" for name in other)
+        warn_once(f"{label}: trained with {shown}: it may rank badly there, train one for this call")
+
+
+@functools.lru_cache(maxsize=1024)
+def warn_once(message: str) -> None:
+    """Log a warning, once in a process."""
+    logger.warning("steer: %s", message)
 
 
 def save_value(folder: Path, value: LearnedValue, fingerprint: Tensor) -> None:

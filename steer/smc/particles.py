@@ -77,6 +77,8 @@ class Particles:
         )
 
 
+TIE_SHARE = 0.01  # rewards that differ by less than this share of the range are tied where λ is chosen
+ROUNDING = 1e-6  # relative error of rewards in fp32
 UNIFORM_ESS_SHARE = 1 - 1e-6  # weights with an ESS above this fraction of K count as equal: never resampled
 
 
@@ -106,15 +108,29 @@ class FeynmanKac:
     def at_half_ess(self, particles: Particles, rewards: Tensor, progress: float) -> "FeynmanKac":
         """Return this algorithm with the λ that gives an ESS of half the particles for the first rewards (B, K).
 
-        Bisection finds mean over prompts of ESS(λ) = max(K/2, 3/2): no finite λ gives two particles an ESS of one. At
-        the largest λ tried, one standard deviation of the rewards within prompts is a factor e^100; equal rewards give
-        λ = 0.
+        Bisection finds the λ at which the mean ESS of the prompts whose particles differ is the mean of their targets
+
+            max(K/2, n + 1/2),  n: particles that are as good as the prompt's best
+
+        As λ → ∞ the ESS falls to n, which no finite λ reaches: the target is 3/2 for two particles that differ.
+
+        A particle is as good as the best if log G_j at λ = 1 is less by at most 1 % of the prompt's range, and a
+        prompt's particles differ if this range is above rounding and 1 % of the widest: λ would otherwise have to
+        separate near ties. If none differ, λ is 0. At the largest λ tried, one standard deviation is a factor e^100.
         """
-        size, spread = rewards.shape[1], (rewards - rewards.mean(1, keepdim=True)).square().mean().sqrt().item()
-        target, low, high = max(size / 2, 1.5), 0.0, 100 / spread if spread > 0 else 0.0
-        for _ in range(60 if high else 0):
+        log_g = replace(self, lam=1.0).reweight(particles, rewards, progress).log_weights - particles.log_weights
+        ranges = log_g.amax(1) - log_g.amin(1)
+        differ = ranges > torch.maximum(TIE_SHARE * ranges.max(), ROUNDING * rewards.abs().amax(1))
+        if not differ.any():
+            return replace(self, lam=0.0)
+        behind = log_g.amax(1, keepdim=True) - log_g
+        best = (behind <= TIE_SHARE * ranges[:, None]).sum(1)[differ]
+        target = (best + 0.5).clamp(min=rewards.shape[1] / 2).mean().item()
+        spread = (log_g - log_g.mean(1, keepdim=True))[differ].square().mean().sqrt().item()
+        low, high = 0.0, 100 / spread
+        for _ in range(60):
             middle = (low + high) / 2
-            left = replace(self, lam=middle).reweight(particles, rewards, progress).ess.mean().item()
+            left = replace(self, lam=middle).reweight(particles, rewards, progress).ess[differ].mean().item()
             low, high = (middle, high) if left > target else (low, middle)
         return replace(self, lam=high)
 
