@@ -96,10 +96,21 @@ def test_positions_that_are_as_many_as_rows_stay_whole(images: int) -> None:
     assert [tuple(value.shape) for value in cut.values()] == [(images, 3), (images, 3), (2,), ()]
 
 
+def test_a_batch_as_long_as_its_position_lists_and_with_two_images_each_is_split() -> None:
+    """Kandinsky 5 has positions for each axis; Wan's first and last image are two entries of each row."""
+    ids, images = torch.arange(2), torch.arange(8.0).view(4, 2)
+    given = {"visual_rope_pos": [ids, ids, ids], "text_rope_pos": ids, "encoder_hidden_states_image": images}
+    cut = select_rows(given, 2, slice(1, 2))
+    assert all(torch.equal(one, ids) for one in (*cut["visual_rope_pos"], cut["text_rope_pos"]))
+    assert torch.equal(cut["encoder_hidden_states_image"], images[2:])
+
+
+@pytest.mark.parametrize("name", ["ZImage", "HiDreamImage"])
 @pytest.mark.parametrize("rows", [1, 2, None])
-def test_latents_in_a_list_are_split(rows: int | None) -> None:
-    pipe, counts = cached("ZImage"), []
-    call = zoo_call("ZImage") | {"num_images_per_prompt": 3, "output_type": "pt"}
+def test_latents_in_a_list_and_texts_of_every_layer_are_split(name: str, rows: int | None) -> None:
+    """Z-Image's latents are a list of rows; HiDream's texts have the layers of their encoder before the rows."""
+    pipe, counts = cached(name), []
+    call = zoo_call(name) | {"num_images_per_prompt": 3, "output_type": "pt"}
     whole = first_output(pipe(**call, generator=Generator().manual_seed(0)))
     with micro_batched(pipe, rows) as view, before_calls(pipe.transformer, counts.append):
         images = first_output(view(**call, generator=Generator().manual_seed(0)))

@@ -27,7 +27,10 @@ ROW_LIST = "x"  # name of the first argument of those that take a list of latent
 # Position tables, shared by all rows where they have at most two axes, and per-layer weights: their length may equal
 # the number of rows by chance.
 POSITIONS = {"img_ids", "txt_ids", "image_rotary_emb", "rotary_embedding", "video_rotary_emb", "position_ids"}
+POSITIONS |= {"visual_rope_pos", "text_rope_pos"}
 PER_LAYER = {"control_hidden_states_scale"}
+SEVERAL_EACH = {"encoder_hidden_states_image"}  # entries of each row, one after the other: first and last image (Wan)
+LAYERS_FIRST = {"encoder_hidden_states_llama3"}  # rows are the second axis (HiDream)
 
 
 @contextmanager
@@ -135,7 +138,7 @@ def select_rows(given: Mapping[str, Any], batch: int, rows: slice | Tensor) -> d
     """
     layout = RowLayout.of(given)
 
-    def cut(value: Tensor | list[Any]) -> Tensor | list[Any]:
+    def cut(value: Any) -> Any:
         if isinstance(value, list):
             return [value[row] for row in torch.arange(batch)[rows].tolist()] if len(value) == batch else value
         if value.dim() == 0 or len(value) not in (batch, batch * layout.frames):
@@ -143,10 +146,16 @@ def select_rows(given: Mapping[str, Any], batch: int, rows: slice | Tensor) -> d
         entries = value.unflatten(0, (batch, -1))[rows if isinstance(rows, slice) else rows.to(value.device)]
         return entries.flatten(0, 1)
 
-    def cut_positions(tensor: Tensor) -> Tensor | list[Any]:
+    def cut_several(tensor: Tensor) -> Any:
+        return tensor if len(tensor) % batch else cut(tensor.unflatten(0, (batch, -1))).flatten(0, 1)
+
+    def cut_positions(tensor: Tensor) -> Any:
         return tensor if tensor.dim() <= 2 else cut(tensor)
 
-    cuts = {name: cut_positions if name in POSITIONS else cut for name in given.keys() - PER_LAYER}
+    cuts: dict[str, Callable[[Any], Any]] = dict.fromkeys(given.keys() - PER_LAYER, cut)
+    cuts |= dict.fromkeys(cuts.keys() & POSITIONS, cut_positions)
+    cuts |= dict.fromkeys(cuts.keys() & SEVERAL_EACH, cut_several)
+    cuts |= dict.fromkeys(cuts.keys() & LAYERS_FIRST, lambda tensor: cut(tensor.transpose(0, 1)).transpose(0, 1))
     return {
         name: tree_map_only((Tensor, list), cuts[name], value, layout.is_leaf) if name in cuts else value
         for name, value in given.items()
