@@ -6,6 +6,7 @@ Each check compares with an independent truth: the pipeline's own call, or a sec
 import copy
 import functools
 import inspect
+import itertools
 import pkgutil
 import sys
 import traceback
@@ -21,10 +22,12 @@ from steer.arguments import IMAGES_PER_PROMPT
 from steer.audio import AudioReward, is_audio
 from steer.diffusion.modular import as_callable
 from steer.diffusion.preview import filter_call_kwargs, first_output
+from steer.diffusion.schedules import gaussian_transition, step_levels
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
-from steer.pipelines.fk_steering import FKSteeringPipeline
+from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
 from steer.pipelines.particle_batch import ParticleBatch
+from steer.pipelines.racing import RacingPipeline
 from steer.pipelines.reno import ReNOPipeline
 from steer.reward import Reward
 from steer.rewards.parser import load_reward
@@ -35,6 +38,8 @@ TOLERANCE = 2e-3  # for pixels in [0, 1], and for log-densities relative to thei
 LAST_BITS = 1e-5  # for pixels: a larger difference is not rounding
 ROUNDING = 4e-3  # for pixels that a safety checker returns in 8 bits
 SEED = 3
+EVALUATED = 1  # the solver step whose intermediate rewards are checked
+WHOLE_RUN = 99  # more coarse steps than a run has: a look-ahead over all steps that are left
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,24 @@ class Outcome:
 
 class _Differs(Exception):
     """A result that differs from the truth."""
+
+
+@dataclass(frozen=True)
+class _TracedStep:
+    """A solver step from x to `end`, by `calls` evaluations of each row; `ddim`: the end of DDIM's step with η = 0."""
+
+    calls: int
+    x: Tensor
+    end: Tensor
+    ddim: Tensor
+
+    @classmethod
+    def of(cls, solver_step: SolverStep) -> "_TracedStep":
+        x, x0, end = solver_step.x.float(), solver_step.x0(), solver_step.prev.float()
+        if solver_step.k == solver_step.total - 1:
+            return cls(solver_step.calls, x, end, x0)  # some schedules end before the image, a look-ahead does not
+        levels = step_levels(solver_step.scheduler, solver_step.t, solver_step.index)
+        return cls(solver_step.calls, x, end, gaussian_transition(x, x0, *levels, 0.0).mean)
 
 
 @dataclass
@@ -124,6 +147,26 @@ class PipelineCheck:
             name, count = type(self.pipe).__name__, len(images)
             raise InputError(f"{name} makes {count} images of {PARTICLES} rows: a particle is one image")
         return batch, images
+
+    @functools.cached_property
+    def trace(self) -> "list[_TracedStep]":
+        """The solver steps of the batch without steering."""
+        steps: list[_TracedStep] = []
+
+        def record(solver_step: SolverStep) -> None:
+            steps.append(_TracedStep.of(solver_step))
+
+        self.batch().sample(record)
+        return steps
+
+    def moved(self, *ancestors: int) -> Tensor:
+        """Make the images of a batch whose particles continue those of `ancestors` from the second step on."""
+
+        def move(solver_step: SolverStep) -> tuple[Tensor, None] | None:
+            moves = solver_step.k == min(EVALUATED, solver_step.total - 1)
+            return (torch.tensor(ancestors), None) if moves else None
+
+        return self.batch().sample(move)
 
     def batch(self) -> ParticleBatch:
         """Make a particle batch of the call, with a generator for each row."""
@@ -223,16 +266,9 @@ def check_swap(check: PipelineCheck) -> None:
     A solver that adds its own noise, different for each slot, is exempt: there, copies of one particle diverge.
     """
     _, plain = check.plain_batch
-
-    def moved(*ancestors: int) -> Tensor:
-        def move(solver_step: SolverStep) -> tuple[Tensor, None] | None:
-            return (torch.tensor(ancestors), None) if solver_step.k == min(1, solver_step.total - 1) else None
-
-        return check.batch().sample(move)
-
-    swapped = moved(1, 0)
+    swapped = check.moved(1, 0)
     if swapped.shape == plain.shape and (swapped - plain.flip(0)).abs().max() > TOLERANCE:
-        first, second = moved(0, 0)
+        first, second = check.moved(0, 0)
         if (first - second).abs().max() > TOLERANCE:
             return
     _equal(swapped, plain.flip(0), TOLERANCE, "a run of particles that trade places")
@@ -260,6 +296,59 @@ def check_fk(check: PipelineCheck) -> None:
         raise _Differs("rewards are not finite")
     if not any((ancestors != torch.arange(PARTICLES)).any() for ancestors in out.ancestors):
         raise _Differs("no particle was resampled")
+
+
+def check_lookahead(check: PipelineCheck) -> None:
+    """Look ahead at the second step: the run is as without, at λ = 0, and each evaluation is counted.
+
+    If the solver makes DDIM's steps, as the look-ahead does, a look-ahead over all steps predicts the run's own images.
+    """
+    prompt, call = check.split()
+    _, plain = check.plain_batch
+    previews: list[Tensor] = []
+
+    def on_step(report: StepReport) -> None:
+        previews.extend([] if report.previews is None else [report.previews])
+
+    call |= {"generator": _generators(), "output_type": "pt", "num_particles": PARTICLES}
+    steps = {"lam": 0.0, "lookahead": WHOLE_RUN, "resample_steps": [EVALUATED], "on_step": on_step}
+    out = FKSteeringPipeline(check.pipe, check.reward)(prompt, **call, **steps)
+    images = out.in_slot_order().images
+    check.equals_plain(images, plain, "a run with look-ahead at λ = 0")
+    ahead = check.trace[EVALUATED:]
+    _check_evaluations(out.cost.nfe, PARTICLES * (sum(step.calls for step in check.trace) + len(ahead) - 1))
+    if _makes_ddim_steps(ahead):
+        _equal(previews[0], images, ROUNDING, "the look-ahead over all steps that are left")
+
+
+def check_race(check: PipelineCheck) -> None:
+    """Check that the better of two starts wins and ends as in the whole batch, and that the other costs nothing more.
+
+    The starts are ranked at the second step, by a look-ahead of two coarse steps.
+    """
+    prompt, call = check.split()
+    call |= {"generator": _generators(), "output_type": "pt", "num_particles": PARTICLES}
+    out = RacingPipeline(check.pipe, check.reward)(prompt, lookahead=2, rungs={EVALUATED: 1}, **call)
+    (rung,) = out.history
+    winner = int(rung.rewards[0].argmax())
+    if rung.ancestors[0].tolist() != [winner]:
+        raise _Differs(f"start {rung.ancestors[0].tolist()} wins with rewards {rung.rewards[0].tolist()}")
+    _equal(out.images, check.moved(winner, winner)[:1], ROUNDING, "the winner of a race")
+    calls = [step.calls for step in check.trace]
+    both, alone = calls[: EVALUATED + 1], calls[EVALUATED + 1 :]
+    _check_evaluations(out.cost.nfe, PARTICLES * (sum(both) + bool(alone)) + sum(alone))
+
+
+def _check_evaluations(counted: int, expected: int) -> None:
+    if counted != expected:
+        raise _Differs(f"{counted} denoiser evaluations are counted, not {expected}")
+
+
+def _makes_ddim_steps(steps: Sequence[_TracedStep]) -> bool:
+    """Return whether these are DDIM's steps with η = 0, and the pipeline does not edit the latents between them."""
+    own = max(_gap(step.end, step.ddim) for step in steps)
+    edits = [_gap(before.end, after.x) for before, after in itertools.pairwise(steps)]
+    return max([own, *edits]) < LAST_BITS * 10
 
 
 def check_preview(check: PipelineCheck) -> None:
@@ -312,6 +401,8 @@ CHECKS: dict[str, Callable[[PipelineCheck], None]] = {
     "swap": check_swap,
     "lam0": check_unsteered,
     "fk": check_fk,
+    "lookahead": check_lookahead,
+    "race": check_race,
     "preview": check_preview,
     "reno": check_reno,
     "rollout": check_rollout,
@@ -328,6 +419,10 @@ def _equal(given: Tensor, truth: Tensor, tolerance: float, what: str) -> None:
         raise _Differs(f"{what} has shape {tuple(given.shape)}, not {tuple(truth.shape)}")
     if not torch.isfinite(given).all() or not torch.isfinite(truth).all():
         raise _Differs(f"{what} is not finite")
-    gap = float((given.double() - truth.double()).abs().max())
+    gap = _gap(given, truth)
     if gap > tolerance:
         raise _Differs(f"{what} differs by {gap:.2g}")
+
+
+def _gap(given: Tensor, truth: Tensor) -> float:
+    return float((given.double() - truth.double()).abs().max())

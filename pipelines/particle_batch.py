@@ -23,7 +23,7 @@ from steer.diffusion.seeds import list_generators
 from steer.diffusion.step_hooks import SolverStep, StepOverride
 from steer.diffusion.value import Value
 from steer.diffusion.views import OutputShapes, cache_text_encoding
-from steer.errors import InputError
+from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import Cost, ResamplingInfo, SteeringOutput
 from steer.reward import Reward, compares_images, mean_over_frames, score_components, warn_if_pipeline_truncates
 from steer.rewards.compose import plain_rewards, with_media_rates
@@ -211,11 +211,17 @@ class ParticleBatch:
     def set_ancestors(self, ancestors: Tensor) -> Tensor:
         """Continue with the particles of ancestors (B, K), slots of each group; return the ancestors as rows (N,).
 
-        The rows are numbers in the whole batch. Where K is smaller than before, the later slots are dropped.
+        The rows are numbers in the whole batch. Where K is smaller than before, the later slots are dropped. Raises
+        UnsupportedPipelineError for that if the pipeline has one call for each row: none can be left out.
         """
         rows = torch.arange(self.groups * self.size).view(self.groups, self.size)
         rows[:, : ancestors.shape[1]] = ancestors + rows[:, :1]
         if ancestors.shape[1] < self.alive:
+            if self._rows_call.in_lock_step:
+                raise UnsupportedPipelineError(
+                    f"{type(self.pipe).__name__} makes one image a call, which cannot end early: use best-of-N, or FK "
+                    "without a particle schedule"
+                )
             self.alive = ancestors.shape[1]
             self.live.keep(torch.arange(self.groups * self.size).view_as(rows)[:, : self.alive].flatten(), rows.numel())
         return rows.flatten()

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from rollouts import TWO_PROMPTS, call_of
 from soft_rewards import in_precision
 from torch import Generator, Tensor, nn
 from torch._dynamo.utils import counters
+from zoo.build import cached
+from zoo.build import call_of as zoo_call
 
-from steer.diffusion.batching import MicroBatches, compiled, compiled_call, micro_batched, select_rows
+from steer.diffusion.batching import ActiveRows, MicroBatches, compiled, compiled_call, micro_batched, select_rows
 from steer.diffusion.preview import first_output
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
@@ -37,7 +40,7 @@ def denoiser(pipe: Any) -> nn.Module:
 
 
 def rows_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    return len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states")))
+    return len(args[0] if args else next(kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs))
 
 
 @contextmanager
@@ -91,6 +94,47 @@ def test_positions_that_are_as_many_as_rows_stay_whole(images: int) -> None:
         {"img_ids": ids, "txt_ids": ids, "guidance": ids[:, 0], "timestep": ids[0, 0]}, images, slice(1, 3)
     )
     assert [tuple(value.shape) for value in cut.values()] == [(images, 3), (images, 3), (2,), ()]
+
+
+def test_a_batch_as_long_as_its_position_lists_and_with_two_images_each_is_split() -> None:
+    """Kandinsky 5 has positions for each axis; Wan's first and last image are two entries of each row."""
+    ids, images = torch.arange(2), torch.arange(8.0).view(4, 2)
+    given = {"visual_rope_pos": [ids, ids, ids], "text_rope_pos": ids, "encoder_hidden_states_image": images}
+    cut = select_rows(given, 2, slice(1, 2))
+    assert all(torch.equal(one, ids) for one in (*cut["visual_rope_pos"], cut["text_rope_pos"]))
+    assert torch.equal(cut["encoder_hidden_states_image"], images[2:])
+
+
+@pytest.mark.parametrize("name", ["ZImage", "HiDreamImage"])
+@pytest.mark.parametrize("rows", [1, 2, None])
+def test_latents_in_a_list_and_texts_of_every_layer_are_split(name: str, rows: int | None) -> None:
+    """Z-Image's latents are a list of rows; HiDream's texts have the layers of their encoder before the rows."""
+    pipe, counts = cached(name), []
+    call = zoo_call(name) | {"num_images_per_prompt": 3, "output_type": "pt"}
+    whole = first_output(pipe(**call, generator=Generator().manual_seed(0)))
+    with micro_batched(pipe, rows) as view, before_calls(pipe.transformer, counts.append):
+        images = first_output(view(**call, generator=Generator().manual_seed(0)))
+    torch.testing.assert_close(images, whole, **SMALL)
+    assert set(counts) == {rows or 6} and sum(counts) == 6 * 4  # guidance doubles three rows, in four steps
+
+
+class ListDenoiser(nn.Module):
+    """A denoiser of rows in lists; each row's output is its latents times its own timestep, plus its text's sum."""
+
+    def forward(self, x: list[Tensor], t: Tensor, texts: list[Tensor]) -> tuple[list[Tensor]]:
+        return ([one * time + text.sum() for one, time, text in zip(x, t, texts, strict=True)],)
+
+
+def test_lists_of_rows_are_selected_whole_whatever_their_tensors_lengths() -> None:
+    """Latents of 4 channels and texts of 4 tokens, in a batch of 4 rows: nothing inside a row is cut."""
+    latents, texts = (list(torch.randn(4, 4, size, generator=Generator().manual_seed(size))) for size in (3, 5))
+    t, live = torch.arange(1.0, 5.0), ActiveRows()
+    live.keep(torch.tensor([1, 3]), 4)
+    pipe = SimpleNamespace(transformer=ListDenoiser(), maybe_free_model_hooks=lambda: None)
+    (output,) = live.view(pipe).transformer(latents, t, texts=texts)
+    (whole,) = ListDenoiser()(latents, t, texts)
+    assert len(output) == 4 and all(torch.equal(output[row], whole[row]) for row in (1, 3))
+    assert all(torch.equal(output[row], torch.zeros(4, 3)) for row in (0, 2))
 
 
 def test_a_controlnet_is_split_with_the_denoiser() -> None:

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from schedulers import DIFFUSION, FLOW
 from soft_rewards import redness, seeded
 from torch import Tensor
+from zoo.build import cached, call_of
 
 from steer import BestOfNPipeline, FKSteeringPipeline, SelectionPipeline, StepReport
 from steer.apps.recipes import read_metadata
@@ -72,6 +73,21 @@ def test_a_look_ahead_over_all_steps_is_the_rest_of_a_deterministic_run(case: st
     for step, previews in seen.items():
         torch.testing.assert_close(previews, out.images, atol=2e-5, rtol=0)
         assert (blurry[step] - out.images).abs().max() > 1e-3  # which x̂0 is not
+
+
+def test_a_look_ahead_reads_the_prompts_of_the_run() -> None:
+    """Z-Image writes its chat template into a list of prompts: the next call must get the user's own."""
+    seen: list[Tensor] = []
+
+    def on_step(report: StepReport) -> None:
+        seen.extend([] if report.previews is None else [report.previews])
+
+    prompts = ["a red star", "a blue circle"]
+    call = call_of("ZImage") | {"prompt": prompts, "negative_prompt": None, "generator": seeded(), "output_type": "pt"}
+    steps = {"preview_steps": [1], "lookahead": WHOLE, "on_step": on_step}
+    out = BestOfNPipeline(cached("ZImage"), redness)(num_particles=K, **call, **steps)
+    torch.testing.assert_close(seen[0], out.in_slot_order().images, atol=2e-5, rtol=0)
+    assert prompts == ["a red star", "a blue circle"]
 
 
 @pytest.mark.parametrize("scheduler", ["PNDM", "HeunDiscrete", "KDPM2Discrete", "DPMSolverMultistep", "UniPCMultistep"])

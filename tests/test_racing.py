@@ -11,6 +11,7 @@ import torch
 from conftest import Steer, call_kwargs
 from soft_rewards import redness, seeded
 from torch import Tensor
+from zoo.build import cached, call_of
 
 from steer import BestOfNPipeline, InputError, RacingPipeline, SelectionPipeline
 from steer.diffusion.views import ModuleProxy, denoising_modules, with_modules
@@ -18,6 +19,7 @@ from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 from steer.pipelines.racing import default_rungs, plan_race, race_cost
 
 STEPS = 6
+LATENTS = ("sample", "hidden_states", "x")  # names of a denoiser's first argument
 
 
 def own_kwargs(name: str, steps: int = STEPS) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def counted(pipe: Any) -> tuple[Any, list[int]]:
 
     def watch(module: Any) -> ModuleProxy:
         def call(*args: Any, **kwargs: Any) -> Any:
-            rows.append(len(args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]))
+            rows.append(len(args[0] if args else next(kwargs[one] for one in LATENTS if one in kwargs)))
             return module(*args, **kwargs)
 
         return ModuleProxy(module, call)
@@ -175,6 +177,78 @@ def test_survivors_are_the_best_and_dead_rows_cost_nothing(pipe_of: Callable[[st
                 made.images[b * 2 + rank].float(), images[b, left[slot]].float(), rtol=1e-3, atol=1e-3
             )
     assert made.cost.decodes == 2 * (6 + 3 + 2) and (made.rewards.diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("name", ["ZImage", "ZImageImg2Img"])
+def test_latents_in_a_list_race_as_in_one_tensor(name: str) -> None:
+    """Z-Image's denoiser takes and returns a list with a tensor for each row; texts are lists of other lengths."""
+    pipe, rows = counted(cached(name))
+    prompts = ["a red circle", "a blue star left of two green triangles"] if name == "ZImage" else ["a red circle"]
+    call = call_of(name) | {"prompt": prompts, "generator": seeded(1), "output_type": "pt", "num_particles": 4}
+    call |= {"negative_prompt": None}
+    made = RacingPipeline(pipe, redness)(rungs={1: 3, 2: 1}, lookahead=1, **call)
+    whole = BestOfNPipeline(cached(name), redness)(**call | {"generator": seeded(1)}).in_slot_order()
+    steps = whole.cost.nfe // (4 * len(prompts))
+    assert made.cost.nfe == len(prompts) * race_cost(4, {1: 3, 2: 1}, steps)
+    assert rows == [2 * len(prompts) * alive for alive in (4, 4, 3, *[1] * (steps - 3))]  # guidance doubles them
+    images = whole.images.view(len(prompts), 4, *whole.images.shape[1:])
+    for b in range(len(prompts)):
+        first, second = (evaluation.ancestors[b] for evaluation in made.history)
+        start = int(first[second[0]])
+        assert first.tolist() == sorted(made.history[0].rewards[b].topk(3).indices.tolist())
+        torch.testing.assert_close(made.images[b], images[b, start], rtol=0, atol=1e-5)
+        others = [(made.images[b] - images[b, slot]).abs().max() for slot in range(4) if slot != start]
+        assert min(others) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "starts", "own"),
+    [
+        ("AnimateDiff", 3, {"decode_chunk_size": 3}),  # the autoencoder gets as many frames as there are starts
+        ("AnimateDiffControlNet", 2, {}),
+        ("AnimateDiffSparseControlNet", 3, {}),
+    ],
+)
+def test_videos_with_texts_of_every_frame_race(name: str, starts: int, own: dict[str, Any]) -> None:
+    """AnimateDiff repeats texts and controls for each frame, and decodes chunks of frames."""
+    call = call_of(name) | {"generator": seeded(1), "output_type": "pt", "num_particles": starts} | own
+    made = RacingPipeline(cached(name), redness)(rungs={1: starts - 1}, lookahead=1, **call)
+    whole = BestOfNPipeline(cached(name), redness)(**call | {"generator": seeded(1)}).in_slot_order()
+    assert made.cost.nfe == race_cost(starts, {1: starts - 1}, whole.cost.nfe // starts)
+    (rung,) = made.history
+    assert rung.ancestors[0].tolist() == sorted(rung.rewards[0].topk(starts - 1).indices.tolist())
+    for rank, slot in enumerate(made.order[0].tolist()):
+        gaps = [(made.images[rank] - image).abs().max() for image in whole.images]
+        start = int(rung.ancestors[0, slot])
+        assert gaps.pop(start) < 1e-4 and min(gaps) > 1e-2
+
+
+def test_a_second_modality_follows_its_starts() -> None:
+    """LTX-2 denoises audio beside the video: it has no look-ahead, and races by x̂0."""
+    call = call_of("LTX2") | {"generator": seeded(1), "output_type": "pt", "num_particles": 3}
+    made = RacingPipeline(cached("LTX2"), redness)(rungs={1: 1}, lookahead=1, **call)
+    whole = BestOfNPipeline(cached("LTX2"), redness)(**call | {"generator": seeded(1)}).in_slot_order()
+    gaps = [(made.images[0] - video).abs().max() for video in whole.images]
+    assert gaps.pop(int(made.history[0].rewards[0].argmax())) < 1e-4 and min(gaps) > 1e-2
+    assert made.cost.nfe == race_cost(3, {1: 1}, whole.cost.nfe // 3)
+    with pytest.raises(InputError, match="a second modality beside the latents: use lookahead=1"):
+        RacingPipeline(cached("LTX2"), redness)(**call)
+
+
+@pytest.mark.parametrize(("name", "starts"), [("DiT", 2), ("AnimateDiffControlNet", 3)])
+def test_a_pipeline_with_one_call_for_each_particle_does_not_race(name: str, starts: int) -> None:
+    """DiT makes one image a call, of two rows with guidance: as many as there are starts, but both are of one."""
+    call = call_of(name) | {"generator": seeded(1), "num_particles": starts, "lookahead": 1}
+    with pytest.raises(InputError, match="makes one image a call, which cannot end early: use best-of-N, or FK"):
+        RacingPipeline(cached(name), redness)(rungs={1: 1}, **call)
+
+
+def test_a_budget_plans_a_race_of_latents_in_a_list() -> None:
+    call = call_of("ZImage") | {"generator": seeded(1), "output_type": "pt", "budget": 20, "lookahead": 1}
+    plan = plan_race(20, 4)
+    made = RacingPipeline(cached("ZImage"), redness)(**call)
+    assert plan.rungs is not None and made.cost.nfe == race_cost(plan.starts, plan.rungs, 4) <= 20
+    assert made.history[0].rewards.shape[1] == plan.starts
 
 
 @pytest.mark.parametrize("eta", [None, 1.0])

@@ -10,13 +10,18 @@ import torch
 from conftest import PROMPT, sd
 from diffusers import StableDiffusionPipeline
 from zoo.build import CASES, build, call_of
-from zoo.page import PAGE, page
+from zoo.matrix import parts
+from zoo.page import PAGE, page, table
 from zoo.popular import POPULAR
 
+from steer.diffusion import lookahead
+from steer.diffusion.batching import ActiveRows
+from steer.diffusion.lookahead import LookAhead
 from steer.pipelines.compatibility import CHECKS, PipelineCheck
 
 RECORDED = json.loads((Path(__file__).parent / "zoo" / "matrix.json").read_text())
 QUICK = ("steps", "swap", "fk", "preview")  # of the popular ones in `make test`
+SEARCH = ("lookahead", "race")
 
 
 def states(name: str, checks: tuple[str, ...]) -> dict[str, str]:
@@ -33,6 +38,51 @@ def recorded(name: str, checks: tuple[str, ...]) -> dict[str, str]:
 def test_popular_pipelines_are_steered_exactly(name: str) -> None:
     checks = tuple(check for check in QUICK if check in RECORDED[name])
     assert states(name, checks) == recorded(name, checks)
+
+
+@pytest.mark.parametrize("name", ["Flux", "HunyuanVideo", "ZImage"])
+def test_pipelines_look_ahead_and_race(name: str) -> None:
+    assert states(name, SEARCH) == dict.fromkeys(SEARCH, "ok")
+
+
+def test_a_second_modality_has_no_look_ahead() -> None:
+    refused = "refused LTX2Pipeline denoises a second modality beside the latents: use lookahead=1"
+    assert states("LTX2", SEARCH) == dict.fromkeys(SEARCH, refused)
+
+
+def test_a_wrong_look_ahead_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps to another level than that of the solver predict other images, in as many evaluations."""
+    right = lookahead.gaussian_transition
+    monkeypatch.setattr(lookahead, "gaussian_transition", lambda x, x0, t, s, eta: right(x, 0.5 * x0, t, s, eta))
+    assert states("Flux", SEARCH)["lookahead"].startswith("differs the look-ahead over all steps that are left")
+
+
+def test_a_wrong_winner_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The denoiser evaluates the dropped rows in place of the active ones."""
+    right = ActiveRows._active_rows_in
+    monkeypatch.setattr(ActiveRows, "_active_rows_in", lambda self, batch: right(self, batch) + 1)
+    assert states("ZImage", SEARCH)["race"].startswith("differs the winner of a race")
+
+
+def test_evaluations_that_are_not_counted_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LookAhead, "evaluations", property(lambda self: 0, lambda self, value: None), raising=False)
+    outcomes = states("Flux", SEARCH)
+    assert outcomes["lookahead"] == "differs 8 denoiser evaluations are counted, not 12"
+    assert outcomes["race"] == "differs 6 denoiser evaluations are counted, not 8"
+
+
+def test_the_page_shows_checks_that_are_not_recorded() -> None:
+    rows = {"A": {"race": {"state": "ok", "reason": ""}}, "B": {}}
+    shown = table(rows)
+    assert "race: 1 of 1 (1 not recorded)" in shown and "look-ahead: 0 of 0 (2 not recorded)" in shown
+    header, a, b = (shown.splitlines()[line].split("|") for line in (2, 4, 5))
+    assert a[header.index(" race ")] == " ✓ " and b[header.index(" race ")].strip() == ""
+
+
+def test_missing_checks_are_the_ones_without_an_outcome() -> None:
+    rows = {"A": {"fk": {}, "race": {}}, "B": {"fk": {}}}
+    assert list(parts(rows, "ABC", ("fk", "race"), True)) == [("B", ["race"]), ("C", ["fk", "race"])]
+    assert list(parts(rows, "A", ("fk", "race"), False)) == [("A", ["fk", "race"])]
 
 
 @pytest.mark.parametrize("name", ["Flux2Klein", "ZImageInpaint"])

@@ -4,9 +4,10 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from diffusers import ControlNetModel, MultiControlNetModel, UNetMotionModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -22,10 +23,14 @@ from steer.diffusion.views import (
 from steer.errors import InputError
 
 LATENTS = ("sample", "hidden_states")  # names of the first argument of denoisers and ControlNets
+ROW_LIST = "x"  # name of the first argument of those that take a list of latents, one tensor for each row (Z-Image)
 # Position tables, shared by all rows where they have at most two axes, and per-layer weights: their length may equal
 # the number of rows by chance.
 POSITIONS = {"img_ids", "txt_ids", "image_rotary_emb", "rotary_embedding", "video_rotary_emb", "position_ids"}
+POSITIONS |= {"visual_rope_pos", "text_rope_pos"}
 PER_LAYER = {"control_hidden_states_scale"}
+SEVERAL_EACH = {"encoder_hidden_states_image"}  # entries of each row, one after the other: first and last image (Wan)
+LAYERS_FIRST = {"encoder_hidden_states_llama3"}  # rows are the second axis (HiDream)
 
 
 @contextmanager
@@ -73,7 +78,9 @@ class MicroBatches:
                 continue
             outputs.append(output)
             done += count
-        return outputs[0] if len(outputs) == 1 else tree_map(_joined, outputs[0], *outputs[1:])
+        if len(outputs) == 1:
+            return outputs[0]
+        return tree_map(_joined, outputs[0], *outputs[1:], is_leaf=RowLayout.of(given).is_leaf)
 
     def _try_call(self, given: dict[str, Any], count: int) -> Any:
         """Call the module on `count` rows; None where they do not fit into memory."""
@@ -89,43 +96,89 @@ class MicroBatches:
 
 
 def batch_size_of(given: Mapping[str, Any], module: Any) -> int:
-    """Return the number of rows of a module's call. Raises InputError where its latents are not one tensor."""
-    latents = next((given[name] for name in LATENTS if name in given), None)
-    if not torch.is_tensor(latents):
+    """Return the number of rows of a module's call. Raises InputError where its latents are not one tensor.
+
+    A list of latents, one tensor for each row, is accepted from a module whose first argument is such a list.
+    """
+    latents: Any = next((given[name] for name in (*LATENTS, ROW_LIST) if name in given), None)
+    if not torch.is_tensor(latents) and RowLayout.of(given).is_leaf is None:
         kind = type(module).__name__
         raise InputError(f"{kind} takes no single tensor of latents: its batch cannot be split, use fewer particles")
     return len(latents)
 
 
+class RowLayout(NamedTuple):
+    """The layout of the rows in the arguments and outputs of a module's call.
+
+    is_leaf  test for lists of rows, if the latents are one: then texts and outputs are such lists too; else None, and
+             the tensors of a list have one entry for each row
+    frames   entries of each row in tensors that have one for each frame: the texts of AnimateDiff, and the residuals
+             of its ControlNets
+    """
+
+    is_leaf: Callable[[Any], bool] | None = None
+    frames: int = 1
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "RowLayout":
+        """Return the layout of a call with these arguments."""
+        sample: Any = given.get("sample")
+        frames = sample.shape[2] if torch.is_tensor(sample) and sample.dim() == 5 else 1  # (N, C, F, H, W), of a UNet
+        return cls(_is_list if isinstance(given.get(ROW_LIST), list) else None, frames)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
 def select_rows(given: Mapping[str, Any], batch: int, rows: slice | Tensor) -> dict[str, Any]:
-    """Select rows of every tensor among the arguments that has one entry per row."""
+    """Select rows of every tensor, and of every list of rows, among the arguments that has one entry per row.
 
-    def cut(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0 or len(tensor) != batch:
-            return tensor
-        return tensor[rows if isinstance(rows, slice) else rows.to(tensor.device)]
+    A tensor may also have one entry for each frame of each row (`RowLayout`).
+    """
+    layout = RowLayout.of(given)
 
-    def cut_positions(tensor: Tensor) -> Tensor:
+    def cut(value: Any) -> Any:
+        if isinstance(value, list):
+            return [value[row] for row in torch.arange(batch)[rows].tolist()] if len(value) == batch else value
+        if value.dim() == 0 or len(value) not in (batch, batch * layout.frames):
+            return value
+        entries = value.unflatten(0, (batch, -1))[rows if isinstance(rows, slice) else rows.to(value.device)]
+        return entries.flatten(0, 1)
+
+    def cut_several(tensor: Tensor) -> Any:
+        return tensor if len(tensor) % batch else cut(tensor.unflatten(0, (batch, -1))).flatten(0, 1)
+
+    def cut_positions(tensor: Tensor) -> Any:
         return tensor if tensor.dim() <= 2 else cut(tensor)
 
-    cuts = {name: cut_positions if name in POSITIONS else cut for name in given.keys() - PER_LAYER}
-    return {name: tree_map_only(Tensor, cuts[name], value) if name in cuts else value for name, value in given.items()}
+    cuts: dict[str, Callable[[Any], Any]] = dict.fromkeys(given.keys() - PER_LAYER, cut)
+    cuts |= dict.fromkeys(cuts.keys() & POSITIONS, cut_positions)
+    cuts |= dict.fromkeys(cuts.keys() & SEVERAL_EACH, cut_several)
+    cuts |= dict.fromkeys(cuts.keys() & LAYERS_FIRST, lambda tensor: cut(tensor.transpose(0, 1)).transpose(0, 1))
+    return {
+        name: tree_map_only((Tensor, list), cuts[name], value, layout.is_leaf) if name in cuts else value
+        for name, value in given.items()
+    }
 
 
 def _joined(*outputs: Any) -> Any:
+    if isinstance(outputs[0], list):
+        return [row for output in outputs for row in output]
     return torch.cat(outputs) if torch.is_tensor(outputs[0]) else outputs[0]
 
 
 class ActiveRows:
     """The rows of a batch that are computed: all of them, until `keep` selects some.
 
-    rows  (n,) int64, or None: all
-    size  of the whole batch
+    rows    (n,) int64, or None: all
+    size    of the whole batch
+    frames  of each row in the last call of a UNet: the autoencoder gets chunks of frames, and decodes them all
     """
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
-        self.size = 0
+        self.size, self.frames = 0, 1
 
     def keep(self, rows: Tensor, size: int) -> None:
         """Compute only these rows of a batch of `size` from now on."""
@@ -144,12 +197,16 @@ class ActiveRows:
     def view(self, pipe: Any) -> Any:
         """Return a view of a pipeline that computes active rows only, zeros elsewhere. The pipeline stays unchanged.
 
-        Guidance repeats the batch in blocks of its size, as diffusers does. Raises InputError for a pipeline without a
-        denoiser of a known name.
+        Guidance repeats the batch in blocks of its size, as diffusers does. A ControlNet of single frames computes all
+        rows. Raises InputError for a pipeline without a denoiser of a known name.
         """
         if not denoisers_in(pipe):
             raise InputError(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: no rows can be left out")
-        modules: dict[str, Any] = {name: self._denoiser(module) for name, module in denoising_modules(pipe).items()}
+        modules: dict[str, Any] = {
+            name: self._denoiser(module)
+            for name, module in denoising_modules(pipe).items()
+            if not _takes_frames(pipe, module)
+        }
         if getattr(pipe, "vae", None) is not None:
             modules["vae"] = self.decoder(pipe.vae)
         return with_modules(pipe, modules)
@@ -162,17 +219,19 @@ class ActiveRows:
         names = list(inspect.signature(module.forward).parameters)
 
         def active_call(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            layout = RowLayout.of(given)
+            self.frames = layout.frames
             if self.rows is None:
                 return module(*args, **kwargs)
-            given = dict(zip(names, args, strict=False)) | kwargs
             batch = batch_size_of(given, module)
             rows = self._active_rows_in(batch)
-            return scatter_rows(module(**select_rows(given, batch, rows)), rows, batch)
+            return scatter_rows(module(**select_rows(given, batch, rows)), rows, batch, layout)
 
         return ModuleProxy(module, active_call)
 
     def _decoded(self, decode: Any, z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.rows is None or len(z) != self.size:
+        if self.rows is None or self.frames > 1 or len(z) != self.size:
             return decode(z, *args, **kwargs)
         return scatter_rows(decode(self.of(z), *args, **kwargs), self.rows, self.size)
 
@@ -184,15 +243,31 @@ class ActiveRows:
         return torch.cat([self.rows + start for start in range(0, batch, self.size)])
 
 
-def scatter_rows(output: Any, rows: Tensor, batch: int) -> Any:
-    """Scatter a module's outputs for some rows to the full batch, zeros elsewhere."""
+def _takes_frames(pipe: Any, module: Any) -> bool:
+    """Return whether a ControlNet for images is called with the frames of AnimateDiff's videos as its rows."""
+    return isinstance(module, ControlNetModel | MultiControlNetModel) and isinstance(
+        getattr(pipe, "unet", None), UNetMotionModel
+    )
 
-    def whole(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0 or len(tensor) != len(rows):
-            return tensor
-        return tensor.new_zeros((batch, *tensor.shape[1:])).index_copy(0, rows.to(tensor.device), tensor)
 
-    return tree_map_only(Tensor, whole, output)
+def scatter_rows(output: Any, rows: Tensor, batch: int, layout: RowLayout | None = None) -> Any:
+    """Scatter a module's outputs for some rows to the full batch, zeros elsewhere.
+
+    layout  of the module's call; lists of rows hold tensors of one shape
+    """
+    layout = layout or RowLayout()
+
+    def whole(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(value, list):
+            computed = dict(zip(rows.tolist(), value, strict=True))
+            return [computed.get(row, torch.zeros_like(value[0])) for row in range(batch)]
+        if value.dim() == 0 or len(value) not in (len(rows), len(rows) * layout.frames):
+            return value
+        entries = value.unflatten(0, (len(rows), -1))
+        zeros = entries.new_zeros((batch, *entries.shape[1:]))
+        return zeros.index_copy(0, rows.to(value.device), entries).flatten(0, 1)
+
+    return tree_map_only((Tensor, list), whole, output, layout.is_leaf)
 
 
 def is_offloaded(model: nn.Module) -> bool:

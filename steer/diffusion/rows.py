@@ -111,13 +111,23 @@ class RowsCall:
             self.place += 1
             random.restore()
 
+    @property
+    def in_lock_step(self) -> bool:
+        """Whether the form in use has one call for each row."""
+        return len(self._forms[self.place]) > 1
+
     def _run(self, pipe: Any, on_step: OnStep, given: Mapping[str, Any], grad: bool, change: Any) -> Tensor:
-        calls = [change(call) for call in self._forms[self.place]]
+        calls = [_with_own_lists(change(call)) for call in self._forms[self.place]]
         if len(calls) == 1:
             with hook_steps(pipe, on_step, rows=self.rows, grad=grad) as view:
                 return first_output(view(**filter_call_kwargs(pipe, calls[0] | dict(given))))
         each = [call | _row_of(given, row, len(calls)) for row, call in enumerate(calls)]
         return run_in_lock_step(pipe, [filter_call_kwargs(pipe, call) for call in each], on_step, grad)
+
+
+def _with_own_lists(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a call and its lists: Z-Image writes its chat template into the list of prompts, again at each call."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
 
 
 @dataclass

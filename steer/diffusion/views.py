@@ -262,7 +262,9 @@ def _zero_denoiser(denoiser: Any) -> ModuleProxy:
     channels = getattr(getattr(denoiser, "config", None), "out_channels", None)
 
     def zeros(*args: Any, **kwargs: Any) -> Any:
-        x: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+        x: Any = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+        if isinstance(x, list):  # one tensor for each row, in the outputs too
+            return ([torch.zeros_like(row) for row in x],)
         if x.dim() > 3:
             return Output([x.new_zeros((len(x), channels or x.shape[1], *x.shape[2:]))])
         shape = (*x.shape[:-1], channels or x.shape[-1])  # tokens

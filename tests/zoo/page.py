@@ -11,6 +11,8 @@ COLUMNS = {
     "steps": "steps",
     "swap": "particles",
     "fk": "FK",
+    "lookahead": "look-ahead",
+    "race": "race",
     "preview": "previews",
     "reno": "ReNO",
     "rollout": "rollout",
@@ -34,9 +36,15 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             marks.append(mark)
         lines.append(f"| {name} | {' | '.join(marks)} |")
     counts = {check: Counter(row[check]["state"] for row in rows.values() if check in row) for check in COLUMNS}
-    total = [f"{title}: {counts[check]['ok']} of {sum(counts[check].values())}" for check, title in COLUMNS.items()]
+    total = [f"{title}: {_count(counts[check], len(rows))}" for check, title in COLUMNS.items()]
     listed = [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n".join(["; ".join(total) + ".", "", *lines, "", "## Reasons", "", *listed, ""])
+
+
+def _count(states: Counter[str], cases: int) -> str:
+    """Return the number of passed checks of the recorded ones, and the number of cases without an outcome."""
+    recorded = sum(states.values())
+    return f"{states['ok']} of {recorded}" + (f" ({cases - recorded} not recorded)" if recorded < cases else "")
 
 
 def _short(reason: str) -> str:
