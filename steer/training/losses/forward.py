@@ -210,7 +210,8 @@ class DiffusionDPO(Settings):
     z    = −(β/2) [(‖o_θ − o*‖² − ‖o_ref − o*‖²) of the first − the same of the second],  with one ε and t for both
     loss = −c log σ(z) − (1 − c) log σ(−z),   c: the probability that the first is preferred
 
-    beta  β > 0, for errors averaged over elements; published 2000 (SD 1.5) and 5000 (SDXL). It is the paper's βTω(λ_t)
+    beta  β > 0, for errors averaged over elements; published 2000 (SD 1.5) and 5000 (SDXL). It is the paper's βTω(λ_t).
+          Log-likelihoods add elements up: for the same constraint per nat, β is proportional to their number
 
     Rows 2i and 2i + 1 are a pair. Takes c and 1 − c (N,). Both rows of a pair have its loss.
     """
