@@ -4,15 +4,19 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from matplotlib.colors import to_rgb
 from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Generator
 
 from steer import FKSteeringPipeline, StepReport
-from steer.apps.scenes import distil
+from steer.apps.plots import MET, MISSED
+from steer.apps.scenes import analyses, distil
 from steer.apps.scenes.analyses import reno_then_steering
 from steer.apps.scenes.distil import STARTS, Distillation, assemble_turbo, denoised, noised, text_features
 from steer.apps.scenes.preferences import trained_prompts
@@ -197,3 +201,16 @@ def test_the_lcm_adapter_makes_images_in_four_steps(scenes: StableDiffusionPipel
     images = pipe(EASY, generator=Generator().manual_seed(0), **call).images
     right = SceneReward()(images, [prompt for prompt in EASY for _ in range(8)]) == 1
     assert right.float().mean() >= 0.5
+
+
+def test_unsteered_images_are_framed_by_right_and_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_alone(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        assert images.shape == (2, 3, 64, 64) and 0 <= images.min() < images.max() <= 1 and prompts == EASY[:2]
+        return torch.tensor([1.0, 0.0])
+
+    monkeypatch.setattr(analyses, "right", first_alone)
+    figures = analyses.draw_unsteered("scenes", EASY[:2], tmp_path / "a.png")
+    assert figures == {"model": "scenes", "prompts": 2, "right": 1}
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3)
+    framed = [(pixels == [round(255 * one) for one in to_rgb(color)]).all(1).sum() for color in (MET, MISSED)]
+    assert min(framed) > 100 and abs(framed[0] - framed[1]) < 0.2 * framed[0]

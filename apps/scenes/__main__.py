@@ -12,7 +12,7 @@ import click
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from steer.apps.evaluation.report import summary
-from steer.apps.prompts import load_prompts
+from steer.apps.prompts import evenly_chosen, load_prompts
 from steer.apps.scenes import analyses, distil, flow, preferences, training, world
 from steer.apps.scenes.finetuning import finetuning_study, read_plan
 from steer.files import write_text
@@ -194,6 +194,12 @@ def _reno_then(options: argparse.Namespace) -> dict[str, Any]:
     return analyses.reno_then_steering("scenes-turbo", "scenes", options.reward, prompts_of(options))
 
 
+def _unsteered(options: argparse.Namespace) -> dict[str, Any]:
+    prompts = evenly_chosen(load_prompts(options.list), options.count)
+    path = (options.json or options.out / "unsteered.json").with_suffix(".png")
+    return analyses.draw_unsteered(str(options.model), prompts, path)
+
+
 STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], str]] = {
     "autoencoder": (_autoencoder, "train the autoencoder and whiten its latents"),
     "denoiser": (_denoiser, "train the denoiser and its text encoder on those latents"),
@@ -219,6 +225,10 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], s
         "train the runs of --plan on --reward at equal seconds, unless finished, to --json, a table and a figure",
     ),
     "curves": (_curves, "best-of-n by an ensemble and others, from the evaluation in --out, to --json and a picture"),
+    "unsteered": (
+        _unsteered,
+        "draw an image of --count evenly spaced prompts of --list, right or wrong, beside --json",
+    ),
     "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, to --json"),
 }
 

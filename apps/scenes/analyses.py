@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from steer.apps.models import load_pipeline
-from steer.apps.plots import DPI, INK, save_figure, set_title, style_axes
+from steer.apps.plots import DPI, INK, MET, MISSED, save_figure, set_title, style_axes
 from steer.apps.scenes.training import CALL, interval
 from steer.apps.scenes.world import right
 from steer.pipelines.fk_steering import FKSteeringPipeline
@@ -30,6 +31,31 @@ def quiet_pipeline(model: str) -> Any:
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+# ---- unsteered images
+
+PER_ROW = 12
+
+
+def draw_unsteered(model: str, prompts: Sequence[str], path: Path) -> Figures:
+    """Draw one image of each prompt in a frame, green where it is right and red where not; return their number."""
+    pipe, images = quiet_pipeline(model), []
+    for start in range(0, len(prompts), PROMPTS_PER_CALL):
+        some, generator = list(prompts[start : start + PROMPTS_PER_CALL]), Generator().manual_seed(start)
+        images.append(pipe(some, generator=generator, output_type="pt", **CALL).images)
+    passed = right(torch.cat(images), prompts).bool().tolist()
+    rows = -(-len(prompts) // PER_ROW)
+    figure = Figure(figsize=(PER_ROW * 0.95, rows * 1.4), dpi=DPI, layout="constrained")
+    for axes in figure.subplots(rows, PER_ROW, squeeze=False).flat[len(prompts) :]:
+        axes.set_axis_off()
+    for axes, prompt, image, ok in zip(figure.axes, prompts, torch.cat(images), passed, strict=False):
+        axes.imshow(image.permute(1, 2, 0).numpy())
+        axes.set(xticks=[], yticks=[])
+        axes.set_xlabel("\n".join(wrap(prompt, 17)), size=6, color=INK)
+        axes.spines[:].set(color=MET if ok else MISSED, lw=1.8)
+    save_figure(figure, path)
+    return {"model": model, "prompts": len(prompts), "right": sum(passed)}
 
 
 # ---- optimised noise for the multi-step model
