@@ -34,7 +34,7 @@ from steer.apps.evaluation import foresight
 from steer.apps.evaluation.report import MARKERS
 from steer.apps.plots import COLORMAP, DPI, INK, save_figure, set_title, style_axes
 from steer.apps.scenes.finetuning_curves import curves_table, draw_finetuning_curves
-from steer.pipelines.training.evaluation import interval
+from steer.training.overoptimization import interval
 
 DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(r"<!-- results (\w+) (\S+)(?: (\{.*?\}))? -->\n.*?<!-- end -->", re.DOTALL)

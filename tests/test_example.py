@@ -17,13 +17,13 @@ from steer.apps.models import load_pipeline
 from steer.apps.scenes.training import training_scenes
 from steer.apps.scenes.world import draw, random_scene
 from steer.assets import CLIPS
-from steer.pipelines.training.evaluation import interval
 from steer.reward import RewardError
 from steer.rewards.analysis import check_reward
 from steer.rewards.clip import BACKGROUND, CONFIG, load_backbone
 from steer.rewards.example import fit, separation, write_background
 from steer.rewards.parser import load_reward
 from steer.rewards.scene import Phrase, SceneRequest, SceneReward
+from steer.training.overoptimization import interval
 
 RED_STAR = SceneRequest((Phrase(1, "red", "star"),))
 

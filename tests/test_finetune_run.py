@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from steer import D3POTrainer, TrainingConfig
 from steer.errors import InputError
-from steer.pipelines.training.evaluation import diversity, interval
+from steer.pipelines.training.evaluation import diversity
 from steer.pipelines.training.method import chosen_steps, prompts_at, rows_of, shuffled_at
 from steer.pipelines.training.rollouts import batch_order
 from steer.training.gradient import Batch, reference_of, reward_gradient
 from steer.training.guards import kl
+from steer.training.overoptimization import interval
 from steer.training.rollout import Sampler
 from steer.training.trainable import LoRA, get_denoisers
 

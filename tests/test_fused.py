@@ -13,11 +13,11 @@ from torch import Tensor
 from steer import load_reward, score, score_components
 from steer.apps.reward_specs import only_named_rewards
 from steer.apps.scenes.world import captions, draw, random_scene
-from steer.pipelines.training.evaluation import interval
 from steer.reward import RewardError
 from steer.rewards.analysis import contrasts
 from steer.rewards.fused import FusedReward, read_paraphrases, scene_wordings
 from steer.rewards.scene import parse
+from steer.training.overoptimization import interval
 
 VALUES = {"a dog": 1.0, "a hound": 2.0, "ein Hund": 6.0, "a cat": 5.0}
 

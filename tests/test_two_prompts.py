@@ -120,8 +120,8 @@ def test_steer_sample_centres_the_guidance_and_replays_it(steer: Steer, tmp_path
 def test_the_original_is_kept_where_expansions_lie(scenes: Any) -> None:
     """`scene` of the original prompt: a share of .5 is above 0, outside the interval over 24 prompts."""
     from steer.apps.prompts import load_prompts
-    from steer.pipelines.training.evaluation import interval
     from steer.rewards.parser import load_reward
+    from steer.training.overoptimization import interval
 
     texts = [text for text in load_prompts("scenes-tuning") if " and " not in text and " of " not in text][:24]
     lies = {f"{text} and a black square": text for text in texts if "black square" not in text}

@@ -18,8 +18,8 @@ from steer.apps.plots import COLORMAP, DPI, mark_integers, save_figure, set_titl
 from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines.fk_steering import FKSteeringPipeline
-from steer.pipelines.training.evaluation import interval
 from steer.reward import Reward
+from steer.training.overoptimization import interval
 
 PROMPTS_PER_CALL = 8
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # default steps, as shares of the run

@@ -34,7 +34,7 @@ from steer.apps.plots import (
     style_axes,
 )
 from steer.files import write_text
-from steer.pipelines.training.evaluation import interval
+from steer.training.overoptimization import interval
 
 Table = Mapping[str, Tensor]  # values by reward
 

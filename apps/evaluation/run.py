@@ -33,9 +33,10 @@ from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.prompts import call_arguments, check_size
 from steer.apps.reward_specs import resolve_reward
 from steer.errors import InputError
-from steer.pipelines.training.evaluation import interval, policy_kl
+from steer.pipelines.training.evaluation import policy_kl
 from steer.pipelines.training.method import rows_of
 from steer.reward import Reward
+from steer.training.overoptimization import interval
 from steer.training.rollout import Rows, Sampler
 
 KLEstimate = dict[str, Any]

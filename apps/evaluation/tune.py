@@ -19,9 +19,9 @@ from steer.errors import InputError
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
 from steer.pipelines.base import SteeringOutput
 from steer.pipelines.racing import first_solver_step, plan_race, race_cost
-from steer.pipelines.training.evaluation import interval
 from steer.reward import Reward
 from steer.smc.particles import FeynmanKac, Particles
+from steer.training.overoptimization import interval
 
 RESULTS, TABLE, PRESET = "tune.json", "tune.md", "preset.yaml"
 SEARCH_STEPS = ((0.25, 0.4, 0.6), (0.1, 0.25, 0.4), (0.25, 0.5))  # shares of the run

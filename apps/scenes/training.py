@@ -25,8 +25,8 @@ from steer.apps.evaluation.run import evaluate
 from steer.apps.evaluation.spec import Contender
 from steer.apps.scenes.world import RIGHT, captions, draw, is_held_out, random_request, random_scene, requests_of
 from steer.files import atomic_write
-from steer.pipelines.training.evaluation import interval as bootstrap
 from steer.rewards.scene import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES, SceneRequest, SceneReward
+from steer.training.overoptimization import interval as bootstrap
 from steer.training.supervised import TrainingRun, batch_at, read_state
 
 

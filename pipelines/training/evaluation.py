@@ -19,7 +19,7 @@ from steer.rewards.judges import Tournament
 from steer.rewards.learned import LearnedReward
 from steer.training.distributed import DistributedContext
 from steer.training.forward import Policy
-from steer.training.overoptimization import interval as interval
+from steer.training.overoptimization import interval
 from steer.training.rollout import Kernel, Rows, Sampler, Trajectories
 from steer.training.signals import within_prompt_correlation
 

@@ -39,7 +39,7 @@ BUCKETS, WORD, HIDDEN, FREQUENCIES = 4096, 64, 128, 8
 MAX_LOG_RATIO = 8.0  # bound on log(σ/α)
 MAX_WIDTH = 1024  # bounds the memory that a configuration can ask for
 CALL = ("num_inference_steps", "guidance_scale")  # arguments of the pipeline's call that a value depends on
-UNNAMED = "<lambda>"  # name of a reward that says nothing about it
+UNNAMED = "<lambda>"  # name that Python gives every anonymous function
 
 logger = logging.getLogger(__name__)
 
