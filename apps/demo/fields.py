@@ -13,7 +13,7 @@ from steer.pipelines.training.config import TrainingConfig
 
 REWARDS = {
     "scene-soft": "how well the scene's components are there, in degrees",
-    "preference:scenes": "what people would prefer, learned from preferences",
+    "preference:scenes": "what people would prefer, learned from their comparisons",
     "aesthetic:scenes": "how calm and balanced it looks, learned",
     "clip:scenes": "how well a small CLIP thinks it fits the words",
     "preference:scenes + aesthetic:scenes:0.5": "both, the second at half weight",
