@@ -66,6 +66,13 @@ class RewardedPipeline(KeywordChecked):
 class SteeringPipeline(RewardedPipeline):
     """A steering method for a diffusers pipeline; attributes of the pipeline are read and set through it."""
 
+    @classmethod
+    def _hint(cls, name: str, known: Sequence[str]) -> str:
+        """Name the call for one of its settings; else the nearest argument of the constructor."""
+        if name in [*inspect.signature(cls.__call__).parameters][2:-1]:  # without self, prompt and the pipeline's own
+            return f"say it in the call, {cls.__name__}(pipe, reward)(prompt, {name}=…)"
+        return super()._hint(name, known)
+
     def __getattr__(self, name: str) -> Any:
         if name == "pipe" or name.startswith("__"):  # a copy that has no attributes yet
             raise AttributeError(name)

@@ -59,6 +59,7 @@ class DraftsPipeline(SteeringPipeline):
             keep=s.num_particles,
             candidates=s.drafts,
             steps=s.draft_steps,
+            candidate_batch_size=s.drafts,  # as racing: small batches take longer, `micro_batched` bounds the memory
             **rest,
             **call,
         )

@@ -224,10 +224,14 @@ class KeywordChecked:
         """Return the object, not yet initialised. Raises InputError for a keyword that `__init__` does not have."""
         known = [*inspect.signature(cls).parameters] if kwargs else []
         if unknown := [name for name in kwargs if name not in known]:
-            listed = f"help({cls.__name__}) lists the arguments"
-            hint = did_you_mean(unknown[0], known, listed, cls.other_names)
+            hint = cls._hint(unknown[0], known)
             raise InputError(f"{cls.__name__} takes no argument {unknown[0]!r}: {hint}", unknown[0])
         return super().__new__(cls)
+
+    @classmethod
+    def _hint(cls, name: str, known: Sequence[str]) -> str:
+        """Return the end of the message about an unknown keyword."""
+        return did_you_mean(name, known, f"help({cls.__name__}) lists the arguments", cls.other_names)
 
 
 @dataclass(frozen=True)

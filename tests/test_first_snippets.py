@@ -202,6 +202,15 @@ def test_an_unknown_argument_of_a_steering_pipeline_has_a_suggestion(pipe: Any, 
     assert [*inspect.signature(method).parameters] == ["pipe", "reward"]
 
 
+@pytest.mark.parametrize("method", PIPELINES, ids=[one.__name__ for one in PIPELINES])
+def test_a_setting_of_the_call_given_to_the_constructor_leads_to_the_call(pipe: Any, method: Any) -> None:
+    own = "num_particles" if "num_particles" in inspect.signature(method.__call__).parameters else "iterations"
+    with pytest.raises(InputError) as error:
+        method(pipe, "brightness", **{own: 2})
+    call = f"{method.__name__}(pipe, reward)(prompt, {own}=…)"
+    assert str(error.value) == f"{method.__name__} takes no argument {own!r}: say it in the call, {call}"
+
+
 # The wrapped pipeline
 
 
