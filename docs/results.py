@@ -14,18 +14,20 @@ A page has a table between two comments, the first with its kind (a function bel
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 from operator import itemgetter
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
 import yaml
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -70,7 +72,8 @@ def kept(report: Json) -> Json:
             for name, parts in rewards.items()
         }
         own = {key: one[key] for key in ("name", "model", "method", "options", "particles", "cost", "diversity")}
-        contenders.append(own | {"rewards": rounded})
+        seconds_of_runs = [round(run["cost"]["seconds"], DIGITS) for run in one["runs"]]
+        contenders.append(own | {"seconds": seconds_of_runs, "rewards": rounded})
     first = report["contenders"][0]["environments"][0]
     return {
         "measured": date.today().isoformat(),
@@ -85,21 +88,37 @@ def kept(report: Json) -> Json:
 # ---- Tables ----
 
 
-def search(study: Json, rows: Sequence[str] = (), against: str | None = None, steers: str = "scene-soft") -> str:
-    """Tabulate searches by cost, or their paired differences from one.
+def search(study: Json, rows: Sequence[str] = (), steers: str = "scene-soft") -> str:
+    """Tabulate searches by cost.
 
     Right are: the picked image, the first two by reward (their share), any of all (what a perfect judge could pick).
     """
-    contenders = chosen(study, rows)
-    other = None if against is None else by_name(study)[against]
-    base = study["contenders"][0]
     columns = {"best image right": ("right", "picked"), f"its {steers}": (steers, "picked")}
     columns |= {"first two right": ("right", "two"), "any right": ("right", "highest")}
-    lines = [["search" if other is None else f"minus {against}", "cost", *columns]]
-    for one in contenders:
-        if one is not other:
-            cells = [shown(difference(one, other, *place), other is not None) for place in columns.values()]
-            lines.append([one["name"], f"{cost(one) / cost(base):.1f}", *cells])
+    lines = [["search", "cost", *columns]]
+    for one in chosen(study, rows):
+        cells = [shown(interval(values_of(one, *place))) if has(one, place) else "–" for place in columns.values()]
+        lines.append([one["name"], f"{relative_cost(study, one):.1f}", *cells])
+    return table(lines)
+
+
+def equal_cost(study: Json, rows: Sequence[str] = (), steers: str = "scene-soft") -> str:
+    """Tabulate the paired differences of searches from best-of-n at their own cost, best reward first."""
+    lines = [["search", "cost", "best image right", f"its {steers}", "first two right"]]
+    places = (("right", "picked"), (steers, "picked"), ("right", "two"))
+    for one in compared(study, rows, steers):
+        cells = [shown(interval(excess(study, one, *place)), True) if has(one, place) else "–" for place in places]
+        lines.append([one["name"], f"{relative_cost(study, one):.1f}", *cells])
+    return table(lines)
+
+
+def seconds(study: Json, rows: Sequence[str] = ()) -> str:
+    """Tabulate the median seconds of a run of one prompt, and their ratio to one plain image, beside the cost."""
+    base = median(study["contenders"][0]["seconds"])
+    lines = [["search", "cost", "seconds", "in plain images"]]
+    for one in chosen(study, rows):
+        taken = median(one["seconds"])
+        lines.append([one["name"], f"{relative_cost(study, one):.1f}", f"{taken:.2f}", f"{taken / base:.1f}"])
     return table(lines)
 
 
@@ -135,7 +154,9 @@ def ratios(report: Json) -> str:
     return table(lines)
 
 
-TABLES: dict[str, Callable[..., str]] = {one.__name__: one for one in (search, accuracy, agreement, curves, ratios)}
+TABLES: dict[str, Callable[..., str]] = {
+    one.__name__: one for one in (search, equal_cost, seconds, accuracy, agreement, curves, ratios)
+}
 
 
 def by_name(study: Json) -> dict[str, Json]:
@@ -157,10 +178,50 @@ def cost(one: Json) -> float:
     return (1 + backward) * (nfe + DECODING * decodes)
 
 
-def difference(one: Json, other: Json | None, reward: str, part: str) -> list[float]:
-    """Return [mean, low, high] over prompts of a contender, or of its paired difference from another."""
-    values: Tensor = torch.tensor(one["rewards"][reward][part])
-    return interval(values if other is None else values - torch.tensor(other["rewards"][reward][part]))
+def relative_cost(study: Json, one: Json) -> float:
+    """Cost of a run in those of the study's first contender, one plain image."""
+    return cost(one) / cost(study["contenders"][0])
+
+
+def has(one: Json, place: tuple[str, str]) -> bool:
+    """Return whether a search has what a column shows: one image has no second one."""
+    reward, part = place
+    return part != "two" or one["rewards"][reward]["two"] != one["rewards"][reward]["picked"]
+
+
+def values_of(one: Json, reward: str, part: str) -> Tensor:
+    """Return a reward of each prompt."""
+    return torch.tensor(one["rewards"][reward][part], dtype=torch.float64)
+
+
+def best_of_n(study: Json) -> list[tuple[float, Json]]:
+    """Return the plain image and best-of-n of the study's first model, with their costs, cheapest first."""
+    model = study["contenders"][0]["model"]
+    some = [one for one in study["contenders"] if one["method"] in ("base", "best-of-n") and one["model"] == model]
+    plain = [one for one in some if one["options"].keys() <= {"particles", "steps"}]
+    return sorted(((relative_cost(study, one), one) for one in plain), key=itemgetter(0))
+
+
+def excess(study: Json, one: Json, reward: str, part: str) -> Tensor:
+    """Return what a search has above best-of-n at the same cost, for each prompt.
+
+    Between two numbers n, best-of-n is interpolated linearly in the logarithm of the cost.
+    """
+    controls, at = best_of_n(study), relative_cost(study, one)
+    above = next(place for place, (other, _) in enumerate(controls) if other >= at)
+    (low, left), (high, right) = controls[max(above - 1, 0)], controls[above]
+    share = 1.0 if high == low else math.log(at / low) / math.log(high / low)
+    return values_of(one, reward, part) - torch.lerp(
+        values_of(left, reward, part), values_of(right, reward, part), share
+    )
+
+
+def compared(study: Json, rows: Sequence[str], reward: str) -> list[Json]:
+    """Return the searches other than best-of-n whose cost is within the range of best-of-n, the best reward first."""
+    controls = best_of_n(study)
+    some = [one for one in chosen(study, rows) if all(one is not other for _, other in controls)]
+    inside = [one for one in some if relative_cost(study, one) <= controls[-1][0]]
+    return sorted(inside, key=lambda one: -float(excess(study, one, reward, "picked").mean()))
 
 
 def shown(values: Sequence[float], signed: bool = False) -> str:
@@ -178,29 +239,44 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def draw_search(study: Json, path: Path) -> None:
-    """Draw what the picked image is worth over the cost; a line joins the numbers of particles of one method."""
-    base = study["contenders"][0]
-    figure = Figure(figsize=(10.5, 4.3), dpi=DPI, layout="constrained")
-    titles = {"right": "best image right", "scene-soft": "its scene-soft, the reward that picks"}
+    """Draw how often the picked image is right over the cost, and what each search has above best-of-n at its cost."""
+    rows = compared(study, (), "scene-soft")
+    figure = Figure(figsize=(12.5, max(4.3, 0.24 * len(rows) + 1)), dpi=DPI, layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    _draw_over_cost(study, left)
+    for axes, reward, title in ((middle, "right", "best image right"), (right, "scene-soft", "its scene-soft")):
+        mean, low, high = zip(*(interval(excess(study, one, reward, "picked")) for one in rows), strict=True)
+        for place, row in enumerate(zip(low, high, strict=True)):
+            axes.plot(row, [place, place], color=colormaps[COLORMAP](0.45), lw=1.4, alpha=0.6)
+        axes.plot(mean, range(len(rows)), "o", color=colormaps[COLORMAP](0.2), ms=4.5)
+        axes.axvline(0, color=INK, lw=0.8)
+        axes.set_yticks(range(len(rows)), [one["name"] for one in rows] if axes is middle else [""] * len(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel("minus best-of-n at the same cost", color=INK, size=8)
+        set_title(axes, title)
+        style_axes(axes)
+    save_figure(figure, path)
+
+
+def _draw_over_cost(study: Json, axes: Axes) -> None:
+    """Draw the share of right picked images over the cost; a line joins the numbers of particles of one method."""
     families: dict[str, list[Json]] = {}
     for one in study["contenders"]:
         families.setdefault(family(one), []).append(one)
-    for axes, (reward, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for number, (name, some) in enumerate(families.items()):
-            rows = sorted((cost(one) / cost(base), *difference(one, None, reward, "picked")) for one in some)
-            x, mean, low, high = zip(*rows, strict=True)
-            color = colormaps[COLORMAP](0.9 * number / max(len(families) - 1, 1))
-            style: dict[str, Any] = {"color": color, "marker": MARKERS[number % len(MARKERS)], "ms": 5, "lw": 1.4}
-            if number == 0:
-                axes.fill_between(x, low, high, color=color, alpha=0.1, lw=0)
-            axes.plot(x, mean, label=name, **style)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-        axes.set_xlabel("cost, in plain images", color=INK, size=8)
-        set_title(axes, f"{title}, {study['prompts']} held-out prompts")
-        style_axes(axes)
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
-    save_figure(figure, path)
+    lines = {name: some for name, some in families.items() if len(some) > 1}
+    for number, (name, some) in enumerate(lines.items()):
+        rows = sorted((relative_cost(study, one), *interval(values_of(one, "right", "picked"))) for one in some)
+        x, mean, low, high = zip(*rows, strict=True)
+        color = colormaps[COLORMAP](0.9 * number / max(len(lines) - 1, 1))
+        if number == 0:
+            axes.fill_between(x, low, high, color=color, alpha=0.1, lw=0)
+        axes.plot(x, mean, label=name, color=color, marker=MARKERS[number % len(MARKERS)], ms=5, lw=1.4)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    axes.set_xlabel("cost, in plain images", color=INK, size=8)
+    set_title(axes, f"best image right, {study['prompts']} held-out prompts")
+    style_axes(axes)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def family(one: Json) -> str:

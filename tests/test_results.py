@@ -20,9 +20,17 @@ RIGHT = "steer.apps.scenes.world:right"
 
 def contender(name: str, images: list[list[float]], nfe: float) -> dict[str, Any]:
     """A contender of an evaluation.json of two prompts, with the rewards of the images of each; the first is picked."""
-    runs = [{"prompt": n, "rewards": {"scene-soft": row, RIGHT: row}} for n, row in enumerate(images)]
+    spent = {"seconds": 1.0}
+    runs = [{"prompt": n, "rewards": {"scene-soft": row, RIGHT: row}, "cost": spent} for n, row in enumerate(images)]
     cost = {"nfe": nfe, "decodes": float(len(images[0])), "seconds": 1.0}
-    own = {"name": name, "model": "scenes", "method": name, "options": {}, "particles": len(images[0]), "cost": cost}
+    own = {
+        "name": name,
+        "model": "scenes",
+        "method": "base" if name == "base" else "best-of-n",
+        "options": {},
+        "particles": len(images[0]),
+        "cost": cost,
+    }
     return own | {"diversity": None, "environments": [{"torch": "2"}], "runs": runs}
 
 
@@ -76,12 +84,39 @@ def test_a_search_is_shown_with_its_cost_in_plain_images(study: dict[str, Any]) 
     )
 
 
-def test_differences_are_paired_and_leave_out_the_control(study: dict[str, Any]) -> None:
-    rows = results.search(study, against="base").splitlines()
-    assert len(rows) == 3 and rows[0].startswith("| minus base |")
-    assert rows[2].startswith("| best-of-2 | 2.0 | +.000 [.000, .000] |")  # 0 − 0 and 1 − 1
-    assert "| +.000 [−.500, .500] |" in rows[2]  # ½ − 0 and ½ − 1
-    assert rows[2].endswith("| +.500 [.000, 1.000] |")  # 1 − 0 and 1 − 1
+def race(study: dict[str, Any], evaluations: float, right: list[float]) -> dict[str, Any]:
+    """A race whose picked images have the given rewards."""
+    parts = dict.fromkeys(("picked", "two", "highest", "all"), right)
+    own = {
+        "name": "race 4",
+        "method": "race",
+        "options": {"particles": 4},
+        "rewards": {"scene-soft": parts, "right": parts},
+    }
+    return study["contenders"][0] | own | {"cost": {"nfe": evaluations, "decodes": 1.0}}
+
+
+def test_differences_are_paired_with_best_of_n_at_the_same_cost(study: dict[str, Any]) -> None:
+    unit = 20 + results.DECODING
+    middle = race(study, 2**0.5 * unit - results.DECODING, [1.0, 1.0])  # halfway from 1 to 2 in the logarithm
+    both = study | {"contenders": [*study["contenders"], middle]}
+    # the picked images of best-of-n have 0 and 1 at n = 1 and 2; the first two have 0 and 1, then ½ and ½
+    assert results.excess(both, middle, "right", "picked").tolist() == pytest.approx([1.0, 0.0])
+    assert results.excess(both, middle, "right", "two").tolist() == pytest.approx([0.75, 0.25])
+    rows = results.equal_cost(both).splitlines()
+    assert rows[0] == "| search | cost | best image right | its scene-soft | first two right |"
+    assert rows[2:] == ["| race 4 | 1.4 | +.500 [.000, 1.000] | +.500 [.000, 1.000] | – |"]
+
+
+def test_a_search_beyond_the_largest_best_of_n_is_not_compared(study: dict[str, Any]) -> None:
+    beyond = race(study, 80.0, [1.0, 1.0])
+    assert len(results.equal_cost(study | {"contenders": [*study["contenders"], beyond]}).splitlines()) == 2
+
+
+def test_seconds_are_medians_of_the_runs(study: dict[str, Any]) -> None:
+    base, best = study["contenders"]
+    timed = study | {"contenders": [base | {"seconds": [9.0, 0.5, 0.5]}, best | {"seconds": [0.75]}]}
+    assert results.seconds(timed).splitlines()[3] == "| best-of-2 | 2.0 | 0.75 | 1.5 |"
 
 
 def test_accuracy_is_by_task(study: dict[str, Any]) -> None:
@@ -103,26 +138,25 @@ def test_a_page_gets_its_tables_between_comments(tmp_path: Path, monkeypatch: py
 def test_a_figure_joins_the_numbers_of_particles_of_one_method(
     study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fk, race = (
-        dict(study["contenders"][1], name=name, cost={"nfe": 60.0, "decodes": 2.0})
-        for name in ("fk 6, m = 3", "race 4")
-    )
     large = dict(study["contenders"][0], name="scenes-large", model="scenes-large")
     two = dict(study["contenders"][1], name="scenes-large, best-of-2", model="scenes-large")
+    middle = race(study, 30.0, [1.0, 1.0])
     drawn = []
     monkeypatch.setattr(results, "save_figure", lambda figure, path: drawn.append(figure))
-    results.draw_search(study | {"contenders": [*study["contenders"], fk, race, large, two]}, tmp_path / "search.png")
-    for axes in drawn[0].axes:
-        lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
-        unit = 20 + results.DECODING
-        assert lines == {
-            "best-of-n": [[1.0, 0.5], [(40 + 2 * results.DECODING) / unit, 0.5]],
-            "fk, m = 3": [[(60 + 2 * results.DECODING) / unit, 0.5]],
-            "race": [[(60 + 2 * results.DECODING) / unit, 0.5]],
-            "scenes-large, best-of-n": [
-                [(n * 20 * results.EVALUATION["scenes-large"] + n * results.DECODING) / unit, 0.5] for n in (1, 2)
-            ],
-        }
+    results.draw_search(study | {"contenders": [*study["contenders"], middle, large, two]}, tmp_path / "search.png")
+    over_cost, right, soft = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in over_cost.get_lines()}
+    unit = 20 + results.DECODING
+    assert lines == {
+        "best-of-n": [[1.0, 0.5], [(40 + 2 * results.DECODING) / unit, 0.5]],
+        "scenes-large, best-of-n": [
+            [(n * 20 * results.EVALUATION["scenes-large"] + n * results.DECODING) / unit, 0.5] for n in (1, 2)
+        ],
+    }
+    for axes in (right, soft):
+        points = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker() == "o"]
+        assert points == [[[0.5, 0.0]]]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["race 4"]
 
 
 def test_a_gradient_costs_two_more_evaluations_of_everything() -> None:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from steer.apps.evaluation.spec import score_in_batches
-from steer.apps.plots import COLORMAP, DPI, mark_integers, save_figure, set_title, style_axes
+from steer.apps.plots import COLORMAP, DPI, INK, save_figure, set_title, style_axes
 from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines.fk_steering import FKSteeringPipeline
@@ -22,6 +22,7 @@ from steer.reward import Reward
 from steer.training.overoptimization import interval
 
 PROMPTS_PER_CALL = 8
+CHANCE = 0.5  # of a pair's ranking without information
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # default steps, as shares of the run
 Foresight = dict[str, Any]
 
@@ -133,14 +134,17 @@ def draw(figures: Foresight, path: Path) -> None:
     figure = Figure(figsize=(6, 4), dpi=DPI, layout="constrained")
     axes, count = figure.subplots(), len(figures["agreement"])
     for place, (name, values) in enumerate(figures["agreement"].items()):
-        means, low, high = zip(*values, strict=True)
+        means, low, high = np.array(values).T
+        at = np.array(figures["steps"]) + 0.1 * (place - (count - 1) / 2)  # side by side, so that intervals can be read
         color = colormaps[COLORMAP](0.1 + 0.7 * place / max(count - 1, 1))
-        axes.plot(figures["steps"], means, color=color, lw=1.7, marker="o", ms=3.5, label=label_of(name))
-        axes.fill_between(figures["steps"], low, high, color=color, alpha=0.1, lw=0)
-    mark_integers(axes, "solver step, from 0")
+        bars = np.maximum([means - low, high - means], 0)
+        axes.errorbar(at, means, bars, color=color, lw=1.5, elinewidth=0.9, marker="o", ms=3.5, label=label_of(name))
+    axes.axhline(CHANCE, color=INK, lw=0.8, ls=":", label="chance")
+    axes.set_xticks(figures["steps"])
+    axes.set_xlabel("solver step, from 0", color=INK, size=8)
     set_title(axes, f"pairs of images ranked as at the end, {figures['prompts']} prompts")
     style_axes(axes)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     save_figure(figure, path)
 
 
