@@ -433,7 +433,8 @@ class FinetuneTab(JobTab):
             for event in ticket.events():
                 if story.after(event):
                     view = self._view_updates(story, run, isinstance(event, Evaluation))
-                    yield view | {self.status: story.progress.status(story.line)}
+                    waits = story.question is not None  # for an answer, for no time that can be estimated
+                    yield view | {self.status: line(story.line) if waits else story.progress.status(story.line)}
             if story.trained is None:
                 story = TrainingView.of(run.folder, asked.updates)  # with the updates after the last event
             run = replace(run, trained=story.trained)
