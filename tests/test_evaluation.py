@@ -122,7 +122,7 @@ def test_figures_by_hand() -> None:
     scores = {"a": [[[1.0], [3.0]], [[0.0], [4.0]]], "b": [[[1.0, 0.0], [5.0, 1.0]], [[-1.0, -2.0], [3.0, 3.0]]]}
     stored = []
     for name, table in scores.items():
-        one = ContenderResults({"name": name, "weights": None})
+        one = ContenderResults({"name": name, "method": "base", "weights": None})
         for place, row in enumerate(table):
             runs = [{"rewards": {"r": v}, "cost": {"nfe": 3 + s}, "stopped": None} for s, v in enumerate(row)]
             one.runs[place], one.diversity[place] = runs, [0.2, 0.6][place]
