@@ -35,7 +35,16 @@ from steer.files import verify_checksums
 from steer.pipelines.text.masked_diffusion import INDEX, left_out, pipeline_class
 from steer.registry import nearest
 from steer.tables import one_line
-from steer.training.trainable import DORA, MAGNITUDE, SECOND_DENOISER, TOKEN_DENOISER, get_denoiser
+from steer.training.checkpoint import MANIFEST, Checkpoint
+from steer.training.trainable import (
+    ADAPTER,
+    DORA,
+    MAGNITUDE,
+    SECOND_DENOISER,
+    TOKEN_DENOISER,
+    get_denoiser,
+    get_denoisers,
+)
 
 # Pipelines by prefix of the kind of checkpoint that diffusers infers from a single file.
 SINGLE_FILE_PIPELINES = {
@@ -270,7 +279,7 @@ LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeErro
 
 @dataclass(frozen=True)
 class FinetunedWeights:
-    """Finetuned weights: `path` as the user gave it, the files of tensors, and how to load them into a pipeline."""
+    """Finetuned weights: `path` as the user gave it, their files (tensors first), and how to load them."""
 
     path: str
     files: tuple[Path, ...]
@@ -300,7 +309,8 @@ class FinetunedWeights:
         """
         with ExitStack() as stack:
             try:
-                if unknown := verify_checksums(*self._read()):
+                checkpoint = (self.files[0].parent / MANIFEST).is_file()  # its loader verifies it
+                if not checkpoint and (unknown := verify_checksums(*self._read())):
                     logger.info("%s: no checksum of %s, read unchecked", self.path, unknown[0].name)
                 off = stack.enter_context(self.load_adapter(pipe, self.files[0], name))
             except InputError as error:
@@ -378,21 +388,24 @@ def adapter_applied(pipe: Any, path: str | None) -> Iterator[DisableAdapter]:
 
 
 def find_adapter(text: str) -> FinetunedWeights | AdapterSum:
-    """Find the weights of `read_loras`: folders of `steer finetune` (best/, final/), peft adapters or LoRA files.
+    """Find the weights of `read_loras`: folders of `steer finetune` (best/, final/, checkpoints/step-…), LoRA files.
 
     Raises InputError if there are none, and if the full weights of a denoiser are in a sum or have a weight.
     """
-    terms = [(_find_one(path), weight) for path, weight in read_loras(text)]
+    terms = [(find_weights(path), weight) for path, weight in read_loras(text)]
     if len(terms) == 1 and terms[0][1] == 1.0:
         return terms[0][0]
     for one, _ in terms:
-        if one.load_adapter is _full_denoiser:
+        if one.load_adapter in (_full_denoiser, _checkpoint_denoiser):
             raise InputError(f"{one.path} holds all weights of a denoiser: give it alone, without a weight")
     return AdapterSum(tuple(terms))
 
 
-def _find_one(path: str) -> FinetunedWeights:
+def find_weights(path: str) -> FinetunedWeights:
+    """Find the weights of one path, see `find_adapter`. Raises InputError."""
     place = ADAPTERS.get(path, Path(path))
+    if (place / MANIFEST).is_file():
+        return _find_checkpoint(path, Checkpoint.open(place))
     file = (place, _lora) if place.suffix == ".safetensors" else None
     for lora, load_adapter in filter(None, (file, (place / LORA, _lora), (place / PEFT, _peft))):
         if lora.is_file():
@@ -408,6 +421,13 @@ def _find_one(path: str) -> FinetunedWeights:
     inside = [str(place / name) for name in ("best", "final") if (place / name).is_dir()]
     hint = f"did you mean {' or '.join(inside)}?" if inside else f"expected {LORA}, {PEFT} or a denoiser's folder"
     raise InputError(f"{path}: no finetuned weights here; {hint}")
+
+
+def _find_checkpoint(path: str, saved: Checkpoint) -> FinetunedWeights:
+    """Return the weights that a run would export at a checkpoint: their moving average where it has one."""
+    name = "average" if (saved.path / "average.safetensors").is_file() else "weights"
+    load_adapter = _checkpoint_lora if saved.json("identity").get("lora_rank") else _checkpoint_denoiser
+    return FinetunedWeights(path, (saved.file(f"{name}.safetensors"), saved.file("identity.json")), load_adapter)
 
 
 @contextmanager
@@ -467,9 +487,6 @@ def _skip_missing_components(pipe: Any) -> Any:
 @contextmanager
 def _peft(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
     """Load a peft adapter into the denoiser, for pipelines without LoRA support."""
-    from diffusers.utils.peft_utils import recurse_remove_peft_layers
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-
     _, denoiser = get_denoiser(pipe)
     metadata_json = json.loads((file.parent / "adapter_config.json").read_text(encoding="utf-8"))
     if metadata_json.get("peft_type") != "LORA":
@@ -477,16 +494,49 @@ def _peft(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
     with safe_open(file, "pt") as opened:
         _check_plain_lora(metadata_json, list(opened.keys()))
     state = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
+    options = {key: metadata_json[key] for key in APPLIED_KEYS if metadata_json.get(key) is not None}
+    options["use_dora"] = bool(metadata_json.get("use_dora"))
+    with _injected(pipe, denoiser, options, state, adapter):
+        yield adapter_disabler([denoiser])
+
+
+@contextmanager
+def _checkpoint_lora(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
+    """Load the LoRA of a training's checkpoint, whose names are those of the denoiser's parameters."""
+    saved = Checkpoint.open(file.parent)
+    identity = saved.json("identity")
+    denoisers, rank = get_denoisers(pipe, identity.get("denoiser")), identity["lora_rank"]
+    options = {"r": rank, "lora_alpha": identity.get("lora_alpha") or rank}
+    options |= {name: bool(identity.get(name)) for name in ("use_dora", "use_rslora")}
+    options |= {"target_modules": list(identity["lora_target_modules"])}
+    named = {
+        name.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): value
+        for name, value in saved.tensors(file.stem).items()
+    }
+    with ExitStack() as stack:
+        for name, denoiser in denoisers.items():
+            prefix = f"{name}." if len(denoisers) > 1 else ""
+            state = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
+            stack.enter_context(_injected(pipe, denoiser, options, state, adapter))
+        yield adapter_disabler([*denoisers.values()])
+
+
+@contextmanager
+def _injected(
+    pipe: Any, denoiser: nn.Module, options: Mapping[str, Any], state: Mapping[str, Tensor], adapter: str
+) -> Iterator[None]:
+    """Inject a LoRA with peft's options and tensors into a denoiser inside the block. Raises InputError."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
     try:
-        options = {key: metadata_json[key] for key in APPLIED_KEYS if metadata_json.get(key) is not None}
-        config = LoraConfig(**options, use_dora=bool(metadata_json.get("use_dora")))
-        inject_adapter_in_model(config, denoiser, adapter)
-        loaded = set_peft_model_state_dict(denoiser, state, adapter_name=adapter)
+        inject_adapter_in_model(LoraConfig(**options), denoiser, adapter)
+        loaded = set_peft_model_state_dict(denoiser, dict(state), adapter_name=adapter)
         if missing := [name for name in loaded.missing_keys if f".{adapter}." in name]:
             raise InputError(f"it lacks a tensor for {missing[0]}")
         _check_all_loaded([denoiser], state, pipe, adapter)
         denoiser.requires_grad_(False)
-        yield adapter_disabler([denoiser])
+        yield
     finally:
         recurse_remove_peft_layers(denoiser)
         vars(denoiser).pop("peft_config", None)
@@ -499,12 +549,27 @@ def _modules_of(pipe: Any) -> list[nn.Module]:
 @contextmanager
 def _full_denoiser(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
     """Replace the pipeline's denoiser by a copy with the given weights."""
-    name, own = get_denoiser(pipe)
-    files, shapes = sorted(file.parent.glob(FULL_WEIGHTS)), dict[str, tuple[int, ...]]()
+    expected = get_denoiser(pipe)[1].state_dict()
+    with _denoiser_replaced(pipe, sorted(file.parent.glob(FULL_WEIGHTS)), expected) as off:
+        yield off
+
+
+@contextmanager
+def _checkpoint_denoiser(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
+    """Replace the pipeline's denoiser by a copy with the weights of a training's checkpoint, which has no buffers."""
+    Checkpoint.open(file.parent)
+    with _denoiser_replaced(pipe, [file], dict(get_denoiser(pipe)[1].named_parameters())) as off:
+        yield off
+
+
+@contextmanager
+def _denoiser_replaced(pipe: Any, files: Sequence[Path], expected: Mapping[str, Tensor]) -> Iterator[DisableAdapter]:
+    """Replace the pipeline's denoiser by a copy with the weights of files, which must have the expected tensors."""
+    (name, own), shapes = get_denoiser(pipe), dict[str, tuple[int, ...]]()
     for path in files:
         with safe_open(path, "pt") as opened:
             shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-    if shapes != {key: tuple(value.shape) for key, value in own.state_dict().items()}:
+    if shapes != {key: tuple(value.shape) for key, value in expected.items()}:
         raise InputError(f"its tensors do not match the model's {type(own).__name__}: it is of another model")
     finetuned = copy.deepcopy(own)
     for path in files:
@@ -592,11 +657,11 @@ def _missing_factors(
     factors: Mapping[str, Tensor], loaded: Sequence[tuple[str, nn.Parameter]], adapter: str
 ) -> list[str]:
     """List the factors whose values no loaded parameter has; each parameter matches one factor."""
-    counts, dtypes = Counter(_hash_tensor(parameter) for _, parameter in loaded), {one.dtype for _, one in loaded}
+    counts, dtypes = Counter(hash_tensor(parameter) for _, parameter in loaded), {one.dtype for _, one in loaded}
     known = tuple(name.replace(f".{adapter}.", ".") for name, _ in loaded)
     unmatched = []
     for name in sorted(factors, key=lambda name: not name.endswith(known)):  # among equal values, the same name first
-        same = [result for dtype in dtypes if counts[result := _hash_tensor(factors[name].to(dtype))]]
+        same = [result for dtype in dtypes if counts[result := hash_tensor(factors[name].to(dtype))]]
         counts.subtract(same[:1])
         unmatched += [] if same else [name]
     return unmatched
@@ -612,16 +677,16 @@ def _set_scales(modules: Sequence[nn.Module], state: Mapping[str, Tensor], adapt
     scales: dict[bytes, float] = {}
     for name, value in downs.items():
         own = [alpha for module, alpha in alphas.items() if name.startswith(f"{module}.")]
-        scales[_hash_tensor(value)] = own[0].item() / len(value) if own else 1.0
+        scales[hash_tensor(value)] = own[0].item() / len(value) if own else 1.0
     for layer in layers:
         if adapter in layer.lora_A and scales:
             factor = layer.lora_A[adapter].weight
-            same = [value for value in downs.values() if _hash_tensor(value.to(factor.dtype)) == _hash_tensor(factor)]
+            same = [value for value in downs.values() if hash_tensor(value.to(factor.dtype)) == hash_tensor(factor)]
             if same:
-                layer.scaling[adapter] = scales[_hash_tensor(same[0])]
+                layer.scaling[adapter] = scales[hash_tensor(same[0])]
 
 
-def _hash_tensor(tensor: Tensor) -> bytes:
+def hash_tensor(tensor: Tensor) -> bytes:
     """Hash the shape and values of a tensor."""
     numbers = tensor.detach().cpu().contiguous()
     return hashlib.sha256(f"{tuple(numbers.shape)}".encode() + numbers.float().numpy().tobytes()).digest()

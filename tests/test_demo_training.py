@@ -30,7 +30,7 @@ from steer.apps.demo.labels import LabelRequest, LabelStore
 from steer.apps.demo.progress import Progress
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Studio, Ticket, Waiting, Weights
-from steer.apps.demo.training import Evaluation, Trained, TrainingRequest, Update, configured, training
+from steer.apps.demo.training import Asked, Evaluation, Trained, TrainingRequest, Update, configured, training
 from steer.apps.finetuning import load_data
 from steer.apps.models import find_adapter, load_pipeline
 from steer.errors import InputError
@@ -49,6 +49,7 @@ FIELD_VALUES: dict[str, Any] = {
     "learning_rate": 0.001,
     "rank": 4,
     "kl_weight": 0,
+    "ask": False,
     "seed": 0,
     "model": "scenes",
 }
@@ -257,6 +258,96 @@ def test_a_reward_that_says_nothing_ends_the_run_with_a_line(
     (tmp_path / "flat_reward.py").write_text("import torch\ndef flat(images, prompts): return torch.zeros(len(images))")
     with pytest.raises(InputError, match="gave all 2 samples of every prompt the same score"):
         run(studio, replace(ASKED, reward="flat_reward:flat"), tmp_path / "run-1")
+
+
+# ---- questions
+
+
+@pytest.fixture
+def asking(monkeypatch: pytest.MonkeyPatch) -> TrainingRequest:
+    """A run with an evaluation after every update, which asks at each but the first."""
+    monkeypatch.setattr(training_module, "MIN_EVAL_STEPS", 1)
+    monkeypatch.setitem(training_module.DEMO_CHANGES, "ask_cost", "0")
+    return replace(ASKED, ask=True)
+
+
+def answered(studio: Studio, asked: TrainingRequest, folder: Path, answers: list[Any], **options: Any) -> list[Any]:
+    """All that a training says; each question is answered by the next function of the ticket."""
+    ticket = studio.worker.submit(training(asked, folder, studio, **{"resume": False} | options))
+    told = []
+    for event in ticket.events():
+        told.append(event)
+        if isinstance(event, Asked):
+            answers.pop(0)(ticket)
+    return told
+
+
+def yes(ticket: Ticket) -> None:
+    ticket.answer(True)
+    ticket.answer(False)  # a second click does not count, and not for the next question
+
+
+def no(ticket: Ticket) -> None:
+    ticket.answer(False)
+
+
+def test_stop_keeps_the_best_weights_and_go_on_changes_nothing(
+    studio: Studio, straight: tuple[list[Any], Path], asking: TrainingRequest, tmp_path: Path
+) -> None:
+    told = answered(studio, asking, tmp_path / "run-1", [yes, yes, yes])
+    questions, (whole,), (trained,) = of(Asked, told), of(Trained, straight[0]), of(Trained, told)
+    assert questions and all(one.question.value > 0 for one in questions)
+    assert plain(trained.result.records) == plain(whole.result.records) and trained.result.stopped is None
+    (trained,) = of(Trained, answered(studio, asking, tmp_path / "run-2", [no]))
+    last = questions[0].question.step
+    evaluations = trained.result.evaluations
+    best = max(evaluations, key=lambda one: one["eval/aesthetic:scenes"][0])["step"]
+    assert (trained.result.step, trained.result.weights_step) == (last, best) and evaluations[-1]["step"] == last
+    assert same(tensors(trained.weights.folder), tensors(tmp_path / "run-2" / "best"))
+    assert "the answer was no" in (trained.result.stopped or "")
+
+
+@pytest.mark.parametrize("end", ["stop", "leave", "silence"])
+def test_a_run_that_asks_ends_within_a_second_with_a_checkpoint(
+    studio: Studio, asking: TrainingRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(training_module, "ANSWER_TIMEOUT", 0.3 if end == "silence" else 600.0)
+    folder = tmp_path / "run-1"
+    ticket = studio.worker.submit(training(asking, folder, studio, resume=False))
+    events = ticket.events()
+    asked = next(event for event in events if isinstance(event, Asked))
+    ends = {"stop": ticket.stop, "leave": events.close, "silence": lambda: None}  # type: ignore[attr-defined]
+    start = time.monotonic()
+    ends[end]()
+    until(lambda: studio.worker.pending == 0, seconds=1.5)
+    assert time.monotonic() - start < 1.5 and not of(Trained, list(events))
+    assert (folder / f"checkpoints/step-{asked.question.step:08d}").exists() and not (folder / "final").exists()
+    if end == "silence":
+        told = answered(studio, asking, folder, [yes] * 3, resume=True)
+        assert of(Asked, told)[0] == asked, "it is asked again"
+        assert of(Trained, told)[0].result.step == 3
+
+
+def test_the_tab_shows_both_grids_and_passes_the_answer_on(
+    studio: Studio, tab: FinetuneTab, asking: TrainingRequest
+) -> None:
+    fields = FIELD_VALUES | {"ask": True, "learning_rate": 0.003, "seed": 3, "held_out": "aesthetic:scenes"}
+    told = {tab.fields[name]: value for name, value in fields.items()}
+    found: dict[Any, Any] = {}
+    shown, last, eve = [], "", visitor("eve")
+    for change in tab.begin(told, eve):
+        if change.get(tab.asking, {}).get("visible") and change[tab.question] != last:
+            last = change[tab.question]
+            shown.append((change[tab.question], change[tab.status]))
+            assert not tab.decline(visitor("ben"))[tab.asking]["visible"], "an answer of another visitor"
+            assert not tab.decline(eve)[tab.asking]["visible"]
+        found |= change
+    (question, status) = shown[0]
+    assert len(shown) == 1 and "the rewards disagree. Continue, or stop?" in status
+    assert question.count("<figure") == 4 and "<h3>Kept: " in question and "m = " in question and "Δ = " in question
+    assert found[tab.results]["visible"] and not found[tab.asking]["visible"]
+    assert found[tab.run].trained.result.stopped.startswith("the answer was no")
+    assert not tab.fit("choices", 1e-3, tab.defaults.value)[tab.fields["ask"]]["visible"]
 
 
 # ---- what is refused

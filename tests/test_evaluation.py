@@ -105,7 +105,7 @@ def test_a_steered_run_starts_from_the_plain_noise_and_picks_its_best(done: tupl
 def test_everything_is_in_the_folder(done: tuple[Path, dict[str, Any]]) -> None:
     out, report = done[0] / "out", done[1]
     assert json.loads((out / "evaluation.json").read_text()) == report
-    assert {path.name for path in out.glob("*.png")} == {"rewards.png", "tasks.png", "costs.png", "grid.png"}
+    assert {path.name for path in out.glob("*.png")} == {"rewards.png", "tasks.png", "costs.png", "kl.png", "grid.png"}
     assert all(Image.open(path).width > 400 for path in out.glob("*.png"))
     assert len(list(out.glob("images/*/*.png"))) == 9
     words = (out / "evaluation.md").read_text()
@@ -122,7 +122,7 @@ def test_figures_by_hand() -> None:
     scores = {"a": [[[1.0], [3.0]], [[0.0], [4.0]]], "b": [[[1.0, 0.0], [5.0, 1.0]], [[-1.0, -2.0], [3.0, 3.0]]]}
     stored = []
     for name, table in scores.items():
-        one = ContenderResults({"name": name, "weights": None})
+        one = ContenderResults({"name": name, "method": "base", "weights": None})
         for place, row in enumerate(table):
             runs = [{"rewards": {"r": v}, "cost": {"nfe": 3 + s}, "stopped": None} for s, v in enumerate(row)]
             one.runs[place], one.diversity[place] = runs, [0.2, 0.6][place]
@@ -259,7 +259,7 @@ def brightness(images, prompts):
     LOG.write_text("".join(f"{line}\\n" for line in [*before, " ".join(prompts)]))
     return images.mean((1, 2, 3))
 """
-PICTURES = ("draw_rewards", "draw_tasks", "draw_costs", "draw_images")
+PICTURES = ("draw_rewards", "draw_tasks", "draw_costs", "draw_kl", "draw_images")
 
 
 @pytest.fixture
@@ -352,6 +352,7 @@ def test_weights_are_contenders_and_may_not_change(
         (["--model", "scnes"], "unknown model 'scnes': use scenes"),
         (["--model", "scenes", "--lora", "x"], "--lora belongs to one model, got 2 models"),
         (["--method", "fkk"], "unknown method 'fkk': did you mean fk"),
+        (["--model", "scenes-text"], "scenes-text generates texts; evaluations are of images"),
         (["--reward", "scen"], "unknown reward 'scen': did you mean scene"),
         (["--reward", "jpeg"], "reward 'jpeg' is repeated"),
         (["--prompts", "scenes-heldou"], "unknown prompts 'scenes-heldou': use scenes-heldout"),

@@ -306,6 +306,10 @@ def test_the_table_has_a_row_of_the_kl_where_it_was_measured(tmp_path: Path) -> 
     sampled = replace(result, evaluations=tuple(one | {"eval/kl": 0.5 * one["step"]} for one in result.evaluations))
     text = card_of(tmp_path, sampled, config=NFTConfig(eval_kl=True))
     assert "\n| KL, nats per trajectory | 0 | 3.5 |\n" in text and "of trajectories of held-out prompts." in text
+    spread = {"eval/correlation/s": 0.8, "eval/within/r": 0.5, "eval/within/s": 0.5, "eval/chi_square_ess": 4.0}
+    guaranteed = replace(result, evaluations=tuple(one | spread for one in result.evaluations))
+    text = card_of(tmp_path, guaranteed, config=NFTConfig(eval_kl=True))
+    assert "\n\nGuaranteed gain of the held-out reward s (theorem 5.1 of arXiv 2403.03185): not estimated, " in text
     text = card_of(tmp_path, without_kl(result_of(7, 0, 7), 7), config=GRPOConfig())
     assert "| KL, nats per trajectory | 0 | 0.8642 |" in text and "of the training samples of that update." in text
 

@@ -4,18 +4,24 @@ import math
 
 import pytest
 import torch
+from rollouts import MOVED, TWO_PROMPTS, call_of, fresh_pipe, move
 from torch import Generator
 
 from steer.errors import InputError
-from steer.pipelines.training.evaluation import EvalResult
+from steer.pipelines.training.evaluation import EvalResult, policy_divergence
 from steer.pipelines.training.tracking import scalars
 from steer.training.overoptimization import (
     RewardCurve,
     best_of_n_kl,
+    chi_square_estimate,
     find_hacking,
     fit_reward_curve,
+    guaranteed_gain,
+    held_out_bound,
     point_of_usefulness,
 )
+from steer.training.rollout import Sampler, log_probs
+from steer.training.trainable import LoRA
 
 
 @pytest.mark.parametrize("law", ["finetuning", "best-of-n"])
@@ -114,3 +120,54 @@ def test_the_point_of_usefulness_of_a_planted_peak() -> None:
     first, second = torch.tensor(moments).T
     best = int((first - second / 2).argmax())
     assert point.n == best + 1 and point.interval[0] < first[best] < point.interval[1]
+
+
+def tilted(step: int, shift: float, rho: float, samples: int = 4000) -> EvalResult:
+    """N(0, 1) tilted by exp(λ x) is N(λ, 1): samples of one proxy x, a truth that correlates with it by ρ, log w."""
+    x, other = torch.randn(2, 50, samples, generator=Generator().manual_seed(step), dtype=torch.float64)
+    proxy = x + shift
+    truth = 3.0 * (rho * proxy + math.sqrt(1 - rho**2) * other)
+    prompts = torch.linspace(-5, 5, 50, dtype=torch.float64)[:, None]  # means by prompt, which cancel
+    logs = (shift * proxy - shift**2 / 2).flatten()
+    rewards = {"proxy": 2.0 * proxy + prompts, "truth": truth - prompts}
+    return EvalResult(step, ("a",), rewards, 0.0, None, kl=logs.mean().item(), log_ratios=logs)
+
+
+@pytest.mark.parametrize(("shift", "rho"), [(0.3, 0.9), (0.7, 0.97), (0.5, 0.3)])
+def test_a_tilted_gaussian_meets_the_bound_in_closed_form(shift: float, rho: float) -> None:
+    base, now = tilted(0, 0.0, rho), tilted(1, shift, rho)
+    logs, n = now.log_ratios, 200_000
+    assert logs is not None and now.kl == pytest.approx(shift**2 / 2, abs=3 * shift / n**0.5)
+    chi_square, ess = chi_square_estimate(logs)
+    error = (logs.exp().std() / n**0.5).item()
+    assert chi_square == pytest.approx(math.exp(shift**2) - 1, abs=3 * error)
+    assert ess == pytest.approx(n * math.exp(-(shift**2)), rel=0.05)
+    found = guaranteed_gain([base.record(), now.record()])
+    assert found is not None and found.bound is not None and found.correlation == pytest.approx(rho, abs=0.01)
+    exact = 3.0 * (shift - math.sqrt((1 - rho**2) * (math.exp(shift**2) - 1))) / rho
+    assert found.bound == pytest.approx(exact, abs=0.15)
+    assert found.bound <= 3.0 * rho * shift + 0.03, "the true gain is not below it"
+    assert ("no guarantee" in str(found)) == (rho == 0.3) and f"r = {rho:.2f}" in str(found)
+
+
+def test_the_bound_by_hand_and_where_it_is_not_estimated() -> None:
+    assert held_out_bound(1.0, 0.8, 1.0) == pytest.approx(0.5) and held_out_bound(0.5, 1.0, 9.0) == 0.5
+    base, far = tilted(0, 0.0, 0.9, 2).record(), tilted(1, 3.0, 0.9, 2).record()
+    found = guaranteed_gain([base, far])
+    assert found is not None and found.bound is None and "eval/chi_square" not in far and found.ess < 10
+    assert "not estimated, the effective sample size of χ² is " in str(found)
+    assert guaranteed_gain([BASE, HACKED]) is None and guaranteed_gain([base]) is None, "nothing was measured"
+
+
+def test_the_log_ratios_of_an_evaluation_are_those_of_its_trajectories() -> None:
+    """The densities that the rollout stored, against those of a replay without the adapter."""
+    pipe = fresh_pipe("sd")
+    lora = LoRA(pipe, rank=2)
+    move(lora, MOVED["sd"])
+    sampler = Sampler(pipe, call_of("sd"), 1.0)
+    kl, ratios = policy_divergence(sampler, TWO_PROMPTS, lora.reference)
+    stored, _ = sampler.rollout(TWO_PROMPTS)
+    with lora.reference():
+        truth = (stored.log_probs - log_probs(sampler, stored)).sum(1)
+    torch.testing.assert_close(ratios, truth.double(), atol=1e-3, rtol=1e-3)
+    assert ratios.abs().min() > 0.01 and kl.min() > 0

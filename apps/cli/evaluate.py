@@ -21,7 +21,7 @@ PARTICLES = click.option(
 )
 # Options of this command that a settings file may contain.
 IN_A_FILE = {"models", "loras", "methods", "contenders", "prompts", "prompt_column", "num_prompts", "tag_column"}
-IN_A_FILE |= {"rewards", "reward_timeout", "seeds", "kl_prompts", "batch"}
+IN_A_FILE |= {"checkpoints", "rewards", "reward_timeout", "seeds", "kl_prompts", "batch"}
 UNSET = (None, ParameterSource.DEFAULT)
 
 
@@ -51,6 +51,13 @@ class ContenderType(click.ParamType[dict[str, Any]]):
 )
 @click.option(
     "--lora", "loras", multiple=True, help="Finetuned weights, compared with the plain model: RUN/final; repeatable."
+)
+@click.option(
+    "--checkpoints",
+    multiple=True,
+    metavar="RUN",
+    help="Output folder of a finetuning run: every kept checkpoint is compared, on the run's model unless --model is "
+    "given; repeatable.",
 )
 @click.option("--method", "methods", multiple=True, default=("base",), help="Method, as in `steer sample`; repeatable.")
 @click.option(
@@ -87,6 +94,7 @@ def evaluate(
     /,
     models: tuple[str, ...],
     loras: tuple[str, ...],
+    checkpoints: tuple[str, ...],
     methods: tuple[str, ...],
     contenders: tuple[dict[str, Any], ...],
     prompts: str,
@@ -113,18 +121,23 @@ def evaluate(
     defined = [name for name in ("model", "lora", "method") if context.get_parameter_source(f"{name}s") not in UNSET]
     if contenders and defined:
         raise InputError(f"--{defined[0]} and contenders exclude each other: name the {defined[0]} in each contender")
-    if loras and len(models) > 1:
-        raise InputError(f"--lora belongs to one model, got {len(models)} models: run one evaluation for each")
+    model = models[0] if context.get_parameter_source("models") not in UNSET else None
+    if (loras or (checkpoints and model)) and len(models) > 1:
+        name = "--lora belongs" if loras else "--checkpoints belong"
+        raise InputError(f"{name} to one model, got {len(models)} models: run one evaluation for each")
     from steer.apps.prompts import evenly_chosen, load_tagged_prompts
 
     with launch_context().local_main_process_first():
         texts, tags = load_tagged_prompts(prompts, prompt_column, tag_column)
+    from steer.apps.evaluation.checkpoints import checkpoint_contenders
     from steer.apps.evaluation.report import summary
     from steer.apps.evaluation.run import evaluate as run
     from steer.apps.evaluation.spec import Contender
 
+    trained = checkpoint_contenders(checkpoints, model, methods)
+    models = models if model else tuple(dict.fromkeys(one.model for one in trained)) or models
     combined = [Contender(m, lora, method) for m in models for lora in (None, *loras) for method in methods]
-    compared = [Contender.of(settings) for settings in contenders] or combined
+    compared = [*([Contender.of(settings) for settings in contenders] or combined), *trained]
     chosen_tags = None if tags is None else evenly_chosen(tags, num_prompts)
     arguments: dict[str, Any] = {"tags": chosen_tags, "kl_prompts": kl_prompts, "batch": batch}
     arguments |= {"device": device, "reward_timeout": reward_timeout}

@@ -29,6 +29,7 @@ HINTS = {
     "max_steps": "Changes of the model; each one learns from 16 images",
     "learning_rate": "How far one update changes the model; too high a rate breaks its images",
     "lora_rank": "Size of the addition to the model; a higher one can learn more",
+    "ask": "When the two rewards disagree about the images so far, the run shows both and waits for an answer",
     "kl_weight": "Keeps the model close to the base model (KL divergence); 0: no penalty",
 }
 EXAMPLE = "three green triangles"  # with the default fields, 1 of 4 base images is right, and all steered images are
@@ -66,10 +67,12 @@ def setting_field(name: str, **look: Any) -> Any:
 
 
 def training_field(name: str, config: TrainingConfig, **look: Any) -> Any:
-    """Make the field of a training argument, with its value in a configuration; a slider if `maximum` is given."""
+    """Make the field of a training argument, with its value in a configuration; a slider with a `maximum`."""
     hint = HINTS.get(name) or _hint(TrainingConfig.help()[name])
     derived = {"label": name.replace("_", " ").capitalize(), "info": hint}
     look = derived | {"value": getattr(config, name)} | look
+    if isinstance(look["value"], bool):
+        return gr.Checkbox(**look)
     return gr.Slider(minimum=1, step=1, **look) if "maximum" in look else gr.Number(**look)
 
 

@@ -19,11 +19,13 @@ from steer.apps.demo.progress import Progress
 from steer.apps.demo.steering import Loading, data_uri
 from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, Waiting, Weights, line, plural, whole
 from steer.apps.demo.training import (
+    ANSWER_TIMEOUT,
     CONFIGURATIONS,
     FROM_LABELS,
     MAX_RANK,
     MAX_UPDATES,
     MODELS,
+    Asked,
     Evaluation,
     Trained,
     TrainingRequest,
@@ -34,6 +36,7 @@ from steer.apps.finetune_report import divergence_panels, grids, read_grid, rewa
 from steer.apps.finetuning import read_config
 from steer.apps.plots import Panel, chart, short
 from steer.errors import InputError
+from steer.pipelines.training.asking import Question
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.model_card import held_out_names
@@ -78,6 +81,7 @@ def finetune_fields(studio: Studio) -> dict[str, Any]:
         fields["learning_rate"] = training_field("learning_rate", config)
         fields["rank"] = training_field("lora_rank", config, label="LoRA rank", maximum=MAX_RANK)
         fields["kl_weight"] = training_field("kl_weight", config, label="KL weight", minimum=0)
+        fields["ask"] = training_field("ask", config, label="Ask when the rewards disagree")
         fields["seed"] = training_field("seed", config)
         fields["model"] = gr.Dropdown(models, value=next(iter(models), None), label="Model", visible=len(models) > 1)
     return fields
@@ -93,7 +97,7 @@ def training_request(field_values: Mapping[str, Any], studio: Studio) -> Trainin
     """Read a request from the fields. Raises InputError, also for rewards that visitors may not use."""
     own: dict[str, Any] = {}
     if field_values["method"] in FROM_LABELS:
-        own = {"choices": label_folder(studio), "model": studio.models[0]}
+        own = {"choices": label_folder(studio), "model": studio.models[0], "ask": False}  # one reward
     if field_values["method"] == "pairs":
         own["kl_weight"] = 0  # this method has no log-probabilities
     asked = TrainingRequest(**{**field_values, **own})
@@ -113,7 +117,8 @@ SIDE = 128  # largest side of a picture in pixels
 class TrainingView:
     """The records, pictures and status line of a training of `updates` updates.
 
-    frames  the pictures of every evaluation by file, in the form of `gallery`
+    frames    the pictures of every evaluation by file, in the form of `gallery`
+    question  the question that the run waits for an answer to, if any
     """
 
     updates: int
@@ -121,6 +126,7 @@ class TrainingView:
     evaluations: list[Record] = field(default_factory=list)
     frames: dict[Path, tuple[str, str, str]] = field(default_factory=dict)
     trained: Trained | None = None
+    question: Question | None = None
     line: str = "Starting …"
     progress: Progress = field(default_factory=Progress)
     _last_redraw: float = 0.0
@@ -143,6 +149,7 @@ class TrainingView:
 
     def after(self, event: Any) -> bool:
         """Add an event; return whether the view changes."""
+        was_asked, self.question = self.question is not None, None
         match event:
             case Waiting() | Loading():
                 self.line = str(event)
@@ -151,7 +158,10 @@ class TrainingView:
                 self.frames[grid] = _frame(grid)
                 self.line = f"Update {min(self.step + 1, self.updates)} of {self.updates} is being made …"
             case Update(record):
-                return self._updated(record)
+                return self._updated(record) or was_asked
+            case Asked(question):
+                self.question = question
+                self.line = f"Update {self.step} of {self.updates}: the rewards disagree. Continue, or stop?"
             case Trained():
                 self.trained = event
             case _:
@@ -245,6 +255,25 @@ def _frame(grid: Path) -> tuple[str, str, str]:
     return label, "steer-held", cells
 
 
+def question_view(story: TrainingView) -> str:
+    """Return the question of a run with the images of the kept weights and of the present ones; nothing without one."""
+    if (question := story.question) is None:
+        return ""
+    gains = ", ".join(f"{escape(name)} {gain:+.2f}" for name, gain in question.gains.items())
+    text = (
+        f"The rewards disagree about update {question.step}: {gains}, in standard deviations, since update "
+        f"{question.kept_step}. Gain m = {question.mean:+.2f} ± s = {question.deviation:.2f}; asking is worth Δ = "
+        f"{question.value:.3f}. <b>Stop</b> ends with the best weights by the held-out reward. Without an answer "
+        f"within {ANSWER_TIMEOUT / 60:.0f} minutes the run ends with a checkpoint."
+    )
+    frames = {path.name: frame for path, frame in story.frames.items()}
+    grids = ""
+    for title, step in (("Kept", question.kept_step), ("Now", question.step)):
+        label, classes, cells = frames.get(f"step-{step:06d}.png", ("", "", ""))
+        grids += f'<h3>{title}: {label}</h3><div class="steer-frame {classes}">{cells}</div>'
+    return f'<section class="steer-run"><p class="steer-note" role="alert">{text}</p>{grids}</section>'
+
+
 def charts_view(story: TrainingView, run: str) -> str:
     """Return curves by update, as in the report of the training, and a table of their numbers."""
     if not story.evaluations and not story.records:
@@ -310,6 +339,11 @@ class FinetuneTab(JobTab):
                     self.finish = gr.Button("Finish here", elem_id="finetune-finish")
             with gr.Column(scale=3, min_width=300):
                 self.status = gr.HTML(line("Ready."), elem_id="finetune-status")
+                with gr.Column(visible=False, elem_id="finetune-asking") as self.asking:
+                    self.question = gr.HTML(elem_id="finetune-question")
+                    with gr.Row():
+                        self.yes = gr.Button("Continue", variant="primary", elem_id="finetune-yes")
+                        self.no = gr.Button("Stop", variant="stop", elem_id="finetune-no")
                 with gr.Row(visible=False, elem_id="finetune-results") as self.results:
                     self.load = gr.Button("Load into Steer", variant="primary", elem_id="finetune-load")
                     self.archive = gr.DownloadButton("Download (zip)", elem_id="finetune-archive")
@@ -322,12 +356,18 @@ class FinetuneTab(JobTab):
     def _connect(self) -> None:
         fields, shown = self.fields, [self.status, self.samples, self.charts, self.start, self.stop]
         live = self.live = [*shown, self.again, self.finish, self.results, self.archive, self.run]
+        live += [self.asking, self.question]
+        for button, handler in ((self.yes, self.agree), (self.no, self.decline)):
+            button.click(handler, None, self.asking, queue=False, **PRIVATE)  # also while the run has the queue
         self._connect_job(
             self.start.click(self.begin, {*fields.values()}, live, **RUNS),
             self.more.click(self.resume, [self.run, fields["updates"]], live, **RUNS),
             self.finish.click(self.finish_here, self.run, live, **RUNS),
         )
-        self.follows = [*(fields[name] for name in ("reward", "learning_rate", "kl_weight", "model")), self.defaults]
+        self.follows = [
+            *(fields[name] for name in ("reward", "learning_rate", "ask", "kl_weight", "model")),
+            self.defaults,
+        ]
         known = [fields["method"], fields["learning_rate"], self.defaults]
         fields["method"].input(self.fit, known, self.follows, **PRIVATE)
 
@@ -368,6 +408,16 @@ class FinetuneTab(JobTab):
         """End the training after the updates made so far."""
         yield from self.resume(run, len(records_of(run.folder)[0]), request)
 
+    def agree(self, request: gr.Request) -> Change:
+        """Let the visitor's run continue after its question."""
+        self.studio.answer(request, True)
+        return {self.asking: gr.update(visible=False)}
+
+    def decline(self, request: gr.Request) -> Change:
+        """End the visitor's run after its question, with the best weights."""
+        self.studio.answer(request, False)
+        return {self.asking: gr.update(visible=False)}
+
     def _follow(self, make_run: Callable[[], Run], request: gr.Request, resume: bool) -> Iterator[Change]:
         """Show a training from its place in the queue to its end."""
         try:
@@ -383,7 +433,8 @@ class FinetuneTab(JobTab):
             for event in ticket.events():
                 if story.after(event):
                     view = self._view_updates(story, run, isinstance(event, Evaluation))
-                    yield view | {self.status: story.progress.status(story.line)}
+                    waits = story.question is not None  # for an answer, for no time that can be estimated
+                    yield view | {self.status: line(story.line) if waits else story.progress.status(story.line)}
             if story.trained is None:
                 story = TrainingView.of(run.folder, asked.updates)  # with the updates after the last event
             run = replace(run, trained=story.trained)
@@ -393,7 +444,8 @@ class FinetuneTab(JobTab):
         yield self._buttons(run)
 
     def _view_updates(self, story: TrainingView, run: Run, whole: bool = True) -> Change:
-        charts: Change = {self.charts: charts_view(story, run.folder.name)}
+        charts: Change = {self.charts: charts_view(story, run.folder.name), self.question: question_view(story)}
+        charts |= {self.asking: gr.update(visible=story.question is not None)}
         return charts | ({self.samples: samples_view(story, run.folder.name)} if whole else {})
 
     def _buttons(self, run: Run, running: bool = False) -> Change:
@@ -431,6 +483,7 @@ class FinetuneTab(JobTab):
         new, follows = defaults.changed({"rate": rate}, {"rate": usual_config(method).learning_rate})
         return {
             self.fields["reward"]: gr.update(visible=not choices),
+            self.fields["ask"]: gr.update(visible=not choices),
             self.fields["kl_weight"]: gr.update(visible=method != "pairs"),
             self.fields["learning_rate"]: gr.update(value=follows.get("rate", rate)),
             self.defaults: new,

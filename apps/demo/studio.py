@@ -57,6 +57,7 @@ class Ticket(StopRequest):
     def __init__(self) -> None:
         super().__init__()
         self._events: queue.Queue[Any] = queue.Queue(MAX_EVENTS)
+        self._answers: queue.Queue[bool] = queue.Queue(1)
         self._place: Callable[[], int] = lambda: 0
         self.future: Future[None] = Future()
 
@@ -70,6 +71,26 @@ class Ticket(StopRequest):
                 self.check()
         self.stop()
         self.check()
+
+    def ask(self, event: Any, timeout: float) -> bool | None:
+        """Send an event that asks the visitor, and wait for `answer`: True, False, or None after `timeout` seconds.
+
+        Raises Stopped at once if the visitor left or stopped the job.
+        """
+        with suppress(queue.Empty):  # a second click on an earlier question
+            self._answers.get_nowait()
+        self.say(event)
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            self.check()
+            with suppress(queue.Empty):
+                return self._answers.get(timeout=POLL_INTERVAL)
+        return None
+
+    def answer(self, agreed: bool) -> None:
+        """Answer the question of the job; of several answers the first counts."""
+        with suppress(queue.Full):
+            self._answers.put_nowait(agreed)
 
     @property
     def stopped(self) -> bool:
@@ -207,6 +228,11 @@ class Studio:
         """Stop a visitor's job after its current step."""
         if (ticket := self._running.pop(str(request.session_hash), None)) is not None:
             ticket.stop()
+
+    def answer(self, request: gr.Request, agreed: bool) -> None:
+        """Answer the question of a visitor's job."""
+        if (ticket := self._running.get(str(request.session_hash))) is not None:
+            ticket.answer(agreed)
 
     def folder(self, request: gr.Request) -> Path:
         """Make the visitor's folder. Raises InputError without a session, and after the app has ended."""

@@ -17,6 +17,7 @@ from steer.apps.finetune_report import write_grid, write_report
 from steer.apps.finetuning import FinetuneConfig, load_data, read_config, write_config
 from steer.apps.models import load_pipeline
 from steer.errors import InputError
+from steer.pipelines.training.asking import Question
 from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.preference_data import sampling_config_of
 from steer.pipelines.training.preference_files import PREFERENCES
@@ -45,7 +46,9 @@ DEMO_CHANGES = {
 }
 PREFERENCE_CHANGES = {"train_batch_size": "8", "num_generations": "2"}  # with preferences: the same number of images
 EVALUATIONS = 8  # evaluations of a run, after the first
+MIN_EVAL_STEPS = 5  # updates between two evaluations
 MAX_UPDATES, MAX_RANK = 200, 64
+ANSWER_TIMEOUT = 300.0  # seconds that a run waits for an answer: other visitors wait for the worker
 CHOICES_COPY = "choices"  # folder of a run with a copy of its preferences
 CHECKPOINT_HINT, MEMORY_HINT = "a checkpoint is kept: Resume continues", "a LoRA of a lower rank needs less"
 
@@ -58,6 +61,7 @@ class TrainingRequest:
               images)
     reward    reward that is trained on;  held_out: another reward, only for evaluation
     choices   the folder of labels; None with a reward
+    ask       ask the visitor when the two rewards disagree about an evaluation
     """
 
     method: str
@@ -70,6 +74,7 @@ class TrainingRequest:
     kl_weight: float
     seed: int
     choices: Path | None = None
+    ask: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in CONFIGURATIONS or (self.choices is None) == (self.method in FROM_LABELS):
@@ -106,6 +111,13 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """An event: the run waits for the answer to a question, by `Ticket.answer`."""
+
+    question: Question
+
+
+@dataclass(frozen=True)
 class Trained:
     """An event: the end of the training; `archive` has the weights, the model card and the logs as a zip."""
 
@@ -121,11 +133,12 @@ def configured(request: TrainingRequest, folder: Path, studio: Studio) -> Finetu
         "model": request.model,
         "eval_rewards": json.dumps([request.held_out]),
         "max_steps": str(request.updates),
-        "eval_steps": str(max(5, math.ceil(request.updates / EVALUATIONS))),
+        "eval_steps": str(max(MIN_EVAL_STEPS, math.ceil(request.updates / EVALUATIONS))),
         "learning_rate": json.dumps(request.learning_rate),
         "lora_rank": str(request.rank),
         "kl_weight": json.dumps(request.kl_weight),
         "seed": str(request.seed),
+        "ask": json.dumps(bool(request.ask)),
         "device": studio.device or "null",
         "dtype": studio.dtype or "null",
     }
@@ -176,6 +189,7 @@ def _copy_choices(source: Path, to: Path) -> None:
 def train(config: FinetuneConfig, data: dict[str, Any], resume: bool, ticket: Ticket) -> None:
     """Train in the folder of the configuration; send Loading, Evaluation, Update and, unless stopped, Trained events.
 
+    A question of `ask` is an Asked event. Without an answer within ANSWER_TIMEOUT the run ends with a checkpoint.
     A stop acts within one call of the denoiser and leaves a checkpoint; `resume` leads to the same weights as an
     uninterrupted training. Raises InputError; the latest checkpoint is kept.
     """
@@ -185,7 +199,12 @@ def train(config: FinetuneConfig, data: dict[str, Any], resume: bool, ticket: Ti
     get_denoiser(pipe)[1].register_forward_pre_hook(lambda module, given: ticket.check())
     out, config_dict = Path(config.training.output_dir), _public_config(config)
     write_config(out, config_dict)
-    trainer = config.trainer(pipe, **data, callbacks=[Progress(ticket, out)], run_config=config_dict)
+
+    def on_question(question: Question, check: Callable[[], None]) -> bool | None:
+        return ticket.ask(Asked(question), ANSWER_TIMEOUT)  # the ticket has the stop of this run
+
+    data |= {"callbacks": [Progress(ticket, out)], "on_question": on_question}
+    trainer = config.trainer(pipe, **data, run_config=config_dict)
     with wrap_errors("the training", CHECKPOINT_HINT, MEMORY_HINT):
         result = trainer.train(resume_from_checkpoint=resume)
     if result.stopped not in PAUSED:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
@@ -18,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 from torch import Tensor
 
-from steer.apps.evaluation.spec import ContenderResults, EvaluationSpec, Json, ResultStore, mean_cost
+from steer.apps.evaluation.spec import BASE_METHOD, ContenderResults, EvaluationSpec, Json, ResultStore, mean_cost
 from steer.apps.plots import (
     BELOW,
     COLORMAP,
@@ -34,9 +35,10 @@ from steer.apps.plots import (
     style_axes,
 )
 from steer.files import write_text
-from steer.training.overoptimization import interval
+from steer.training.overoptimization import best_of_n_kl, interval
 
 Table = Mapping[str, Tensor]  # values by reward
+BEST_OF_N = "best-of-n"
 
 # ---- Statistics: evaluation.json ----
 
@@ -56,6 +58,8 @@ def figures(
         stats = one.identity | {"particles": size} | _statistics(spec, one, stored[0])
         if one.identity["weights"] is not None:
             stats["kl"] = one.kl.get(str(kl_prompts))
+        elif one.identity["method"] == BEST_OF_N:
+            stats["kl"] = {"nats": [best_of_n_kl(size)] * 3, "best_of": size}
         runs = [{"prompt": place} | run for place in range(len(prompts)) for run in one.runs[place]]
         contenders.append(stats | {"environments": one.environments, "runs": runs})
     return spec.identity() | {"prompts": prompts, "contenders": contenders}
@@ -117,7 +121,7 @@ def _task_statistics(tags: Sequence[str], picked: Table, means: Table) -> dict[s
     return groups
 
 
-# ---- Figures: rewards.png, tasks.png, costs.png, grid.png ----
+# ---- Figures: rewards.png, tasks.png, costs.png, kl.png, grid.png ----
 
 PICKED, ALL_IMAGES = (colormaps[COLORMAP](place) for place in (0.12, 0.6))  # differ in lightness too
 MARKERS = "osD^vP*X<>ph"
@@ -231,6 +235,56 @@ def _draw_costs(axes: Axes, families: Sequence[Sequence[Json]], reward: str, cos
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.set_xlim(0, 1.1 * max(costs))
+
+
+BEST_LABEL = "best of n"  # series of kl.png
+WEIGHTS_IN_RUN = re.compile(r"(.+)[/\\](?:checkpoints[/\\]step-0*(\d+)|best|final)[/\\]?")
+
+
+def draw_kl(report: Json, out: Path) -> Path | None:
+    """Write kl.png: rewards against √KL from the base model, a line per run and one of best-of-n, numbers at points.
+
+    Finetuned weights have the mean of all images of plain sampling; best-of-n has the picked image. None without KL.
+    """
+    path, series = out / "kl.png", _kl_series(report["contenders"])
+    path.unlink(missing_ok=True)
+    if not any("nats" in (one.get("kl") or {}) for one in report["contenders"]):
+        return None
+    names = report["rewards"][:MAX_REWARDS]
+    figure = Figure(figsize=(6.4, 3.1 * len(names) + 0.9), dpi=DPI, layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
+        for number, (title, points) in enumerate(series.items()):
+            color = colormaps[COLORMAP](0.9 * number / max(len(series) - 1, 1))
+            part = "picked" if title == BEST_LABEL else "all"
+            rows = np.array([[*np.sqrt(kl), *one["rewards"][name][part]] for _, kl, one in points])
+            x, x_low, x_high, y, y_low, y_high = rows.T
+            errors = {"xerr": [x - x_low, x_high - x], "yerr": [y - y_low, y_high - y]}
+            style: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "ms": 5, "lw": 1.2, "elinewidth": 0.8}
+            axes.errorbar(x, y, **errors, **style, color=color, capsize=2, label=title)
+            for (mark, _, _), place in zip(points, zip(x, y, strict=True), strict=True):
+                axes.annotate(mark, place, xytext=(4, 3), textcoords="offset points", size=7, color=INK)
+        style_axes(axes)
+        axes.set_xlabel("√KL from the model, √nats", size=8, color=INK)
+        set_title(axes, plain_text(name, 46))
+    handles, titles = figure.axes[0].get_legend_handles_labels()
+    _legend_below(figure, handles, ["\n".join(wrap_name(title, 44, 2)) for title in titles])
+    return _save_panels(figure, path)
+
+
+def _kl_series(contenders: Sequence[Json]) -> dict[str, list[tuple[str, list[float], Json]]]:
+    """Group the contenders that have a KL by run: the number of each (its step, or n), its KL in nats, and itself."""
+    series: dict[str, list[tuple[str, list[float], Json]]] = {}
+    for one in contenders:
+        kl: Any = (one.get("kl") or {}).get("nats")
+        if one["method"] == BEST_OF_N and one["lora"] is None:
+            series.setdefault(BEST_LABEL, []).append((str(one["particles"]), kl, one))
+        elif one["method"] == BASE_METHOD and one["lora"] is None:
+            series.setdefault(one["model"], []).append(("", [0.0] * 3, one))
+        elif one["method"] == BASE_METHOD and kl is not None:
+            match = WEIGHTS_IN_RUN.fullmatch(one["lora"])
+            title, mark = (match[1], match[2] or "") if match else (one["lora"], "")
+            series.setdefault(title, []).append((mark, [max(value, 0.0) for value in kl], one))
+    return series
 
 
 def _families(contenders: Sequence[Json]) -> dict[str, list[Json]]:
@@ -369,6 +423,7 @@ def write_report(report: Json, store: ResultStore, grid_places: Sequence[int]) -
         "Rewards": draw_rewards(report, out),
         "By task": draw_tasks(report, out),
         "Rewards and costs": draw_costs(report, out),
+        "Rewards and KL": draw_kl(report, out),
         "Images": draw_images(report, store, grid_places),
     }
     image_links = [f"![{title}]({path.name})" for title, path in pictures.items() if path is not None]
@@ -460,7 +515,9 @@ def _remarks(report: Json) -> list[str]:
     groups: dict[str, list[str]] = {}
     for one in report["contenders"]:
         name, kl = _code(one["name"]), one.get("kl") or {}
-        if "skipped" in kl:
+        if "best_of" in kl:
+            groups.setdefault("KL is that of the picked image, at most log n − (n − 1)/n", []).append(name)
+        elif "skipped" in kl:
             groups.setdefault(f"no KL, because {kl['skipped']}", []).append(name)
         elif "eta" in kl:
             remark = f"KL is the mean of {_count(len(kl['by_prompt']), 'trajectory')} with η = {kl['eta']:g}"

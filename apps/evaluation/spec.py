@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 
 from steer import __version__
 from steer.apps.errors import check_writable, named, wrap_errors
+from steer.apps.expansion import is_text_model
 from steer.apps.methods import METHODS, Job
 from steer.apps.models import AdapterSum, FinetunedWeights, find_adapter
 from steer.apps.plots import thumbnail
@@ -163,6 +164,10 @@ def _prepare_contender(one: Contender, spec: EvaluationSpec) -> PreparedContende
     _check_options(one.options, f"contender {one.name!r}: ")
     if "seed" in one.options:
         raise InputError(f"contender {one.name!r}: seeds are the same for all; leave out seed")
+    if is_text_model(one.model):
+        raise InputError(
+            f"contender {one.name!r}: {one.model} generates texts; evaluations are of images: leave it out"
+        )
     method = choose("method", one.method, METHODS)
     settings = _settings_of(one, spec)
     method.check(settings, spec.rewards[spec.first])

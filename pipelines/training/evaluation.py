@@ -19,7 +19,7 @@ from steer.rewards.judges import Tournament
 from steer.rewards.learned import LearnedReward
 from steer.training.distributed import DistributedContext
 from steer.training.forward import Policy
-from steer.training.overoptimization import interval
+from steer.training.overoptimization import MIN_ESS, chi_square_estimate, interval
 from steer.training.rollout import Kernel, Rows, Sampler, Trajectories
 from steer.training.signals import within_prompt_correlation
 
@@ -33,6 +33,7 @@ class EvalResult:
     images     (P·K, 3, H, W) in [0, 1]; videos (P·K, F, 3, H, W); or texts
     members    rewards (P, K) of the members if the trained reward is an ensemble, by name
     kl         KL to the reference, nats per trajectory, if measured
+    log_ratios (N,) log p/p_ref of trajectories with noise, if measured and the images are of such trajectories
     """
 
     step: int
@@ -42,6 +43,7 @@ class EvalResult:
     images: Any
     members: Mapping[str, Tensor] = field(default_factory=dict)
     kl: float | None = None
+    log_ratios: Tensor | None = None
 
     def means(self) -> tuple[float, float]:
         """Return the means of the trained and the first held-out reward (the trained one where there is none)."""
@@ -53,7 +55,8 @@ class EvalResult:
 
         Also the standard deviation of each reward over all images, the means of each held-out reward by prompt, and,
         with several images per prompt, Pearson's correlation of each held-out reward with the trained reward within
-        prompts.
+        prompts, and the deviation of each within prompts. With log_ratios, χ² to the reference and its effective sample
+        size, without χ² where that is below MIN_ESS.
         """
         members = {f"member/{name}": values for name, values in self.members.items()}
         values: dict[str, Any] = {name: interval(one.mean(1)) for name, one in self.rewards.items()}
@@ -65,6 +68,12 @@ class EvalResult:
             correlation = within_prompt_correlation(self.rewards[trained], self.rewards[name])
             values |= {f"correlation/{name}": correlation} if math.isfinite(correlation) else {}
         values |= {"by_prompt": {name: self.rewards[name].mean(1).tolist() for name in held_out}} if held_out else {}
+        if len(self.rewards[trained][0]) > 1:
+            values |= {f"within/{name}": one.double().var(1).mean().sqrt().item() for name, one in self.rewards.items()}
+        if self.log_ratios is not None:
+            chi_square, ess = chi_square_estimate(self.log_ratios)
+            values |= {"chi_square_ess": ess} if math.isfinite(ess) else {}
+            values |= {"chi_square": chi_square} if ess >= MIN_ESS else {}
         values |= {"diversity": self.diversity} | ({} if self.kl is None else {"kl": self.kl})
         return {"step": self.step} | {f"eval/{name}": value for name, value in values.items()}
 
@@ -122,15 +131,17 @@ class Evaluator:
                 collected.append((number, own, {name: total for name, (total, _) in scores.items()}, members))
         in_order = sorted(context.gather(collected), key=lambda one: one[0])
         _, drawn, chunk_scores, chunk_members = zip(*in_order, strict=True)
-        kl = None
+        kl, ratios = None, None
         if config.eval_kl:
             exact = sampler_of(pipe, config, prepared, "float32", self.conditions)
-            divergence = policy_kl(exact, chunks[context.rank % len(chunks)], reference)
-            kl = torch.cat(list(context.gather([divergence]))).mean().item()
+            divergence = policy_divergence(exact, chunks[context.rank % len(chunks)], reference)
+            kl, ratios = torch.cat(list(context.gather([divergence])), 1)
+            kl = kl.mean().item()
         scored = _by_name(chunk_scores, size)
         by_member = _by_name(chunk_members, size) if len(chunk_members[0]) > 1 else {}
         images = _concatenate(drawn)
-        return EvalResult(step, tuple(self.prompts), scored, diversity(images, size), images, by_member, kl)
+        ratios = ratios if config.samples_with_eta and not config.evaluates_by_ode else None  # of other samples
+        return EvalResult(step, tuple(self.prompts), scored, diversity(images, size), images, by_member, kl, ratios)
 
     def _images(self, sampler: Sampler, rows: Rows, config: TrainingConfig) -> Tensor:
         return sampler.ode_images(rows) if config.evaluates_by_ode else self.draw(sampler, rows)[1]
@@ -161,17 +172,23 @@ def _chunk_size(rewards: Iterable[Reward], config: TrainingConfig) -> int:
 
 
 def policy_kl(sampler: Sampler, rows: Rows, reference: Policy, other: Sampler | None = None) -> Tensor:
-    """Return Σ_t KL(p(x_s | x_t) ‖ p_ref(x_s | x_t)) (N,) in nats, along trajectories of the present weights.
+    """Return Σ_t KL(p(x_s | x_t) ‖ p_ref(x_s | x_t)) (N,) in nats; arguments as of `policy_divergence`."""
+    return policy_divergence(sampler, rows, reference, other)[0]
+
+
+def policy_divergence(sampler: Sampler, rows: Rows, reference: Policy, other: Sampler | None = None) -> Tensor:
+    """Return the sums over steps of KL(p ‖ p_ref) and of log p/p_ref (2, N) in nats, along trajectories of p.
 
     reference  context in which the denoiser has the weights of the reference
     other      sampler of the reference, where its text embeddings differ
     """
     stored, _ = sampler.rollout(rows)
     kernels: list[Kernel] = []
-    total = torch.zeros(len(rows), dtype=torch.float64)
+    total = torch.zeros(2, len(rows), dtype=torch.float64)
 
     def add(t: int, kernel: Kernel, x_s: Tensor) -> None:
-        total.add_(kernels[t].kl(kernel).cpu())
+        ratio = kernels[t].log_prob(x_s) - kernel.log_prob(x_s)
+        total.add_(torch.stack([kernels[t].kl(kernel), ratio]).cpu())
 
     sampler.replay(stored, lambda t, kernel, x_s: kernels.append(kernel))
     with reference():

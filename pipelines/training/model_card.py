@@ -16,7 +16,7 @@ from steer.assets import MODELS, TEXT_MODELS
 from steer.diffusion.token_hooks import is_token_scheduler
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import TrainingResult
-from steer.training.overoptimization import find_hacking
+from steer.training.overoptimization import find_hacking, guaranteed_gain
 from steer.training.trainable import LORA_FILES, SECOND_DENOISER, get_denoiser
 
 LORA, PEFT = LORA_FILES
@@ -50,6 +50,8 @@ distance between two {{ noun }} of a prompt ({{ distance }}, 0 to 1).\
 {% if table[-1][0] == kl_row %} KL: from the base model, of {{ kl_samples }}.{% endif %}
 {% if hacking %}
 **{{ hacking }}**
+{% endif %}{% if guarantee %}
+{{ guarantee }}
 {% endif %}{% elif scored %}Nothing was evaluated on held-out prompts. Mean reward of the training samples: \
 {{ number(scored[0].reward) }} in update {{ scored[0].step }}, {{ number(scored[-1].reward) }} in update \
 {{ scored[-1].step }}; the two are of different prompts.\
@@ -121,6 +123,7 @@ def model_card(
     seconds = sum(record.get("seconds", 0.0) for record in result.records)
     tokens = is_token_scheduler(pipe.scheduler)
     hacking = find_hacking(result.evaluations, result.weights_step)
+    guarantee = guaranteed_gain(result.evaluations, result.weights_step)
     versions = _versions()
     card = ModelCard.from_template(
         _card_data(pipe, config, result, about),
@@ -134,6 +137,7 @@ def model_card(
         number=_number,
         table=_evaluations(result) if result.evaluations else None,
         hacking=None if hacking is None else escaped(hacking),
+        guarantee=None if guarantee is None else escaped(guarantee),
         scored=[record for record in result.records if record.get("reward") is not None],
         pictures=pictures,
         weights=None if result.weights is None else _relative(folder, result.weights),

@@ -242,7 +242,7 @@ class Checkpoints:
         Raises InputError where the folder cannot be read.
         """
         skipped: list[str] = []
-        for step, path in reversed(self._places().items()):
+        for step, path in reversed(self.places().items()):
             try:
                 candidate = Checkpoint.open(path)
                 if candidate.step == step:
@@ -252,8 +252,8 @@ class Checkpoints:
                 skipped.append(str(error))
         return None, skipped
 
-    def _places(self) -> dict[int, Path]:
-        """Return the folders by step, in ascending order."""
+    def places(self) -> dict[int, Path]:
+        """Return the folders by step, in ascending order, unverified. Raises InputError where they cannot be listed."""
         try:
             # In this order a checkpoint about to be replaced precedes its replacement.
             paths = sorted(self.folder.iterdir()) if self.folder.exists() else []
@@ -282,7 +282,7 @@ class Checkpoints:
         return path
 
     def _rotate(self, step: int, pinned: Collection[int]) -> None:
-        past = {number: path for number, path in self._places().items() if number <= step}
+        past = {number: path for number, path in self.places().items() if number <= step}
         kept = {*[*past][-self.keep :], *pinned}
         self._remove([path for number, path in past.items() if number not in kept])
 

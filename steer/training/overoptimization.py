@@ -1,4 +1,4 @@
-"""Measures of over-optimisation: reward curves over √KL and their fits, and the detection of a hacked run."""
+"""Measures of over-optimisation: reward curves over √KL with fits, hacked runs, and a bound of the held-out gain."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from steer.errors import InputError
 
 Law = Literal["finetuning", "best-of-n"]
 RESAMPLES = 10_000  # of an interval
+MIN_ESS = 10.0  # effective sample size from which χ² is estimated
 
 
 def interval(values: Tensor) -> list[float]:
@@ -176,4 +177,66 @@ def find_hacking(evaluations: Sequence[Mapping[str, Any]], step: int | None = No
         then, here = (torch.tensor(record.get("eval/by_prompt", {}).get(name, [])) for record in (base, now))
         if first > 0 and len(then) and len(then) == len(here) and interval(here - then)[2] < 0:
             return Hacking(name, before, after, first, last)
+    return None
+
+
+def chi_square_estimate(log_ratios: Tensor) -> tuple[float, float]:
+    """Return χ²(π ‖ π₀) = E_π[w] − 1, w = π/π₀, from log w (N,) of samples of π, and its ESS (Σ w)² / Σ w²."""
+    logs = log_ratios.double()
+    total = logs.logsumexp(0)
+    return (total - math.log(len(logs))).exp().item() - 1, (2 * total - (2 * logs).logsumexp(0)).exp().item()
+
+
+def held_out_bound(proxy_gain: float, correlation: float, chi_square: float) -> float:
+    """Return a lower bound of the held-out gain: r⁻¹ (Δ − √((1 − r²) χ²)) (theorem 5.1 of arXiv 2403.03185).
+
+    proxy_gain   Δ, gain of the trained reward over the base model, in its deviations on samples of the base model; the
+                 bound is in those of the held-out reward
+    correlation  r > 0 of the two rewards on samples of the base model
+    chi_square   χ² of the policy from the base model
+    """
+    return (proxy_gain - math.sqrt(max((1 - correlation**2) * chi_square, 0.0))) / correlation
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """The gain of a held-out reward that its correlation with the trained one guarantees (`held_out_bound`).
+
+    bound       in the unit of the held-out reward; None where χ² is not estimated
+    chi_square  χ² of trajectories from the base model; None where its effective sample size `ess` is below MIN_ESS
+    """
+
+    held_out: str
+    bound: float | None
+    correlation: float
+    chi_square: float | None
+    ess: float
+
+    def __str__(self) -> str:
+        start = f"Guaranteed gain of the held-out reward {self.held_out} (theorem 5.1 of arXiv 2403.03185):"
+        if self.bound is None:
+            return f"{start} not estimated, the effective sample size of χ² is {self.ess:.2g}, below {MIN_ESS:g}."
+        given = f"r = {self.correlation:.2f}, χ² = {self.chi_square:.3g} of effective sample size {self.ess:.3g}"
+        return f"{start} {'no guarantee' if self.bound <= 0 else f'at least {self.bound:.3g}'} ({given})."
+
+
+def guaranteed_gain(evaluations: Sequence[Mapping[str, Any]], step: int | None = None) -> Guarantee | None:
+    """Return the guarantee for the first held-out reward that correlates with the trained one on the base model.
+
+    evaluations  records of the evaluations, the base model's first, with several samples per prompt and `eval_kl`
+    step         the update whose weights are judged; None: the last
+    Gains, deviations and r are within prompts, where the theorem holds too: E_π[w | prompt] = 1 cancels prompts' means.
+    """
+    by_step = {one["step"]: one for one in evaluations}
+    if len(by_step) < 2 or "eval/chi_square_ess" not in (now := by_step.get(step, evaluations[-1])):
+        return None
+    base, ess = evaluations[0], now["eval/chi_square_ess"]
+    trained = next(key.removeprefix("eval/") for key, value in base.items() if isinstance(value, list))
+    for name in (key.removeprefix("eval/correlation/") for key in base if key.startswith("eval/correlation/")):
+        r, units = base[f"eval/correlation/{name}"], [base[f"eval/within/{one}"] for one in (trained, name)]
+        if r > 0:
+            gain = (now[f"eval/{trained}"][0] - base[f"eval/{trained}"][0]) / units[0]
+            chi_square = now.get("eval/chi_square")
+            bound = None if chi_square is None else units[1] * held_out_bound(gain, r, chi_square)
+            return Guarantee(name, bound, r, chi_square, ess)
     return None
