@@ -97,7 +97,6 @@ def test_without_a_value_of_its_rows_nothing_is_computed() -> None:
     ("options", "message"),
     [
         ({"lookahead": 2}, "value and lookahead exclude each other"),
-        ({"reward_guidance": 1.0}, "reward_guidance and value exclude each other"),
         ({"asynchronous_rewards": True}, "asynchronous_rewards and value exclude each other"),
         ({"target_reward": 1.0}, "target_reward and value exclude each other"),
         ({"value": 3}, "value must be a folder of `steer value train`, or a function, got int"),

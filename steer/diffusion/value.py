@@ -131,9 +131,8 @@ class LearnedValue:
     """A trained `ValueNet` as a function of solver steps and prompts, and its configuration."""
 
     def __init__(self, net: ValueNet, config: Mapping[str, Any]) -> None:
-        self.net, self.config = net.eval(), config
+        self.net, self.config = net.eval().requires_grad_(False), config
 
-    @torch.no_grad()
     def __call__(self, solver_step: SolverStep, prompts: Sequence[str]) -> Tensor:
         features, log_ratio = value_features(solver_step)
         if features.shape[1] != len(self.net.mean):
