@@ -16,7 +16,7 @@ from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
 from steer.diffusion.short_schedule import check_movable
 from steer.diffusion.step_hooks import SolverStep, StepOverride
-from steer.diffusion.value import Value, check_use, load_value
+from steer.diffusion.value import Value, check_use, load_value, value_of_reward
 from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.disagreement import agreed, disagreements, term_signs
@@ -24,6 +24,7 @@ from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.settings import ADAPTER, FKSettings, IntermediateSettings, Prompts, StepSettings
 from steer.pipelines.token_batch import batch_class
 from steer.reward import Reward, RewardError, Submit, run_in_background
+from steer.rewards.compose import linear_terms
 from steer.smc.particles import FeynmanKac, Particles
 
 ResampleResult = tuple[Particles, Tensor | None]  # particles, and ancestors (B, n); None: all stay
@@ -151,8 +152,11 @@ def learned_value(s: IntermediateSettings, pipeline: SteeringPipeline, call: Map
     """
     if s.value is None:
         return None
-    value = load_value(s.value, pipeline.pipe)
-    check_use(value, s.value, pipeline.pipe, pipeline.reward.name, call)
+    terms: dict[str, float] = {}
+    for term in linear_terms(pipeline.reward):
+        terms[term.name] = terms.get(term.name, 0.0) + term.weight
+    value = value_of_reward(load_value(s.value, pipeline.pipe), s.value, pipeline.reward.name, terms)
+    check_use(value, s.value, pipeline.pipe, call)
     return value
 
 
