@@ -150,11 +150,12 @@ class ParticleBatch:
 
         Raises InputError.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and solver_step.x.requires_grad):
+        with_graph = torch.is_grad_enabled() and solver_step.x.requires_grad
+        with torch.set_grad_enabled(with_graph):
             values = self.live.of(value(solver_step, self.prompts)).float().cpu()
         if values.shape != (self.groups * self.alive,) or not values.isfinite().all():
             raise InputError(f"value: expected {self.groups * self.alive} finite numbers, got {tuple(values.shape)}")
-        return values.view(self.groups, self.alive)
+        return (values if with_graph else values.detach()).view(self.groups, self.alive)
 
     def next_step(self, solver_step: SolverStep, x: Tensor) -> SolverStep:
         """Return the step after `solver_step` from latents x (N, …), by one evaluation with its graph."""

@@ -127,6 +127,7 @@ def test_the_reward_at_use_weights_the_heads(folder: Path) -> None:
         (combine({TOTAL: 1.0, OTHER: 2.0}), "other"),
         (combine([TOTAL, FIRST], aggregate=worst), r"min\(total, first\)"),
         (lambda images, prompts: images.sum((1, 2, 3)), "<lambda>"),
+        (combine({TOTAL: 1.0, (lambda images, prompts: images.sum((1, 2, 3))): 1.0}), "<lambda>"),
     ],
 )
 def test_a_reward_without_a_head_is_refused(folder: Path, reward: Any, missing: str) -> None:
@@ -153,6 +154,14 @@ def test_a_reward_twice_in_a_sum_is_refused(tmp_path: Path) -> None:
         InputError, match="reward 'total' is in the sum twice, but its value has one head: give it once"
     ):
         train_value(GaussianPipeline(), twice, ["a"], tmp_path, SMALL, CALL)
+
+
+def test_one_head_is_no_value_of_a_weighted_reward_without_a_name(tmp_path: Path) -> None:
+    """A lambda alone is logged, as it cannot be compared."""
+    train_value(GaussianPipeline(), TOTAL, ["a"], tmp_path, SMALL, CALL)
+    rewards_on_the_way(tmp_path, Soft(TOTAL.function, "<lambda>"))
+    with pytest.raises(InputError, match="trained for reward 'total', got reward '<lambda>'"):
+        rewards_on_the_way(tmp_path, combine({Soft(TOTAL.function, "<lambda>"): 2.0}))
 
 
 # Folders of other versions

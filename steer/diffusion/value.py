@@ -200,10 +200,9 @@ def value_of_reward(value: Value, path: object, reward: str, terms: Mapping[str,
         return value
     heads, label = value.config.get("heads", [value.config["reward"]]), "value" if path is value else f"value {path}"
     terms = {reward: 1.0} if reward in heads else terms
-    trained = ", ".join(map(repr, heads))
-    unnamed = UNNAMED in heads or UNNAMED in terms
-    if unnamed and len(heads) == len(terms) == 1:
-        terms = {heads[0]: next(iter(terms.values()))}
+    trained, unnamed = ", ".join(map(repr, heads)), UNNAMED in terms
+    if len(heads) == len(terms) == 1 and UNNAMED in (heads[0], reward):
+        terms, unnamed = {heads[0]: next(iter(terms.values()))}, True
     elif missing := [name for name in terms if name not in heads]:
         kind = "trained for reward" if len(heads) == 1 else "has heads for the rewards"
         raise InputError(
