@@ -157,7 +157,7 @@ def _accept_any_reward(settings: SamplingConfig, reward: Reward) -> None:
 
 
 def _check_guidance(settings: SamplingConfig, reward: Reward) -> None:
-    if settings.options.reward_guidance and not reward.differentiable:
+    if settings.options.reward_guidance and settings.options.value is None and not reward.differentiable:
         raise InputError(f"reward {reward.name!r} is not differentiable: use --reward-guidance 0, or another reward")
 
 

@@ -16,7 +16,7 @@ from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
 from steer.diffusion.short_schedule import check_movable
 from steer.diffusion.step_hooks import SolverStep, StepOverride
-from steer.diffusion.value import Value, check_use, load_value
+from steer.diffusion.value import Value, check_use, load_value, value_of_reward
 from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.disagreement import agreed, disagreements, term_signs
@@ -24,6 +24,7 @@ from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.settings import ADAPTER, FKSettings, IntermediateSettings, Prompts, StepSettings
 from steer.pipelines.token_batch import batch_class
 from steer.reward import Reward, RewardError, Submit, run_in_background
+from steer.rewards.compose import linear_terms
 from steer.smc.particles import FeynmanKac, Particles
 
 ResampleResult = tuple[Particles, Tensor | None]  # particles, and ancestors (B, n); None: all stay
@@ -151,8 +152,11 @@ def learned_value(s: IntermediateSettings, pipeline: SteeringPipeline, call: Map
     """
     if s.value is None:
         return None
-    value = load_value(s.value, pipeline.pipe)
-    check_use(value, s.value, pipeline.pipe, pipeline.reward.name, call)
+    terms: dict[str, float] = {}
+    for term in linear_terms(pipeline.reward):
+        terms[term.name] = terms.get(term.name, 0.0) + term.weight
+    value = value_of_reward(load_value(s.value, pipeline.pipe), s.value, pipeline.reward.name, terms)
+    check_use(value, s.value, pipeline.pipe, call)
     return value
 
 
@@ -413,12 +417,13 @@ class GuidedRun(Run):
     """
 
     first = 1  # x_T comes out of the pipeline without a graph
+    differentiates_steps = True  # whether the gradient goes back to x_t
 
     settings: FKSettings
 
     def sample(self) -> Tensor:
         """Run the pipeline; return the finished images (B·K, 3, H, W) of the K particles left."""
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.differentiates_steps):
             return super().sample().detach()
 
     def _intermediate_rewards(self, solver_step: SolverStep) -> IntermediateRewards:
@@ -428,16 +433,17 @@ class GuidedRun(Run):
                 f"{type(self.particle_batch.pipe).__name__} lets no gradients through: use reward_guidance=0"
             )
         rewards, components = self.particle_batch.score(previews)
-        gradient, parts = self._gradient(solver_step, rewards), {name: one.detach() for name, one in components.items()}
+        gradient = self._gradient(f"reward {self.particle_batch.reward.name!r}", rewards, solver_step.x, solver_step.k)
+        parts = {name: one.detach() for name, one in components.items()}
         return IntermediateRewards(previews.detach(), rewards.detach(), parts, gradient)
 
-    def _gradient(self, solver_step: SolverStep, rewards: Tensor) -> Tensor:
-        half, name = computes_in_fp16(self.particle_batch.pipe), self.particle_batch.reward.name
-        gradient = per_sample_gradients(rewards, solver_step.x, half)
+    def _gradient(self, name: str, rewards: Tensor, x: Tensor, step: int) -> Tensor:
+        """Return ∇ of rewards (B, K) by latents x (N, …). Raises RewardError with `name` where there is none."""
+        gradient = per_sample_gradients(rewards, x, computes_in_fp16(self.particle_batch.pipe))
         if gradient is None:
-            raise RewardError(f"reward {name!r} is declared differentiable, but has no gradients")
+            raise RewardError(f"{name} has no gradients: use reward_guidance=0, or a differentiable one")
         if not gradient.isfinite().all():
-            raise RewardError(f"the gradient of reward {name!r} is not finite at step {solver_step.k}")
+            raise RewardError(f"the gradient of {name} is not finite at step {step}")
         self.particle_batch.count_gradients(rewards.numel())
         return gradient
 
@@ -454,7 +460,8 @@ class GuidedRun(Run):
             moved, log_ratio = draw_guided(kernel, self._strengths(gradient) * gradient, self.particle_batch.rng)
             alive_log_ratio = self.particle_batch.live.of(log_ratio).cpu().view_as(self.particles.log_weights)
             self.particles = self.particles.correct(alive_log_ratio)
-        return moved.to(solver_step.prev.dtype).requires_grad_(self._evaluates_at(solver_step.k + 1))
+        needed = self.differentiates_steps and self._evaluates_at(solver_step.k + 1)
+        return moved.to(solver_step.prev.dtype).requires_grad_(needed)
 
     def _strengths(self, like: Tensor) -> Tensor:
         """Return γ λ_j of every row, (B·K, 1, …)."""
@@ -470,11 +477,36 @@ class GuidedRun(Run):
         return self.algorithm.lam != 0
 
 
-def check_guidance(scheduler: Any, reward: Reward, eta: float) -> None:
-    """Raise InputError where the steps cannot be guided by the reward."""
+# The optimal proposal for the potentials exp(λ (V_s(x_s) − V_t(x_t))) is q ∝ p(x_s | x_t) exp(λ V_s(x_s)). With V_s
+# linear around the mean m of p (local linearisation: Doucet, Godsill & Andrieu, Statistics and Computing 10, 2000):
+#
+#     V_s(x_s) ≈ V_s(m) + ∇V_s(m)·(x_s − m)    ⇒    q = N(m + τ² λ ∇V_s(m), τ² I)
+#
+# Where V_s is linear, exp(λ V_s(x_s)) p(x_s | x_t)/q(x_s | x_t) = E_p[exp(λ V_s(x_s)) | x_t] does not depend on x_s.
+class ValueGuidedRun(GuidedRun):
+    """A run drawn from N(m + γ τ² λ_j ∇V_s(m), τ² I) at the kernel's mean m(x_t), at steps with values.
+
+    V_s is the value at the level after the step. Nothing is decoded: the graph holds V_s and one more evaluation of the
+    denoiser, at m. The weights are corrected as in `GuidedRun`, so the law is exact for any V.
+    """
+
+    first = 0
+    differentiates_steps = False
+
+    def _intermediate_rewards(self, solver_step: SolverStep) -> IntermediateRewards:
+        at_x_t = Run._intermediate_rewards(self, solver_step)
+        assert self.value is not None
+        mean = solver_step.kernel(self.resampling_eta).mean.detach().requires_grad_()
+        with torch.enable_grad():
+            values = self.particle_batch.values(self.value, self.particle_batch.next_step(solver_step, mean))
+            return replace(at_x_t, gradient=self._gradient("value", values, mean, solver_step.k))
+
+
+def check_guidance(scheduler: Any, reward: Reward | None, eta: float) -> None:
+    """Raise InputError where the steps cannot be guided by the reward; None: by a value, which needs no such reward."""
     if eta == 0:
         raise InputError("with reward_guidance eta must be above 0 and at most 1, got 0: guided steps need noise")
-    if not reward.differentiable:
+    if reward is not None and not reward.differentiable:
         raise InputError(f"reward {reward.name!r} is not differentiable: use reward_guidance=0, or a reward that is")
     check_verified(scheduler)
 
@@ -554,7 +586,7 @@ class FKSteeringPipeline(SteeringPipeline):
         )
         if s.reward_guidance:
             eta = 1.0 if eta is None else eta
-            check_guidance(pipe.scheduler, self.reward, eta)
+            check_guidance(pipe.scheduler, self.reward if s.value is None else None, eta)
             pipe = differentiable(pipe, one_call=True)
         else:
             call, eta = route_kernel_eta(pipe, call, s)
@@ -563,7 +595,8 @@ class FKSteeringPipeline(SteeringPipeline):
         def make_run(particle_batch: ParticleBatch) -> Run:
             if s.target_reward is not None and particle_batch.groups > 1:
                 raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
-            kind: type[Run] = GuidedRun if s.reward_guidance else AsynchronousRun if s.asynchronous_rewards else Run
+            guided = GuidedRun if s.value is None else ValueGuidedRun
+            kind: type[Run] = guided if s.reward_guidance else AsynchronousRun if s.asynchronous_rewards else Run
             return kind(algorithm, particle_batch, eta, schedule, s, learned_value(s, self, call))
 
         batch: dict[str, Any] = {"pipe": pipe, "live": live, "lookahead": s.lookahead, "preview": s.preview}

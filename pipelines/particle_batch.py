@@ -146,11 +146,21 @@ class ParticleBatch:
         return latents
 
     def values(self, value: Value, solver_step: SolverStep) -> Tensor:
-        """Evaluate a learned value (B, K) at a step, for the K particles left. Raises InputError."""
-        values = self.live.of(value(solver_step, self.prompts)).detach().float().cpu()
+        """Evaluate a learned value (B, K) at a step, for the K particles left; with a graph where x_t has one.
+
+        Raises InputError.
+        """
+        with_graph = torch.is_grad_enabled() and solver_step.x.requires_grad
+        with torch.set_grad_enabled(with_graph):
+            values = self.live.of(value(solver_step, self.prompts)).float().cpu()
         if values.shape != (self.groups * self.alive,) or not values.isfinite().all():
             raise InputError(f"value: expected {self.groups * self.alive} finite numbers, got {tuple(values.shape)}")
-        return values.view(self.groups, self.alive)
+        return (values if with_graph else values.detach()).view(self.groups, self.alive)
+
+    def next_step(self, solver_step: SolverStep, x: Tensor) -> SolverStep:
+        """Return the step after `solver_step` from latents x (N, …), by one evaluation with its graph."""
+        self._nfe += self.groups * self.alive
+        return self._look_ahead.next_step(solver_step, x)
 
     def glass(self, solver_step: SolverStep, eta: float, rows: Tensor | None, steps: int) -> Tensor:
         """Draw x_s (N, …) by a GLASS transition of `steps` inner steps, with the noise correlation of η.

@@ -98,7 +98,8 @@ class FKSettings(IntermediateSettings):
                             run, with reward_guidance all steps from 1 on
     ess_threshold           resample when the ESS is below this share of K (adaptive); 1: at every one of resample_steps
     reward_guidance         γ in the shift γ τ² λ_j ∇r(x̂0) of the kernel's mean at resample_steps, which the weights
-                            correct; 1 is DAS. The reward must be differentiable
+                            correct; 1 is DAS. The reward must be differentiable. With value=, ∇V at the kernel's mean
+                            in place of ∇r(x̂0): no decoder in the graph, one more evaluation, and any reward
     particle_schedule       particles of each prompt from a solver step on, such as 8:4,14:2 or {8: 4, 14: 2}. Numbers
                             decrease; rewards are evaluated at these steps too, and dropped particles have no images
     particle_schedule_rule  selection of the particles that continue: resample, by weight; or top_k, by reward, a search
@@ -136,8 +137,9 @@ class FKSettings(IntermediateSettings):
         super().__post_init__()
         given = {"lookahead": self.lookahead != 1, "value": self.value is not None}
         given |= {f"kernel={self.kernel!r}": self.kernel != "gaussian"}
-        pairs = [(name, other) for name in ("reward_guidance", "asynchronous_rewards") for other in given]
-        for name, other in [*pairs, ("target_reward", "value")]:
+        pairs = [("asynchronous_rewards", other) for other in given] + [("target_reward", "value")]
+        pairs += [("reward_guidance", other) for other in given if other != "value"]
+        for name, other in pairs:
             if given[other] and getattr(self, name):
                 raise self.error(f"{name} and {other} exclude each other: leave one out")
         if self.lam == "auto" and self.tempering == "ess":

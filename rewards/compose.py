@@ -120,6 +120,36 @@ def plain_rewards(reward: Reward) -> dict[str, Reward]:
     return {reward.name: reward}
 
 
+@dataclass(frozen=True)
+class Term:
+    """A reward in a sum, by name, with its weight.
+
+    component  name of its scores in the sum's components; empty where the reward is no sum
+    """
+
+    name: str
+    weight: float
+    component: str
+
+
+def linear_terms(reward: Reward, weight: float = 1.0, component: str = "") -> list[Term]:
+    """Return the terms of r = Σ_m w_m r_m, sums inside sums included.
+
+    Any reward but a sum is one term: a mean, minimum, product or quantile too, and z(…), which has an offset.
+    """
+    while isinstance(reward, WrappedReward):
+        reward = reward.reward
+    weights = reward.weights if isinstance(reward, CombinedReward) else None
+    if not isinstance(reward, CombinedReward) or weights is None:
+        return [Term(reward.name, weight, component)]
+    prefix = f"{component}/" if component else ""
+    return [
+        term
+        for name, part in reward.parts.items()
+        for term in linear_terms(part, weight * weights[name], f"{prefix}{name}")
+    ]
+
+
 def map_plain(reward: Reward, change: Callable[[Reward], Reward]) -> Reward:
     """Return a copy of a reward with `change` applied to all parts that are not composed themselves."""
     if not isinstance(reward, WrappedReward | CompositeReward):
@@ -241,7 +271,8 @@ class CombinedReward(CompositeReward):
     @property
     def weights(self) -> dict[str, float] | None:
         """Return the weights of a sum by component; None for another aggregate."""
-        return dict(zip(self._names, self._weights, strict=True)) if self._aggregate is total else None
+        function = getattr(self._aggregate, "func", self._aggregate)  # sum(…) and `combine: sum` are partials
+        return dict(zip(self._names, self._weights, strict=True)) if function is total else None
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """Aggregate the weighted components (N,)."""

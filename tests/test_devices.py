@@ -28,6 +28,7 @@ from steer import (
     SteeringOutput,
 )
 from steer.apps.evaluation.run import Contender, evaluate
+from steer.diffusion.value import LearnedValue, ValueNet
 from steer.pipelines.initial_noise import screen_initial_noise
 from steer.pipelines.reno import ZeroOrder
 from steer.reward import score
@@ -85,6 +86,13 @@ def same(method: Callable[..., Any], name: str = "sd", scheduler: Any = None, **
     torch.testing.assert_close(made[1].images.cpu(), made[0].images, **CLOSE)
 
 
+def two_heads() -> LearnedValue:
+    """An untrained value of latents of four channels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LearnedValue(ValueNet(8, 8, heads=2), {}, [1.0, -2.0])
+
+
 FK: dict[str, dict[str, Any]] = {
     f"{potential}, {resampler}, {tempering}": {"potential": potential, "resampler": resampler, "tempering": tempering}
     for (potential, resampler), tempering in zip(
@@ -112,6 +120,11 @@ FK |= {
     "stochastic": {"eta": 0.7},
     "two prompts": {"prompt": [PROMPT, "a star"]},
     "small chunks": {"chunk_size": 3},
+    "guided by a value": {
+        "value": two_heads(),
+        "reward_guidance": 1.0,
+        "particle_schedule": {2: 2},
+    },
 }
 
 

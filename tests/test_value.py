@@ -97,7 +97,6 @@ def test_without_a_value_of_its_rows_nothing_is_computed() -> None:
     ("options", "message"),
     [
         ({"lookahead": 2}, "value and lookahead exclude each other"),
-        ({"reward_guidance": 1.0}, "reward_guidance and value exclude each other"),
         ({"asynchronous_rewards": True}, "asynchronous_rewards and value exclude each other"),
         ({"target_reward": 1.0}, "target_reward and value exclude each other"),
         ({"value": 3}, "value must be a folder of `steer value train`, or a function, got int"),
@@ -120,13 +119,14 @@ def test_a_training_resumes_and_its_value_fits_its_model_alone(tmp_path: Path) -
     pipe, call = cached_pipe("sd"), {name: value for name, value in CALL.items() if name != "prompt"}
     value = train_value(pipe, redness, ["a", "b c"], tmp_path, SMALL, call)
     rollouts = {path: path.stat().st_mtime_ns for path in (tmp_path / "rollouts").iterdir()}
-    assert len(value.config["r2"]) == STEPS - 1 and rollouts
+    assert len(value.config["r2"]["redness"]) == STEPS and rollouts
     again = train_value(pipe, redness, ["a", "b c"], tmp_path, SMALL, call)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "rollouts").iterdir()} == rollouts
     for one, other in zip(value.net.parameters(), again.net.parameters(), strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(InputError, match="holds a value of other prompts or settings"):
-        train_value(pipe, redness, ["other"], tmp_path, SMALL, call)
+    for reward, prompt in ((redness, "other"), (blueness, "a")):
+        with pytest.raises(InputError, match="holds a value of other rewards, prompts or settings"):
+            train_value(pipe, reward, [prompt, "b c"], tmp_path, SMALL, call)
     loaded = load_value(str(tmp_path), pipe)
     steps: list[SolverStep] = []
     with hook_steps(pipe, steps.append) as view:  # type: ignore[arg-type]
@@ -202,13 +202,14 @@ def test_prompts_take_turns() -> None:
 
 def test_r2_is_one_minus_the_share_of_the_variance() -> None:
     def net(features: Tensor, ratio: Tensor, words: Any) -> Tensor:
-        return features[:, 0, 0, 0]
+        return features[:, :2, 0, 0]
 
-    features = torch.tensor([0.0, 1.0, 2.0, 3.0]).view(1, 4, 1, 1, 1)
-    rewards = torch.tensor([0.0, 1.0, 2.0, 4.0])
-    spread = (rewards - 1.75).square().sum()
-    assert [*held_out_r2(net, features, torch.zeros(1), rewards, ["a"] * 4)] == [  # type: ignore[arg-type]
-        pytest.approx(float(1 - 1 / spread))
+    features = torch.tensor([[0.0, 1.0, 2.0, 3.0], [5.0, 5.0, 5.0, 9.0]]).T.view(1, 4, 2, 1, 1)
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0], [5.0, 5.0, 5.0, 9.0]]).T
+    spread = (rewards[:, 0] - 1.75).square().sum()
+    assert held_out_r2(net, features, torch.zeros(1), rewards, ["a"] * 4) == [  # type: ignore[arg-type]
+        [pytest.approx(float(1 - 1 / spread), abs=1e-4)],
+        [1.0],
     ]
 
 
@@ -217,9 +218,10 @@ def test_the_command_trains_a_value_that_steering_and_foresight_read(steer: Stee
     folder, small = tmp_path / "value", ["--rollouts", 32, "--updates", 5, "--width", 8]
     prompts, steps = ["--prompts", tmp_path / "prompts.txt"], ["--steps", 6]
     code, out, _ = steer(
-        "value", "train", "scenes", "--reward", "scene-soft", *prompts, *steps, *small, "--out", folder
+        "value", "train", "scenes", "--reward", "scene-soft + jpeg:0.1", *prompts, *steps, *small, "--out", folder
     )
     assert code == 0 and "32 rollouts, R² of held-out ones by step:" in out
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("  ")] == ["  scene-soft", "  jpeg"]
     code, out, _ = steer(
         *("sample", "a red star", "--method", "fk", "--lam", 5, "--value", folder, *steps, "--out", tmp_path / "out")
     )

@@ -24,12 +24,15 @@ def value() -> None:
 def train(runs: ModelRuns, out: Path, **options: Any) -> None:
     """Train the value of MODEL: the expected reward of the finished image, given the latents of a step.
 
-    Samples images of the prompts, and learns from their steps. Use the value as --value OUT with fk, svdd, beam and
-    race, and with prompts, steps and guidance similar to the training's. Run the command again to resume.
+    Samples images of the prompts, and learns from their steps. A sum, such as "scene-soft + aesthetic:scenes", has one
+    head for each of its rewards; the reward at use gives their weights. Use the value as --value OUT with fk, svdd,
+    beam and race, and with prompts, steps and guidance similar to the training's. Run the command again to resume.
     """
     from steer.pipelines.training.value import train_value
 
     config, about = ValueConfig(**options), {"model": runs.model, "prompts": runs.prompts}
     learned = train_value(*runs.load(), out, config, runs.call, about)
-    r2 = " ".join(f"{number:.2f}" for number in learned.config["r2"])
-    click.echo(f"{learned.config['rollouts']} rollouts, R² of held-out ones by step: {r2} → {out}")
+    click.echo(f"{learned.config['rollouts']} rollouts, R² of held-out ones by step:")
+    for name, numbers in learned.config["r2"].items():
+        click.echo(f"  {name}: {' '.join(f'{number:.2f}' for number in numbers)}")
+    click.echo(f"→ {out}")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from steer.diffusion.step_hooks import SolverStep
 from steer.diffusion.value import (
+    VERSION,
     LearnedValue,
     ValueNet,
     hashed_words,
@@ -28,6 +29,7 @@ from steer.files import atomic_write, write_text
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.settings import ValueConfig as ValueConfig
 from steer.reward import Reward
+from steer.rewards.compose import Term, linear_terms
 from steer.rewards.parser import load_reward
 from steer.training.supervised import TrainingRun, batch_at
 
@@ -47,26 +49,26 @@ def train_value(
 ) -> LearnedValue:
     """Train V(x_t) = E[r(x0) | x_t] by least squares on rollouts of `pipe` (arXiv 2404.09656); save and return it.
 
-    reward  as for the steering pipelines
+    reward  as for the steering pipelines; a sum has one head for each of its rewards, in that reward's own unit
     out     folder of value.json, the weights, and the rollouts
     call    arguments of the pipeline's call, with the number of steps and the guidance of the later use
     about   further entries of value.json
 
     Rollouts and the state of the training are kept in `out`: the same call resumes. Raises InputError for a folder of
-    another run, or without prompts.
+    another run, without prompts, and for a sum that has a reward twice.
     """
     config, call, reward, out = config or ValueConfig(), dict(call or {}), load_reward(reward), Path(out)
     if not prompts:
         raise InputError("prompts: the list is empty, give at least one")
-    numbers = rollout_prompts(len(prompts), config)
-    _check_folder(out, prompts, call, config)
+    numbers, heads = rollout_prompts(len(prompts), config), _heads_of(reward)
+    _check_folder(out, prompts, call, config, list(heads))
     shards = []
     for number, places in enumerate(tqdm(numbers, "rollouts", unit="call", disable=None)):
         path = out / ROLLOUTS / f"{number:05d}.safetensors"
         if not path.exists():
             some = [prompts[place] for place in places]
             with atomic_write(path) as new:
-                save_file(_rollout(pipe, reward, some, config, number, call), new)
+                save_file(_rollout(pipe, reward, heads, some, config, number, call), new)
         shards.append(_read_shard(path))
     texts = [prompts[place] for places in numbers for place in places for _ in range(config.num_particles)]
     features, ratios = torch.cat([one["features"] for one in shards], 1), shards[0]["log_ratio"]
@@ -74,8 +76,10 @@ def train_value(
     first_held_out = len(rewards) - max(round(config.held_out * len(rewards)), 2)
     net = fit(features[:, :first_held_out], ratios, rewards[:first_held_out], texts[:first_held_out], config, out)
     r2 = held_out_r2(net, features[:, first_held_out:], ratios, rewards[first_held_out:], texts[first_held_out:])
-    entries = {"reward": reward.name, "channels": features.shape[2], "width": config.width, "rollouts": len(rewards)}
-    entries |= {"call": call, "use": use_of(pipe, call), "r2": [round(one, 4) for one in r2]}
+    entries = {"version": VERSION, "reward": reward.name, "heads": list(heads)}
+    entries |= {"weights": [term.weight for term in heads.values()], "r2": dict(zip(heads, r2, strict=True))}
+    entries |= {"channels": features.shape[2], "width": config.width, "rollouts": len(rewards)}
+    entries |= {"call": call, "use": use_of(pipe, call)}
     value = LearnedValue(net, dict(about or {}) | entries)
     save_value(out, value, model_fingerprint(pipe))
     return value
@@ -88,39 +92,57 @@ def rollout_prompts(count: int, config: ValueConfig) -> list[list[int]]:
     return [places[start : start + PROMPTS_PER_CALL] for start in range(0, needed, PROMPTS_PER_CALL)]
 
 
-def _check_folder(out: Path, prompts: Sequence[str], call: Mapping[str, Any], config: ValueConfig) -> None:
-    """Raise InputError for a folder with rollouts of other prompts, calls or settings."""
+def _heads_of(reward: Reward) -> dict[str, Term]:
+    """Return the terms of a reward by name. Raises InputError where two have the same name."""
+    terms = linear_terms(reward)
+    names = [term.name for term in terms]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"reward {twice[0]!r} is in the sum twice, but its value has one head: give it once")
+    return dict(zip(names, terms, strict=True))
+
+
+def _check_folder(
+    out: Path, prompts: Sequence[str], call: Mapping[str, Any], config: ValueConfig, heads: Sequence[str]
+) -> None:
+    """Raise InputError for a folder with rollouts of other rewards, prompts, calls or settings."""
     digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
-    run = json.dumps({"prompts": digest, "call": dict(call), **config.plain()}, indent=1, default=str) + "\n"
+    record = {"heads": heads, "prompts": digest, "call": dict(call), **config.plain()}
+    run = json.dumps(record, indent=1, default=str) + "\n"
     path = out / RUN
     if path.exists() and path.read_bytes() != run.encode():
-        raise InputError(f"--out {out} holds a value of other prompts or settings; choose another --out")
+        raise InputError(f"--out {out} holds a value of other rewards, prompts or settings; choose another --out")
     write_text(path, run)
 
 
 @torch.no_grad()
 def _rollout(
-    pipe: Any, reward: Reward, prompts: Sequence[str], config: ValueConfig, number: int, call: Mapping[str, Any]
+    pipe: Any,
+    reward: Reward,
+    heads: Mapping[str, Term],
+    prompts: Sequence[str],
+    config: ValueConfig,
+    number: int,
+    call: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Sample images of some prompts: features (T − 1, N, …) in half precision, log-ratios (T − 1,) and rewards (N,)."""
+    """Sample images of some prompts: features (T, N, …) in half precision, log-ratios (T,), rewards of heads (N, H)."""
     generator = Generator().manual_seed(config.seed * 1_000_003 + number)
     batch = ParticleBatch(pipe, reward, list(prompts), config.num_particles, {**call, "generator": generator})
     features: list[Tensor] = []
     ratios: list[float] = []
 
     def record(solver_step: SolverStep) -> None:
-        if solver_step.k < solver_step.total - 1:  # at the last step the reward itself is known
-            planes, ratio = value_features(solver_step)
-            features.append(planes.half().cpu())
-            ratios.append(ratio)
+        planes, ratio = value_features(solver_step)
+        features.append(planes.half().cpu())
+        ratios.append(ratio)
 
-    rewards, _ = batch.score(batch.sample(record))
-    if not features:
+    rewards, components = batch.score(batch.sample(record))
+    columns = [components[term.component] if term.component else rewards for term in heads.values()]
+    if len(features) < 2:
         raise InputError("a run of one step has no value: give --steps at least 2")
     return {
         "features": torch.stack(features),
         "log_ratio": torch.tensor(ratios),
-        "rewards": rewards.flatten().float().cpu(),
+        "rewards": torch.stack([one.flatten().float().cpu() for one in columns], 1),
     }
 
 
@@ -137,16 +159,16 @@ def fit(
     """Fit a network by least squares on random steps and rollouts.
 
     features  (T, N, 2C, H, W) of `value_features`, with log(σ/α) of each step as ratios (T,)
-    rewards   (N,) of the images, with their prompts as texts
+    rewards   (N, H) of the images, with their prompts as texts
     folder    folder of the state of the training
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        net = ValueNet(features.shape[2], config.width)
+        net = ValueNet(features.shape[2], config.width, rewards.shape[1])
     sample = features[:, :: max(features.shape[1] // 512, 1)].float().flatten(0, 1)
     net.mean.copy_(sample.mean((0, 2, 3))[:, None, None])
     net.std.copy_(sample.std((0, 2, 3))[:, None, None].clamp(min=1e-6))
-    net.reward.copy_(torch.stack([rewards.mean(), rewards.std().clamp(min=1e-6)]))
+    net.reward.copy_(torch.stack([rewards.mean(0), rewards.std(0).clamp(min=1e-6)]))
     words = [hashed_words(text) for text in texts]
     steps, count = features.shape[:2]
 
@@ -164,10 +186,13 @@ def fit(
 @torch.no_grad()
 def held_out_r2(
     net: ValueNet, features: Tensor, ratios: Tensor, rewards: Tensor, texts: Sequence[str]
-) -> Iterator[float]:
-    """Yield R² = 1 − Σ(V − r)²/Σ(r − r̄)² at each step on held-out rollouts; features, ratios, rewards as in `fit`."""
+) -> list[list[float]]:
+    """Return R² = 1 − Σ(V − r)²/Σ(r − r̄)² by head and step on held-out rollouts; arguments as in `fit`."""
     words = [hashed_words(text) for text in texts]
-    spread = (rewards - rewards.mean()).square().sum().clamp(min=1e-12)
-    for planes, ratio in zip(features, ratios, strict=True):
-        residual = net(planes.float(), ratio.expand(len(planes)), words) - rewards
-        yield float(1 - residual.square().sum() / spread)
+    spread = (rewards - rewards.mean(0)).square().sum(0).clamp(min=1e-12)
+    residuals = [
+        (net(planes.float(), ratio.expand(len(planes)), words) - rewards).square().sum(0)
+        for planes, ratio in zip(features, ratios, strict=True)
+    ]
+    by_head: list[list[float]] = (1 - torch.stack(residuals, 1) / spread[:, None]).double().tolist()
+    return [[round(one, 4) for one in numbers] for numbers in by_head]

@@ -11,6 +11,7 @@ scheduler that has the timesteps of the grid: guidance, ControlNets and conditio
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from steer.diffusion.lora_layers import enabled_adapters, lora_layers, switch_ad
 from steer.diffusion.preview import Runner, short_call
 from steer.diffusion.schedules import Level, gaussian_transition, level
 from steer.diffusion.short_schedule import at_places, transition_starts
-from steer.diffusion.step_hooks import HOOKED, RunEnded, SolverStep, StepOverride, has_second_modality
+from steer.diffusion.step_hooks import HOOKED, OnStep, RunEnded, SolverStep, StepOverride, has_second_modality
 from steer.diffusion.views import (
     ModuleProxy,
     OutputShapes,
@@ -90,16 +91,9 @@ class LookAhead:
             return None, gaussian_transition(x, x0, levels[place], levels[place + 1], 0.0).mean
 
         adapter = self._adapter or nullcontext
-        try:
-            with torch.no_grad(), adapter():
-                self._call.run(pipe, on_step, {}, change=self._change)
-        except RunEnded as ended:
-            x0: Tensor = ended.value
-            return x0
-        raise UnsupportedPipelineError(
-            f"{type(pipe).__name__} makes fewer than {len(places)} solver steps when it is called for as many: "
-            "it has no look-ahead, use lookahead=1"
-        )
+        with torch.no_grad(), adapter():
+            x0: Tensor = self._run(pipe, on_step, len(places), "it has no look-ahead, use lookahead=1")
+        return x0
 
     def denoise(self, solver_step: SolverStep, s: Tensor, sigma: Tensor) -> Tensor:
         """Return E[z | S] for S = z + σ ε (N, …), by one evaluation of all rows at that level, through the pipeline.
@@ -119,13 +113,40 @@ class LookAhead:
             _check_level(at, sigma, short_step.scheduler)
             return None, at.alpha.to(s) * s
 
+        with torch.no_grad():
+            x0: Tensor = self._run(pipe, on_step, 2, "use kernel='gaussian'")
+        return x0
+
+    def next_step(self, solver_step: SolverStep, x: Tensor) -> SolverStep:
+        """Return the step after `solver_step` from latents x (N, …), by one evaluation of all rows, with its graph.
+
+        It has x̂0 and the denoiser's output, but no latents after it. Raises UnsupportedPipelineError as `denoise` does.
+        """
+        _check_stateless(self._pipe, solver_step)
+        places = _places_left(solver_step)[:2]
+        pipe, silent = self._short_pipe(solver_step, places)
+
+        def on_step(short_step: SolverStep) -> StepOverride:
+            silent.clear()
+            if short_step.k == 1:
+                raise RunEnded(short_step)
+            return None, x
+
+        short: SolverStep = self._run(pipe, on_step, 2, "use reward_guidance=0")
+        there = replace(short, k=solver_step.k + 1, scheduler=solver_step.scheduler, index=places[1], own_x0=short.x0())
+        there.total = solver_step.total
+        return there
+
+    def _run(self, pipe: Any, on_step: OnStep, steps: int, remedy: str) -> Any:
+        """Run a short pipe until `on_step` ends the run; return the value that it ends with."""
         try:
-            with torch.no_grad():
-                self._call.run(pipe, on_step, {}, change=self._change)
+            self._call.run(pipe, on_step, {}, change=self._change)
         except RunEnded as ended:
-            x0: Tensor = ended.value
-            return x0
-        raise UnsupportedPipelineError(f"{type(pipe).__name__} makes no run of two solver steps: use kernel='gaussian'")
+            return ended.value
+        name = type(pipe).__name__
+        raise UnsupportedPipelineError(
+            f"{name} makes fewer than {steps} solver steps when it is called for as many: {remedy}"
+        )
 
     def _change(self, call: Mapping[str, Any]) -> dict[str, Any]:
         # A distilled adapter has the guidance in its weights.
@@ -225,12 +246,17 @@ def few_step_adapter(pipe: Any, lookahead: int | str) -> Iterator[Adapter | None
 
 def coarse_grid(solver_step: SolverStep, steps: int) -> tuple[list[int], list[Level]]:
     """Return the places of m evenly spaced transitions from this one to the end, in `timesteps`, and their levels."""
-    left = transition_starts(solver_step.scheduler)[solver_step.k - solver_step.total :]
+    left = _places_left(solver_step)
     count = min(steps, len(left))
     places = [left[round(place * len(left) / count)] for place in range(count)]
     timesteps = torch.as_tensor(solver_step.scheduler.timesteps)
     first = level(solver_step.scheduler, solver_step.t, solver_step.index)
     return places, [first, *(level(solver_step.scheduler, timesteps[place], place) for place in places[1:])]
+
+
+def _places_left(solver_step: SolverStep) -> list[int]:
+    """Return the places in `timesteps` of the transitions from this one on."""
+    return transition_starts(solver_step.scheduler)[solver_step.k - solver_step.total :]
 
 
 def _check_stateless(pipe: Any, solver_step: SolverStep) -> None:

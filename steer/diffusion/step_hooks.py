@@ -56,7 +56,7 @@ class SolverStep:
     scheduler: Scheduler
     index: int
     output: Tensor = field(repr=False)
-    prev: Tensor = field(init=False)
+    prev: Tensor = field(init=False, repr=False)
     total: int = field(init=False)
     calls: int = 1
     own_x0: Tensor | None = field(default=None, repr=False)  # x̂0 that the pipeline itself passes to the scheduler

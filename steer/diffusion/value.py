@@ -2,6 +2,11 @@
 
 Its inputs are x_t, x̂0 (computed by the run anyway), the noise level and the prompt. Intermediate rewards then cost no
 decoding and no reward. With the terminal factor Feynman–Kac steering is exact for any V; a better V lowers variance.
+
+A network has one head for each of several rewards. Conditional expectations are linear, so that the value of a weighted
+sum of rewards is that of its heads:
+
+    r = Σ_m w_m r_m    ⇒    V(x_t) = E[r(x0) | x_t] = Σ_m w_m V_m(x_t)
 """
 
 import functools
@@ -32,6 +37,7 @@ from steer.files import atomic_write_with_checksums, verify_checksums
 Value = Callable[[SolverStep, Sequence[str]], Tensor]  # a step and the prompt of each row → values (N,)
 
 CONFIG, WEIGHTS = "value.json", "value.safetensors"
+VERSION = 2  # of value.json; 1, without this entry: one head, that of its reward
 FINGERPRINT = "model_fingerprint"  # tensor stored beside the weights
 MAX_FINGERPRINT_DISTANCE = 0.01  # relative; casts to half precision change the fingerprint by .002
 SIDE = 32  # elements per side to which larger latents are averaged
@@ -48,17 +54,18 @@ class ValueNet(nn.Module):
     """Three convolutions, modulated (FiLM) by noise level and prompt. Buffers hold the scales of inputs and rewards.
 
     channels  channels of the features: twice the channels of the latents
+    heads     number H of rewards
     """
 
     mean: Tensor
     std: Tensor
     reward: Tensor
 
-    def __init__(self, channels: int, width: int = 64) -> None:
+    def __init__(self, channels: int, width: int = 64, heads: int = 1) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
-        self.register_buffer("reward", torch.tensor([0.0, 1.0]))  # mean and standard deviation
+        self.register_buffer("reward", torch.tensor([[0.0], [1.0]]).repeat(1, heads))  # means, standard deviations
         self.words = nn.EmbeddingBag(BUCKETS, WORD, mode="mean")
         self.condition = nn.Sequential(nn.Linear(2 * FREQUENCIES + WORD, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN))
         widths = (width, 2 * width, 2 * width)
@@ -68,10 +75,10 @@ class ValueNet(nn.Module):
             for number, (before, after) in enumerate(zip(inputs, widths, strict=True))
         )
         self.films = nn.ModuleList(nn.Linear(HIDDEN, 2 * one) for one in widths)
-        self.head = nn.Sequential(nn.Linear(widths[-1] + HIDDEN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, 1))
+        self.head = nn.Sequential(nn.Linear(widths[-1] + HIDDEN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, heads))
 
     def forward(self, features: Tensor, log_ratio: Tensor, words: Sequence[Tensor]) -> Tensor:
-        """Return values (N,) in units of the reward.
+        """Return values (N, H) in units of the rewards.
 
         features   (N, C, H, W) of `value_features`
         log_ratio  log(σ/α) of each row (N,)
@@ -86,7 +93,7 @@ class ValueNet(nn.Module):
         for convolution, film in zip(self.convolutions, self.films, strict=True):
             scale, shift = film(F.silu(condition))[:, :, None, None].chunk(2, 1)
             x = F.silu(convolution(x) * (1 + scale) + shift)
-        out: Tensor = self.head(torch.cat([x.mean((2, 3)), condition], 1)).squeeze(1)
+        out: Tensor = self.head(torch.cat([x.mean((2, 3)), condition], 1))
         return self.reward[0] + self.reward[1] * out
 
 
@@ -128,12 +135,15 @@ def _as_planes(latents: Tensor) -> Tensor:
 
 
 class LearnedValue:
-    """A trained `ValueNet` as a function of solver steps and prompts, and its configuration."""
+    """A trained `ValueNet` as a function Σ_m w_m V_m of solver steps and prompts, and its configuration.
 
-    def __init__(self, net: ValueNet, config: Mapping[str, Any]) -> None:
-        self.net, self.config = net.eval(), config
+    weights  w_m of each head; by default those of the reward that it was trained for
+    """
 
-    @torch.no_grad()
+    def __init__(self, net: ValueNet, config: Mapping[str, Any], weights: Sequence[float] | None = None) -> None:
+        self.net, self.config = net.eval().requires_grad_(False), config
+        self.weights = torch.tensor(weights or config.get("weights", [1.0]))
+
     def __call__(self, solver_step: SolverStep, prompts: Sequence[str]) -> Tensor:
         features, log_ratio = value_features(solver_step)
         if features.shape[1] != len(self.net.mean):
@@ -144,7 +154,7 @@ class LearnedValue:
         self.net.to(features.device)
         ratios = torch.full((len(features),), log_ratio, device=features.device)
         values: Tensor = self.net(features, ratios, [hashed_words(prompt) for prompt in prompts])
-        return values
+        return values @ self.weights.to(values)
 
 
 def model_fingerprint(pipe: Any) -> Tensor:
@@ -178,20 +188,36 @@ def use_of(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     return own | {"scheduler": type(scheduler_of(pipe)).__name__}
 
 
-def check_use(value: Value, path: object, pipe: Any, reward: str, call: Mapping[str, Any]) -> None:
-    """Raise InputError where a learned value predicts another reward than the reward of this name.
+def value_of_reward(value: Value, path: object, reward: str, terms: Mapping[str, float]) -> Value:
+    """Return V = Σ_m w_m V_m of a reward, from the heads of a learned value; any other value is returned unchanged.
 
-    A reward without a name, and steps, guidance or a scheduler unlike those of the training, are logged as a warning.
+    reward  the reward's name: a head of this name is used alone
+    terms   weights w_m by name of the reward's terms (`linear_terms`)
+
+    Raises InputError for a term without a head. Where a name is missing on either side, that is logged as a warning.
     """
     if not isinstance(value, LearnedValue) or "reward" not in value.config:
-        return
-    trained, label = value.config["reward"], "value" if path is value else f"value {path}"
-    if UNNAMED in (trained, reward):
-        warn_once(f"{label}: trained for reward {trained!r}, which cannot be compared with reward {reward!r}")
-    elif trained != reward:
+        return value
+    heads, label = value.config.get("heads", [value.config["reward"]]), "value" if path is value else f"value {path}"
+    terms = {reward: 1.0} if reward in heads else terms
+    trained, unnamed = ", ".join(map(repr, heads)), UNNAMED in terms
+    if len(heads) == len(terms) == 1 and UNNAMED in (heads[0], reward):
+        terms, unnamed = {heads[0]: next(iter(terms.values()))}, True
+    elif missing := [name for name in terms if name not in heads]:
+        kind = "trained for reward" if len(heads) == 1 else "has heads for the rewards"
         raise InputError(
-            f"{label}: trained for reward {trained!r}, got reward {reward!r}: train one for it by `steer value train`"
+            f"{label}: {kind} {trained}, got reward {missing[0]!r}: train one for it by `steer value train`"
         )
+    if unnamed:
+        warn_once(f"{label}: trained for reward {trained}, which cannot be compared with reward {reward!r}")
+    return LearnedValue(value.net, value.config, [terms.get(name, 0.0) for name in heads])
+
+
+def check_use(value: Value, path: object, pipe: Any, call: Mapping[str, Any]) -> None:
+    """Log a warning where steps, guidance or the scheduler of a call are unlike those of a learned value's training."""
+    if not isinstance(value, LearnedValue):
+        return
+    label = "value" if path is value else f"value {path}"
     before, now = value.config.get("use") or value.config.get("call") or {}, use_of(pipe, call)
     if other := [name for name, one in now.items() if before.get(name) not in (None, one)]:
         shown = ", ".join(f"{name} {before[name]}, got {now[name]}" for name in other)
@@ -227,15 +253,21 @@ def load_value(value: Any, pipe: Any) -> Value:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         verify_checksums(folder / CONFIG, folder / WEIGHTS)
         state = load_file(folder / WEIGHTS)
-        channels, width = int(config["channels"]), int(config["width"])
+        channels, width, heads = int(config["channels"]), int(config["width"]), len(config.get("heads", [""]))
+        version = config.get("version", 1)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"value {folder}: no learned value ({' '.join(str(error).split())[:120]})") from error
+    if version not in (1, VERSION):
+        raise InputError(f"value {folder}: {CONFIG} has version {version!r:.20}, not 1 or {VERSION}: update steer")
     if not (1 <= channels <= MAX_WIDTH and 1 <= width <= MAX_WIDTH):
         raise InputError(f"value {folder}: channels {channels} and width {width} are out of range")
     check_model(state.pop(FINGERPRINT, torch.zeros(0)), pipe, folder)
-    net = ValueNet(channels, width)
+    net = ValueNet(channels, width, heads)
     try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
+        net.load_state_dict(state | {"reward": state["reward"].view(2, -1)})  # version 1: (2,)
+        learned = LearnedValue(net, config)
+        if len(learned.weights) != heads:
+            raise ValueError("a head has no weight")
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"value {folder}: weights do not fit {CONFIG}; restore it from a copy") from error
-    return LearnedValue(net, config)
+    return learned
