@@ -410,7 +410,7 @@ class ValueConfig(Settings):
     batch_size     latents of one optimiser step
     learning_rate  step size of AdamW
     width          channels of the first convolution
-    held_out       share of the rollouts (the last ones) held out to measure R² by step
+    held_out       share of the rollouts (the last ones) held out: half choose the best weights, half measure R² by step
     seed           random seed of the rollouts and the training
     """
 

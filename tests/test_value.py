@@ -1,5 +1,6 @@
 """Learned values: against the closed form of a Gaussian chain, their cost, and the models that they fit."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -20,7 +21,8 @@ from steer import FKSteeringPipeline, InputError, RacingPipeline, SelectionPipel
 from steer.arguments import IMAGES_PER_PROMPT
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.diffusion.value import hashed_words, load_value, model_fingerprint, warn_once
-from steer.pipelines.training.value import ValueConfig, held_out_r2, rollout_prompts
+from steer.pipelines.training.value import Runs, ValueConfig, fit, rollout_prompts
+from steer.training.supervised import read_state
 
 STEPS, K = 5, 4
 CALL = {name: value for name, value in call_kwargs("sd", K, STEPS).items() if name not in IMAGES_PER_PROMPT}
@@ -207,10 +209,39 @@ def test_r2_is_one_minus_the_share_of_the_variance() -> None:
     features = torch.tensor([[0.0, 1.0, 2.0, 3.0], [5.0, 5.0, 5.0, 9.0]]).T.view(1, 4, 2, 1, 1)
     rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0], [5.0, 5.0, 5.0, 9.0]]).T
     spread = (rewards[:, 0] - 1.75).square().sum()
-    assert held_out_r2(net, features, torch.zeros(1), rewards, ["a"] * 4) == [  # type: ignore[arg-type]
-        [pytest.approx(float(1 - 1 / spread), abs=1e-4)],
-        [1.0],
-    ]
+    runs = Runs(features, torch.zeros(1), rewards, [hashed_words("a")] * 4)
+    assert runs.unexplained(net).tolist() == [[pytest.approx(float(1 / spread))], [0.0]]  # type: ignore[arg-type]
+
+
+def planted_runs(count: int, noise: float) -> Runs:
+    """Runs of two steps; the reward is the mean of x̂0 in one channel, and noise that the prompts tell apart."""
+    features = torch.randn(2, count, 2, 4, 4, generator=seeded(3))
+    rewards = features[1, :, 1].mean((1, 2))[:, None] + noise * torch.randn(count, 1, generator=seeded(4))
+    return Runs(features, torch.tensor([1.0, -1.0]), rewards, [hashed_words(f"{n} {n}") for n in range(count)])
+
+
+def test_the_weights_are_those_of_the_least_held_out_error(tmp_path: Path) -> None:
+    train, choose, measure = planted_runs(128, noise=1.0).split(64, 96)
+    config = ValueConfig(rollouts=64, updates=400, batch_size=32, width=8, learning_rate=3e-3)
+    net, updates = fit(train, choose, config, tmp_path)
+    assert updates < 400 and updates % 10 == 0
+    last = load_last(tmp_path, net)
+    assert float(train.unexplained(last).mean()) < 0.5 * float(train.unexplained(net).mean())  # known by heart
+    for held_out in (choose, measure):
+        assert float(held_out.unexplained(net).mean()) < float(held_out.unexplained(last).mean())
+
+
+def load_last(folder: Path, net: Any) -> Any:
+    """The network after all updates."""
+    last = copy.deepcopy(net)
+    last.load_state_dict(read_state(folder / "state.pt", torch.device("cpu"))["states"][0])
+    return last
+
+
+def test_a_diverged_training_is_one_line(tmp_path: Path) -> None:
+    train, choose = planted_runs(32, noise=float("nan")).split(16)
+    with pytest.raises(InputError, match="the value has no finite error: lower --learning-rate"):
+        fit(train, choose, ValueConfig(rollouts=16, updates=2, batch_size=8, width=8), tmp_path)
 
 
 def test_the_command_trains_a_value_that_steering_and_foresight_read(steer: Steer, tmp_path: Path) -> None:

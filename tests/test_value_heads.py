@@ -35,7 +35,7 @@ def weighted(total: float, first: float) -> Reward:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The value of two rewards of the chain."""
     out = tmp_path_factory.mktemp("value")
-    config = ValueConfig(rollouts=1024, num_particles=128, updates=250, batch_size=64, width=8, learning_rate=5e-3)
+    config = ValueConfig(rollouts=1024, num_particles=128, updates=300, batch_size=64, width=8, learning_rate=5e-3)
     train_value(GaussianPipeline(), weighted(1.0, 0.5), ["", "a"], out, config, CALL)
     return out
 

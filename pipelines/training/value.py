@@ -1,8 +1,11 @@
 """Training of a learned value on runs of the pipeline itself: latents of all steps, and rewards of the final images."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
 from steer.diffusion.step_hooks import SolverStep
@@ -34,6 +37,7 @@ from steer.rewards.parser import load_reward
 from steer.training.supervised import TrainingRun, batch_at
 
 PROMPTS_PER_CALL = 8
+EVALUATIONS = 40  # of the held-out runs in a training
 RUN, ROLLOUTS = "run.json", "rollouts"
 Shard = Mapping[str, Tensor]
 
@@ -71,14 +75,17 @@ def train_value(
                 save_file(_rollout(pipe, reward, heads, some, config, number, call), new)
         shards.append(_read_shard(path))
     texts = [prompts[place] for places in numbers for place in places for _ in range(config.num_particles)]
-    features, ratios = torch.cat([one["features"] for one in shards], 1), shards[0]["log_ratio"]
-    rewards = torch.cat([one["rewards"] for one in shards])
-    first_held_out = len(rewards) - max(round(config.held_out * len(rewards)), 2)
-    net = fit(features[:, :first_held_out], ratios, rewards[:first_held_out], texts[:first_held_out], config, out)
-    r2 = held_out_r2(net, features[:, first_held_out:], ratios, rewards[first_held_out:], texts[first_held_out:])
+    features, rewards = (
+        torch.cat([one[name] for one in shards], dim) for name, dim in (("features", 1), ("rewards", 0))
+    )
+    runs = Runs(features, shards[0]["log_ratio"], rewards, [hashed_words(text) for text in texts])
+    held_out = max(round(config.held_out * len(rewards)), 4)
+    train, choose, measure = runs.split(len(rewards) - held_out, len(rewards) - held_out // 2)
+    net, updates = fit(train, choose, config, out)
+    r2 = [[round(one, 4) for one in numbers] for numbers in (1 - measure.unexplained(net)).tolist()]
     entries = {"version": VERSION, "reward": reward.name, "heads": list(heads)}
     entries |= {"weights": [term.weight for term in heads.values()], "r2": dict(zip(heads, r2, strict=True))}
-    entries |= {"channels": features.shape[2], "width": config.width, "rollouts": len(rewards)}
+    entries |= {"channels": features.shape[2], "width": config.width, "rollouts": len(rewards), "updates": updates}
     entries |= {"call": call, "use": use_of(pipe, call)}
     value = LearnedValue(net, dict(about or {}) | entries)
     save_value(out, value, model_fingerprint(pipe))
@@ -153,15 +160,71 @@ def _read_shard(path: Path) -> Shard:
         raise InputError(f"{path} is corrupt; delete it, and run the command again") from error
 
 
-def fit(
-    features: Tensor, ratios: Tensor, rewards: Tensor, texts: Sequence[str], config: ValueConfig, folder: Path
-) -> ValueNet:
-    """Fit a network by least squares on random steps and rollouts.
+@dataclass(frozen=True)
+class Runs:
+    """Runs of a pipeline: inputs of the network at all steps, and the rewards of the finished images.
 
     features  (T, N, 2C, H, W) of `value_features`, with log(σ/α) of each step as ratios (T,)
-    rewards   (N, H) of the images, with their prompts as texts
-    folder    folder of the state of the training
+    rewards   (N, H), with the words of each prompt (`hashed_words`)
     """
+
+    features: Tensor
+    ratios: Tensor
+    rewards: Tensor
+    words: Sequence[Tensor]
+
+    def split(self, *places: int) -> list["Runs"]:
+        """Return the parts between consecutive places."""
+        ends = [0, *places, len(self.rewards)]
+        return [
+            Runs(self.features[:, low:high], self.ratios, self.rewards[low:high], self.words[low:high])
+            for low, high in itertools.pairwise(ends)
+        ]
+
+    @torch.no_grad()
+    def unexplained(self, net: ValueNet) -> Tensor:
+        """Return 1 − R² = Σ(V − r)²/Σ(r − r̄)² by head and step (H, T)."""
+        spread = (self.rewards - self.rewards.mean(0)).square().sum(0).clamp(min=1e-12)
+        residuals = [
+            (net(planes.float(), ratio.expand(len(planes)), self.words) - self.rewards).square().sum(0)
+            for planes, ratio in zip(self.features, self.ratios, strict=True)
+        ]
+        return (torch.stack(residuals, 1) / spread[:, None]).double()
+
+
+class BestWeights:
+    """The weights of the least 1 − R² on held-out runs, looked at every few updates (early stopping).
+
+    A few thousand images are soon known by heart, above all where the reward is about what a prompt asks for.
+    """
+
+    def __init__(self, net: ValueNet, held_out: Runs, every: int) -> None:
+        self.net, self.held_out, self.every = net, held_out, every
+        self.updates, self.least, self.best, self.weights = 0, math.inf, 0, dict[str, Tensor]()
+
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Count an update, and keep its weights where they are the best so far."""
+        self.updates += 1
+        if self.updates % self.every == 0:
+            error = float(self.held_out.unexplained(self.net).mean())
+            if error < self.least:
+                self.least, self.best = error, self.updates
+                self.weights = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("updates", "least", "best", "weights")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def fit(train: Runs, choose: Runs, config: ValueConfig, folder: Path) -> tuple[ValueNet, int]:
+    """Fit a network by least squares on random steps and runs.
+
+    Return it with the weights that are best on the runs `choose`, and the number of their updates; `folder` holds the
+    state of the training.
+    """
+    features, rewards = train.features, train.rewards
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = ValueNet(features.shape[2], config.width, rewards.shape[1])
@@ -169,30 +232,18 @@ def fit(
     net.mean.copy_(sample.mean((0, 2, 3))[:, None, None])
     net.std.copy_(sample.std((0, 2, 3))[:, None, None].clamp(min=1e-6))
     net.reward.copy_(torch.stack([rewards.mean(0), rewards.std(0).clamp(min=1e-6)]))
-    words = [hashed_words(text) for text in texts]
     steps, count = features.shape[:2]
 
     def loss_at(step: int) -> Tensor:
         rows = batch_at(step, config.batch_size, steps * count, config.seed)
         at, which = rows // count, rows % count
-        values = net(features[at, which].float(), ratios[at], [words[one] for one in which])
+        values = net(features[at, which].float(), train.ratios[at], [train.words[one] for one in which])
         return ((values - rewards[which]) / net.reward[1]).square().mean()
 
+    best = BestWeights(net, choose, max(config.updates // EVALUATIONS, 1))
     run = TrainingRun(folder, config.updates, config.learning_rate, warmup=min(100, config.updates))
-    run.train([net], loss_at)
-    return net.eval()
-
-
-@torch.no_grad()
-def held_out_r2(
-    net: ValueNet, features: Tensor, ratios: Tensor, rewards: Tensor, texts: Sequence[str]
-) -> list[list[float]]:
-    """Return R² = 1 − Σ(V − r)²/Σ(r − r̄)² by head and step on held-out rollouts; arguments as in `fit`."""
-    words = [hashed_words(text) for text in texts]
-    spread = (rewards - rewards.mean(0)).square().sum(0).clamp(min=1e-12)
-    residuals = [
-        (net(planes.float(), ratio.expand(len(planes)), words) - rewards).square().sum(0)
-        for planes, ratio in zip(features, ratios, strict=True)
-    ]
-    by_head: list[list[float]] = (1 - torch.stack(residuals, 1) / spread[:, None]).double().tolist()
-    return [[round(one, 4) for one in numbers] for numbers in by_head]
+    run.train([net], loss_at, best)
+    if not best.weights:
+        raise InputError(f"the value has no finite error: lower --learning-rate, {config.learning_rate:g}")
+    net.load_state_dict(best.weights)
+    return net.eval(), best.best
