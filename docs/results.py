@@ -289,7 +289,7 @@ def family(one: Json) -> str:
 
 FIGURES: dict[str, tuple[Callable[[Json, Path], None], str]] = {
     "search.png": (draw_search, "studies/search.json"),
-    "foresight.png": (foresight.draw, "foresight-lookahead.json"),
+    "foresight.png": (foresight.draw, "studies/foresight.json"),
     "finetuning-methods.png": (draw_finetuning_curves, "studies/finetuning-methods.json"),
 }
 

@@ -131,7 +131,7 @@ def table(figures: Foresight) -> str:
 
 def draw(figures: Foresight, path: Path) -> None:
     """Draw the agreement by step, one line for each look-ahead."""
-    figure = Figure(figsize=(6, 4), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(7.2, 4), dpi=DPI, layout="constrained")
     axes, count = figure.subplots(), len(figures["agreement"])
     for place, (name, values) in enumerate(figures["agreement"].items()):
         means, low, high = np.array(values).T
@@ -144,7 +144,7 @@ def draw(figures: Foresight, path: Path) -> None:
     axes.set_xlabel("solver step, from 0", color=INK, size=8)
     set_title(axes, f"pairs of images ranked as at the end, {figures['prompts']} prompts")
     style_axes(axes)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     save_figure(figure, path)
 
 
