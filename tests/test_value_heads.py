@@ -167,31 +167,17 @@ def test_one_head_is_no_value_of_a_weighted_reward_without_a_name(tmp_path: Path
 # Folders of other versions
 
 
-def rewrite(folder: Path, config: dict[str, Any], change: Any = lambda state: state) -> None:
-    state = change(load_file(folder / "value.safetensors"))
+def rewrite(folder: Path, config: dict[str, Any]) -> None:
+    state = load_file(folder / "value.safetensors")
     with atomic_write_with_checksums(folder, ("value.safetensors", "value.json")) as new:
         save_file(state, new["value.safetensors"])
         new["value.json"].write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", ["total", "total + first:0.5"], ids=["one", "sum"])
-def test_folders_of_the_first_version_have_one_head(tmp_path: Path, name: str) -> None:
-    """Also that of a sum: it belongs to this very sum alone."""
-    value = train_value(GaussianPipeline(), TOTAL, ["a"], tmp_path, SMALL, CALL)
-    before = rewards_on_the_way(tmp_path, TOTAL)
-    first = {key: one for key, one in value.config.items() if key not in ("version", "heads", "weights")}
-    first |= {"reward": name, "r2": value.config["r2"]["total"][:-1]}
-    rewrite(tmp_path, first, lambda state: state | {"reward": state["reward"].flatten()})
-    own, other = (TOTAL, weighted(1.0, 0.5)) if name == "total" else (weighted(1.0, 0.5), TOTAL)
-    assert torch.equal(rewards_on_the_way(tmp_path, own), before)
-    with pytest.raises(InputError, match="trained for reward"):
-        rewards_on_the_way(tmp_path, other)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 3}, "value.json has version 3, not 1 or 2: update steer"),
+        ({"version": 3}, "value.json has version 3, not 2: train it again"),
         ({"heads": ["total", "first"]}, "weights do not fit value.json"),
         ({"weights": ["a"]}, "weights do not fit value.json"),
         ({"weights": [1.0, 2.0]}, "weights do not fit value.json"),

@@ -37,7 +37,7 @@ from steer.files import atomic_write_with_checksums, verify_checksums
 Value = Callable[[SolverStep, Sequence[str]], Tensor]  # a step and the prompt of each row → values (N,)
 
 CONFIG, WEIGHTS = "value.json", "value.safetensors"
-VERSION = 2  # of value.json; 1, without this entry: one head, that of its reward
+VERSION = 2  # of value.json
 FINGERPRINT = "model_fingerprint"  # tensor stored beside the weights
 MAX_FINGERPRINT_DISTANCE = 0.01  # relative; casts to half precision change the fingerprint by .002
 SIDE = 32  # elements per side to which larger latents are averaged
@@ -196,9 +196,9 @@ def value_of_reward(value: Value, path: object, reward: str, terms: Mapping[str,
 
     Raises InputError for a term without a head. Where a name is missing on either side, that is logged as a warning.
     """
-    if not isinstance(value, LearnedValue) or "reward" not in value.config:
+    if not isinstance(value, LearnedValue) or "heads" not in value.config:
         return value
-    heads, label = value.config.get("heads", [value.config["reward"]]), "value" if path is value else f"value {path}"
+    heads, label = value.config["heads"], "value" if path is value else f"value {path}"
     terms = {reward: 1.0} if reward in heads else terms
     trained, unnamed = ", ".join(map(repr, heads)), UNNAMED in terms
     if len(heads) == len(terms) == 1 and UNNAMED in (heads[0], reward):
@@ -253,18 +253,18 @@ def load_value(value: Any, pipe: Any) -> Value:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         verify_checksums(folder / CONFIG, folder / WEIGHTS)
         state = load_file(folder / WEIGHTS)
-        channels, width, heads = int(config["channels"]), int(config["width"]), len(config.get("heads", [""]))
-        version = config.get("version", 1)
+        channels, width, heads = int(config["channels"]), int(config["width"]), len(config["heads"])
+        version = config["version"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"value {folder}: no learned value ({' '.join(str(error).split())[:120]})") from error
-    if version not in (1, VERSION):
-        raise InputError(f"value {folder}: {CONFIG} has version {version!r:.20}, not 1 or {VERSION}: update steer")
+    if version != VERSION:
+        raise InputError(f"value {folder}: {CONFIG} has version {version!r:.20}, not {VERSION}: train it again")
     if not (1 <= channels <= MAX_WIDTH and 1 <= width <= MAX_WIDTH):
         raise InputError(f"value {folder}: channels {channels} and width {width} are out of range")
     check_model(state.pop(FINGERPRINT, torch.zeros(0)), pipe, folder)
     net = ValueNet(channels, width, heads)
     try:
-        net.load_state_dict(state | {"reward": state["reward"].view(2, -1)})  # version 1: (2,)
+        net.load_state_dict(state)
         learned = LearnedValue(net, config)
         if len(learned.weights) != heads:
             raise ValueError("a head has no weight")
