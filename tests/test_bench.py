@@ -122,6 +122,20 @@ def test_steering_calls_what_is_said_of_it(subject: Subject) -> None:
     assert ours.rows["decoder"] == PARTICLES * (READS + 1)
 
 
+def test_a_look_ahead_of_three_steps_has_two_more_evaluations(subject: Subject) -> None:
+    _, steered, plain, _ = measured("fk_by_lookahead_over_plain_batch", subject)
+    assert plain.rows["denoiser"] == 2 * PARTICLES * STEPS
+    assert 0 < steered.rows["denoiser"] - plain.rows["denoiser"] <= 2 * PARTICLES * 2 * READS  # fewer near the end
+
+
+def test_a_race_has_no_more_evaluations_than_best_of_n(subject: Subject) -> None:
+    large = replace(subject, size=6)
+    _, race, best, _ = measured("race_over_best_of_n", large)
+    assert best.rows["denoiser"] == 2 * 6 * STEPS and best.rows["reward"] == 6
+    assert 2 * 6 * STEPS / 2 < race.rows["denoiser"] <= best.rows["denoiser"]
+    assert race.rows["reward"] > 2
+
+
 def test_denoising_decodes_nothing_and_calls_the_denoiser_as_often(subject: Subject) -> None:
     _, steered, plain, check = measured("fk_over_plain_batch", subject)
     assert steered.rows["denoiser"] == plain.rows["denoiser"] == 2 * PARTICLES * STEPS

@@ -37,7 +37,9 @@ from steer.errors import InputError
 from steer.noise import Nesterov, Search
 from steer.pipelines.fk_steering import FKSteeringPipeline
 from steer.pipelines.particle_batch import ParticleBatch, as_type
+from steer.pipelines.racing import RacingPipeline
 from steer.pipelines.reno import Ascent, Backprop
+from steer.pipelines.selection import BestOfNPipeline
 from steer.registry import choose
 from steer.smc.particles import FeynmanKac
 from steer.training.gradient import Batch, two_pass_gradient
@@ -290,6 +292,28 @@ def learned_value(subject: Subject) -> Iterator[PreparedComparison]:
 
 
 @contextmanager
+def look_ahead(subject: Subject) -> Iterator[PreparedComparison]:
+    """Compare steering by a look-ahead of three solver steps against the plain batch."""
+    yield _over_plain(subject, lookahead=3)
+
+
+@contextmanager
+def race(subject: Subject) -> Iterator[PreparedComparison]:
+    """Compare a race against best-of-n, at most as many denoiser evaluations in both; both decode to PIL."""
+    reward, call = subject.judge(), subject.call | {"output_type": "pt"}
+
+    def search(pipeline: type[RacingPipeline] | type[BestOfNPipeline], **options: Any) -> Any:
+        given = call | options | {"generator": subject.generator()}
+        return as_type(pipeline(subject.pipe, reward)(list(subject.prompts), **given).images, "pil")
+
+    yield PreparedComparison(
+        Variant("race", partial(search, RacingPipeline, budget=subject.size * subject.steps)),
+        Variant("best-of-n", partial(search, BestOfNPipeline, num_particles=subject.size)),
+        subject.images,
+    )
+
+
+@contextmanager
 def async_rewards(subject: Subject) -> Iterator[PreparedComparison]:
     """Compare steering that waits for its rewards against asynchronous rewards."""
     reward = subject.judge()
@@ -393,6 +417,10 @@ COMPARISONS: Mapping[str, Comparison] = {
         "the whole: FK by a learned value, rewards of the finished images alone / the plain pipeline's batch",
         learned_value,
     ),
+    "fk_by_lookahead_over_plain_batch": Comparison(
+        "the whole: FK by a look-ahead of three steps / the plain pipeline's batch", look_ahead
+    ),
+    "race_over_best_of_n": Comparison("the whole: a race / best-of-n with as many denoiser evaluations", race),
     "fk_in_turn_over_overlapped": Comparison(
         "the whole: previews and rewards before the next denoiser call / asynchronous rewards",
         async_rewards,
