@@ -139,9 +139,9 @@ def agreement(figures: Json) -> str:
     return foresight.table(figures)
 
 
-def curves(figures: Json, goal: str | None = None) -> str:
-    """Tabulate a finetuning-curves.json, with the seconds to the end of its first run, or of another such file's."""
-    return curves_table(figures, None if goal is None else json.loads((DOCS / goal).read_text()))
+def curves(figures: Json, reached: bool = True) -> str:
+    """Tabulate a finetuning-curves.json; `reached`: with the seconds of each run to the end of the first."""
+    return curves_table(figures, reached)
 
 
 def ratios(report: Json) -> str:

@@ -57,23 +57,29 @@ def test_intervals_and_first_times_by_hand() -> None:
     assert first_reaching(grid, values, 0.0) == 0.0
 
 
-def test_the_table_tells_when_each_run_reaches_the_first_ones_end_or_another_studys() -> None:
+def test_the_table_tells_when_each_run_reaches_the_end_of_the_first() -> None:
     def run(*by_seed: list[float]) -> dict[str, Any]:
         flat = [[0.0] * 3, [-0.1] * 3, [-0.4] * 3]
         mean = [[value] * 3 for value in np.mean(by_seed, 0)]
         return {"trained": mean, "hold_out": flat, "kl": flat, "images": flat, "trained_by_seed": by_seed}
 
-    figures = {"reward": "r", "hold_out": "h", "seconds": [0.0, 10.0, 20.0]}
-    figures["runs"] = {"slow": run([0, 0.5, 1.0], [0, 0.5, 1.0]), "fast": run([0, 1.0, 2.0], [0, 2.0, 4.0])}
-    slow, fast = (line.split(" | ")[-2:] for line in curves_table(figures).splitlines()[2:])
-    assert slow == ["20 (20 to 20)", "-0.400 |"] and fast == [
-        "7 (5 to 10)",
-        "-0.067 |",
-    ]  # 1 of 1.5 each 10 s; of 2; of 1
-    goal = {"reward": "r", "hold_out": "h", "seconds": [0.0, 900.0], "runs": {"long": run([0, 3.0])}}
-    slow, fast = (line.split(" | ")[-2:] for line in curves_table(figures, goal).splitlines()[2:])
-    assert slow == ["–", "– |"] and fast == ["20 (15 to –)", "-0.400 |"]  # one of its seeds ends at 2
-    assert "seconds to +3.000, as long after 900" in curves_table(figures, goal).splitlines()[0]
+    figures = {"reward": "r", "hold_out": "h", "seconds": [0.0, 10.0, 20.0], "seeds": 2}
+    runs = {"slow": run([0, 0.5, 1.0], [0, 0.5, 1.0]), "fast": run([0, 1.0, 2.0], [0, 2.0, 4.0])}
+    figures["runs"] = runs | {"one": run([0, 0.2, 0.5], [0, 1.0, 2.0]), "low": run([0, 0.1, 0.2], [0, 0.1, 0.2])}
+    head, _, *rows = curves_table(figures).splitlines()
+    slow, fast, one, low = (line.split(" | ")[-2:] for line in rows)
+    assert "seconds to +1.000, as slow after 20" in head
+    assert slow == ["20 (20 to 20)", "-0.400 |"]
+    assert fast == ["7 (5 to 10)", "-0.067 |"]  # 1 of 1.5 each 10 s; of 2; of 1
+    assert one == ["16 (10 to –)", "-0.285 |"] and low == ["–", "– |"]  # a seed of "one" ends at 0.5
+
+
+def test_the_table_of_one_seed_has_no_intervals() -> None:
+    one = {"trained": [[0.0] * 3, [1.5] * 3], "hold_out": [[0.0] * 3, [-0.25] * 3]}
+    one |= {"kl": [[0.0] * 3, [9.0] * 3], "images": [[0.0] * 3, [640.0] * 3]}
+    figures = {"reward": "r", "hold_out": "h", "seconds": [0.0, 10.0], "seeds": 1, "runs": {"a": one}}
+    lines = curves_table(figures, reached=False).splitlines()
+    assert lines[0] == "| run | r | h | √KL, √nats | images |" and lines[2] == "| a | +1.500 | -0.250 | 3.0 | 640 |"
 
 
 @pytest.mark.hard

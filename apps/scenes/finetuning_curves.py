@@ -117,22 +117,23 @@ def first_reaching(grid: Numbers, values: Numbers, level: float) -> float | None
     return float(grid[place - 1] + share * (grid[place] - grid[place - 1]))
 
 
-def curves_table(figures: Figures, goal: Figures | None = None) -> str:
-    """Write the ends of all runs as a table of Markdown, and when each reaches the mean end of the first run of `goal`.
+def curves_table(figures: Figures, reached: bool = True) -> str:
+    """Write the ends of all runs as a table of Markdown, and when each reaches the mean end of the first one.
 
-    goal  other figures; None: these
+    reached  whether to write the latter
     """
-    goal = goal or figures
-    (first, run), hold_out = next(iter(goal["runs"].items())), figures["hold_out"]
+    (first, run), hold_out = next(iter(figures["runs"].items())), figures["hold_out"]
     level = run["trained"][-1][0]
-    reaching = f"seconds to {level:+.3f}, as {first} after {goal['seconds'][-1]:.0f}"
-    names = f"{figures['reward']} | {hold_out} | √KL, √nats | images | {reaching} | {hold_out} at that time"
-    lines = [f"| run | {names} |", "|" + "---|" * 7]
+    names = ["run", figures["reward"], hold_out, "√KL, √nats", "images"]
+    if reached:
+        names += [f"seconds to {level:+.3f}, as {first} after {figures['seconds'][-1]:.0f}", f"{hold_out} at that time"]
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for name, one in figures["runs"].items():
         ends = one["trained"][-1], one["hold_out"][-1]
-        gains = [f"{mean:+.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in ends]
+        interval = "{0:+.3f} [{1:.3f}, {2:.3f}]" if figures["seeds"] > 1 else "{0:+.3f}"
         root, images = max(one["kl"][-1][0], 0) ** 0.5, one["images"][-1][0]
-        cells = [name, *gains, f"{root:.1f}", f"{images:.0f}", *_reached(figures["seconds"], one, level)]
+        cells = [name, *(interval.format(*end) for end in ends), f"{root:.1f}", f"{images:.0f}"]
+        cells += _reached(figures["seconds"], one, level) if reached else []
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
