@@ -34,7 +34,8 @@ def read(path: Path) -> tuple[click.Context, list[PreparedContender]]:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_is_accepted_by_the_evaluation(path: Path) -> None:
     context, prepared = read(path)
-    assert context.params["rewards"] == ("scene-soft", "scene", RIGHT)
+    steers = "aesthetic:scenes" if path.stem == "values" else "scene-soft"
+    assert context.params["rewards"] == (steers, "scene", RIGHT)
     assert context.params["batch"] == (1 if path.stem == "search-seconds" else 32)  # one prompt in a call, or several
     assert len({one.contender.name for one in prepared}) == len(prepared) > 2
     steps = {"reno": {1, 2, 4, 20}, "accuracy": {1, 2, 4, 10, 20, 50}}
