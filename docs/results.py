@@ -291,6 +291,7 @@ FIGURES: dict[str, tuple[Callable[[Json, Path], None], str]] = {
     "search.png": (draw_search, "studies/search.json"),
     "foresight.png": (foresight.draw, "studies/foresight.json"),
     "finetuning-methods.png": (draw_finetuning_curves, "studies/finetuning-methods.json"),
+    "finetuning-guards.png": (draw_finetuning_curves, "studies/finetuning-guards.json"),
 }
 
 
