@@ -32,8 +32,8 @@ def test_every_run_of_the_plans_is_a_configuration_that_differs_in_its_method_or
     guards = {name: read_run(run, tmp_path) for name, run in GUARDS.items()}
     plain = guards["unguarded"].plain()
     changed = {n: {k for k, v in one.plain().items() if v != plain.get(k)} for n, one in guards.items()}
-    assert changed["kl"] == {"kl_weight", "kl_target_nats"} and changed["multiplier"] == {"constraints", "dual_rate"}
-    assert changed["filter"] == {"sample_filter", "filter_keep"}
+    assert changed["kl-target"] == {"kl_weight", "kl_target_nats"} and changed["kl-weight"] == {"kl_weight"}
+    assert changed["kl-budget"] == {"kl_budget_nats"} and changed["multiplier"] == {"constraints", "dual_rate"}
     assert changed["early-stopping"] == {"early_stopping_patience"}
     assert guards["backprop-slope"].plain() == guards["backprop"].plain() | {"max_slope": 3.0}
 

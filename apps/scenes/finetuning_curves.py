@@ -23,7 +23,7 @@ EVALUATIONS = 8  # of a run, evenly spaced in seconds, beside the first one
 PAIRS = 2000  # for runs with `preferences: pairs`
 HOLD_OUT = "scene"
 COLOURS, MARKERS = color_sequences["tab10"], "os^vDPX*"
-LINEAR, KL_TICKS = 10, (0, 5, 10, 20, 50, 100)  # of the axis of √KL
+LINEAR, KL_TICKS = 10, (0, 5, 10, 20, 50, 100, 200)  # of the axis of √KL
 Figures = dict[str, Any]
 
 
@@ -161,7 +161,8 @@ def draw_finetuning_curves(figures: Figures, path: Path) -> None:
             axes.plot(x, mean, color=colour, lw=1.5, marker=marker, ms=4, label=name)
             axes.fill_between(x, low, high, color=colour, alpha=0.08, lw=0)
     right.set_xscale("symlog", linthresh=LINEAR)
-    right.set_xticks(KL_TICKS, [f"{one}" for one in KL_TICKS])
+    ticks = [one for one in KL_TICKS if one <= right.get_xlim()[1]]
+    right.set_xticks(ticks, [f"{one}" for one in ticks])
     titles = {left: f"{figures['reward']}, trained", right: f"{figures['hold_out']}, held out"}
     for axes, label in ((left, "seconds of updates"), (right, "√KL from the base model, √nats")):
         axes.axhline(0, color=FAINT, lw=0.9)
