@@ -83,16 +83,16 @@ def run(
 ) -> list[Any]:
     """All that a training says, until an event at which it is stopped."""
     ticket = studio.worker.submit(training(asked, folder, studio, resume))
-    told = []
+    events = []
     for event in ticket.events():
-        told.append(event)
+        events.append(event)
         if stop(event):
             ticket.stop()
-    return told
+    return events
 
 
-def of(kind: type, told: list[Any]) -> list[Any]:
-    return [event for event in told if isinstance(event, kind)]
+def of(kind: type, events: list[Any]) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
 
 
 def plain(records: Any) -> list[dict[str, Any]]:
@@ -118,20 +118,20 @@ def until(true: Callable[[], object], seconds: float = 30.0) -> None:
 
 
 def test_a_run_is_told_update_by_update_and_ends_with_weights(straight: tuple[list[Any], Path]) -> None:
-    told, folder = straight
-    kinds = [type(event) for event in told if not isinstance(event, Waiting)]
+    events, folder = straight
+    kinds = [type(event) for event in events if not isinstance(event, Waiting)]
     assert kinds == [Loading, Evaluation, Update, Update, Update, Evaluation, Trained]
-    assert [event.record["step"] for event in of(Update, told)] == [1, 2, 3]
-    assert [event.record["step"] for event in of(Evaluation, told)] == [0, 3]
-    (trained,) = of(Trained, told)
+    assert [event.record["step"] for event in of(Update, events)] == [1, 2, 3]
+    assert [event.record["step"] for event in of(Evaluation, events)] == [0, 3]
+    (trained,) = of(Trained, events)
     assert trained.result.step == 3 and trained.result.stopped is None
     assert [list(records) for records in (trained.result.records, trained.result.evaluations)] == [*records_of(folder)]
     assert any(value.abs().max() > 0 for name, value in tensors(trained.weights.folder).items() if "lora_B" in name)
 
 
 def test_the_weights_give_a_fresh_model_the_last_evaluation(studio: Studio, straight: tuple[list[Any], Path]) -> None:
-    told, folder = straight
-    (trained,), last = of(Trained, told), of(Evaluation, told)[-1].record
+    events, folder = straight
+    (trained,), last = of(Trained, events), of(Evaluation, events)[-1].record
     assert trained.weights == Weights(
         "scenes", folder / "final-3", "scenes, D3PO on brightness, 3 updates", "brightness", steps=3, guidance=1.0
     )
@@ -143,7 +143,7 @@ def test_the_weights_give_a_fresh_model_the_last_evaluation(studio: Studio, stra
         found = evaluator.evaluate(pipe, config, 3, {"unet": pipe.unet}, lambda: None, SINGLE_PROCESS).record()
     for name in ("brightness", "aesthetic:scenes"):
         assert found[f"eval/{name}"] == pytest.approx(last[f"eval/{name}"], abs=1e-4)
-    first = of(Evaluation, told)[0].record
+    first = of(Evaluation, events)[0].record
     assert found["eval/brightness"] != pytest.approx(first["eval/brightness"], abs=1e-4), "it learnt something"
 
 
@@ -172,12 +172,12 @@ def test_a_run_that_was_stopped_twice_and_finished_early_goes_on_to_the_same_wei
     (here,) = of(Trained, run(studio, replace(ASKED, updates=made), folder, resume=True))
     assert here.result.weights_step == made and here.weights.folder.name == f"final-{made}"
     lent = tensors(here.weights.folder)
-    told = run(studio, ASKED, folder, resume=True)
-    (trained,), (whole,) = of(Trained, told), of(Trained, straight[0])
+    events = run(studio, ASKED, folder, resume=True)
+    (trained,), (whole,) = of(Trained, events), of(Trained, straight[0])
     assert plain(trained.result.records) == plain(whole.result.records)
     assert [one for one in trained.result.evaluations if one["step"] != made] == [*whole.result.evaluations]
     assert same(tensors(trained.weights.folder), tensors(whole.weights.folder))
-    assert [event.record["step"] for event in of(Update, told)] == [*range(made + 1, 4)]
+    assert [event.record["step"] for event in of(Update, events)] == [*range(made + 1, 4)]
     assert same(lent, tensors(here.weights.folder)), "what Steer was lent stays as it was"
 
 
@@ -188,11 +188,11 @@ def test_a_stop_acts_within_one_call_of_the_denoiser(studio: Studio, tmp_path: P
     def watched(ticket: Ticket) -> None:
         inner = ticket.check
 
-        def check(*told: Any) -> None:
+        def check(*given: Any) -> None:
             calls.append(ticket.stopped)
             if len(calls) == 20:
                 ticket.stop()
-            inner(*told)
+            inner(*given)
 
         ticket.check = check  # type: ignore[method-assign]
         work(ticket)
@@ -213,8 +213,8 @@ def test_who_leaves_stops_the_run_and_its_checkpoint_stays(studio: Studio, tmp_p
 
 def test_prdp_runs_too_and_only_the_latest_run_keeps_its_checkpoints(studio: Studio, tmp_path: Path) -> None:
     (tmp_path / "run-1" / "checkpoints" / "step-00000001").mkdir(parents=True)
-    told = run(studio, replace(ASKED, method="prdp", updates=2, kl_weight=0.5), tmp_path / "run-2")
-    (trained,) = of(Trained, told)
+    events = run(studio, replace(ASKED, method="prdp", updates=2, kl_weight=0.5), tmp_path / "run-2")
+    (trained,) = of(Trained, events)
     assert trained.weights.label == "scenes, PRDP on brightness, 2 updates"
     assert all(record["kl_weight"] == 0.5 and "error" in record for record in trained.result.records)
     assert not (tmp_path / "run-1" / "checkpoints").exists() and (tmp_path / "run-2" / "checkpoints").exists()
@@ -274,12 +274,12 @@ def asking(monkeypatch: pytest.MonkeyPatch) -> TrainingRequest:
 def answered(studio: Studio, asked: TrainingRequest, folder: Path, answers: list[Any], **options: Any) -> list[Any]:
     """All that a training says; each question is answered by the next function of the ticket."""
     ticket = studio.worker.submit(training(asked, folder, studio, **{"resume": False} | options))
-    told = []
+    events = []
     for event in ticket.events():
-        told.append(event)
+        events.append(event)
         if isinstance(event, Asked):
             answers.pop(0)(ticket)
-    return told
+    return events
 
 
 def yes(ticket: Ticket) -> None:
@@ -294,8 +294,8 @@ def no(ticket: Ticket) -> None:
 def test_stop_keeps_the_best_weights_and_go_on_changes_nothing(
     studio: Studio, straight: tuple[list[Any], Path], asking: TrainingRequest, tmp_path: Path
 ) -> None:
-    told = answered(studio, asking, tmp_path / "run-1", [yes, yes, yes])
-    questions, (whole,), (trained,) = of(Asked, told), of(Trained, straight[0]), of(Trained, told)
+    events = answered(studio, asking, tmp_path / "run-1", [yes, yes, yes])
+    questions, (whole,), (trained,) = of(Asked, events), of(Trained, straight[0]), of(Trained, events)
     assert questions and all(one.question.value > 0 for one in questions)
     assert plain(trained.result.records) == plain(whole.result.records) and trained.result.stopped is None
     (trained,) = of(Trained, answered(studio, asking, tmp_path / "run-2", [no]))
@@ -323,19 +323,19 @@ def test_a_run_that_asks_ends_within_a_second_with_a_checkpoint(
     assert time.monotonic() - start < 1.5 and not of(Trained, list(events))
     assert (folder / f"checkpoints/step-{asked.question.step:08d}").exists() and not (folder / "final").exists()
     if end == "silence":
-        told = answered(studio, asking, folder, [yes] * 3, resume=True)
-        assert of(Asked, told)[0] == asked, "it is asked again"
-        assert of(Trained, told)[0].result.step == 3
+        events = answered(studio, asking, folder, [yes] * 3, resume=True)
+        assert of(Asked, events)[0] == asked, "it is asked again"
+        assert of(Trained, events)[0].result.step == 3
 
 
 def test_the_tab_shows_both_grids_and_passes_the_answer_on(
     studio: Studio, tab: FinetuneTab, asking: TrainingRequest
 ) -> None:
     fields = FIELD_VALUES | {"ask": True, "learning_rate": 0.003, "seed": 3, "held_out": "aesthetic:scenes"}
-    told = {tab.fields[name]: value for name, value in fields.items()}
+    field_values = {tab.fields[name]: value for name, value in fields.items()}
     found: dict[Any, Any] = {}
     shown, last, eve = [], "", visitor("eve")
-    for change in tab.begin(told, eve):
+    for change in tab.begin(field_values, eve):
         if change.get(tab.asking, {}).get("visible") and change[tab.question] != last:
             last = change[tab.question]
             shown.append((change[tab.question], change[tab.status]))
@@ -401,7 +401,7 @@ def test_without_labels_there_is_nothing_to_learn_from(studio: Studio, tmp_path:
 
 
 def test_the_story_says_how_long_it_takes_and_why_it_ended(straight: tuple[list[Any], Path]) -> None:
-    told, folder = straight
+    events, folder = straight
     now = 100.0
     story = TrainingView(4, progress=Progress(clock=lambda: now))
     assert story.after(Waiting(2)) and story.line == "Waiting: 2 runs come first."
@@ -412,7 +412,7 @@ def test_the_story_says_how_long_it_takes_and_why_it_ended(straight: tuple[list[
     assert story.conclusion().startswith("Stopped after 2 of 4 updates. Nothing is lost: Resume continues")
     assert TrainingView(4).conclusion() == "Stopped before the first update."
     whole = TrainingView(3)
-    for event in told:
+    for event in events:
         whole.after(event)
     assert whole.conclusion().startswith("Done: 3 updates in ") and "brightness 0." in whole.conclusion()
     again = TrainingView.of(folder, 3)
@@ -475,8 +475,8 @@ def seen(changes: Iterator[dict[Any, Any]]) -> dict[Any, Any]:
 
 
 def test_a_visitor_trains_goes_on_and_hands_the_weights_to_steer(studio: Studio, tab: FinetuneTab) -> None:
-    told = {tab.fields[name]: value for name, value in (FIELD_VALUES | {"updates": 1}).items()}
-    found = seen(tab.begin(told, visitor("ada")))
+    field_values = {tab.fields[name]: value for name, value in (FIELD_VALUES | {"updates": 1}).items()}
+    found = seen(tab.begin(field_values, visitor("ada")))
     done: Run = found[tab.run]
     assert done.folder == studio.home / "visitors" / "ada" / "finetune" / "run-1" and done.trained is not None
     assert "Done: 1 update in" in found[tab.status] and found[tab.results]["visible"] and found[tab.again]["visible"]
@@ -488,9 +488,9 @@ def test_a_visitor_trains_goes_on_and_hands_the_weights_to_steer(studio: Studio,
 
 
 def test_what_is_refused_is_a_warning_and_leaves_the_run_before_alone(studio: Studio, tab: FinetuneTab) -> None:
-    told = {tab.fields[name]: value for name, value in (FIELD_VALUES | {"reward": f"os:{SCRIPT}"}).items()}
+    field_values = {tab.fields[name]: value for name, value in (FIELD_VALUES | {"reward": f"os:{SCRIPT}"}).items()}
     with pytest.warns(UserWarning, match="&lt;script&gt;"):
-        found = seen(tab.begin(told, visitor("ben")))
+        found = seen(tab.begin(field_values, visitor("ben")))
     assert [*found] == [tab.status] and "<script" not in found[tab.status] and "alert" in found[tab.status]
 
 
