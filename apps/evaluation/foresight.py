@@ -132,15 +132,15 @@ def table(figures: Foresight) -> str:
 def draw(figures: Foresight, path: Path) -> None:
     """Draw the agreement by step, one line for each look-ahead."""
     figure = Figure(figsize=(7.2, 4), dpi=DPI, layout="constrained")
-    axes, count = figure.subplots(), len(figures["agreement"])
+    axes, count, steps = figure.subplots(), len(figures["agreement"]), np.array(figures["steps"])
     for place, (name, values) in enumerate(figures["agreement"].items()):
         means, low, high = np.array(values).T
-        at = np.array(figures["steps"]) + 0.1 * (place - (count - 1) / 2)  # side by side, so that intervals can be read
+        at = steps + 0.01 * np.ptp(steps) * (place - (count - 1) / 2)  # side by side, so that intervals can be read
         color = colormaps[COLORMAP](0.1 + 0.7 * place / max(count - 1, 1))
         bars = np.maximum([means - low, high - means], 0)
         axes.errorbar(at, means, bars, color=color, lw=1.5, elinewidth=0.9, marker="o", ms=3.5, label=label_of(name))
     axes.axhline(CHANCE, color=INK, lw=0.8, ls=":", label="chance")
-    axes.set_xticks(figures["steps"])
+    axes.set_xticks(steps)
     axes.set_xlabel("solver step, from 0", color=INK, size=8)
     set_title(axes, f"pairs of images ranked as at the end, {figures['prompts']} prompts")
     style_axes(axes)
