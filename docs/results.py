@@ -35,7 +35,7 @@ from steer.apps.bench.report import spread
 from steer.apps.evaluation import foresight
 from steer.apps.evaluation.report import MARKERS
 from steer.apps.plots import COLORMAP, DPI, INK, save_figure, set_title, style_axes
-from steer.apps.scenes.finetuning_curves import curves_table, draw_finetuning_curves
+from steer.apps.scenes.finetuning import curves_table, draw_finetuning_curves
 from steer.training.overoptimization import interval
 
 DOCS = Path(__file__).resolve().parent
@@ -140,17 +140,18 @@ def agreement(figures: Json) -> str:
 
 
 def curves(figures: Json, reached: bool = True) -> str:
-    """Tabulate a finetuning-curves.json; `reached`: with the seconds of each run to the end of the first."""
+    """Tabulate the JSON of `apps.scenes finetuning`; `reached`: with the seconds to the end of the first run."""
     return curves_table(figures, reached)
 
 
 def ratios(report: Json) -> str:
-    """Tabulate the ratios of a bench.json, with the quartiles over turns and the denoiser's FLOPs."""
-    lines = [["ratio", "seconds", "quartiles", "FLOPs"]]
+    """Tabulate the ratios of a bench.json: seconds, with the quartiles over turns, FLOPs and peak memory."""
+    lines = [["ratio", "seconds", "quartiles", "FLOPs", "peak memory"]]
     for name, ratio in report["ratios"].items():
         low, high = spread(report["runs"][name])
-        flops = report["flop_ratios"].get(name)
-        lines.append([name, f"{ratio:.2f}", f"{low:.2f}–{high:.2f}", "" if flops is None else f"{flops:.2f}"])
+        others = (report[kind].get(name) for kind in ("flop_ratios", "memory_ratios"))
+        others = ("" if one is None else f"{one:.2f}" for one in others)
+        lines.append([f"`{name}`", f"{ratio:.2f}", f"{low:.2f}–{high:.2f}", *others])
     return table(lines)
 
 

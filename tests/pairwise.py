@@ -1,6 +1,7 @@
-"""All pairs instead of full products: of tests with three or more parameters, `make test` runs as few combinations as
-hold every pair of values, `make test-hard` the others."""
+"""What `make test` leaves to `make test-hard`: of tests with three or more parameters all but as few combinations as
+hold every pair of values, of tests marked `few(n)` all but n cases."""
 
+import zlib
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 
@@ -18,7 +19,13 @@ def covering(rows: Sequence[tuple[object, ...]], strength: int = 2) -> list[int]
 
 
 def harden(items: Iterable[pytest.Item]) -> None:
-    """Marks as hard what all pairs do not need."""
+    """Marks as hard what all pairs do not need, and then all but the few."""
+    items = list(items)
+    _all_pairs(items)
+    _few(items)
+
+
+def _all_pairs(items: Iterable[pytest.Item]) -> None:
     combined: dict[str, list[tuple[tuple[object, ...], pytest.Item]]] = {}
     for item in items:
         columns = [_names(mark.args[0]) for mark in item.iter_markers("parametrize")]
@@ -29,6 +36,22 @@ def harden(items: Iterable[pytest.Item]) -> None:
     for tests in combined.values():
         kept = set(covering([row for row, _ in tests]))
         for number, (_, item) in enumerate(tests):
+            if number not in kept:
+                item.add_marker("hard")
+
+
+def _few(items: Iterable[pytest.Item]) -> None:
+    """`@pytest.mark.few(n)`: n cases, spread over the list. The name of a test says where they begin: tests of one list
+    (of model families, of solvers) run different ones."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("hard"):
+            tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for name, cases in tests.items():
+        count = cases[0].get_closest_marker("few").args[0]
+        first = zlib.crc32(name.encode()) % len(cases)
+        kept = {(first + number * len(cases) // count) % len(cases) for number in range(count)}
+        for number, item in enumerate(cases):
             if number not in kept:
                 item.add_marker("hard")
 

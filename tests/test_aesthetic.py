@@ -92,6 +92,7 @@ def test_a_relu_is_not_mistaken_for_none(clip: Path) -> None:
     assert (forward(head, x) - mlp(head, x, RELU, relu=False)).abs().min() > 1e-3
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_score_depends_on_its_image_alone(make: Make, layout: str) -> None:
     images, head = pictures(40, 33, len(PROMPTS)), LAYOUTS[layout][0]

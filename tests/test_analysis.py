@@ -90,6 +90,7 @@ def test_good_rewards_pass(reward: Reward) -> None:
     assert not failed(reward)
 
 
+@pytest.mark.hard
 def test_the_gradient_check_passes_a_reward_with_kinks_wherever_it_stands() -> None:
     for seed in range(1, 5):
         results = check_reward(SceneSoftReward(), *sample_scenes(4, seed))
@@ -257,6 +258,7 @@ def test_colours_are_not_exchanged_where_that_says_the_same(prompt: str) -> None
     assert {contrast.kind for contrast in contrasts(prompt)} == {"colour"}
 
 
+@pytest.mark.hard
 def test_contrasts_of_scenes_are_scenes_and_false() -> None:
     images, prompts = sample_scenes(240, seed=1)
     kinds = set()
@@ -270,6 +272,7 @@ def test_contrasts_of_scenes_are_scenes_and_false() -> None:
     assert kinds == {"colour", "binding", "count", "relation"}
 
 
+@pytest.mark.hard
 def test_the_soft_reward_prefers_the_prompt_over_its_contrasts() -> None:
     results = consistency(SceneSoftReward(), *sample_scenes(240, seed=2))
     assert list(results) == ["colour", "binding", "count", "relation", "all"]

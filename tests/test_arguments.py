@@ -101,7 +101,7 @@ def pipe() -> Any:
     return made
 
 
-@pytest.mark.parametrize("name", hard_but(METHODS, "fk", "race", "reno", "best-of-n"))
+@pytest.mark.parametrize("name", hard_but(METHODS, "fk", "best-of-n"))
 def test_every_method_takes_numbers_of_numpy_and_arrays_of_prompts(name: str, pipe: Any) -> None:
     kind, given = METHODS[name]
     method = kind(pipe, "brightness")

@@ -106,6 +106,7 @@ def trainer(folder: Path, on_question: Any = None, **options: Any) -> GRPOTraine
     return GRPOTrainer(fresh_pipe("sd"), "brightness", config, train_prompts=["a star"], **held_out)
 
 
+@pytest.mark.hard
 def test_no_keeps_the_best_weights_and_yes_continues(tmp_path: Path) -> None:
     asked: list[Question] = []
 

@@ -122,6 +122,7 @@ def test_dropout_keeps_the_mean_and_zeroes_the_rest(function: str) -> None:
     torch.testing.assert_close(drawn.mean(0), plain_attention(q, k, v), atol=0.1, rtol=0)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "auto"])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_backends_give_the_same_images(name: str, backend: str) -> None:
@@ -133,6 +134,7 @@ def test_backends_give_the_same_images(name: str, backend: str) -> None:
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_backend_reaches_every_layer_of_every_family(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, shapes, ran = cached_pipe(name), [], []
@@ -154,6 +156,7 @@ def test_a_backend_reaches_every_layer_of_every_family(name: str, monkeypatch: p
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux", "wan"])
 def test_gradients_are_the_same(name: str) -> None:
     pipe = cached_pipe(name)
@@ -171,6 +174,7 @@ def test_gradients_are_the_same(name: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     "processor", [known.AttnProcessor, known.AttnProcessor2_0, lambda: known.SlicedAttnProcessor(1)]
@@ -376,6 +380,7 @@ def test_xformers_needs_cuda_and_auto_goes_without(xformers: Path) -> None:
         assert used == "sdpa"
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("backend", ["auto", "xformers"])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_way_through_xformers(name: str, backend: str, xformers: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ def room_for(
         yield seen
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("rows", [1, 2, 3, None])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_of_every_family_are_those_of_the_whole_batch(family: str, rows: int | None) -> None:
@@ -106,6 +107,7 @@ def test_a_batch_as_long_as_its_position_lists_and_with_two_images_each_is_split
     assert torch.equal(cut["encoder_hidden_states_image"], images[2:])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", hard_but(["ZImage", "HiDreamImage"], "ZImage"))  # HiDream takes a minute each
 @pytest.mark.parametrize("rows", [1, 2, None])
 def test_latents_in_a_list_and_texts_of_every_layer_are_split(name: str, rows: int | None) -> None:
@@ -195,6 +197,7 @@ def test_another_error_is_nobodys_to_swallow() -> None:
         run(view, "sd")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["sd", "controlnet", "sd3"])
 def test_offloading_hooks_go_on_working(family: str) -> None:
     """accelerate's own, with the CPU for a device."""
@@ -230,6 +233,7 @@ def test_resampling_and_rollouts_go_through_a_view() -> None:
         assert torch.equal(log_probs(sampler, stored), stored.log_probs)
 
 
+@pytest.mark.hard
 def test_a_compiled_view_is_split() -> None:
     pipe, seen = cached_pipe("pixart"), []
     with compiled(pipe, backend="aot_eager") as fast, micro_batched(fast, 4) as view:
@@ -332,6 +336,7 @@ def resampled(event: SolverStep) -> tuple[Tensor, None] | None:
     return (torch.tensor([2, 2, 0]), None) if event.k == 0 else None
 
 
+@pytest.mark.hard
 def test_resampling_and_rollouts_need_no_new_graph() -> None:
     pipe = cached_pipe("sd")
 
@@ -365,6 +370,7 @@ def overwriting(graph: torch.fx.GraphModule, inputs: list[Any], mode: str) -> Ca
     return run_steps
 
 
+@pytest.mark.hard
 def test_what_a_graph_said_before_is_not_overwritten() -> None:
     transformer = cached_pipe("sd3").transformer
     call = compiled_call("transformer", transformer, graphs=True, backend=overwriting)

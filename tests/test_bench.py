@@ -54,6 +54,7 @@ def measured(name: str, subject: Subject) -> tuple[PreparedComparison, Counted, 
         return opened, *found, opened.check and opened.check(*results)
 
 
+@pytest.mark.hard
 def test_the_naive_steering_gives_our_images_rewards_and_ancestors(subject: Subject) -> None:
     _, _, _, check = measured("naive_fk_over_ours", subject)
     assert check.passed and check.difference <= 1e-4
@@ -62,6 +63,7 @@ def test_the_naive_steering_gives_our_images_rewards_and_ancestors(subject: Subj
     assert any(moved) and len(moved) == READS  # else there was nothing to agree on
 
 
+@pytest.mark.hard
 def test_all_exact_gains_together_still_give_the_naive_images(subject: Subject) -> None:
     _, naive, ours, check = measured("naive_fk_over_ours_everything_on", subject)
     assert check.passed and naive.rows["denoiser"] == ours.rows["denoiser"]
@@ -90,6 +92,7 @@ def test_the_naive_noise_search_goes_our_way(subject: Subject) -> None:
 D3PO = [name for name in COMPARISONS if name.startswith("naive_d3po")]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", D3PO)
 def test_the_naive_update_has_our_loss_and_gradient(name: str, subject: Subject) -> None:
     with COMPARISONS[name].open(subject) as opened:
@@ -100,6 +103,7 @@ def test_the_naive_update_has_our_loss_and_gradient(name: str, subject: Subject)
     assert gradient.norm().item() == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.few(1)
 def test_the_naive_update_prefers_the_winners(subject: Subject) -> None:
     """Along its gradient the winners become likelier than the losers: swapped, it turns round."""
     preference_batch = make_preference_batch(subject, fresh())
@@ -113,6 +117,7 @@ def test_the_naive_update_prefers_the_winners(subject: Subject) -> None:
     torch.testing.assert_close(gradients[0], -gradients[1], atol=1e-3, rtol=0)
 
 
+@pytest.mark.hard
 def test_steering_calls_what_is_said_of_it(subject: Subject) -> None:
     """Rows with guidance: 2 K in each of T calls; evaluations, then one final decode, naive two."""
     _, naive, ours, _ = measured("naive_fk_over_ours", subject)
@@ -122,6 +127,7 @@ def test_steering_calls_what_is_said_of_it(subject: Subject) -> None:
     assert ours.rows["decoder"] == PARTICLES * (READS + 1)
 
 
+@pytest.mark.hard
 def test_a_look_ahead_of_three_steps_has_two_more_evaluations(subject: Subject) -> None:
     _, steered, plain, _ = measured("fk_by_lookahead_over_plain_batch", subject)
     assert plain.rows["denoiser"] == 2 * PARTICLES * STEPS
@@ -145,6 +151,7 @@ def test_denoising_decodes_nothing_and_calls_the_denoiser_as_often(subject: Subj
     assert len(ancestors) == READS and all(len(rows.unique()) < PARTICLES for rows in ancestors)
 
 
+@pytest.mark.hard
 def test_the_noise_search_encodes_text_in_no_iteration(subject: Subject) -> None:
     _, naive, ours, check = measured("naive_reno_over_ours", subject)
     iterations, rows = subject.iterations, 2
@@ -169,6 +176,7 @@ def test_an_update_makes_four_passes_or_two(subject: Subject) -> None:
         assert check.passed
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("name", hard_but(["naive_grpo_over_ours", "naive_ddpo_over_ours"], "naive_grpo_over_ours"))
 def test_a_policy_gradient_is_the_naive_loop_with_the_same_calls(name: str, subject: Subject) -> None:
     """3 pairs and guidance: 12 rows in each of 3 steps of the rollout, and with a graph in the 2 that have noise."""
@@ -179,6 +187,7 @@ def test_a_policy_gradient_is_the_naive_loop_with_the_same_calls(name: str, subj
     assert check.passed
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["sdpa_off_over_on", "micro_batches_off_over_on"])
 def test_an_exact_gain_changes_no_result_and_leaves_nothing(name: str, subject: Subject) -> None:
     before = {part: set(vars(part)) for part in subject.pipe.unet.modules()}

@@ -75,6 +75,7 @@ def test_a_report_of_every_ratio(tmp_path: Path) -> None:
     assert draw(report, tmp_path / "bench.png") is not None
 
 
+@pytest.mark.hard
 def test_ctrl_c_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, calls = clock.seconds_of, 0
 

@@ -87,6 +87,7 @@ def test_a_scheduler_is_that_of_diffusers_with_the_model_s_configuration(steer: 
     assert type(pipe.scheduler) is EulerAncestralDiscreteScheduler
 
 
+@pytest.mark.hard
 def test_another_autoencoder_decodes(steer: Steer, tmp_path: Path) -> None:
     pipe = load_pipeline("scenes", "cpu")
     with torch.no_grad():

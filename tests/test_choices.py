@@ -100,6 +100,7 @@ def change_line(path: Path, number: int, **changed: Any) -> None:
 # ---- learning
 
 
+@pytest.mark.few(1)
 def test_stored_and_regenerated_trajectories_train_to_the_same_bits(recorded: dict[str, Path], tmp_path: Path) -> None:
     results = {name: train(path, tmp_path / name) for name, path in recorded.items()}
     assert_same_weights(tmp_path / "stored", tmp_path / "seeds")
@@ -115,6 +116,7 @@ def test_stored_and_regenerated_trajectories_train_to_the_same_bits(recorded: di
         assert torch.equal(again[group.id].load().latents, group.load().latents)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("trajectory", [False, True])
 def test_the_chosen_sample_becomes_likelier_than_the_rejected_one(
     trajectory: bool, recorded: dict[str, Path], tmp_path: Path
@@ -179,6 +181,7 @@ def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorde
     assert chosen == stream  # the same one, two at a time
 
 
+@pytest.mark.hard
 def test_a_batch_of_micro_batches_is_the_batch(recorded: dict[str, Path], tmp_path: Path) -> None:
     folder = recorded["stored"]
     margins = []
@@ -219,6 +222,7 @@ def test_what_another_folder_had_drawn_anew_is_not_taken(recorded: dict[str, Pat
         dataset(tmp_path / "other", other, config, tmp_path / "run")
 
 
+@pytest.mark.hard
 def test_in_mixed_precision_what_was_chosen_from_is_drawn_as_it_was(recorded: dict[str, Path], tmp_path: Path) -> None:
     config = tiny(recorded["seeds"], max_steps=2, mixed_precision="bf16", timestep_fraction=0.5)
     for name, folder in recorded.items():

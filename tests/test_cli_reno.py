@@ -158,6 +158,7 @@ def test_a_reward_without_gradients_is_refused_before_the_model_is_loaded(steer:
     assert "unknown model" in steer(*words)[2]
 
 
+@pytest.mark.hard
 def test_zero_order_gradients_climb_any_reward(steer: Steer, tmp_path: Path) -> None:
     words = ["--method", "reno", "--gradient", "zero-order", "--seeds", "1", "--iterations", "2", "--reward", "jpeg"]
     assert steer("sample", "a star", *words, "--out", tmp_path, "--no-compare")[0] == 0
@@ -186,6 +187,7 @@ def test_interrupted_inside_a_prompt_the_same_command_goes_on_there(steer: Steer
     assert len((own / "calls").read_text().splitlines()) == len(whole_calls) + 1  # the call that was interrupted
 
 
+@pytest.mark.hard
 def test_a_run_that_ends_before_its_time_keeps_its_best(steer: Steer, own: Path) -> None:
     words = ["sample", "a star", "a circle", *RENO, "--iterations", "4", "--reward", "noisy_rewards:Broken"]
     code, _, err = steer(*words, "--out", own / "o")
@@ -204,6 +206,7 @@ def test_a_run_that_ends_before_its_time_keeps_its_best(steer: Steer, own: Path)
     assert (own / "o/000-a-star/00.png").stat().st_mtime_ns == before
 
 
+@pytest.mark.hard
 def test_a_prompt_without_its_noise_is_made_again(steer: Steer, tmp_path: Path) -> None:
     words = ["sample", "a star", *RENO, "--iterations", "2", "--no-compare", "--out", tmp_path]
     assert steer(*words)[0] == 0
@@ -213,6 +216,7 @@ def test_a_prompt_without_its_noise_is_made_again(steer: Steer, tmp_path: Path) 
     assert steer(*words)[0] == 0 and noise.read_bytes() == before
 
 
+@pytest.mark.hard
 def test_a_report_of_an_older_version_is_continued(steer: Steer, tmp_path: Path) -> None:
     words = ["sample", "a star", "a circle", "--method", "noise-search", "--steps", "2", "--iterations", "2"]
     words += ["--particles", "1", "--no-compare", "--out", tmp_path]
@@ -423,6 +427,7 @@ def test_the_animation_shows_the_best_seed(tmp_path: Path, side: int, shown: int
     assert blues == pytest.approx([255, 204, 77], abs=2) and times == [120, 120, 2000] and film.info["loop"] == 0
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("prompts", "lengths"), [(1, [1]), (1, [5]), (6, [3, 5]), (7, [3, 5]), (30, [1, 4])])
 def test_progress_is_drawn_for_one_prompt_and_for_many(tmp_path: Path, prompts: int, lengths: list[int]) -> None:
     entries = []

@@ -398,6 +398,7 @@ def test_preprocessing_follows_the_published_path_over_pillow(height: int, width
     assert difference.max() <= 3 / 255
 
 
+@pytest.mark.few(3)
 def test_a_score_depends_on_its_image_and_prompt_alone(make: Make) -> None:
     images = pictures(40, 33)
     expected = score(make(), images, PROMPTS)
@@ -412,6 +413,7 @@ def test_a_score_depends_on_its_image_and_prompt_alone(make: Make) -> None:
 
 
 # Of cosines. Half precision keeps 8 bits of bfloat16 and 11 of float16.
+@pytest.mark.few(6)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 0.02), ("float16", 0.003)])
 def test_half_precision_stays_close_and_scores_in_fp32(make: Make, dtype: str, tolerance: float) -> None:
     half, whole, images = make(dtype=dtype), make(), squares().requires_grad_()

@@ -97,6 +97,7 @@ def test_conditions_that_do_not_fit_are_refused(conditions: Any, message: str, t
         train(tmp_path, "brightness", train_prompts=["a", "a"], conditions=conditions)
 
 
+@pytest.mark.hard
 def test_a_table_gives_the_image_of_each_prompt_to_the_command(tmp_path: Path) -> None:
     """Paths start at the folder of the table, numbers stay numbers, and a training of the command runs with them."""
     for name, source in (("red", RED), ("blue", BLUE)):

@@ -36,6 +36,7 @@ def planted(kind: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(members), torch.from_numpy(y)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["heteroscedastic", "biased", "useless"])
 def test_a_bound_covers_fresh_images(kind: str) -> None:
     """Marginally over calibrations: the share of fresh images with truth ≥ bound is at least the level, and not 1."""
@@ -49,6 +50,7 @@ def test_a_bound_covers_fresh_images(kind: str) -> None:
     assert np.mean(shares) >= 0.9 - 2 * error and np.mean(shares) < 0.95
 
 
+@pytest.mark.hard
 def test_a_bound_of_real_rewards_covers_fresh_scenes() -> None:
     """The truth is the exact score of pictures of which half have a changed prompt; 12 halves calibrate."""
     images, prompts = sample_scenes(400, seed=5)

@@ -29,6 +29,7 @@ def test_the_probability_is_that_of_draws_from_both_posteriors() -> None:
     assert probability_better((10, 3), (10, 3)) == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.hard
 def test_a_reward_of_posteriors_beats_one_of_raw_likes(tmp_path: Path) -> None:
     """Better images are shown less often, so that their likes are fewer: only the posterior corrects for it."""
     rng, value = np.random.default_rng(1), truth(COUNT)
@@ -62,6 +63,7 @@ def test_the_triplet_loss_by_hand() -> None:
     torch.testing.assert_close(triplet(difference, PreferenceLabels(choice, torch.ones(4)), 1.2), expected)
 
 
+@pytest.mark.hard
 def test_triplets_train_a_similarity(tmp_path: Path) -> None:
     value = truth(COUNT)
     pairs = Pairs(

@@ -226,6 +226,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_a_refusal_leaves_the_form_as_it_was(
     studio: Studio, tab: SteerTab, changes: dict[str, Any], message: str

@@ -119,6 +119,7 @@ def test_without_labels_there_is_no_reward(own: Studio) -> None:
         reward_training(own)
 
 
+@pytest.mark.hard
 def test_the_model_is_finetuned_on_own_images_as_they_were_at_the_start(own: Studio, tmp_path: Path) -> None:
     prefer_red(own, 6)
     assert own.labels is not None

@@ -43,6 +43,7 @@ def plain(**call: Any) -> list[bytes]:
     return [image.tobytes() for image in pipe(PROMPT, **given, **call).images]
 
 
+@pytest.mark.hard
 def test_negative_prompt_size_and_scheduler_are_those_of_the_pipeline(
     studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def asked(method: str) -> dict[str, Any]:
 # ---- state of the run before
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", hard_but(METHODS, "race", "reno"))
 def test_the_second_run_is_as_good_as_the_first(tab: SteerTab, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = result_of(tab, run(tab, **asked(method), seed=1))
@@ -82,6 +83,7 @@ def test_the_second_run_is_as_good_as_the_first(tab: SteerTab, method: str, monk
     assert [Image.open(one.path).tobytes() for one in again.images] == pixels
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("phase", "status", "finished"),
     [("fk", "Stopped. Nothing was finished.", False), ("beside", "Stopped: 1 prompt", True)],
@@ -183,6 +185,7 @@ def test_no_error_on_any_way_to_a_visitor_names_a_server_path(
 # ---- what is compared
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["fk", "reno"])
 def test_the_slider_compares_best_with_best_and_all_base_images_are_there(tab: SteerTab, method: str) -> None:
     for seed in range(20):
@@ -259,6 +262,7 @@ def test_a_random_seed_is_drawn_shown_and_named(tab: SteerTab) -> None:
     assert "seed 7." in run(tab, method="base", seed=7)[tab.status]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -306,6 +310,7 @@ def test_old_runs_make_room(tab: SteerTab, studio: Studio) -> None:
 # ---- prompts inside images
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("prompt", ["", "a blue cross"])
 def test_rewards_take_the_prompt_inside_our_images(
     tab: SteerTab, studio: Studio, tmp_path: Path, prompt: str, monkeypatch: pytest.MonkeyPatch

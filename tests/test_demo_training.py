@@ -211,6 +211,7 @@ def test_who_leaves_stops_the_run_and_its_checkpoint_stays(studio: Studio, tmp_p
     assert list((folder / "checkpoints").glob("step-*")) and len(records_of(folder)[0]) < 10
 
 
+@pytest.mark.hard
 def test_prdp_runs_too_and_only_the_latest_run_keeps_its_checkpoints(studio: Studio, tmp_path: Path) -> None:
     (tmp_path / "run-1" / "checkpoints" / "step-00000001").mkdir(parents=True)
     events = run(studio, replace(ASKED, method="prdp", updates=2, kl_weight=0.5), tmp_path / "run-2")
@@ -220,6 +221,7 @@ def test_prdp_runs_too_and_only_the_latest_run_keeps_its_checkpoints(studio: Stu
     assert not (tmp_path / "run-1" / "checkpoints").exists() and (tmp_path / "run-2" / "checkpoints").exists()
 
 
+@pytest.mark.hard
 def test_reward_backpropagation_raises_the_reward_of_prompts_it_never_saw(studio: Studio, tmp_path: Path) -> None:
     asked = replace(ASKED, method="backprop", reward="brightness", held_out="colour:red", updates=5, learning_rate=0.01)
     (trained,) = of(Trained, run(studio, asked, tmp_path / "run-1"))
@@ -229,6 +231,7 @@ def test_reward_backpropagation_raises_the_reward_of_prompts_it_never_saw(studio
         run(studio, replace(asked, reward="jpeg"), tmp_path / "run-2")
 
 
+@pytest.mark.hard
 def test_choices_are_learnt_from_as_they_were_at_the_start(studio: Studio, tmp_path: Path) -> None:
     labels, folder = tmp_path / "labels", tmp_path / "v" / "run-1"
     book = LabelStore(labels, {"num_inference_steps": 3, "guidance_scale": 1.0})
@@ -251,6 +254,7 @@ def test_choices_are_learnt_from_as_they_were_at_the_start(studio: Studio, tmp_p
         assert str(tmp_path) not in file.read("finetuned/README.md").decode()
 
 
+@pytest.mark.hard
 def test_a_reward_that_says_nothing_ends_the_run_with_a_line(
     studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +295,7 @@ def no(ticket: Ticket) -> None:
     ticket.answer(False)
 
 
+@pytest.mark.hard
 def test_stop_keeps_the_best_weights_and_go_on_changes_nothing(
     studio: Studio, straight: tuple[list[Any], Path], asking: TrainingRequest, tmp_path: Path
 ) -> None:
@@ -307,6 +312,7 @@ def test_stop_keeps_the_best_weights_and_go_on_changes_nothing(
     assert "the answer was no" in (trained.result.stopped or "")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("end", ["stop", "leave", "silence"])
 def test_a_run_that_asks_ends_within_a_second_with_a_checkpoint(
     studio: Studio, asking: TrainingRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
@@ -328,6 +334,7 @@ def test_a_run_that_asks_ends_within_a_second_with_a_checkpoint(
         assert of(Trained, events)[0].result.step == 3
 
 
+@pytest.mark.hard
 def test_the_tab_shows_both_grids_and_passes_the_answer_on(
     studio: Studio, tab: FinetuneTab, asking: TrainingRequest
 ) -> None:

@@ -128,26 +128,31 @@ FK |= {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", hard_but(FK, *(FK.keys() - OTHERS)))
 def test_feynman_kac(name: str) -> None:
     same(FKSteeringPipeline, lam=30.0, **FK[name])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", PIPELINES)
 def test_feynman_kac_of_every_family(family: str) -> None:
     same(FKSteeringPipeline, family, lam=30.0, ess_threshold=1.0)
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("family", hard_but(PIPELINES, "flux"))
 def test_guided_feynman_kac_of_every_family(family: str) -> None:
     same(FKSteeringPipeline, family, lam=30.0, reward_guidance=1.0)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
 def test_feynman_kac_of_other_solvers(scheduler: Any) -> None:
     same(FKSteeringPipeline, "sd", scheduler, lam=30.0, ess_threshold=1.0)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("options", [{}, {"beams": 2}, {"lam": 5.0, "beams": 2}, {"preview": "linear"}], ids=str)
 def test_selection_and_beam_search(options: dict[str, Any]) -> None:
     same(SelectionPipeline, **options)
@@ -168,6 +173,7 @@ RENO: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", hard_but(RENO, "zero-order", "restarts", "adam, small chunks"))
 @pytest.mark.parametrize("family", hard_but(["sd", "flux"], "sd"))
 def test_noise_optimisation(name: str, family: str) -> None:
@@ -175,10 +181,12 @@ def test_noise_optimisation(name: str, family: str) -> None:
     same(ReNOPipeline, family, **one_step, num_particles=2, iterations=2, **RENO[name])
 
 
+@pytest.mark.hard
 def test_noise_search() -> None:
     same(NoiseSearchPipeline, num_particles=2, iterations=2, neighbours=2)
 
 
+@pytest.mark.hard
 def test_an_optimisation_resumes_there(tmp_path: Path) -> None:
     call = own_kwargs("sd", 1) | {"guidance_scale": 0.0, "num_particles": 2, "output_type": "pt"}
     call |= {"state_file": tmp_path / "state.safetensors"}
@@ -193,6 +201,7 @@ def test_screened_starts() -> None:
     assert found[1].noise.device == DEVICE and torch.equal(found[0].chosen, found[1].chosen)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", hard_but(PIPELINES, "sd", "sd3", "wan"))
 def test_rollouts_replay_to_the_same_densities(family: str) -> None:
     stored, images = Sampler(there(family), call_of(family), eta=1.0).rollout(TWO_PROMPTS)
@@ -204,6 +213,7 @@ def test_rollouts_replay_to_the_same_densities(family: str) -> None:
     torch.testing.assert_close(stored.log_probs, plain.log_probs, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("method", hard_but(METHODS, "grpo"))
 def test_updates_and_evaluations(method: str, tmp_path: Path) -> None:
     """Held-out rewards see images of the accelerator; metrics are those of the CPU."""
@@ -248,6 +258,7 @@ ELSEWHERE = ("social", "sandbox", "geneval", "nsfw", "faces", "brisque", "lpips"
 HERE = [name for name in OF_IMAGES if name not in (*ELSEWHERE, "ocr")] + [pytest.param("ocr", marks=pytest.mark.hard)]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", HERE)
 def test_every_built_in_reward_scores_where_the_images_are(name: str, specifications: dict[str, str]) -> None:
     """And the same there, with gradients, and after images of the CPU, which leave its weights in place."""
@@ -276,6 +287,7 @@ def test_composed_rewards(text: str) -> None:
     torch.testing.assert_close(score(load_reward(text), images.to(DEVICE), prompts), expected, **CLOSE)
 
 
+@pytest.mark.hard
 def test_an_evaluation_runs_and_judges_there(tmp_path: Path) -> None:
     cached_pipe("sd").save_pretrained(tmp_path / "tiny")
     seen = Placed()

@@ -52,6 +52,7 @@ ONE_OR_FOUR = [(name, (1, 4)[number % 2]) for number, name in enumerate(FAMILIES
 OTHERS = [pytest.param(name, 5 - steps, marks=pytest.mark.hard) for name, steps in ONE_OR_FOUR]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("name", "steps"), [*ONE_OR_FOUR, *OTHERS])
 def test_gradients_are_finite_differences(name: str, steps: int) -> None:
     pipe, call = in_precision(cached_pipe(name), torch.float64), call_kwargs(name, 2, steps)
@@ -111,6 +112,7 @@ def test_a_twin_shares_the_weights_and_asks_nothing_of_them() -> None:
         assert not getattr(twin, name).training
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_block_runs_again_on_the_way_back(name: str) -> None:
     """Once to give its model's inner activations back, once for its own; of one call, the latter alone."""
@@ -157,6 +159,7 @@ def kept(name: str, steps: int, checkpointing: bool) -> tuple[int, int]:
     return sum(found.values()), latents.nbytes
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart"])
 def test_checkpoints_keep_little_and_grow_by_latents(name: str) -> None:
     (one, latents), (five, _) = kept(name, 1, True), kept(name, 5, True)

@@ -62,6 +62,7 @@ def metrics(path: Path) -> dict[str, Any]:
         return json.loads(file.metadata()["metrics"])
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(
     method: str, made: Path, single_process: Path

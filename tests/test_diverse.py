@@ -22,6 +22,7 @@ def objective(rows: tuple[int, ...], q: Tensor, similarity: Tensor, weight: floa
     return (q[list(rows)].sum() + weight * similarity[:, list(rows)].amax(1).sum()).item()
 
 
+@pytest.mark.hard
 def test_greedy_reaches_its_bound_on_random_instances() -> None:
     """At least 1 − 1/e of the best of all subsets of 4 of 12, and the best itself without a weight."""
     generator = torch.Generator().manual_seed(0)

@@ -184,6 +184,7 @@ def test_other_pipelines_are_refused(sort: str) -> None:
         trainer(pipe, CountA(), train_prompts=[""])
 
 
+@pytest.mark.hard
 def test_a_resumed_run_of_the_command_ends_at_the_same_weights(steer: Steer, tmp_path: Path) -> None:
     short = {"train-batch-size": 4, "num-inference-steps": 3, "eval-prompts-count": 2, "num-generations-eval": 1}
     words = [word for name, value in short.items() for word in (f"--{name}", value)]

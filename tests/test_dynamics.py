@@ -129,6 +129,7 @@ def moments(pipe: FlowGaussianPipeline, steps: int, dynamics: str, a: float, win
     return mean, math.sqrt(variance)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("kind", [None, "first", "random", "sliding"])
 @pytest.mark.parametrize(("dynamics", "a"), FLOW_DYNAMICS)
 def test_samples_of_a_gaussian_have_the_law_in_closed_form(dynamics: Dynamics, a: float, kind: Any) -> None:

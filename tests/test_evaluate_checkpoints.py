@@ -49,6 +49,7 @@ def predicted(pipe: Any) -> Tensor:
         return pipe.unet(x, torch.tensor([7, 30]), c[..., : pipe.unet.config.cross_attention_dim]).sample
 
 
+@pytest.mark.few(1)
 def test_the_last_checkpoint_is_what_diffusers_loads_from_final(run: Path) -> None:
     pipe = fresh_pipe("sd")
     base = predicted(pipe)
@@ -92,6 +93,7 @@ def test_steps_sort_as_text(lora_run: Path, tmp_path: Path) -> None:
     assert [one.label for one in checkpoint_contenders([str(tmp_path / "run")], "m")] == ["run step 08", "run step 40"]
 
 
+@pytest.mark.hard
 def test_a_checkpoint_is_evaluated_as_the_weights_it_exports(steer: Steer, lora_run: Path, tmp_path: Path) -> None:
     """With the model that the run names; best-of-n joins at log 2 − 1/2."""
     cached_pipe("sd").save_pretrained(tmp_path / "model")

@@ -137,6 +137,7 @@ def test_figures_by_hand() -> None:
     assert second["diversity"] == pytest.approx([0.4, 0.2, 0.6]) and second["cost"]["nfe"] == 3.5
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["lora", "whole"])
 def test_kl_against_a_hand_computation(tmp_path: Path, kind: str) -> None:
     """Σ ‖Δμ‖²/2τ² of DDIM's step with η = ½: Δμ from both denoisers' guided outputs at the same x_t, by hand."""
@@ -184,6 +185,7 @@ def test_without_noise_there_is_no_kl_and_the_report_names_why(tiny: Path, tmp_p
     assert "no KL, because no step of this run has noise" in (tmp_path / "out/evaluation.md").read_text()
 
 
+@pytest.mark.hard
 def test_an_image_depends_on_its_own_seed_alone(tiny: Path, tmp_path: Path) -> None:
     """Whatever is made in the same call, and however many particles: the K images of a run are the first of more."""
     best = [Contender(str(tiny), None, "best-of-n", {"particles": size}) for size in (1, 2, 4)]

@@ -44,6 +44,7 @@ def auc(high: Tensor, low: Tensor) -> float:
     return (high[:, None] > low).float().mean().item()
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("background", ["given", "stored"])
 def test_five_red_stars_tell_red_stars_from_other_scenes(tmp_path: Path, background: str) -> None:
     """On drawn scenes of other seeds; ten folders of five random scenes tell nothing, and say so."""

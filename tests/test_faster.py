@@ -26,6 +26,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield tmp_path_factory.mktemp("plain")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "words",
     [
@@ -92,6 +93,7 @@ def test_what_cannot_be_is_one_line(steer: Steer, tmp_path: Path, words: list[An
     assert code == 2 and message in said and len(said.strip().splitlines()) == 1
 
 
+@pytest.mark.hard
 def test_particles_get_fewer_and_the_image_says_so(steer: Steer, tmp_path: Path) -> None:
     code, _, said = steer(*WORDS, "--particle-schedule", "1:3,2:1", "--out", tmp_path / "o")
     assert code == 0, said

@@ -97,6 +97,7 @@ def test_killed_anywhere_and_resumed_it_ends_the_same_to_the_last_bit(method: st
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("method", hard_but(METHODS, "ddpo"))
 def test_stopped_at_any_denoiser_call_and_resumed_it_ends_the_same(method: str, model: Path, tmp_path: Path) -> None:
     whole = train(method, loaded(model), tmp_path / "whole")
@@ -127,6 +128,7 @@ def interrupt_after(pipe: Any, calls: int) -> None:
     pipe.unet.register_forward_pre_hook(hook)
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("method", hard_but(METHODS, "reward-backprop"))
 def test_the_reward_rises(method: str, model: Path, tmp_path: Path) -> None:
     """All weights of the tiny denoiser learn brightness in a few updates, on prompts that they were not trained on."""

@@ -89,6 +89,7 @@ def same_weights(*runs: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("method", "words"),
     [*((method, []) for method in SAMPLING_METHODS), ("d3po", ["--trajectory"])],
@@ -107,6 +108,7 @@ def test_every_method_runs_and_says_how_its_weights_are_used(
     assert len(records(tmp_path / "run")) == 2
 
 
+@pytest.mark.hard
 def test_dpo_learns_from_a_table_of_pairs(steer: Steer, config: Path, tmp_path: Path) -> None:
     for colour in ("red", "blue"):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")

@@ -108,6 +108,7 @@ def test_a_replay_that_differs_ends_the_run_before_the_first_update(pipe: Any, t
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("method", "options", "measured"),
     [
@@ -142,6 +143,7 @@ def test_an_update_of_a_further_pass_before_an_evaluation_has_a_kl(pipe: Any, tm
     assert {1, 4, 8, 9} <= {record["step"] for record in result.records if "kl" in record} < set(range(1, 10))
 
 
+@pytest.mark.hard
 def test_a_rollout_without_references_is_resumed_to_the_last_bit(tmp_path: Path) -> None:
     """Four updates of one rollout, interrupted in its middle, against as many without a break."""
     options = SHORT | {"max_steps": 4, "steps_per_generation": 4, "save_steps": 1, "kl_every": 0}
@@ -424,6 +426,7 @@ def test_a_round_that_is_broken_off_leaves_no_trace_in_the_method(pipe: Any, tmp
     assert [record["loss"] for record in resumed.records] == [record["loss"] for record in whole.records]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("last_steps", [1, 2, 3])
 def test_penalties_of_reward_backpropagation_are_taken_where_the_samples_were(last_steps: int, tmp_path: Path) -> None:
     """Against one graph over the replayed steps; the reward is constant, so that penalties alone have a gradient."""

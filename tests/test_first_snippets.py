@@ -58,6 +58,7 @@ def brightness_of_pil(images: Sequence[Image.Image], prompts: Sequence[str]) -> 
 # Rewards
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "reward",
     [
@@ -109,6 +110,7 @@ def test_every_output_is_one_of_diffusers(pipe: Any, method: Any) -> None:
     assert images is out.images and rewards is out.rewards
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", PIPELINES, ids=[one.__name__ for one in PIPELINES])
 def test_images_per_prompt_are_particles(pipe: Any, method: Any) -> None:
     steer, call = method(pipe, "brightness"), PIPELINES[method]

@@ -125,6 +125,7 @@ def estimate(pipe: AnyGaussian, steps: int, size: int, groups: int = GROUPS, **o
     return Estimate(z.mean().item(), z.std().item() / groups**0.5)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("threshold", [0.9, 1.0], ids=["adaptive", "scheduled"])
 @pytest.mark.parametrize("steps", [10, 20, 40])
 @pytest.mark.parametrize("size", [4, 32])

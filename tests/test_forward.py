@@ -228,6 +228,7 @@ def test_dynamics_are_the_law_of_eval_kl_alone(tmp_path: Path) -> None:
     assert last[0]["eval/kl"] > 0 < last[1]["eval/kl"] != last[0]["eval/kl"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("trainer", "config"), [(NFTTrainer, NFTConfig), (GRPOTrainer, GRPOConfig)])
 def test_a_run_without_evaluations_has_a_model_card(trainer: Any, config: Any, tmp_path: Path) -> None:
     """The last update has no KL: never with a loss of the forward process, rarely where only the log needs it."""
@@ -266,6 +267,7 @@ RED = Soft(lambda images, prompts: images[:, 0].mean((1, 2)), "red")
 RAMP = Soft(lambda images, prompts: torch.arange(len(images)) % 2 * 4.0, "ramp")  # 0, 4, 0, 4 …: mean 2, deviation 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", METHODS)
 def test_multipliers_move_and_are_resumed(method: str, tmp_path: Path) -> None:
     """θ − mean = 8 − 2 is three deviations, so that μ rises by 3 rates in each update."""
@@ -321,6 +323,7 @@ def test_a_filtered_loss_is_that_of_the_kept_samples_by_the_advantages_of_all() 
     assert value == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_samples_that_a_filter_leaves_out_cost_no_call(method: str, tmp_path: Path) -> None:
     trainer, config = METHODS[method]

@@ -131,6 +131,7 @@ class SceneObjects:
         return [self.colours[box] for box in boxes]
 
 
+@pytest.mark.hard
 def test_on_drawn_scenes_it_agrees_with_the_exact_reward() -> None:
     """500 pairs of scene and prompt, half of them of another scene: strict GenEval is 1 where `scene` is 1.
 

@@ -98,6 +98,7 @@ def test_the_denoiser_at_the_level_of_the_next_step_is_that_step(case: str) -> N
     torch.testing.assert_close(x0["asked"], x0["run"], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", CASES)
 def test_copies_diverge_in_steps_of_glass(case: str) -> None:
     name, scheduler = CASES[case]
@@ -122,6 +123,7 @@ def test_copies_diverge_in_steps_of_glass(case: str) -> None:
         assert all(not torch.equal(images[i], images[j]) for i in range(K) for j in range(i))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("eta", [None, 0.0])
 @pytest.mark.parametrize("case", CASES)
 def test_without_noise_a_step_is_that_of_the_plain_batch(case: str, eta: float | None) -> None:

@@ -108,6 +108,7 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_passes_are_backpropagation_through_all_steps(name: str, kind: str) -> None:
@@ -164,6 +165,7 @@ def exact_lora(seed: int | None) -> LoRA:
     return trained
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["prdp", "trajectory", "grpo"])
 def test_stable_diffusion_written_out_by_hand(kind: str) -> None:
     """Nothing of the truth goes through the seam: it is the UNet itself in fp64, the reference another pipeline."""
@@ -187,6 +189,7 @@ def test_stable_diffusion_written_out_by_hand(kind: str) -> None:
     torch.testing.assert_close(one.stored.log_probs.double(), old.flatten(0, 1), rtol=0, atol=5e-4)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("steps", [(0, 2), (1,)])
 def test_some_of_the_steps(kind: str, steps: tuple[int, ...]) -> None:
@@ -227,6 +230,7 @@ def test_steps_that_are_not_learnt_from_cost_nothing_of_a_controlnet() -> None:
 OTHER_CHUNKS = [("sd", "grpo"), ("flux", "prdp")]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("sd", "prdp"), ("flux", "grpo"), *(pytest.param(*one, marks=pytest.mark.hard) for one in OTHER_CHUNKS)],
@@ -246,6 +250,7 @@ def test_chunks_of_any_size_add_up(name: str, kind: str) -> None:
         assert same_metrics["kl"] == pytest.approx(metrics["kl"], rel=1e-4)
 
 
+@pytest.mark.hard
 def test_prompts_come_in_any_order() -> None:
     one = case("sd")
     batch = one.batch((2, 2))
@@ -278,6 +283,7 @@ STEPWISE: dict[str, Loss] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("steps", [(0, 1, 2), (0, 2)])
 @pytest.mark.parametrize("kind", STEPWISE)
 @pytest.mark.parametrize("name", ["sd", "flux"])

@@ -91,6 +91,7 @@ def completed(words: str) -> list[str]:
     return [line.partition(",")[2] for line in ran.stdout.splitlines()]
 
 
+@pytest.mark.hard
 def test_shells_complete_commands_options_and_names(steer: Steer) -> None:
     assert {"--negative-prompt", "--neighbours"} <= {*completed("steer sample --ne")}
     assert completed("steer sample --method re") == ["renoise", "reno"]

@@ -226,6 +226,7 @@ def test_gradients_are_each_particles_own_and_go_where_it_goes(
             torch.testing.assert_close(gradient[row].double(), expected, rtol=2e-3, atol=2e-3 * expected.abs().max())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_family_is_guided_and_left_as_it_was(
     pipe_of: Callable[[str], Any], name: str, proposals: Leaning
@@ -251,6 +252,7 @@ def test_every_family_is_guided_and_left_as_it_was(
     assert all(vars(pipe)[attribute] is value for attribute, value in before.items() if attribute in pipe.components)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("scheduler", DIFFUSION)
 def test_every_solver_is_guided(pipe_of: Callable[[str], Any], scheduler: str) -> None:
     pipe = with_scheduler(pipe_of("sd"), DIFFUSION[scheduler]())
@@ -258,6 +260,7 @@ def test_every_solver_is_guided(pipe_of: Callable[[str], Any], scheduler: str) -
     assert out.cost.gradients == 2 * len(out.history) > 0 and out.images.isfinite().all()
 
 
+@pytest.mark.hard
 def test_guidance_makes_better_images(pipe_of: Callable[[str], Any]) -> None:
     means = [
         guided_run(pipe_of("sd"), "sd", num_particles=16, reward_guidance=guidance, eta=1.0, ess_threshold=1e-6)

@@ -19,6 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FLOORS = ("steer", "pipelines", "rewards", "apps", "assets")
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+SLOW = (
+    "values.md-1",
+    "values.md-2",
+    "text.md-3",
+    "steering.md-4",
+    "dna.md-1",
+    "finetuning-reference.md-5",
+    "performance.md-4",
+)
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -111,8 +120,9 @@ def snippets() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     "code",
-    [  # a compilation takes seconds; test_batching.py has those of smaller models
-        pytest.param(code, id=name, marks=[pytest.mark.hard] * ("compiled(" in code)) for name, code in snippets()
+    [
+        pytest.param(code, id=name, marks=[pytest.mark.hard] * (name in SLOW or "compiled(" in code))
+        for name, code in snippets()
     ],
 )
 def test_snippets_of_the_documentation_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,7 @@ def plain(name: str, seed: int = 1) -> Tensor:
     return images_of(built(name), **CASES[name][1], generator=seeded(seed))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", CASES)
 def test_the_first_image_is_the_plain_pipelines(name: str) -> None:
     chain = chain_of(name)
@@ -170,6 +171,7 @@ def test_the_first_image_is_the_plain_pipelines(name: str) -> None:
     assert other.shape == plain(name).shape and not torch.allclose(other, plain(name), atol=1e-4)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradient_is_a_finite_difference(name: str) -> None:
     chain = chain_of(name)
@@ -183,6 +185,7 @@ def test_the_gradient_is_a_finite_difference(name: str) -> None:
     assert (ahead - behind) / 4e-2 == pytest.approx(result.gradient.norm().item(), rel=0.05)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", CASES)
 def test_the_noise_makes_the_image_again(name: str) -> None:
     pipe, call = built(name), CASES[name][1]

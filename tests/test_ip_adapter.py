@@ -48,6 +48,7 @@ def with_adapter() -> Any:
     return pipe
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["image", "embeddings"])
 def test_an_ip_adapter_is_steered_exactly(name: str) -> None:
     pipe = with_adapter()

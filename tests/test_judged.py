@@ -65,11 +65,13 @@ def play(loss: Loss, table: Tensor, updates: int, lr: float, repeats: int = 1) -
     return logits.detach().softmax(0), total / updates
 
 
+@pytest.mark.hard
 def test_the_average_policy_of_spo_is_the_equilibrium_of_a_cycle() -> None:
     _, average = play(GRPO(clip=math.inf, scale=False), CYCLE, updates=1500, lr=0.4)
     assert (average - 1 / 3).abs().max() < 0.03
 
 
+@pytest.mark.hard
 def test_a_reward_of_the_same_choices_collapses() -> None:
     """Bradley–Terry scores of choices in a cycle order the arms all the same; PRDP then prefers one of them alone."""
     arms = torch.multinomial(START, 4000, replacement=True, generator=seeded(1)).view(-1, 2)
@@ -95,6 +97,7 @@ def values(*numbers: float) -> Any:
     return load_reward(lambda images, prompts: torch.tensor(numbers)[images.flatten(1).argmax(1)])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("middle", "winner"), [(0.9, 0), (0.99, 1)])
 def test_d3po_by_a_hierarchy_does_not_buy_back_its_first_factor(middle: float, winner: int) -> None:
     """The best arm by the first factor wins, whatever the second one pays; that decides among arms within the margin
@@ -109,6 +112,7 @@ def test_d3po_by_a_hierarchy_does_not_buy_back_its_first_factor(middle: float, w
     assert policies[0][winner] > 0.95 and policies[1][2] > 0.95, policies
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("loss", "options"),
     [(GRPO(clip=math.inf, scale=False), {"lr": 2.0}), (DNO(0.5, unit="nat"), {"lr": 2.0, "repeats": 4})],
@@ -167,6 +171,7 @@ class Redder:
         return torch.sigmoid(1000 * (images_a[:, 0] - images_b[:, 0]).mean((1, 2)))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("trainer", "config"), [(SPOTrainer, SPOConfig()), (DNOTrainer, DNOConfig(num_iterations=2))], ids=["spo", "dno"]
 )

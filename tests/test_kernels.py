@@ -76,6 +76,7 @@ def test_the_kernel_in_the_interpreter() -> None:
     assert told.returncode == 0, told.stdout[-4000:] + told.stderr[-2000:]
 
 
+@pytest.mark.few(2)
 @needs_triton
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("draws", [True, False])

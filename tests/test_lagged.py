@@ -126,6 +126,7 @@ def test_narrowed_too() -> None:
 # The pipeline
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_beside_is_as_in_turn_to_the_bit(
     pipe_of: Callable[[str], Any], name: str, monkeypatch: pytest.MonkeyPatch

@@ -100,6 +100,7 @@ def grey(level: float) -> torch.Tensor:
     return torch.full((1, 3, SIDE, SIDE), level)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -170,6 +171,7 @@ def test_centred_members_agree_on_where_zero_is(recipe: RewardTrainingConfig, pa
     assert raw[1] < 0.3 and raw[1] < raw[0]
 
 
+@pytest.mark.hard
 def test_a_slope_penalty_flattens_a_reward(recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path) -> None:
     """The slopes of a head through a frozen CLIP to the pixels, with and without the penalty."""
     slopes = []

@@ -26,6 +26,7 @@ def adapter(name: str, folder: Path, alpha: float | None = None, **options: Any)
     return pipe
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "alpha"), [("sd", None), ("sd", 5.0), ("sdxl", 3.0), ("flux", None), ("flux", 3.0)])
 def test_a_round_trip_leaves_every_tensor_and_diffusers_loads_both(
     name: str, alpha: float | None, tmp_path: Path
@@ -45,6 +46,7 @@ def test_a_round_trip_leaves_every_tensor_and_diffusers_loads_both(
     assert torch.equal(image(trained, name), there)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["sd", "sdxl", "flux"])
 def test_a_dora_round_trips_and_is_applied_by_its_formula(name: str, tmp_path: Path) -> None:
     """W' = m (W + α/r B A)/‖W + α/r B A‖, norms of outputs, as ComfyUI reads `dora_scale` (out, 1)."""

@@ -309,6 +309,7 @@ def test_d3po_moves_where_the_reference_code_is_stuck() -> None:
 # -- symmetries ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("loss", ALL, ids=ids)
 @given(SEEDS)
 def test_the_order_of_samples_means_nothing(loss: Loss, seed: int) -> None:
@@ -325,6 +326,7 @@ def test_the_order_of_samples_means_nothing(loss: Loss, seed: int) -> None:
     assert metrics_shuffled == pytest.approx(metrics, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("loss", COMPARING, ids=ids)
 @given(SEEDS)
 def test_a_prompt_that_scores_higher_means_nothing(loss: Loss, seed: int) -> None:
@@ -469,6 +471,7 @@ def test_the_optimum_of_prdp_is_the_tilted_reference() -> None:
     assert max(clipped) > 0.3  # the clip took part on the way
 
 
+@pytest.mark.hard
 def test_the_optimum_of_brain_is_the_reference_conditioned_on_being_good() -> None:
     chain, loss, clipped = Chain(2, 0), BRAIn(gamma=0.5, clip=0.1, unit="nat"), []
     reference, rewards = chain.log_probs(), torch.randn(2, A**T, generator=seeded(1))

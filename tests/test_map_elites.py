@@ -97,6 +97,7 @@ def rugged(images: Tensor) -> Tensor:
     return (4 * images[:, :, 0, 0]).cos().sum(1) - (images[:, 2, 0, 0] - 1.5).square()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("reward", [flat, near, rugged])
 def test_the_best_reward_is_not_below_that_of_noise_search_at_equal_evaluations(reward: Any) -> None:
     """328 evaluations each, sixteen runs: no loss outside its 95 % interval."""
@@ -124,6 +125,7 @@ def test_principal_axes_describe_images() -> None:
     assert same.float().mean() > 0.95
 
 
+@pytest.mark.hard
 def test_a_reward_that_one_cell_pays_is_found() -> None:
     """Both descriptors must be above 2.3: 1 in 9,000 draws. At least three times as often as by random search."""
     found = {0.5: 0, 1.0: 0}

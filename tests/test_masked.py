@@ -113,6 +113,7 @@ def steered(pipe: Any, **options: Any) -> Any:
     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("threshold", [0.5, 1.0], ids=["adaptive", "scheduled"])
 @pytest.mark.parametrize("resampler", hard_but(RESAMPLERS, "systematic", "residual"))
 @pytest.mark.parametrize("potential", POTENTIALS)
@@ -131,6 +132,7 @@ def test_the_normaliser_and_the_law_are_those_of_enumeration(potential: str, res
     assert any((info.ancestors != torch.arange(SIZE)).any() for info in out.history)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [{"preview": "samples:2"}, {"preview": "finish:2"}, {"opening": "balanced"}])
 def test_other_previews_and_openings_keep_the_law(options: dict[str, str]) -> None:
     opening = options.pop("opening", "independent")
@@ -147,6 +149,7 @@ def test_without_strength_the_ids_are_those_of_the_plain_pipeline() -> None:
     assert torch.equal(out.latents, plain) and out.texts == pipeline().decode(plain)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["svdd", "beam", "best-of-n"])
 def test_searches_find_higher_rewards_than_the_plain_pipeline(method: str) -> None:
     own: dict[str, Any] = {"svdd": {}, "beam": {"beams": 2}, "best-of-n": {}}[method]

@@ -160,6 +160,7 @@ def test_every_word_of_the_scenes_is_one_token(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer("naïve 🦄 текст").input_ids[1:-1]).replace(" ", "") == "naïve🦄текст"
 
 
+@pytest.mark.hard
 def test_every_caption_of_a_training_scene_holds_of_its_image_and_none_is_held_out() -> None:
     wordings = 0
     for number in range(300):
@@ -253,6 +254,7 @@ def test_a_deeper_denoiser_begins_as_the_one_it_grew_from_and_all_of_it_learns()
     assert new_denoiser().num_parameters() * 3 < deepened(new_denoiser(), LARGE).num_parameters()
 
 
+@pytest.mark.hard
 def test_two_steps_of_the_larger_models_training_resume_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +272,7 @@ def test_two_steps_of_the_larger_models_training_resume_to_the_same_weights(
     assert torch.equal(weights(tmp_path / "twice", 2, 4), weights(tmp_path / "once", 4))
 
 
+@pytest.mark.hard
 def test_the_pilots_combinations_are_in_no_other_list_and_never_drawn_for_training() -> None:
     requests = development_requests()
     reserved = {request.canonical for name in LISTS for request in requests_of(name)}

@@ -279,6 +279,7 @@ EXTRA = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", EXTRA)
 def test_unsupported_tensors_are_named_and_the_base_is_unchanged(kind: str, tmp_path: Path) -> None:
     extra, message = EXTRA[kind]
@@ -409,6 +410,7 @@ def answer(pipe: Any) -> Tensor:
     return torch.as_tensor(pipe.unet(noise, 5, text).sample)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["lora", "file", "peft", "whole"])
 def test_weights_are_applied_switched_off_and_removed(tiny: Path, tmp_path: Path, kind: str) -> None:
     other, pipe = of(tiny), of(tiny)

@@ -107,6 +107,7 @@ def test_latents_that_are_no_one_tensor_are_told_in_a_line(pipe_of: Callable[[st
 # Which go on
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scheme", RESAMPLERS)
 @pytest.mark.parametrize("count", hard_but([1, 3, 4, 7], 3))
 def test_fewer_offspring_are_unbiased(scheme: str, count: int) -> None:
@@ -154,6 +155,7 @@ class ModularGaussian(GaussianPipeline):
         return self.unet(x, timestep)[0]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("potential", POTENTIALS)
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_a_narrowed_gaussian_is_the_tilted_gaussian(potential: str, guidance: float) -> None:

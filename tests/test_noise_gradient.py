@@ -136,6 +136,7 @@ def times(factor: float) -> Function:
     return lambda images, prompts: factor * likeness(images, prompts)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "wan"])
 def test_gradients_in_half_precision_are_those_of_fp32(name: str, dtype: torch.dtype) -> None:
@@ -152,6 +153,7 @@ def scaled_gradient(chain: NoiseToImage, scale: float) -> Tensor:
     return torch.autograd.grad(rewards.sum() * scale, leaf)[0]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("factor", [1e-7, 1e4])
 @pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
 def test_gradients_too_small_or_too_large_for_fp16_are_right(name: str, factor: float) -> None:

@@ -417,6 +417,7 @@ def deeper(inner: st.SearchStrategy[Both]) -> st.SearchStrategy[Both]:
 expressions = st.recursive(atoms, deeper, max_leaves=6)
 
 
+@pytest.mark.hard
 @given(terms=st.lists(st.builds(weighted, expressions, weights, st.booleans()), min_size=1, max_size=3))
 @settings(deadline=None)
 def test_a_text_is_worth_what_the_objects_are(terms: list[tuple[str, WeightedReward]]) -> None:

@@ -53,6 +53,7 @@ def divergence(sampler: Sampler, trained: LoRA, stored: Trajectories, steps: ran
     return sum(kl(p, q).sum().item() for p, q in zip(*kernels, strict=True))
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("name", hard_but(["scenes", "sdxl", "sd3", "flux"], "scenes"))
 def test_the_kl_of_a_small_lora_is_that_of_float32(name: str) -> None:
     pipe, trained, call = built(name, torch.float32)
@@ -70,6 +71,7 @@ def test_the_kl_of_a_small_lora_is_that_of_float32(name: str) -> None:
         assert truth > 0 and found == pytest.approx(truth, rel=0.2)
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("dtype", hard_but([torch.float16, torch.bfloat16], torch.float16))
 def test_a_precision_that_measures_rounding_is_refused(dtype: torch.dtype) -> None:
     pipe, trained, call = built("scenes", dtype)
@@ -174,6 +176,7 @@ def test_tf32_is_off_inside_and_as_before_outside(interface: str, tf32: tuple[An
     assert matmul.allow_tf32 and cudnn.allow_tf32
 
 
+@pytest.mark.hard
 def test_rewards_in_the_background_have_one_precision(tf32: tuple[Any, ...], tmp_path: Path) -> None:
     """While the sampler switches TF32 off and on: two micro-batches of an update, of which one is scored meanwhile."""
     torch.backends.cuda.matmul.allow_tf32 = True

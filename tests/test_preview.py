@@ -252,6 +252,7 @@ def test_the_pipelines_own_vae_as_decoder_gives_the_same_bits(name: str) -> None
     assert torch.equal(Preview(pipe, call, 2, pipe.vae)(latents), Preview(pipe, call, 2)(latents))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("chunk", [2, 8])
 @pytest.mark.parametrize("name", IMAGES)
 def test_another_autoencoder_decodes_as_if_it_were_the_pipelines_own(name: str, chunk: int) -> None:
@@ -441,6 +442,7 @@ def test_the_first_previews_are_the_full_decoders_and_the_later_ones_the_maps(na
 # In steering
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("option", ["linear", "tiny"])
 @pytest.mark.parametrize("name", IMAGES)
 def test_only_previews_change(name: str, option: str) -> None:
@@ -495,6 +497,7 @@ def test_gradients_are_those_of_the_decoder() -> None:
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("option", ["linear", "tiny"])
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
 def test_guided_runs_go_through_cheap_previews(name: str, option: str) -> None:

@@ -201,6 +201,7 @@ def test_latents_in_a_list_race_as_in_one_tensor(name: str) -> None:
         assert min(others) > 1e-2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "starts", "own"),
     [

@@ -61,6 +61,7 @@ def accuracy(folder: Path) -> float:
     return pairwise_agreement(scores, truth(COUNT)[-300:], ["x"] * 300)
 
 
+@pytest.mark.hard
 def test_ratings_then_preferences_are_not_below_either_alone(tmp_path: Path) -> None:
     """HelpSteer2's order, on three seeds: 100 ratings, then 100 pairs; a win or a tie within .01."""
     both, alone = [], []

@@ -50,6 +50,7 @@ def test_what_is_true_comes_through(liar: str) -> None:
     assert score(reward, IMAGES[:0], []).shape == (0,)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("lie", "message"),
     [
@@ -144,6 +145,7 @@ def test_images_that_are_not_finite_are_not_sent(liar: str) -> None:
         load_reward(f"{liar}good")(images, PROMPTS)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "code", "line"),
     [

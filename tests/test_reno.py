@@ -60,6 +60,7 @@ def published(
     return reference
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize(
     ("name", "steps", "rule", "lr", "weight"),
@@ -118,6 +119,7 @@ def test_the_defaults_are_the_published_numbers() -> None:
     assert inspect.signature(ReNOPipeline.__call__).parameters["iterations"].default == 50
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "steps", "options"),
     [
@@ -153,6 +155,7 @@ def test_a_batch_of_prompts_gives_each_what_it_gets_alone(name: str, steps: int,
 SOLVED = [(name, "own") for name in FAMILIES] + [(name, "lcm") for name in ("sd", "sdxl", "controlnet")]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.hard)])
 @pytest.mark.parametrize(("name", "solver"), SOLVED)
 def test_the_noise_makes_the_images_again_bit_for_bit(name: str, solver: str, steps: int) -> None:

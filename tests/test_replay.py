@@ -69,6 +69,7 @@ def test_every_image_records_how_it_was_made(image: Path) -> None:
     ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["01.png", "base-01.png"])
 def test_a_replay_is_identical_to_the_byte(steer: Steer, image: Path, tmp_path: Path, name: str) -> None:
     source, path = image.with_name(name), list(sys.path)
@@ -80,6 +81,7 @@ def test_a_replay_is_identical_to_the_byte(steer: Steer, image: Path, tmp_path: 
     assert sys.path == path  # the current folder may be where a stranger's files were unpacked
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "words",
     [

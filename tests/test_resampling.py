@@ -121,6 +121,7 @@ def test_no_weight_is_too_large_or_too_small(scheme: str, log_w: np.ndarray, see
     assert torch.equal(ancestors, draw(scheme, given_weights.double(), seed)), "fp32 is held as it is"
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("scheme", RESAMPLERS)
 @pytest.mark.parametrize("uniform", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
 @given(w=weights)

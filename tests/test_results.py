@@ -166,6 +166,7 @@ def test_a_gradient_costs_two_more_evaluations_of_everything() -> None:
     assert results.cost(half) == 2 * results.cost(forward)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", sorted(results.EVALUATION))
 def test_the_cost_of_an_evaluation_is_that_of_its_flops(name: str) -> None:
     def flops(model: str) -> int:

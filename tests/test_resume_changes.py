@@ -83,6 +83,7 @@ def test_the_first_rollout_is_the_adapters_model(tmp_path: Path) -> None:
     assert train("grpo", fresh(), tmp_path / "run", longer).step == 3
 
 
+@pytest.mark.hard
 def test_an_adapter_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     trained(tmp_path, 5.0)
     for options, message in (

@@ -659,6 +659,7 @@ def test_every_tokenizer_has_its_own_limit(caplog: pytest.LogCaptureFixture) -> 
         assert by_tokenizer == expected
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["clip:scenes", "preference:scenes", "brightness + clip:scenes"])
 def test_a_prompt_that_a_reward_cuts_is_warned_about_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
     reward: Any = load_reward(name)

@@ -124,6 +124,7 @@ def test_bad_input_is_one_line(
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.hard
 def test_a_reward_that_hangs_ends_the_run_and_finished_prompts_stay(steer: Steer, tmp_path: Path) -> None:
     (tmp_path / "own_hanging.py").write_text(
         "import time\n\n\ndef hangs_on_stars(images, prompts):\n"

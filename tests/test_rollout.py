@@ -64,6 +64,7 @@ def test_a_replay_finds_the_same_densities(name: str) -> None:
     assert torch.equal(log_probs(sampler, stored), stored.log_probs)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_row_depends_on_nothing_but_itself(name: str) -> None:
     sampler, stored, images = case(name)
@@ -121,6 +122,7 @@ def plain_images(pipe: Any, call: dict[str, Any], rows: Rows, eta: float) -> Ten
     return images_of(pipe, prompt=list(rows.prompts), generator=generators, eta=eta, **call).clamp(0, 1)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("negative", [None, "a blue star"])
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 @pytest.mark.parametrize("name", ["sd", "img2img", "controlnet", "sdxl", "pixart"])
@@ -164,6 +166,7 @@ def test_diffusers_own_stochastic_solvers_with_the_same_noise(kind: str, monkeyp
     torch.testing.assert_close(images, truth, **SMALL)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_every_solver(kind: str) -> None:
     name, scheduler = SCHEDULERS[kind]

@@ -96,6 +96,7 @@ def report_of(out: Path) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.hard
 def test_two_processes_make_what_one_makes_and_resume_after_a_failure(
     steer: Steer, words: list[str], tmp_path: Path
 ) -> None:
@@ -283,6 +284,7 @@ def images(out: Path) -> dict[str, bytes]:
     return {path.stem: Image.open(path).tobytes() for path in sorted((out / "000-a-red-star").glob("*.png"))}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["base", "best-of-n", "fk"])
 def test_images_have_the_weights_and_base_images_do_not(
     steer: Steer, weights: Path, tmp_path: Path, method: str
@@ -301,6 +303,7 @@ def test_images_have_the_weights_and_base_images_do_not(
     assert refused[0] == 2 and f"holds a run with lora {str(weights)!r}, not None" in refused[2]
 
 
+@pytest.mark.hard
 def test_a_replay_uses_the_weights_that_the_user_names(steer: Steer, weights: Path, tmp_path: Path) -> None:
     assert steer("sample", *QUICK, "--method", "fk", "--lora", weights, "--out", tmp_path)[0] == 0
     source, base = (tmp_path / "000-a-red-star" / name for name in ("00.png", "base-01.png"))

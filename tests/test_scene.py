@@ -86,6 +86,7 @@ def fresh(request: pytest.FixtureRequest) -> tuple[torch.Tensor, list[str]]:
     return images.float() / 255, prompts
 
 
+@pytest.mark.few(1)
 def test_the_exact_reward_accepts_fresh_scenes_and_refuses_wrong_captions(
     fresh: tuple[torch.Tensor, list[str]],
 ) -> None:
@@ -137,6 +138,7 @@ def test_the_exact_reward_reads_larger_images_too(fresh: tuple[torch.Tensor, lis
     assert (SceneReward()(large, prompts[:200]) == 1).float().mean() > 0.97
 
 
+@pytest.mark.hard
 def test_the_soft_reward_still_tells_blurry_scenes_apart(fresh: tuple[torch.Tensor, list[str]]) -> None:
     images, prompts = fresh[0][:300], fresh[1][:300]
     others = prompts[1:] + prompts[:1]

@@ -45,6 +45,7 @@ RULES = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, rule: str) -> None:
     reward, options = Sum(like=likeness, red=lambda i, p: torch.sin(20 * redness(i, p))), RULES[rule]
@@ -71,6 +72,7 @@ def test_a_control_image_is_known_again_whatever_holds_it(tmp_path: Path) -> Non
         run(image=[other], **options)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "options",
     [

@@ -141,6 +141,7 @@ def test_without_a_choice_it_is_the_pipelines_own_noisy_batch(pipe_of: Callable[
     assert torch.equal(kept.images, batch.images)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux", "wan"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_every_family_is_searched_each_prompt_by_itself(pipe_of: Callable[[str], Any], name: str, beams: int) -> None:
@@ -222,6 +223,7 @@ def test_arguments_that_do_not_fit_are_named(
         SelectionPipeline(pipe_of("sd"), redness)(**(steer_kwargs("sd") | options))
 
 
+@pytest.mark.hard
 def test_the_command_knows_both_and_goes_on(steer: Steer, tmp_path: Path) -> None:
     words = ["sample", "a red circle", "--steps", "4", "--particles", "4", "--no-compare"]
     for name, options, kept, lam in (

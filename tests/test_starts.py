@@ -31,6 +31,7 @@ def screened(name: str = "sd", scheduler: Any = None, reward: Any = REWARD, **op
     return screen_initial_noise(pipeline(name, scheduler), reward, **call)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("name", "scheduler"), CASES)
 def test_as_many_candidates_as_are_kept_change_nothing(name: str, scheduler: Any) -> None:
     pipe, generator = pipeline(name, scheduler), seeded(4)
@@ -49,6 +50,7 @@ def test_generators_of_the_rows_are_the_pipelines_own_too() -> None:
     assert torch.equal(images_of(pipe, **call_kwargs("sd", 3, 4) | result.arguments()), plain)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("name", "scheduler"), CASES)
 def test_the_best_of_the_candidates_are_kept(name: str, scheduler: Any) -> None:
     """Each candidate's reward is that of its own run, which its noise alone brings back."""
@@ -76,6 +78,7 @@ def test_the_first_candidates_are_the_pipelines_own_and_more_only_add() -> None:
         assert any(torch.equal(noise, one) for one in own.noise) == (candidate < 3)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("scheduler", [None, EulerAncestralDiscreteScheduler])
 @pytest.mark.parametrize("candidate_batch_size", [1, 2, 3, 7, 20])
 def test_batches_of_candidates_change_nothing(scheduler: Any, candidate_batch_size: int) -> None:

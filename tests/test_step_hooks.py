@@ -61,6 +61,7 @@ def sd(scheduler: str = "DDIM", **config: Any) -> Any:
     return with_scheduler(cached_pipe("sd"), DIFFUSION[scheduler](**config))
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize(("family", "scheduler"), PAIRS)
 def test_watching_changes_no_bit_and_counts_every_transition(family: str, scheduler: str) -> None:
     pipe = tiny(family, scheduler)
@@ -90,6 +91,7 @@ def test_a_part_of_the_run_is_counted_from_where_it_starts(scheduler: str, stren
     assert seen == [(k, len(seen)) for k in range(len(seen))]
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize(("family", "scheduler"), WITHOUT_NOISE)
 def test_a_permutation_of_the_particles_permutes_the_images(family: str, scheduler: str) -> None:
     pipe = tiny(family, scheduler)
@@ -144,6 +146,7 @@ SINGLE_MEMORY = {  # of solvers that look back at one place only
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("scheduler", SINGLE_MEMORY)
 @pytest.mark.parametrize("at", range(STEPS - 1))
 def test_what_came_before_new_latents_is_forgotten(scheduler: str, at: int) -> None:

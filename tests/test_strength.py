@@ -46,6 +46,7 @@ def rightness(folder: Path, rows: Tensor) -> Tensor:
     return (found == true).double()
 
 
+@pytest.mark.hard
 def test_planted_flips_are_detected_and_cleaning_does_no_harm(tmp_path: Path) -> None:
     """A fifth of the labels is wrong: .8 of the flipped ones were. The retrained reward is level (no gain measured)."""
     rows, unseen = decided(250, 1), random_rows(COUNT, 800, 2)
@@ -69,6 +70,7 @@ def test_planted_flips_are_detected_and_cleaning_does_no_harm(tmp_path: Path) ->
     assert means["cleaned"] >= max(means["plain"], means["noise"]) - 0.02, means
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("seed", [11, 61, 71])
 def test_right_labels_stay(seed: int, tmp_path: Path) -> None:
     """No wrong labels planted: none is flipped, and so many stay that training on them is level with plain."""

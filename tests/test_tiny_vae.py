@@ -69,6 +69,7 @@ def test_pairs_are_made_once_and_are_the_full_decoders(scenes: Any, small: None,
     assert (tmp_path / "pairs.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.hard
 def test_a_training_runs_goes_on_and_learns(small: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train_tiny_decoder(tmp_path, MODELS["scenes"], steps=50)
     vae = train_tiny_decoder(tmp_path, MODELS["scenes"], steps=100)

@@ -145,6 +145,7 @@ def test_without_strength_the_ids_are_those_of_the_plain_pipeline(name: str) -> 
     assert len(out.texts) == 4 and all(isinstance(text, str) for text in out.texts)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_planted_reward_rises(name: str) -> None:
     build, call = CALLS[name]

@@ -54,6 +54,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return numbers.mean().item(), (numbers.std() / len(numbers) ** 0.5).item()
 
 
+@pytest.mark.hard
 def test_the_gradient_of_grpo_is_that_of_the_enumerated_expectation() -> None:
     """E ∇L = −(K − 1)/(K T) ∇E[r]: along random directions, by central differences of the law of the 81 sequences."""
     pipe, size, loss = tabular.pipeline(), 4, GRPO(clip=float("inf"), unit="nat", scale=False)
@@ -82,6 +83,7 @@ def perturbed() -> tuple[Any, Callable[[], Any]]:
     return pipe, trainable.reference
 
 
+@pytest.mark.hard
 def test_the_kl_to_the_reference_is_that_of_enumeration_computed_or_estimated() -> None:
     pipe, base = perturbed()
     own, before = (subs(one, STATES, MASK) for one in (pipe.denoiser.logits.detach(), tabular.Table().logits.detach()))
@@ -154,6 +156,7 @@ def trained(loss: Any, updates: int, passes: int, rate: float, steps: int = STEP
     return base, law(logits, steps)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("loss", "passes"),
     [(GRPO(clip=0.2, unit="nat"), 1), (PRDP(beta=0.5, clip=1.0), 3), (D3PO(beta=0.5, unit="nat"), 2)],

@@ -42,6 +42,7 @@ def differs(first: Tensor, second: Tensor) -> bool:
     return bool((first - second).abs().max() > 1e-4)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_lora_begins_at_the_reference_and_can_go_back_to_it(name: str) -> None:
     pipe = fresh_pipe(name)
@@ -186,6 +187,7 @@ OWN: dict[str, Callable[[Any], None]] = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", OWN)
 def test_a_users_own_lora_belongs_to_the_reference(how: str, users_lora: Path, tmp_path: Path) -> None:
     pipe = with_own(users_lora, OWN[how])
@@ -255,6 +257,7 @@ def test_where_a_pipeline_knows_no_loras_peft_does(tmp_path: Path) -> None:
     torch.testing.assert_close(image(fresh, "pixart"), there, rtol=0, atol=1e-6)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_of_a_denoiser(name: str) -> None:
     pipe = fresh_pipe(name)
@@ -313,6 +316,7 @@ def gradient(name: str, make: Callable[[Any], Trainable], checkpointing: bool) -
     return {n: p.grad for n, p in trained.parameters.items() if p.grad is not None}, len(calls)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("make", [lambda pipe: LoRA(pipe, 2), FullFinetuning], ids=["lora", "full"])
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_gradient_checkpointing_changes_no_gradient(name: str, make: Callable[[Any], Trainable]) -> None:

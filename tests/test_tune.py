@@ -91,6 +91,7 @@ def test_the_command_writes_a_preset_that_sample_reads(steer: Steer, tmp_path: P
     assert (header["purpose"], header["lam"]) == ("samples", "auto")
 
 
+@pytest.mark.hard
 def test_a_strength_is_chosen_by_best_of_n_once_for_all_candidates(tmp_path: Path) -> None:
     pipe, call = cached_pipe("sd"), {"num_inference_steps": 5}
     made: list[tuple[int, torch.Tensor]] = []

@@ -51,6 +51,7 @@ def distillation(scenes: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatc
     return Distillation(teacher, student, fake, scenes.scheduler, texts, nothing)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("steps", "least"), [(1, 0.85), (2, 0.85), (4, 0.7)])
 def test_easy_prompts_come_out_right(turbo: StableDiffusionPipeline, steps: int, least: float) -> None:
     call = {"num_images_per_prompt": 8, "num_inference_steps": steps, "output_type": "pt"}
@@ -151,6 +152,7 @@ def test_the_student_says_in_the_pipeline_what_it_said_in_training(
         assert torch.equal(said, distillation.fake(x, 999, text, return_dict=False)[0])
 
 
+@pytest.mark.hard
 def test_the_second_stage_starts_from_the_optimised_noise() -> None:
     call = {"num_inference_steps": 4}
     found = reno_then_steering("scenes-turbo", "scenes", "scene-soft", ["a circle", "a red star"], 2, 2, call)
@@ -160,6 +162,7 @@ def test_the_second_stage_starts_from_the_optimised_noise() -> None:
     assert found["gain"]["base"]["all"][0] == pytest.approx(gain, abs=1e-3)
 
 
+@pytest.mark.hard
 def test_a_lora_is_distilled_along_the_teachers_own_runs(
     scenes: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +181,7 @@ def test_a_lora_is_distilled_along_the_teachers_own_runs(
     assert any("attn2" in name and "lora_A" in name for name in names)
 
 
+@pytest.mark.hard
 def test_the_lcm_adapter_predicts_the_end_of_a_run_better_than_x0_does(scenes: StableDiffusionPipeline) -> None:
     pipe = FKSteeringPipeline(scenes, SceneReward())
     call = {"num_particles": 8, "lam": 0.0, "resample_steps": [5], "output_type": "pt", "guidance_scale": 4.0}

@@ -91,6 +91,7 @@ QUICK: dict[str, Any] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("only", [None, "transformer_2"])
 def test_a_training_changes_what_it_is_to_and_its_files_load_in_diffusers(only: str | None, tmp_path: Path) -> None:
     pipe = two_denoisers()

@@ -90,6 +90,7 @@ def test_a_share_out_of_range_is_refused(scenes: Any) -> None:
         two_prompts(scenes, {}, 1.5)
 
 
+@pytest.mark.hard
 def test_steer_sample_centres_the_guidance_and_replays_it(steer: Steer, tmp_path: Path) -> None:
     words = [
         "sample",

@@ -82,6 +82,7 @@ def train(
     return trainer.train(resume_from_checkpoint=resume)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.hard), 2])
 @pytest.mark.parametrize("method", hard_but(["d3po", "prdp", "ddpo", "grpo", "filtered"], "prdp", "filtered"))
 def test_every_method_trains_a_pipeline_without_prompts(method: str, rank: int, tmp_path: Path) -> None:

@@ -100,12 +100,14 @@ def test_the_minimum_over_groups_is_that_of_both(groups: tuple[Path, dict[str, A
     assert image.grad is not None and image.grad.abs().max() > 0
 
 
+@pytest.mark.hard
 def test_one_kind_of_users_is_learned_as_by_one_reward(tmp_path: Path) -> None:
     report = train_on_users(opinions(1), recipe(), "groups", 3, tmp_path / "r", tmp_path / "work")
     one = train_reward(opinions(1), recipe(), tmp_path / "bt", tmp_path / "work-bt")
     assert report["ensemble"]["accuracy"] >= one["ensemble"]["accuracy"] - 0.04
 
 
+@pytest.mark.hard
 def test_latent_vectors_tell_users_apart(tmp_path: Path) -> None:
     report = train_on_users(opinions(), recipe(steps=400), "latent", 4, tmp_path / "r", tmp_path / "work")
     assert report["ensemble"]["accuracy"] >= 0.85 and report["shared"]["accuracy"] <= 0.7, report

@@ -220,6 +220,7 @@ def planted_runs(count: int, noise: float) -> Runs:
     return Runs(features, torch.tensor([1.0, -1.0]), rewards, [hashed_words(f"{n} {n}") for n in range(count)])
 
 
+@pytest.mark.hard
 def test_the_weights_are_those_of_the_least_held_out_error(tmp_path: Path) -> None:
     train, choose, measure = planted_runs(128, noise=1.0).split(64, 96)
     config = ValueConfig(rollouts=64, updates=400, batch_size=32, width=8, learning_rate=3e-3)
@@ -244,6 +245,7 @@ def test_a_diverged_training_is_one_line(tmp_path: Path) -> None:
         fit(train, choose, ValueConfig(rollouts=16, updates=2, batch_size=8, width=8), tmp_path)
 
 
+@pytest.mark.hard
 def test_the_command_trains_a_value_that_steering_and_foresight_read(steer: Steer, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red star\ntwo blue circles\n")
     folder, small = tmp_path / "value", ["--rollouts", 32, "--updates", 5, "--width", 8]

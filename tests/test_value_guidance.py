@@ -147,6 +147,7 @@ def test_gradients_are_those_of_the_value_at_the_kernels_mean(
             torch.testing.assert_close(gradient[row].double(), expected, rtol=2e-3, atol=2e-3 * expected.abs().max())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_family_is_guided_without_decoding(pipe_of: Callable[[str], Any], name: str, proposals: Leaning) -> None:
     """The reward has no gradients: only the value needs them."""
@@ -161,6 +162,7 @@ def test_every_family_is_guided_without_decoding(pipe_of: Callable[[str], Any], 
     assert [parameter.requires_grad for model in models for parameter in model.parameters()] == asked
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("scheduler", DIFFUSION)
 def test_every_solver_is_guided(pipe_of: Callable[[str], Any], scheduler: str) -> None:
     """At the mean, the step after has the level, the number and the total of the run's own step."""

@@ -164,6 +164,7 @@ def test_a_sandboxed_reward_scores_as_by_hand_and_the_child_has_no_secrets_and_n
     assert torch.allclose(reward(IMAGES, PROMPTS), red_by_hand(IMAGES), atol=1e-6)  # in another child
 
 
+@pytest.mark.hard
 def test_the_limits_of_the_child_hold_without_the_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The code here passes no rule; the child runs it all the same, as if the rules had a hole."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -294,6 +295,7 @@ def by_judge(images: Tensor) -> Rank:
     return rank_by_judge(as_judge(Hidden(), 0.05), "the goal", images)
 
 
+@pytest.mark.hard
 def test_rankings_lead_to_the_hidden_goal_and_shuffled_ones_do_not() -> None:
     def shuffled(seed: int) -> Callable[[Tensor], Rank]:
         rng = np.random.default_rng(seed)
@@ -308,6 +310,7 @@ def test_rankings_lead_to_the_hidden_goal_from_child_processes() -> None:
     assert spearman_after_five_iterations(by_judge, SandboxReward.from_code) >= 0.9
 
 
+@pytest.mark.hard
 def test_the_command_writes_a_reward_that_steers(steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, out, work = drawn_scenes(tmp_path / "scenes", 12), tmp_path / "my_reward.py", tmp_path / "work"

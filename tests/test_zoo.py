@@ -34,6 +34,7 @@ def recorded(name: str, checks: tuple[str, ...]) -> dict[str, str]:
     return {check: f"{row[check]['state']} {row[check]['reason']}".strip() for check in checks if check in row}
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", [name for name in POPULAR if name in RECORDED])
 def test_popular_pipelines_are_steered_exactly(name: str) -> None:
     checks = tuple(check for check in QUICK if check in RECORDED[name])
@@ -85,6 +86,7 @@ def test_missing_checks_are_the_ones_without_an_outcome() -> None:
     assert list(parts(rows, "A", ("fk", "race"), False)) == [("A", ["fk", "race"])]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["Flux2Klein", "ZImageInpaint"])
 def test_a_search_starts_from_every_draw_of_the_plain_call(name: str) -> None:
     """Flux 2 packs its noise; the inpainted region of Z-Image follows the noise that its image starts from."""

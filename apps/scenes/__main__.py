@@ -11,10 +11,8 @@ from typing import Any
 import click
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from steer.apps.evaluation.report import summary
 from steer.apps.prompts import evenly_chosen, load_prompts
 from steer.apps.scenes import analyses, distil, flow, preferences, training, world
-from steer.apps.scenes.finetuning import finetuning_study, read_plan
 from steer.files import write_text
 from steer.pipelines.text.masked_diffusion import left_out
 
@@ -34,9 +32,9 @@ def main() -> None:
         type=Path,
         help="what `text`, `turbo` (an adapter of `lcm`), or `denoiser` where --out has no state, begins with",
     )
-    seconds = "processor time of each recipe of `pilot`; seconds of updates of each run of `finetuning-curves`"
+    seconds = "processor time of each recipe of `pilot`; seconds of updates of each run of `finetuning`"
     parser.add_argument("--seconds", "--seconds-each", type=float, default=300.0, help=seconds)
-    parser.add_argument("--seeds", type=int, default=3, help="of each run of `finetuning-curves`")
+    parser.add_argument("--seeds", type=int, default=3, help="of each run of `finetuning`")
     parser.add_argument("--vae", type=Path, help="finished autoencoder for `denoiser`; by default the one in --out")
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
@@ -46,7 +44,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="prompts of --list, shuffled; by default all")
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of the studies")
     parser.add_argument("--reward", default="scene-soft", help="reward of the studies")
-    parser.add_argument("--plan", type=Path, help="runs of `finetuning` and `finetuning-curves`, in docs/studies")
+    parser.add_argument("--plan", type=Path, help="runs of `finetuning`, in docs/studies")
     parser.add_argument(
         "--only", nargs="*", default=[], help="runs of --plan, or recipes of `pilot`, by the start of their names"
     )
@@ -149,23 +147,15 @@ def _tiny_vae(options: argparse.Namespace) -> None:
 
 
 def _finetuning(options: argparse.Namespace) -> dict[str, Any]:
-    plan = read_plan(options.plan or Path("docs/studies/finetuning.yaml"))
-    reports = finetuning_study(plan, options.out, options.only)
-    for prompts, report in reports.items():
-        print(f"{prompts}\n{summary(report)}")
-    return reports
+    from steer.apps.scenes import finetuning
 
-
-def _finetuning_curves(options: argparse.Namespace) -> dict[str, Any]:
-    from steer.apps.scenes import finetuning_curves as curves
-
-    plan = read_plan(options.plan or Path("docs/studies/finetuning-methods.yaml"))
+    plan = finetuning.read_plan(options.plan or Path("docs/studies/finetuning-methods.yaml"))
     given = str(options.model), options.reward, options.seconds, options.seeds, options.only
-    figures = curves.finetuning_curves(plan, options.out, *given)
+    figures = finetuning.finetuning_study(plan, options.out, *given)
     path = options.json or options.out / f"{options.stage}.json"
-    curves.draw_finetuning_curves(figures, path.with_suffix(".png"))
-    write_text(path.with_suffix(".md"), f"{curves.curves_table(figures)}\n")
-    print(curves.curves_table(figures))
+    finetuning.draw_finetuning_curves(figures, path.with_suffix(".png"))
+    write_text(path.with_suffix(".md"), f"{finetuning.curves_table(figures)}\n")
+    print(finetuning.curves_table(figures))
     return figures
 
 
@@ -219,9 +209,8 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], s
     "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
     "text": (_text, "train scenes-text on the words of the prompts; its folder is the asset"),
     "prompts": (_prompt_lists, "write the prompt lists to --prompts"),
-    "finetuning": (_finetuning, "train what is not finished of the runs of --plan in --out, and evaluate them"),
-    "finetuning-curves": (
-        _finetuning_curves,
+    "finetuning": (
+        _finetuning,
         "train the runs of --plan on --reward at equal seconds, unless finished, to --json, a table and a figure",
     ),
     "curves": (_curves, "best-of-n by an ensemble and others, from the evaluation in --out, to --json and a picture"),

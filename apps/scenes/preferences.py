@@ -187,13 +187,12 @@ def write_labelled_pairs(folder: Path, model: str, reward: str, prompts: Sequenc
 CHOICES_CALL = {"num_inference_steps": 10, "guidance_scale": 1.0}  # as in the configuration d3po-scenes
 CHOICES = 500
 LABEL_NOISE = 0.1  # share of choices that fall on the worse image
-ANNOTATOR_REWARD = "aesthetic:scenes"  # of the simulated annotator
 
 
-def write_choices(folder: Path, count: int = CHOICES) -> None:
-    """Write `count` pairs of images of training prompts, each from one noise, and a choice between the two; resumes an
-    unfinished folder."""
-    pipe, reward = load_pipeline("scenes"), resolve_reward(ANNOTATOR_REWARD)
+def write_choices(folder: Path, model: str, reward: str, count: int = CHOICES) -> None:
+    """Write `count` pairs of images of training prompts, each from one noise, and the choice of a simulated annotator
+    who errs in LABEL_NOISE of them; resumes an unfinished folder."""
+    pipe, scored = load_pipeline(model), resolve_reward(reward)
     pipe.set_progress_bar_config(disable=True)
     dataset, sampler = PreferenceFolder.create(folder, pipe, CHOICES_CALL), Sampler(pipe, CHOICES_CALL)
     prompts = load_prompts("scenes-training")
@@ -203,7 +202,7 @@ def write_choices(folder: Path, count: int = CHOICES) -> None:
         start, *noises = (derived_seed(number, name) for name in ("start", "a", "b"))
         trajectories, images = sampler.rollout(Rows((prompt, prompt), (start, start), tuple(noises)))
         with torch.no_grad():
-            first, second = reward(images, [prompt, prompt]).tolist()
+            first, second = scored(images, [prompt, prompt]).tolist()
         better = int(second > first)
         chosen = better ^ bool(np.random.default_rng(number).random() < LABEL_NOISE)
         dataset.write_preference(dataset.write_group(trajectories, images), chosen=chosen, rejected=1 - chosen)

@@ -66,6 +66,7 @@ def resume_hint(command: Command, out: Path, expected: Any) -> bool:
     return ended.code == 0 and command.left(out) == expected
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("kills", [2, pytest.param(16, marks=FULL)])
@@ -138,6 +139,7 @@ def with_few_files(number: int) -> Callable[[Callable[[], Any]], Any]:
 LIMITS = {"a full disk": on_a_full_disk, "too few files": with_few_files}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", LIMITS)
 @pytest.mark.parametrize("times", [2, pytest.param(8, marks=FULL)])

@@ -158,6 +158,7 @@ def tried(kind: Kind, folder: Path, cuts: int, flips: int, good: tuple[str, ...]
     return tally
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(("cuts", "flips"), [(3, 6), pytest.param(CUTS, FLIPS, marks=FULL)])
 def test_nothing_that_is_spoilt_is_read_wrong(tmp_path: Path, name: str, cuts: int, flips: int) -> None:
@@ -193,6 +194,7 @@ UNSUMMED = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", UNSUMMED)
 @pytest.mark.parametrize(("cuts", "flips"), [(2, 4), pytest.param(CUTS, 150, marks=FULL)])
 def test_what_has_no_sums_is_read_or_refused_in_a_line(tmp_path: Path, name: str, cuts: int, flips: int) -> None:

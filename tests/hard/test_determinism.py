@@ -71,6 +71,7 @@ def bits(found: SteeringOutput) -> list[Tensor]:
     return [found.images, found.rewards, found.log_weights, found.latents, *found.ancestors]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seeds", [1, pytest.param(5, marks=FULL)])
 def test_micro_batches_of_any_size_leave_images_and_ancestors(family: str, seeds: int) -> None:
@@ -131,6 +132,7 @@ IN_THREADS = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shared", IN_THREADS)
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=FULL)])
 def test_threads_that_share_a_pipeline_make_what_they_make_in_turn(shared: str, times: int) -> None:

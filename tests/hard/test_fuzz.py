@@ -141,6 +141,7 @@ WRONG = {
 }
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("name", WRONG)
 def test_a_parser_that_does_what_none_may_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parser, kind, told = WRONG[name]

@@ -79,6 +79,7 @@ def test_of_a_save_that_is_killed_at_a_random_moment_one_interval_is_lost_at_mos
         tally.note("checkpoint, kill -9 at random times")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize("every", [17, pytest.param(1, marks=FULL)])
 def test_a_save_that_is_killed_at_any_of_its_steps_loses_that_save_at_most(
@@ -105,6 +106,7 @@ def test_a_save_that_is_killed_at_any_of_its_steps_loses_that_save_at_most(
         tally.note(f"checkpoint, kill -9 before each step of saving, keep {keep}")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("every", [11, pytest.param(1, marks=FULL)])
 def test_what_is_written_beside_checkpoints_survives_a_kill_at_any_step(tmp_path: Path, name: str, every: int) -> None:

@@ -67,6 +67,7 @@ def judged(tally: Tally, kind: str, ended: Ended, found: str) -> None:
     tally.count(f"{kind}, {'done' if ended.code == 0 else 'refused'}", found in right)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ACTIONS)
 @pytest.mark.parametrize("count", [2, pytest.param(40, marks=FULL)])
 def test_on_a_disk_that_is_full_the_old_stays(tmp_path: Path, name: str, count: int) -> None:
@@ -122,6 +123,7 @@ def _free(folder: Path) -> int:
     return told.f_bavail * told.f_bsize
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ACTIONS)
 @pytest.mark.parametrize("noted", [False, pytest.param(True, marks=FULL)])
 def test_in_a_folder_that_may_not_be_written_the_old_stays(tmp_path: Path, name: str, noted: bool) -> None:
@@ -147,6 +149,7 @@ def test_in_a_folder_that_may_not_be_written_the_old_stays(tmp_path: Path, name:
         tally.note(f"{name}, read-only folder")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ACTIONS)
 @pytest.mark.parametrize("most", [3, pytest.param(8, marks=FULL)])
 def test_with_too_few_files_the_old_stays(tmp_path: Path, name: str, most: int) -> None:

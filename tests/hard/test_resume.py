@@ -150,6 +150,7 @@ def what_became(ended: list[Ended], cut: Cut, out: Path) -> str:
     return "before there was a checkpoint" if found is None else cut.__name__.replace("_", " ")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("amid", ["prepare", "backward"])
 def test_of_two_processes_of_which_one_is_gone_the_other_says_so_in_a_line(tmp_path: Path, amid: str) -> None:
     """Where accelerate makes them talk: when the denoiser is shared, and when the gradients are."""

@@ -1,6 +1,7 @@
 """Finetuning at equal seconds: the plans, the end by seconds, curves of a small run, the KL of evaluations."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,18 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer.apps.scenes.finetuning import read_plan, read_run
-from steer.apps.scenes.finetuning_curves import (
+from steer.apps.scenes.finetuning import (
     TimeLimit,
     _interval,
     curves_table,
     draw_finetuning_curves,
-    finetuning_curves,
+    finetuning_study,
     first_reaching,
+    read_plan,
+    read_run,
 )
+from steer.apps.scenes.preferences import CHOICES_CALL, write_choices
+from steer.assets import PROMPTS
+from steer.files import read_image
+from steer.pipelines.training.preference_data import PreferenceFolder
+from steer.rewards.aesthetic import aesthetic
 
 STUDIES = Path(__file__).resolve().parent.parent / "docs/studies"
-METHODS, GUARDS = (read_plan(STUDIES / f"finetuning-{name}.yaml") for name in ("methods", "guards"))
+METHODS, GUARDS, LISTS = (read_plan(STUDIES / f"finetuning-{name}.yaml") for name in ("methods", "guards", "prompts"))
 TINY = {"eval_prompts_count": "2", "train_batch_size": "1", "num_generations": "2", "num_inference_steps": "4"}
 
 
@@ -36,6 +43,33 @@ def test_every_run_of_the_plans_is_a_configuration_that_differs_in_its_method_or
     assert changed["kl-budget"] == {"kl_budget_nats"} and changed["multiplier"] == {"constraints", "dual_rate"}
     assert changed["early-stopping"] == {"early_stopping_patience"}
     assert guards["backprop-slope"].plain() == guards["backprop"].plain() | {"max_slope": 3.0}
+
+
+def test_prompts_and_the_clip_are_compared_with_all_else_equal(tmp_path: Path) -> None:
+    configs = {name: read_run(run, tmp_path) for name, run in LISTS.items() if name != "d3po-choices"}
+    for method in ("ddpo", "prdp", "grpo-window", "nft"):
+        many, few = (configs[f"{method}-{size}"] for size in ("many", "few"))
+        assert many.training == few.training
+        assert [len(PROMPTS[one.job.prompts].read_text().splitlines()) for one in (many, few)] == [1024, 32]
+    clipped, unclipped = configs["prdp-off-policy"], configs["prdp-off-policy-unclipped"]
+    assert replace(unclipped.training, clip=clipped.training.clip) == clipped.training
+    assert unclipped.training.clip == 1e9 > clipped.training.clip
+
+
+@pytest.mark.hard
+def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> None:
+    for count in (3, 12):
+        write_choices(tmp_path, "scenes", "aesthetic:scenes", count)
+    kept = [json.loads(line) for line in (tmp_path / "choices.jsonl").read_text().splitlines()]
+    folder = PreferenceFolder(tmp_path)
+    assert len(kept) == len(folder.groups) == 12 and folder.provenance.call == CHOICES_CALL
+    reward, right = aesthetic("scenes"), 0
+    for choice in kept:
+        lot = folder.groups[choice["lot"]]
+        images = [read_image(tmp_path / lot.image_file(number)) for number in (0, 1)]
+        values = [reward(image[None], [lot.rows.prompts[0]]).item() for image in images]
+        right += values[choice["chosen"]] > values[choice["rejected"]]
+    assert 8 <= right < 12, "one in ten is wrong, and among these at least one is"
 
 
 def test_a_run_ends_and_is_evaluated_by_the_seconds_of_its_updates() -> None:
@@ -86,7 +120,7 @@ def test_the_table_of_one_seed_has_no_intervals() -> None:
 def test_a_tiny_study_trains_once_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {name: {**METHODS[name], **TINY} for name in ("grpo", "nft")}
     runs |= {"dpo": {**METHODS["dpo"], **TINY, "train_batch_size": "2"}}
-    figures = finetuning_curves(runs, tmp_path, "scenes", "aesthetic:scenes", 0.5, 1, pairs=4)
+    figures = finetuning_study(runs, tmp_path, "scenes", "aesthetic:scenes", 0.5, 1, pairs=4)
     assert list(figures["runs"]) == ["grpo", "nft", "dpo"] and figures["seconds"][-1] == 0.5
     for one in figures["runs"].values():
         assert {len(one[name]) for name in ("trained", "hold_out", "kl", "images")} == {9}
@@ -94,8 +128,8 @@ def test_a_tiny_study_trains_once_and_draws(tmp_path: Path, monkeypatch: pytest.
     folder = tmp_path / "scenes-aesthetic-scenes"
     spent = [json.loads(line)["seconds"] for line in (folder / "grpo-0/metrics.jsonl").read_text().splitlines()]
     assert sum(spent[:-1]) < 0.5 <= sum(spent)
-    monkeypatch.setattr("steer.apps.scenes.finetuning_curves.finetune", None)  # finished runs are not trained again
-    assert finetuning_curves(runs, tmp_path, "scenes", "aesthetic:scenes", 0.5, 1, pairs=4) == figures
+    monkeypatch.setattr("steer.apps.scenes.finetuning.finetune", None)  # finished runs are not trained again
+    assert finetuning_study(runs, tmp_path, "scenes", "aesthetic:scenes", 0.5, 1, pairs=4) == figures
     assert [line.split(" | ")[0] for line in curves_table(figures).splitlines()[2:]] == ["| grpo", "| nft", "| dpo"]
     draw_finetuning_curves(figures, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
