@@ -123,6 +123,7 @@ def test_no_keeps_the_best_weights_and_yes_continues(tmp_path: Path) -> None:
     assert [(one.step, one.kept_step) for one in asked] == [(2, 1)] * 2
 
 
+@pytest.mark.hard
 def test_a_run_without_an_answer_waits_in_its_checkpoint(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole", lambda question, check: True).train()
     result = trainer(tmp_path / "parts").train()

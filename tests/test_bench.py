@@ -134,6 +134,7 @@ def test_a_look_ahead_of_three_steps_has_two_more_evaluations(subject: Subject) 
     assert 0 < steered.rows["denoiser"] - plain.rows["denoiser"] <= 2 * PARTICLES * 2 * READS  # fewer near the end
 
 
+@pytest.mark.hard
 def test_a_race_has_no_more_evaluations_than_best_of_n(subject: Subject) -> None:
     large = replace(subject, size=6)
     _, race, best, _ = measured("race_over_best_of_n", large)
@@ -142,6 +143,7 @@ def test_a_race_has_no_more_evaluations_than_best_of_n(subject: Subject) -> None
     assert race.rows["reward"] > 2
 
 
+@pytest.mark.hard
 def test_denoising_decodes_nothing_and_calls_the_denoiser_as_often(subject: Subject) -> None:
     _, steered, plain, check = measured("fk_over_plain_batch", subject)
     assert steered.rows["denoiser"] == plain.rows["denoiser"] == 2 * PARTICLES * STEPS
@@ -187,7 +189,7 @@ def test_a_policy_gradient_is_the_naive_loop_with_the_same_calls(name: str, subj
     assert check.passed
 
 
-@pytest.mark.few(1)
+@pytest.mark.hard
 @pytest.mark.parametrize("name", ["sdpa_off_over_on", "micro_batches_off_over_on"])
 def test_an_exact_gain_changes_no_result_and_leaves_nothing(name: str, subject: Subject) -> None:
     before = {part: set(vars(part)) for part in subject.pipe.unet.modules()}

@@ -93,6 +93,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return tensor.mT if tensor.dim() > 1 and draw(st.booleans()) else tensor
 
 
+@pytest.mark.hard
 @settings(max_examples=40, deadline=None)
 @given(named=st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda key: key.isprintable()), tensors()))
 def test_tensors_come_back_bit_for_bit(named: dict[str, Tensor]) -> None:

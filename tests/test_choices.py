@@ -100,7 +100,7 @@ def change_line(path: Path, number: int, **changed: Any) -> None:
 # ---- learning
 
 
-@pytest.mark.few(1)
+@pytest.mark.hard
 def test_stored_and_regenerated_trajectories_train_to_the_same_bits(recorded: dict[str, Path], tmp_path: Path) -> None:
     results = {name: train(path, tmp_path / name) for name, path in recorded.items()}
     assert_same_weights(tmp_path / "stored", tmp_path / "seeds")
@@ -191,6 +191,7 @@ def test_a_batch_of_micro_batches_is_the_batch(recorded: dict[str, Path], tmp_pa
     torch.testing.assert_close(torch.tensor(margins[0]), torch.tensor(margins[1]), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.hard
 def test_stopped_amid_a_round_and_resumed_it_ends_the_same(recorded: dict[str, Path], tmp_path: Path) -> None:
     folder = recorded["seeds"]
     config = tiny(folder, save_steps=9, steps_per_generation=2)

@@ -407,6 +407,7 @@ def seen(number: int, side: int = 8) -> Iteration:
     return Iteration(number, 3, row, {}, row, row, images)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("side", "shown"), [(8, 256), (200, 400), (2000, 512)])
 def test_the_animation_shows_the_best_seed(tmp_path: Path, side: int, shown: int) -> None:
     frames = Frames(tmp_path / "frames")

@@ -289,6 +289,7 @@ def test_towers_of_open_clip_have_a_middle_layer(name: str) -> None:
         assert middle.ndim == 2 and middle.isfinite().all()
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize(("height", "width"), [(SIDE, SIDE), (47, 64), (90, 33), (20, 27)])
 @pytest.mark.parametrize(
     ("spec", "plain", "prepared"),

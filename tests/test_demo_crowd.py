@@ -226,7 +226,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(6)
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_a_refusal_leaves_the_form_as_it_was(
     studio: Studio, tab: SteerTab, changes: dict[str, Any], message: str
@@ -241,6 +241,7 @@ def test_a_refusal_leaves_the_form_as_it_was(
     assert not studio.history.runs(VISITORS[0]) and "Done" in last(press(tab, VISITORS[0]), tab.status)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [

@@ -426,6 +426,7 @@ def test_agreement_is_of_lots_that_two_or_more_judged() -> None:
 # ---- what becomes of it
 
 
+@pytest.mark.hard
 def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
     studio: Studio, store: LabelStore, tmp_path: Path
 ) -> None:

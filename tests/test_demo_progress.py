@@ -47,7 +47,7 @@ def test_durations_are_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", hard_but(METHODS, "fk", "race", "reno", "best-of-n", "base"))
 def test_the_estimate_is_the_count_of_the_run(method: str, tmp_path: Path) -> None:
     one_step = {"model": "scenes-turbo", "steps": 1, "guidance": 0.0, "reward": "scene-soft"}

@@ -118,6 +118,7 @@ def test_best_first_by_any_reward_with_what_it_did_not_score_last() -> None:
     assert [one.name for one in rows_found.best_first("y")] == ["r", "p", "q"]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

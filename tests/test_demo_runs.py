@@ -63,7 +63,7 @@ def asked(method: str) -> dict[str, Any]:
 # ---- state of the run before
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", hard_but(METHODS, "race", "reno"))
 def test_the_second_run_is_as_good_as_the_first(tab: SteerTab, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = result_of(tab, run(tab, **asked(method), seed=1))
@@ -83,7 +83,7 @@ def test_the_second_run_is_as_good_as_the_first(tab: SteerTab, method: str, monk
     assert [Image.open(one.path).tobytes() for one in again.images] == pixels
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("phase", "status", "finished"),
     [("fk", "Stopped. Nothing was finished.", False), ("beside", "Stopped: 1 prompt", True)],
@@ -185,7 +185,7 @@ def test_no_error_on_any_way_to_a_visitor_names_a_server_path(
 # ---- what is compared
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["fk", "reno"])
 def test_the_slider_compares_best_with_best_and_all_base_images_are_there(tab: SteerTab, method: str) -> None:
     for seed in range(20):
@@ -289,6 +289,7 @@ def test_the_endpoint_draws_a_seed_too(studio: Studio) -> None:
 # ---- names
 
 
+@pytest.mark.hard
 def test_files_of_different_runs_have_different_names(tab: SteerTab) -> None:
     names: list[str] = []
     prompts = {"prompts": "a star\na star"}, {"prompts": "星"}
@@ -310,7 +311,7 @@ def test_old_runs_make_room(tab: SteerTab, studio: Studio) -> None:
 # ---- prompts inside images
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("prompt", ["", "a blue cross"])
 def test_rewards_take_the_prompt_inside_our_images(
     tab: SteerTab, studio: Studio, tmp_path: Path, prompt: str, monkeypatch: pytest.MonkeyPatch

@@ -61,7 +61,7 @@ def of(kind: type, events_: list[Any]) -> list[Any]:
     return [event for event in events_ if isinstance(event, kind)]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["fk", "race", "best-of-n", "base", "reno"])
 def test_every_method_shows_readings_before_the_end(studio: Studio, tmp_path: Path, method: str) -> None:
     model = {"model": "scenes-turbo", "steps": 1, "guidance": 0} if method == "reno" else {}
@@ -107,7 +107,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
     return Weights("scenes", folder, "scenes, D3PO on brightness, 3 updates", "brightness", 8, 2.0)
 
 
-@pytest.mark.few(1)
+@pytest.mark.hard
 @pytest.mark.parametrize("method", ["base", "fk"])
 def test_finetuned_weights_are_worn_by_the_images_and_not_by_those_beside_them(
     studio: Studio, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
@@ -215,7 +215,7 @@ def test_the_command_asks_for_the_same_settings(monkeypatch: pytest.MonkeyPatch)
             assert prompts == [PromptRow(prompt)] and asked == settings
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["fk", "best-of-n", "base", "reno"])
 def test_the_program_makes_the_same_images(
     studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str

@@ -312,7 +312,7 @@ def test_stop_keeps_the_best_weights_and_go_on_changes_nothing(
     assert "the answer was no" in (trained.result.stopped or "")
 
 
-@pytest.mark.few(1)
+@pytest.mark.hard
 @pytest.mark.parametrize("end", ["stop", "leave", "silence"])
 def test_a_run_that_asks_ends_within_a_second_with_a_checkpoint(
     studio: Studio, asking: TrainingRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str

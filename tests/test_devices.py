@@ -128,13 +128,13 @@ FK |= {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", hard_but(FK, *(FK.keys() - OTHERS)))
 def test_feynman_kac(name: str) -> None:
     same(FKSteeringPipeline, lam=30.0, **FK[name])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", PIPELINES)
 def test_feynman_kac_of_every_family(family: str) -> None:
     same(FKSteeringPipeline, family, lam=30.0, ess_threshold=1.0)
@@ -152,7 +152,7 @@ def test_feynman_kac_of_other_solvers(scheduler: Any) -> None:
     same(FKSteeringPipeline, "sd", scheduler, lam=30.0, ess_threshold=1.0)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [{}, {"beams": 2}, {"lam": 5.0, "beams": 2}, {"preview": "linear"}], ids=str)
 def test_selection_and_beam_search(options: dict[str, Any]) -> None:
     same(SelectionPipeline, **options)

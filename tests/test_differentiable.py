@@ -81,6 +81,7 @@ def everything_about(module: nn.Module) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["sd", "sdxl", "controlnet", "flux", "wan"])
 def test_the_users_models_are_left_as_they_are(name: str) -> None:
     pipe, call = in_precision(cached_pipe(name)), call_kwargs(name, 2, 2)
@@ -159,7 +160,7 @@ def kept(name: str, steps: int, checkpointing: bool) -> tuple[int, int]:
     return sum(found.values()), latents.nbytes
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart"])
 def test_checkpoints_keep_little_and_grow_by_latents(name: str) -> None:
     (one, latents), (five, _) = kept(name, 1, True), kept(name, 5, True)
@@ -264,6 +265,7 @@ def test_blocks_that_reject_checkpointing_keep_their_activations(where: str, cap
     assert torch.equal(out.rewards, kept.rewards) and caplog.text.count("rejects gradient checkpointing") == 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("setting", "expected"), [("auto", False), (False, False), (True, True)])
 def test_checkpoints_are_for_large_runs_or_on_request(setting: Any, expected: bool, monkeypatch: Any) -> None:
     asked: list[bool] = []

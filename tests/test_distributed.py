@@ -88,6 +88,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("method", ["prdp", "ddpo"])
 def test_a_run_of_two_processes_goes_on_to_the_last_bit(method: str, made: Path) -> None:
     straight, parted = (made / f"{method}-{name}" for name in ("straight", "parted"))

@@ -66,6 +66,7 @@ def test_the_last_checkpoint_is_what_diffusers_loads_from_final(run: Path) -> No
     assert (trained - base).abs().max() > 1e-4
 
 
+@pytest.mark.few(2)
 def test_every_distinct_checkpoint_is_a_contender(run: Path, tmp_path: Path) -> None:
     """best/ and final/ only where no checkpoint has their weights: moved ones are of another run."""
     places = sorted(path.name for path in (run / "checkpoints").iterdir())
@@ -83,6 +84,7 @@ def test_every_distinct_checkpoint_is_a_contender(run: Path, tmp_path: Path) -> 
     assert both[1].label == f"other {steps[0]} fk" and {one.model for one in both} == {"m"}
 
 
+@pytest.mark.hard
 def test_steps_sort_as_text(lora_run: Path, tmp_path: Path) -> None:
     place = lora_run / "checkpoints/step-00000006"
     for step in (8, 40):

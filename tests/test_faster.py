@@ -45,6 +45,7 @@ def test_switches_change_no_image(steer: Steer, tmp_path: Path, plain: Path, wor
     assert before["prompts"][0]["ancestors"] == after["prompts"][0]["ancestors"]
 
 
+@pytest.mark.hard
 def test_rows_go_in_as_asked(steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int | None] = []
     real = room.micro_batched
@@ -59,6 +60,7 @@ def test_rows_go_in_as_asked(steer: Steer, tmp_path: Path, monkeypatch: pytest.M
     assert asked == [5, 5, None]  # steered and base; as many as the memory takes
 
 
+@pytest.mark.hard
 def test_the_pipeline_is_as_it_was_and_compiled_views_are_given() -> None:
     pipe = cached_pipe("sd")
     own = dict(vars(pipe))

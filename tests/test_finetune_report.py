@@ -158,6 +158,7 @@ def test_captions_fit_and_dollars_are_no_mathematics() -> None:
     assert plots.format_rewards([-0.5, 1.23456]) == "−0.5 · 1.23"
 
 
+@pytest.mark.few(1)
 def test_before_and_after_hold_the_first_and_the_last_grid(described: tuple[Path, TrainingResult]) -> None:
     out, _ = described
     whole = np.asarray(Image.open(out / "plots" / "before-after.png").convert("RGB"))

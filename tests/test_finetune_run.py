@@ -108,7 +108,7 @@ def test_a_replay_that_differs_ends_the_run_before_the_first_update(pipe: Any, t
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("method", "options", "measured"),
     [
@@ -347,6 +347,7 @@ class Endless:
         return images.mean((1, 2, 3)) + zero.abs().sqrt()
 
 
+@pytest.mark.few(1)
 def test_a_gradient_that_is_no_number_moves_nothing(pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the loss of update 1 is .*, its gradient as long as nan: lower"):
         train("reward-backprop", pipe, tmp_path, config_of("reward-backprop", **SHORT), reward=Endless())
@@ -407,6 +408,7 @@ def test_all_weights_trained_twice_in_one_process_are_not_taken_for_the_referenc
         train("grpo", pipe, tmp_path, config_of("grpo", **SHORT | {"lora_rank": 0, "max_steps": 5}))
 
 
+@pytest.mark.hard
 def test_a_round_that_is_broken_off_leaves_no_trace_in_the_method(pipe: Any, tmp_path: Path) -> None:
     """DDPO remembers rewards of a round's first update before the second is drawn."""
     config = config_of("ddpo", max_steps=4, eval_steps=100, ema_decay=0.0)

@@ -100,6 +100,7 @@ def test_a_reward_scores_our_own_output(pipe: Any) -> None:
 # Calls
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", PIPELINES, ids=[one.__name__ for one in PIPELINES])
 def test_every_output_is_one_of_diffusers(pipe: Any, method: Any) -> None:
     out = method(pipe, "brightness")(PROMPT, num_images_per_prompt=2, generator=seeded(), **PIPELINES[method])

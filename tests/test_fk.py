@@ -48,6 +48,7 @@ def in_slots(out: SteeringOutput) -> Tensor:
     return out.in_slot_order().images
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize(("lam", "particles"), [(0.0, K), (10.0, 1)], ids=["lambda 0", "one particle"])
 def test_without_steering_the_bytes_are_the_pipelines_own(
@@ -65,6 +66,7 @@ def test_without_steering_the_bytes_are_the_pipelines_own(
     assert out.history and all((ess == particles).all() for ess in out.ess)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_family_is_steered(pipe_of: Callable[[str], Any], name: str) -> None:
     pipe, call = pipe_of(name), steer_kwargs(name)
@@ -98,6 +100,7 @@ def test_several_prompts_keep_their_own_particles(pipe_of: Callable[[str], Any],
     assert torch.allclose(redness(out.images, []).view(2, K), out.rewards, atol=1e-6)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -117,6 +120,7 @@ def test_copies_part_under_deterministic_and_stochastic_solvers(pipe_of: Callabl
     assert not torch.allclose(out.in_slot_order().latents[0], plain[parent], rtol=1e-3, atol=1e-3)  # the first too
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("steps", [3, 4, 6, 8])
 @pytest.mark.parametrize("scheduler", [LCMScheduler, KDPM2AncestralDiscreteScheduler, EulerDiscreteScheduler])
 def test_copies_part_at_the_last_step_that_is_read_too(
@@ -212,6 +216,7 @@ def test_eta_is_the_gaussian_kernel_elsewhere(pipe_of: Callable[[str], Any]) -> 
     assert torch.allclose(own, still, atol=1e-4) and not torch.allclose(own, noisy, atol=1e-2)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("potential", POTENTIALS)
 @pytest.mark.parametrize("resampler", ["systematic", "ssp"])
 def test_a_steered_gaussian_is_the_tilted_gaussian(potential: str, resampler: str) -> None:

@@ -95,6 +95,7 @@ def test_two_steps_of_the_training_resume_to_the_same_weights(tmp_path: Path, mo
 EASY = ["a red square", "a blue star", "two green triangles", "a black cross", "three purple circles", "a yellow star"]
 
 
+@pytest.mark.hard
 def test_the_trained_model_draws_what_is_asked_and_a_steering_pipeline_loads_it_without_t5() -> None:
     best = BestOfNPipeline.from_pretrained(MODELS["scenes-flow"], "scene")
     call = {"num_inference_steps": 8, "guidance_scale": 4.0, "output_type": "pt"}

@@ -121,6 +121,7 @@ def gradients(trained: LoRA) -> dict[str, Tensor]:
     return {name: one.grad.clone() for name, one in trained.parameters.items() if one.grad is not None}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_is_that_of_one_graph_over_all_levels(family: str) -> None:
     """NFT with a penalty of the reference, in two chunks, against the sum of all levels with one backward."""
@@ -187,6 +188,7 @@ METHODS: Mapping[str, tuple[Any, Any]] = {
 }
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("method", hard_but(METHODS, "nft"))
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(method: str, tmp_path: Path) -> None:
     """Inside a rollout, after the average of the weights has left both the base and the trained ones."""
@@ -214,6 +216,7 @@ def test_noise_that_would_not_be_used_is_refused(config: Any, options: dict[str,
     assert config(eta=1.0, dynamics="ddim") == config()
 
 
+@pytest.mark.hard
 def test_dynamics_are_the_law_of_eval_kl_alone(tmp_path: Path) -> None:
     """The same weights and images by any law; another KL."""
     results = {}
@@ -442,6 +445,7 @@ def test_dpo_learns_from_a_table_of_pairs(table: Path, tmp_path: Path) -> None:
         dpo(table, tmp_path).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.hard
 def test_latents_are_encoded_again_by_another_autoencoder(table: Path, tmp_path: Path) -> None:
     first = dpo(table, tmp_path)
     latents = [first.preference_source(table).latents]

@@ -108,7 +108,7 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_passes_are_backpropagation_through_all_steps(name: str, kind: str) -> None:
@@ -230,7 +230,7 @@ def test_steps_that_are_not_learnt_from_cost_nothing_of_a_controlnet() -> None:
 OTHER_CHUNKS = [("sd", "grpo"), ("flux", "prdp")]
 
 
-@pytest.mark.few(1)
+@pytest.mark.hard
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("sd", "prdp"), ("flux", "grpo"), *(pytest.param(*one, marks=pytest.mark.hard) for one in OTHER_CHUNKS)],

@@ -118,6 +118,7 @@ def steer_gaussians(guidance: float, seed: int, groups: int = 100, **options: An
     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("ess_threshold", [0.8, 1.0], ids=["adaptive", "scheduled"])
 @pytest.mark.parametrize("potential", ["difference", "max"])
 @pytest.mark.parametrize("guidance", [0.5, 1.0])

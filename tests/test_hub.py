@@ -67,6 +67,7 @@ def test_a_pipeline_of_each_family_loads_and_is_steered(family: str) -> None:
     assert images_of_a_cheap_call(pipe, family) == 2
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", PIPELINES)
 def test_the_cheap_call_fits_the_family(family: str) -> None:
     assert images_of_a_cheap_call(families.cached_pipe(family), family) == 2

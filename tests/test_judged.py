@@ -97,7 +97,7 @@ def values(*numbers: float) -> Any:
     return load_reward(lambda images, prompts: torch.tensor(numbers)[images.flatten(1).argmax(1)])
 
 
-@pytest.mark.few(1)
+@pytest.mark.hard
 @pytest.mark.parametrize(("middle", "winner"), [(0.9, 0), (0.99, 1)])
 def test_d3po_by_a_hierarchy_does_not_buy_back_its_first_factor(middle: float, winner: int) -> None:
     """The best arm by the first factor wins, whatever the second one pays; that decides among arms within the margin

@@ -100,7 +100,7 @@ def grey(level: float) -> torch.Tensor:
     return torch.full((1, 3, SIDE, SIDE), level)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -186,6 +186,7 @@ def test_a_slope_penalty_flattens_a_reward(recipe: RewardTrainingConfig, pairs: 
     assert slopes[1] < slopes[0] / 2
 
 
+@pytest.mark.hard
 def test_mixed_prompts_train_another_reward_that_is_judged_on_the_prompts_themselves(
     recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path
 ) -> None:

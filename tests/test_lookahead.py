@@ -63,7 +63,7 @@ CASES = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", CASES)
 def test_a_look_ahead_over_all_steps_is_the_rest_of_a_deterministic_run(case: str) -> None:
     name, scheduler = CASES[case]
@@ -91,7 +91,7 @@ def test_a_look_ahead_reads_the_prompts_of_the_run() -> None:
     assert prompts == ["a red star", "a blue circle"]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scheduler", ["PNDM", "HeunDiscrete", "KDPM2Discrete", "DPMSolverMultistep", "UniPCMultistep"])
 def test_a_look_ahead_of_solvers_of_higher_order_ends_near_their_run(scheduler: str) -> None:
     pipe = with_scheduler(cached_pipe("sd"), DIFFUSION[scheduler]())

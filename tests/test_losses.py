@@ -338,6 +338,7 @@ def test_a_prompt_that_scores_higher_means_nothing(loss: Loss, seed: int) -> Non
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("loss", [D3PO(1.0), D3POTrajectory(1.0), PRDP(1.0, 0.5), DNO(1.0), BRAIn(0.5)], ids=ids)
 @given(SEEDS)
 def test_only_ratios_to_the_reference_count(loss: Loss, seed: int) -> None:
@@ -545,6 +546,7 @@ def test_the_optimum_of_d3po_over_trajectories_is_the_tilted_reference() -> None
     torch.testing.assert_close(learned, expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.hard
 def test_the_optimum_of_d3po_per_step_where_one_step_decides() -> None:
     # The first choice decides, 4 to 1. Later choices see no difference on average, and start without one.
     weights = torch.tensor([4, 4, 4, 4, 1, 1, 1, 1])

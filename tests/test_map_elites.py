@@ -74,6 +74,7 @@ def test_the_archive_by_hand() -> None:
     assert 150 < crowded.parents(range(800), "s")[0][:, 0].tolist().count(2) < 250
 
 
+@pytest.mark.hard
 def test_more_cells_are_filled_than_by_random_search_at_equal_evaluations() -> None:
     """320 evaluations each, eight runs; distance 1 makes every child independent of its parent: random search."""
     filled, best = {0.5: [], 1.0: []}, {0.5: [], 1.0: []}  # type: ignore[var-annotated]
@@ -97,7 +98,7 @@ def rugged(images: Tensor) -> Tensor:
     return (4 * images[:, :, 0, 0]).cos().sum(1) - (images[:, 2, 0, 0] - 1.5).square()
 
 
-@pytest.mark.few(1)
+@pytest.mark.hard
 @pytest.mark.parametrize("reward", [flat, near, rugged])
 def test_the_best_reward_is_not_below_that_of_noise_search_at_equal_evaluations(reward: Any) -> None:
     """328 evaluations each, sixteen runs: no loss outside its 95 % interval."""
@@ -152,6 +153,7 @@ def pipe() -> Any:
 CALL: dict[str, Any] = {"num_particles": 2, "num_inference_steps": 1, "first_batches": 2, "cells": "3x2"}
 
 
+@pytest.mark.few(1)
 def test_a_pipeline_returns_elites_of_different_cells_and_resumes(pipe: Any, tmp_path: Path) -> None:
     search = MapElitesPipeline(pipe, "brightness")
 

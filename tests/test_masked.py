@@ -67,6 +67,7 @@ def test_kl_of_different_steps_is_refused() -> None:
         kernel.kl(MaskedKernel(STATES, LOG_X0, 0.5, MASK))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("opening", OPENINGS)
 def test_the_pipeline_draws_from_the_product_of_its_kernels(opening: str) -> None:
     n = 20_000
@@ -113,7 +114,7 @@ def steered(pipe: Any, **options: Any) -> Any:
     )
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("threshold", [0.5, 1.0], ids=["adaptive", "scheduled"])
 @pytest.mark.parametrize("resampler", hard_but(RESAMPLERS, "systematic", "residual"))
 @pytest.mark.parametrize("potential", POTENTIALS)

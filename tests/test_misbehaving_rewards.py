@@ -59,7 +59,7 @@ def alternated(kinds: Iterable[str]) -> list[Any]:
     return [*((kind, method) for kind, (method, _) in methods), *others]
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("kind", "method"), alternated(WRONG))
 def test_what_is_wrong_ends_the_run_in_one_line_and_finished_prompts_stay(
     steer: Steer, tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch
@@ -72,6 +72,7 @@ def test_what_is_wrong_ends_the_run_in_one_line_and_finished_prompts_stay(
     assert [entry["prompt"] for entry in report["prompts"]] == ["a circle"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("kind", "method"), alternated(["huge", "minus_huge", "constant"]))
 def test_what_is_only_odd_does_no_harm(
     steer: Steer, tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch

@@ -86,6 +86,7 @@ def test_the_autoencoder_alone_passes_the_scene_reward(pipe: StableDiffusionPipe
     assert autoencoder_accuracy(pipe.vae, scenes=1000) >= 0.99
 
 
+@pytest.mark.hard
 def test_latents_are_white(pipe: StableDiffusionPipeline) -> None:
     latents = encode(pipe.vae, training_scenes(400, first=90_000)[0])
     flat = latents.movedim(1, -1).flatten(0, -2)
@@ -215,6 +216,7 @@ def test_the_rate_warms_up_stays_and_falls_and_the_end_may_be_moved() -> None:
     assert rates(32)[:16] == [0.25, 0.5, 0.75, *[1.0] * 13]
 
 
+@pytest.mark.hard
 def test_two_steps_of_the_denoisers_training_resume_to_the_same_weights(tmp_path: Path) -> None:
     vae = AutoencoderKL.from_pretrained(Path(MODELS["scenes"]) / "vae")
     tiny = replace(Recipe(), channels=(16, 16), width=16, heads=2, batch=4, scenes=8, text_steps=2)
@@ -237,6 +239,7 @@ def test_two_steps_of_the_denoisers_training_resume_to_the_same_weights(tmp_path
         assert read_state(tmp_path / "warm/denoiser/state.pt", torch.device("cpu"))["step"] == 6
 
 
+@pytest.mark.hard
 def test_a_deeper_denoiser_begins_as_the_one_it_grew_from_and_all_of_it_learns() -> None:
     torch.manual_seed(0)
     unet = new_denoiser(replace(Recipe(), channels=(16, 32), width=16))

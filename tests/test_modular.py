@@ -44,7 +44,7 @@ def arguments(pipe: Any, name: str) -> dict[str, Any]:
     return {key: value for key, value in call_of(name).items() if key in known}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_modular_pipeline_is_steered_exactly(name: str) -> None:
     """λ = 0 gives the images of the modular call itself; particles that trade places end swapped."""

@@ -43,6 +43,7 @@ def rightness(reward: Any, unseen: Pairs) -> Tensor:
     return ((a > b) == unseen.labels.choice.bool()).double()
 
 
+@pytest.mark.hard
 def test_300_pairs_with_a_tenth_flipped_give_the_weights(tmp_path: Path) -> None:
     """The direction of the planted weights; more right than a head on CLIP features of the same pairs."""
     few, unseen = pairs(300, 1, 0.1), pairs(300, 2, 0.0)

@@ -171,6 +171,7 @@ def test_a_narrowed_gaussian_is_the_tilted_gaussian(potential: str, guidance: fl
 # The pipeline
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_family_narrows(pipe_of: Callable[[str], Any], name: str) -> None:
     pipe, call, observed = pipe_of(name), steer_kwargs(name), []

@@ -67,6 +67,7 @@ def test_what_a_reward_cannot_see_has_no_slope() -> None:
     torch.testing.assert_close(result.rewards[0], linear(result.images.clamp(0, 1), []))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("distance", [0.01, 0.2])
 @pytest.mark.parametrize("function", [linear, quadratic])
 def test_the_estimate_is_unbiased(function: Function, distance: float) -> None:
@@ -178,6 +179,7 @@ def test_a_scale_that_is_too_large_costs_no_second_image() -> None:
     assert asked == [2] * 3  # fp32, fp16, and the line above
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_half_precision_pipelines_run_and_are_reproduced(name: str, dtype: torch.dtype) -> None:

@@ -34,7 +34,7 @@ def reward() -> Ocr:
     return Ocr()
 
 
-@pytest.mark.few(1)
+@pytest.mark.hard
 def test_the_words_are_read(reward: Ocr, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     """Silently; prompts with other words, images with more or no words score less."""
     caplog.set_level(logging.DEBUG)

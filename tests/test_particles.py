@@ -100,7 +100,7 @@ def test_every_tempering_ends_at_the_same_normaliser(tempering: str) -> None:
 reward_paths = hnp.arrays("float32", (3, 2, 4), elements=st.floats(-20, 20, width=32))
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("tempering", TEMPERINGS)
 @pytest.mark.parametrize("potential", POTENTIALS)
 @given(path=reward_paths, lam=st.floats(0.1, 20), seed=st.integers(0, 1000))

@@ -51,6 +51,7 @@ def test_the_latents_of_a_run_become_its_images(name: str) -> None:
     torch.testing.assert_close(decoded, images, **CLOSE)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("chunk", [1, 2])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_decoding_in_chunks_gives_the_same_images(name: str, chunk: int) -> None:
@@ -70,6 +71,7 @@ def test_no_more_than_a_chunk_is_decoded_at_a_time() -> None:
     assert sizes == [2, 1]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("scheduler", DIFFUSION)
 def test_every_scheduler_has_a_preview(scheduler: str) -> None:
     pipe = with_scheduler(cached_pipe("sd"), DIFFUSION[scheduler]())
@@ -81,6 +83,7 @@ def test_every_flow_scheduler_has_a_preview(scheduler: str) -> None:
     check_preview(with_scheduler(cached_pipe("sd3"), FLOW[scheduler]()), "sd3")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("scheduler", ["DDIM", "PNDM", "HeunDiscrete", "KDPM2Discrete", "UniPCMultistep"])
 @pytest.mark.parametrize("strength", [1.0, 0.7, 0.3, 0.1, 0.03])
 def test_image_to_image_has_a_preview_at_any_strength(strength: float, scheduler: str) -> None:

@@ -145,7 +145,7 @@ def test_images_that_are_not_finite_are_not_sent(liar: str) -> None:
         load_reward(f"{liar}good")(images, PROMPTS)
 
 
-@pytest.mark.few(1)
+@pytest.mark.hard
 @pytest.mark.parametrize(
     ("kind", "code", "line"),
     [

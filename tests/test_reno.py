@@ -60,7 +60,7 @@ def published(
     return reference
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize(
     ("name", "steps", "rule", "lr", "weight"),

@@ -65,6 +65,7 @@ def test_a_lora_starts_from_a_trained_one_and_has_it_as_its_reference(tmp_path: 
     assert torch.equal(image(pipe), moved)
 
 
+@pytest.mark.hard
 def test_the_first_rollout_is_the_adapters_model(tmp_path: Path) -> None:
     """The rewards of the first update are those of diffusers' pipeline with the adapter loaded; KL begins at 0."""
     trained(tmp_path / "lora")

@@ -232,6 +232,7 @@ def test_latents_in_half_precision_are_those_that_were_drawn(name: str, storage:
     assert not torch.equal(stored.log_probs, exact.log_probs)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
 def test_a_pipeline_in_half_precision(name: str) -> None:
     pipe = in_precision(cached_pipe(name), torch.bfloat16)

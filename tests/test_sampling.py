@@ -284,7 +284,7 @@ def images(out: Path) -> dict[str, bytes]:
     return {path.stem: Image.open(path).tobytes() for path in sorted((out / "000-a-red-star").glob("*.png"))}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["base", "best-of-n", "fk"])
 def test_images_have_the_weights_and_base_images_do_not(
     steer: Steer, weights: Path, tmp_path: Path, method: str

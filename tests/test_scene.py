@@ -190,6 +190,7 @@ def test_prompt_lists_are_fixed_and_disjoint_and_reach_every_task() -> None:
     assert len(COLOURS) * len(SHAPES) == 30
 
 
+@pytest.mark.hard
 def test_prompt_lists_are_what_their_function_writes(tmp_path: Path) -> None:
     write_prompt_lists(tmp_path)
     assert {path.stem for path in tmp_path.iterdir()} == set(LISTS) == set(PROMPTS) - set(TEXT_LISTS)

@@ -37,6 +37,7 @@ def test_the_law_of_the_prompts_is_that_of_their_generator() -> None:
     assert abs(chi2 - len(common)) < 4 * (2 * len(common)) ** 0.5
 
 
+@pytest.mark.hard
 def test_samples_parse(pipe: Any) -> None:
     assert parse_rate(pipe, 300) >= 0.97
     folder = TEXT_MODELS["scenes-text"]

@@ -436,6 +436,7 @@ def test_gaussian_data_sampled_by_the_kernel_has_its_mean_and_variance(case: Cas
     assert abs(float(x.var()) / variance - 1) < 4 * math.sqrt(2 / len(x))
 
 
+@pytest.mark.few(8)
 @every
 def test_many_steps_of_the_kernel_arrive_at_the_data(case: Case) -> None:
     scheduler = case(None if draws_fresh_noise(case()) else 250)

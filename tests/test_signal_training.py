@@ -107,6 +107,7 @@ PARETO: dict[str, Any] = {"grpo": (GRPOTrainer, GRPOConfig), "ddpo": (DDPOTraine
                           "d3po": (D3POTrainer, D3POConfig), "filtered": (FilteredTrainer, FilteredConfig)}  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", PARETO)
 def test_pareto_learns_multipliers(method: str, tmp_path: Path) -> None:
     """A bound that the samples violate raises its multiplier, and one that holds leaves it at 0."""

@@ -61,7 +61,7 @@ def sd(scheduler: str = "DDIM", **config: Any) -> Any:
     return with_scheduler(cached_pipe("sd"), DIFFUSION[scheduler](**config))
 
 
-@pytest.mark.few(16)
+@pytest.mark.few(12)
 @pytest.mark.parametrize(("family", "scheduler"), PAIRS)
 def test_watching_changes_no_bit_and_counts_every_transition(family: str, scheduler: str) -> None:
     pipe = tiny(family, scheduler)
@@ -81,6 +81,7 @@ def test_watching_changes_no_bit_and_counts_every_transition(family: str, schedu
     assert sum(calls) * passes == len(model_calls)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("strength", [1.0, 0.8, 0.6, 0.4, 0.2])
 @pytest.mark.parametrize("scheduler", ["DDIM", "PNDM", "HeunDiscrete", "KDPM2Discrete", "DPMSolverMultistep-3"])
@@ -91,7 +92,7 @@ def test_a_part_of_the_run_is_counted_from_where_it_starts(scheduler: str, stren
     assert seen == [(k, len(seen)) for k in range(len(seen))]
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(8)
 @pytest.mark.parametrize(("family", "scheduler"), WITHOUT_NOISE)
 def test_a_permutation_of_the_particles_permutes_the_images(family: str, scheduler: str) -> None:
     pipe = tiny(family, scheduler)

@@ -70,7 +70,7 @@ def test_planted_flips_are_detected_and_cleaning_does_no_harm(tmp_path: Path) ->
     assert means["cleaned"] >= max(means["plain"], means["noise"]) - 0.02, means
 
 
-@pytest.mark.few(1)
+@pytest.mark.hard
 @pytest.mark.parametrize("seed", [11, 61, 71])
 def test_right_labels_stay(seed: int, tmp_path: Path) -> None:
     """No wrong labels planted: none is flipped, and so many stay that training on them is level with plain."""

@@ -85,6 +85,7 @@ def test_rows_of_a_batch_stop_as_they_would_alone(search: str) -> None:
         assert len(rest.unique()) <= 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, search: str) -> None:
     method, options = SEARCHES[search]

@@ -202,6 +202,7 @@ def test_methods_and_arguments_of_images_are_refused(scenes_text: Any) -> None:
         GRPOTrainer(scenes_text, "parses", GRPOConfig(eta=0.5), train_prompts=["a"])
 
 
+@pytest.mark.hard
 def test_steer_finetune_trains_evaluates_and_resumes(steer: Steer, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["finetune", "grpo-scenes-text", "--output-dir", str(out), "--train-batch-size", "2", "--save-steps", "1"]

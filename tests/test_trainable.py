@@ -59,6 +59,7 @@ def test_a_lora_begins_at_the_reference_and_can_go_back_to_it(name: str) -> None
     assert torch.equal(image(pipe, name), there)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_but_the_lora_is_frozen(name: str) -> None:
     pipe = fresh_pipe(name)
@@ -99,6 +100,7 @@ def test_other_targets() -> None:
     assert names and all(".ff.net.2.lora_" in name for name in names)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -133,6 +135,7 @@ def test_a_pipeline_without_a_denoiser() -> None:
         LoRA(pipe, 2)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_a_lora_in_half_precision_learns_in_fp32(name: str) -> None:
     pipe = fresh_pipe(name).to(torch.bfloat16)
@@ -216,6 +219,7 @@ def test_a_users_own_lora_belongs_to_the_reference(how: str, users_lora: Path, t
         torch.testing.assert_close(image(again), there, rtol=0, atol=1e-6)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("rank", "alpha"), [(2, None), (4, 1.0), (2, 8.0)])
 @pytest.mark.parametrize("name", hard_but(["sd", "sdxl", "sd3", "flux", "wan"], "sd", "flux"))
 def test_what_is_exported_loads_in_a_fresh_pipeline(name: str, rank: int, alpha: float | None, tmp_path: Path) -> None:

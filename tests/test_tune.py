@@ -38,6 +38,7 @@ def test_the_measured_beam_search_is_a_candidate() -> None:
     assert (beam.method, beam.particles, beam.options["branches"]) == ("race", 8, 4)
 
 
+@pytest.mark.hard
 def test_the_best_mean_is_the_preset_and_finished_candidates_are_kept(tmp_path: Path) -> None:
     pipe = cached_pipe("sd")
     call = {

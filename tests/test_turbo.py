@@ -51,7 +51,7 @@ def distillation(scenes: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatc
     return Distillation(teacher, student, fake, scenes.scheduler, texts, nothing)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("steps", "least"), [(1, 0.85), (2, 0.85), (4, 0.7)])
 def test_easy_prompts_come_out_right(turbo: StableDiffusionPipeline, steps: int, least: float) -> None:
     call = {"num_images_per_prompt": 8, "num_inference_steps": steps, "output_type": "pt"}
@@ -131,6 +131,7 @@ def test_a_step_trains_the_student_or_the_fake_score_and_no_other(distillation: 
         assert any(p.grad is not None and p.grad.any() for p in getattr(distillation, moves).parameters())
 
 
+@pytest.mark.hard
 def test_a_distillation_runs_and_its_pipeline_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distil, "BATCH", 2)
     monkeypatch.setattr(distil, "PROMPTS", 4)
@@ -197,6 +198,7 @@ def test_the_lcm_adapter_predicts_the_end_of_a_run_better_than_x0_does(scenes: S
     assert errors["lora:scenes-lcm"] < 0.8 * errors[1]
 
 
+@pytest.mark.hard
 def test_the_lcm_adapter_makes_images_in_four_steps(scenes: StableDiffusionPipeline) -> None:
     pipe = copy.copy(scenes)
     pipe.unet, pipe.scheduler = copy.deepcopy(scenes.unet), LCMScheduler.from_config(scenes.scheduler.config)

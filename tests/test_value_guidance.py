@@ -162,7 +162,7 @@ def test_every_family_is_guided_without_decoding(pipe_of: Callable[[str], Any], 
     assert [parameter.requires_grad for model in models for parameter in model.parameters()] == asked
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("scheduler", DIFFUSION)
 def test_every_solver_is_guided(pipe_of: Callable[[str], Any], scheduler: str) -> None:
     """At the mean, the step after has the level, the number and the total of the run's own step."""

@@ -101,7 +101,7 @@ def meeting(monkeypatch: pytest.MonkeyPatch) -> RayReward:
     return RayReward(brightness, 2, "cpu", 0.0)
 
 
-@pytest.mark.few(1)
+@pytest.mark.hard
 @pytest.mark.parametrize("constrained", [False, True])
 def test_workers_of_one_component_compute_at_once_and_the_others_in_turn(
     constrained: bool, meeting: RayReward, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

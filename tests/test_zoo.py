@@ -34,13 +34,14 @@ def recorded(name: str, checks: tuple[str, ...]) -> dict[str, str]:
     return {check: f"{row[check]['state']} {row[check]['reason']}".strip() for check in checks if check in row}
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", [name for name in POPULAR if name in RECORDED])
 def test_popular_pipelines_are_steered_exactly(name: str) -> None:
     checks = tuple(check for check in QUICK if check in RECORDED[name])
     assert states(name, checks) == recorded(name, checks)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["Flux", "HunyuanVideo", "ZImage"])
 def test_pipelines_look_ahead_and_race(name: str) -> None:
     assert states(name, SEARCH) == dict.fromkeys(SEARCH, "ok")

@@ -139,7 +139,7 @@ def with_few_files(number: int) -> Callable[[Callable[[], Any]], Any]:
 LIMITS = {"a full disk": on_a_full_disk, "too few files": with_few_files}
 
 
-@pytest.mark.few(1)
+@pytest.mark.hard
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", LIMITS)
 @pytest.mark.parametrize("times", [2, pytest.param(8, marks=FULL)])

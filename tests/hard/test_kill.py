@@ -106,7 +106,7 @@ def test_a_save_that_is_killed_at_any_of_its_steps_loses_that_save_at_most(
         tally.note(f"checkpoint, kill -9 before each step of saving, keep {keep}")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("every", [11, pytest.param(1, marks=FULL)])
 def test_what_is_written_beside_checkpoints_survives_a_kill_at_any_step(tmp_path: Path, name: str, every: int) -> None:
