@@ -103,6 +103,7 @@ def test_a_run_of_two_processes_goes_on_to_the_last_bit(method: str, made: Path)
         assert kept.keys() == again.keys() and all(torch.equal(kept[key], again[key]) for key in kept)
 
 
+@pytest.mark.hard
 def test_what_two_processes_began_one_goes_on_with(made: Path, tmp_path: Path) -> None:
     """From a checkpoint amid a round of theirs: within rounding the end is theirs."""
     (tmp_path / "run").mkdir()
