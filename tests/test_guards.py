@@ -1,6 +1,7 @@
 """Penalties against torch.distributions and sums by hand, controls against tables, checks against broken pipelines."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_penalties_pull_to_the_reference_but_do_not_move_it() -> None:
     ],
 )
 def test_a_weight_that_follows_its_target(found: float, weight: float) -> None:
-    after = KLControl(2.0, target=5.0, budget=50.0).after(found)
+    after = KLControl(2.0, target=5.0, budget=50.0, highest=5.0).after(found)
     assert after.weight == pytest.approx(weight)
     assert (after.target, after.budget, after.rate) == (5.0, 50.0, 0.4)
 
@@ -112,7 +113,7 @@ def test_another_rate() -> None:
 
 @given(st.floats(0.001, 1e3), st.floats(0.01, 1e3), st.floats(0, 1e6))
 def test_a_weight_moves_by_the_log_and_never_below_zero(weight: float, target: float, found: float) -> None:
-    after = KLControl(weight, target).after(found).weight
+    after = KLControl(weight, target, highest=found).after(found).weight
     assert weight / 6.4 <= after <= weight * 6.4
     assert found == 0 or (after > weight) == (found > target) or after == pytest.approx(weight)
 
@@ -127,6 +128,30 @@ def test_a_weight_reaches_its_target_within_thirty_updates(start: float, power: 
         log_kl = memory * log_kl + (1 - memory) * math.log(4.0 * control.weight**-power)
     assert math.exp(log_kl) == pytest.approx(4.0, rel=0.1)
     assert control.weight == pytest.approx(1.0, rel=0.2)
+
+
+def test_a_weight_is_not_lowered_while_the_kl_of_a_new_run_grows() -> None:
+    """A policy that drifts by 1 an update against β x: KL = x²/2 passes 20 nats at update 7."""
+
+    def run(control: KLControl, in_each_update: bool) -> list[tuple[float, float]]:
+        x, path = 0.0, []
+        for _ in range(100):
+            x = (x + 1) / (1 + control.weight)
+            control = control.after(x**2 / 2)
+            control = replace(control, highest=math.inf) if in_each_update else control
+            path.append((x**2 / 2, control.weight))
+        return path
+
+    held, lowered = (run(KLControl(0.1, target=20.0), in_each_update) for in_each_update in (False, True))
+    assert max(nats for nats, _ in held) < 30 and min(weight for _, weight in held) > 0.08
+    assert max(nats for nats, _ in lowered) > 60 and min(weight for _, weight in lowered) < 0.02
+    assert held[-1][0] == pytest.approx(20, rel=0.05)
+
+
+def test_a_weight_is_lowered_where_the_kl_does_not_grow() -> None:
+    control = KLControl(2.0, target=5.0, highest=1.0)
+    assert control.after(1.3).weight == 2.0 and control.after(1.3).highest == 1.3
+    assert control.after(1.1).weight < 2.0 and control.after(0.5).highest == 1.0
 
 
 def test_a_weight_without_a_target_stays() -> None:
