@@ -421,9 +421,11 @@ class LogSigmoidReward(CompositeReward):
     """
 
     def __init__(self, reward: Reward, reference: float | Mapping[str, float], temperature: float = 1.0) -> None:
-        super().__init__([reward], f"logsigmoid({reward.name})")
         if not 0 < temperature < math.inf:
-            raise RewardError(f"{self.name}: the temperature must be a number above 0, got {temperature}")
+            raise RewardError(f"logsigmoid({reward.name}): the temperature must be a number above 0, got {temperature}")
+        options = "" if isinstance(reference, Mapping) else f", reference={reference:g}"
+        options += f", temperature={temperature:g}" if temperature != 1 else ""
+        super().__init__([reward], f"logsigmoid({reward.name}{options})")
         self._reference, self._temperature = reference, temperature
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:

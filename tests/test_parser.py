@@ -296,9 +296,10 @@ def test_names_tell_what_was_written() -> None:
         "product(a > 0.5, b < 2)",
         "mean(a + b, c)",
         "brightness:0.3:2 + label:tiger cat",
+        "logsigmoid(a:2, reference=1)",
+        "logsigmoid(a + b, reference=-0.5, temperature=2)",
     ):
         assert load_reward(text).name == text
-    assert load_reward("logsigmoid(a:2, reference=1)").name == "logsigmoid(a:2)"
     _, components = score_components(load_reward("min(a, b:2):3 + c"), IMAGES, ["", ""])
     assert list(components) == ["min(a, b:2)", "min(a, b:2)/a", "min(a, b:2)/b", "c"]
 

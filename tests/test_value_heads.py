@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *((text, {text: 1.0}) for text in ("mean(scene, jpeg)", "min(scene, jpeg)", "mean-std(scene, jpeg, lam=1)")),
         *((text, {text: 1.0}) for text in ("quantile(scene, jpeg, q=0.5)", "product(scene > 0.5, jpeg > 1)")),
         ("robust(scene, jpeg, gamma=0.6)", {"robust(scene, jpeg, gamma=0.6)": 1.0}),
-        ("logsigmoid(scene, reference=0)", {"logsigmoid(scene)": 1.0}),
+        ("logsigmoid(scene, reference=0)", {"logsigmoid(scene, reference=0)": 1.0}),
     ],
     ids=str,
 )
