@@ -31,7 +31,7 @@ test-browser: $(INSTALLED)  ## the app in a real browser (Debian's chromium, or 
 	$(BIN)/python -m pytest -m browser tests/test_browser_demo.py tests/test_demo_hostile.py
 
 test-hard: $(INSTALLED)  ## kills, full disks, corrupt and hostile files, long runs, products of parameters: 45 minutes; figures in out/reliability.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hard tests
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m hard tests
 
 test-hub: $(INSTALLED)  ## with a network: loads the rewards of the hub and pipelines, compares with published scores
 	STEER_HUB=1 $(BIN)/python -m pytest tests/test_hub.py -v

@@ -3,6 +3,7 @@
 python tests/hard/figures.py    prints the table
 """
 
+import fcntl
 import json
 import sys
 from dataclasses import asdict, dataclass, field
@@ -41,8 +42,10 @@ class Tally:
 def note(name: str, figures: dict[str, Any]) -> None:
     """Writes figures among those of the other tests."""
     FILE.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(FILE.read_text()) if FILE.exists() else {}
-    FILE.write_text(json.dumps(dict(sorted((known | {name: figures}).items())), indent=1) + "\n")
+    with FILE.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of the other workers; released when the file is closed
+        known = json.loads(FILE.read_text()) if FILE.exists() else {}
+        FILE.write_text(json.dumps(dict(sorted((known | {name: figures}).items())), indent=1) + "\n")
 
 
 def table() -> str:
