@@ -31,6 +31,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from steer.apps.bench.report import draw as draw_bench
 from steer.apps.bench.report import spread
 from steer.apps.evaluation import foresight
 from steer.apps.evaluation.report import MARKERS
@@ -291,6 +292,7 @@ def family(one: Json) -> str:
 FIGURES: dict[str, tuple[Callable[[Json, Path], None], str]] = {
     "search.png": (draw_search, "studies/search.json"),
     "foresight.png": (foresight.draw, "studies/foresight.json"),
+    "benchmark.png": (draw_bench, "studies/bench.json"),
     "finetuning-methods.png": (draw_finetuning_curves, "studies/finetuning-methods.json"),
     "finetuning-guards.png": (draw_finetuning_curves, "studies/finetuning-guards.json"),
 }

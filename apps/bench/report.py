@@ -55,9 +55,9 @@ def add_comparison(
 ) -> None:
     """Add a comparison to a report, with its measurements so far."""
     report["runs"][name] = {"about": about, "variants": {one.name: _summary(one, samples) for one in (over, under)}}
-    report["ratios"][name] = over.median / under.median
+    report["ratios"][name] = ratios(over.seconds, under.seconds)[1]
     if report["device"].startswith("cpu") and all(over.cpu + under.cpu):
-        report["cpu_ratios"][name] = quartiles(over.cpu)[1] / quartiles(under.cpu)[1]
+        report["cpu_ratios"][name] = ratios(over.cpu, under.cpu)[1]
     if over.peak is not None and under.peak:
         report["memory_ratios"][name] = over.peak / under.peak
     if check is not None:
@@ -79,6 +79,11 @@ def _summary(measured: Measurement, samples: int) -> Json:
         "peak_bytes": measured.peak,
         "flops": measured.flops,
     }
+
+
+def ratios(over: list[float], under: list[float]) -> tuple[float, float, float]:
+    """Return the three quartiles of the ratio, turn by turn: what slows the machine slows both sides of a turn."""
+    return quartiles([a / b for a, b in zip(over, under, strict=False)])
 
 
 def quartiles(seconds: list[float]) -> tuple[float, float, float]:
@@ -110,8 +115,7 @@ def table(report: Json) -> str:
 
 def spread(run: Json) -> tuple[float, float]:
     """Return the first and third quartile of the ratio over turns."""
-    over, under = (variant["seconds"] for variant in run["variants"].values())
-    low, _, high = quartiles([a / b for a, b in zip(over, under, strict=False)])
+    low, _, high = ratios(*(variant["seconds"] for variant in run["variants"].values()))
     return low, high
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -91,11 +90,6 @@ class Measurement:
     cpu: list[float] = field(default_factory=list)
     peak: int | None = None
     flops: int = 0
-
-    @property
-    def median(self) -> float:
-        """Median seconds of the repeats."""
-        return median(self.seconds)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def bench(
 ) -> None:
     """Measure the cost of steering and finetuning against the plain pipeline and naive implementations.
 
-    Reports ratios of medians. Both sides are measured in turns in this run, at equal work, and checked to give the same
+    Reports medians of ratios. Both sides are measured in turns in this run, at equal work, and checked to give the same
     results. Writes FILE and a picture beside it. Ctrl-C keeps all measurements so far. Exit code 1: results differ.
     """
     if file.is_dir():
