@@ -84,7 +84,7 @@ class Forked:
         return out, err
 
 
-def beside(folder: Path) -> dict[str, str]:
+def environment_with(folder: Path) -> dict[str, str]:
     """The environment of a process with one thread that also imports what lies in a folder."""
     path = filter(None, [str(folder), str(ROOT), os.environ.get("PYTHONPATH")])
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
@@ -126,7 +126,7 @@ def fork_parent() -> None:
 def _parent() -> None:
     """Start the process that all are forked from, with one thread and the tests on its path, if it is not there."""
     before = dict(os.environ)
-    os.environ |= beside(ROOT / "tests")
+    os.environ |= environment_with(ROOT / "tests")
     try:
         forkserver.ensure_running()
     finally:

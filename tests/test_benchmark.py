@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Steer
-from planted import images as planted_images
 from scipy.integrate import quad
 from scipy.stats import norm
+from synthetic_preferences import images as planted_images
 from torch import Tensor
 
 from steer.errors import InputError

@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from preloaded import beside, run
+from preloaded import environment_with, run
 from torch import Tensor
 
 from steer.errors import InputError
@@ -583,4 +583,4 @@ def killed_many_times(folder: Path, repeats: int) -> None:
 def test_a_process_that_is_killed_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     code = f"import pathlib, test_checkpoint as t; t.killed_many_times(pathlib.Path({str(tmp_path)!r}), 15)"
     here = Path(__file__).parent
-    run(["-c", code], here, beside(here)).check_returncode()
+    run(["-c", code], here, environment_with(here)).check_returncode()

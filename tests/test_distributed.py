@@ -11,7 +11,7 @@ import pytest
 import torch
 from distributed_child import fresh, gradients
 from finetune_runs import METHODS, config_of, train
-from preloaded import beside, run_two
+from preloaded import environment_with, run_two
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -26,7 +26,7 @@ def launched(folder: Path, *what: str) -> subprocess.CompletedProcess[str]:
     """Two gloo processes. accelerate launch --cpu --num_processes 2 would silently begin one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(TESTS / "distributed_child.py"), str(folder), *what]
-    return subprocess.run(command, env=beside(TESTS), capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, env=environment_with(TESTS), capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes leave."""
     folder = tmp_path_factory.mktemp("two")
     words = [TESTS / "distributed_child.py", folder, "first", "gradients", "resumed", "interrupted"]
-    ended = run_two(words, Path.cwd(), beside(TESTS))
+    ended = run_two(words, Path.cwd(), environment_with(TESTS))
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
 
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    ended = run_two([TESTS / "distributed_child.py", folder, "sharded"], Path.cwd(), beside(TESTS))
+    ended = run_two([TESTS / "distributed_child.py", folder, "sharded"], Path.cwd(), environment_with(TESTS))
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
 

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LINKS = ("apps", "assets", "pipelines", "rewards")  # steer/apps → ../apps and so on, for tools that read a checkout
 SHIPPED = ("README.md", "LICENSE", "pyproject.toml", "steer", *LINKS)
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "scenes-large", "scenes-flow")  # not shipped: test_house.py
+# The last two are not shipped: test_project_structure.py
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "scenes-large", "scenes-flow")
 
 
 def test_a_release_runs_the_tests_first() -> None:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import Steer
 from PIL import Image
-from served import Served, process, serving
+from server_processes import Served, process, serving
 
 from steer.apps.recipes import read_png, write_png
 from steer.apps.reward_specs import only_named_rewards
@@ -36,7 +36,7 @@ PROMPTS = ["a", "b", "c"]
 
 @pytest.fixture(scope="module")
 def liar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with process(Path(__file__).with_name("lying_server.py"), folder=tmp_path_factory.mktemp("liar")) as served:
+    with process(Path(__file__).with_name("misbehaving_server.py"), folder=tmp_path_factory.mktemp("liar")) as served:
         yield served.url
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Steer
-from planted import images, pairs_of, random_rows, tensors, tiny_clip, truth
+from synthetic_preferences import images, pairs_of, random_rows, tensors, tiny_clip, truth
 from torch import Tensor
 
 from steer.reward import RewardError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Steer
 from PIL import Image
-from planted import images, pairs_of, random_rows, tensors, tiny_clip, truth
+from synthetic_preferences import images, pairs_of, random_rows, tensors, tiny_clip, truth
 
 from steer.apps.scenes.preferences import png
 from steer.apps.scenes.training import training_scenes

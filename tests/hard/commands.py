@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forks import Ended, forked
+from child_processes import Ended, forked
 from safetensors.torch import load_file
 
 from steer.apps.cli import main as cli

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from held import check_line
+from parser_checks import check_line
 
 from steer.apps.sampling import REPORT, open_report
 from steer.apps.settings import SamplingConfig

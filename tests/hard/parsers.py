@@ -26,7 +26,7 @@ from folder_parsers import (
     report,
     report_again,
 )
-from held import Finding, check_line, held
+from parser_checks import Finding, check_line, held
 from PIL import Image
 from pyarrow import parquet
 

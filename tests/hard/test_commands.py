@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
+from child_processes import Ended, as_nobody, few_files, forked, killed_at, limited, open_to_all, started, steps_of
 from commands import CONFIG, WORDS, Command, all_whole, finetuned, nothing_amiss, sampled
 from conftest import cached_pipe
-from figures import Tally
-from forks import Ended, as_nobody, few_files, forked, killed_at, limited, open_to_all, started, steps_of
+from reliability import Tally
 
 from steer.apps import finetune_report
 from steer.apps import sampling as sample

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import cached_pipe
-from figures import Tally
+from reliability import Tally
 from rollouts import fresh_pipe
 from test_checkpoint import save
 from test_recipes import RECIPE, picture

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from child_processes import forked
 from conftest import PIPELINES, cached_pipe, call_kwargs, with_scheduler
 from diffusers import LCMScheduler
-from figures import Tally
-from forks import forked
-from same import left, make, prepare
+from reliability import Tally
+from seeded_runs import left, make, prepare
 from soft_rewards import Soft, redness
 from torch import Generator, Tensor
 
@@ -34,7 +34,7 @@ def anew(home: Path, out: Path, hash_seed: int) -> None:
     """In a new Python, whose sets and dictionaries of texts have another order."""
     places = os.pathsep.join([str(HERE.parent), str(HERE), *sys.path])  # the steer of this process comes with it
     given = {"PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
-    command = [sys.executable, str(HERE / "same.py"), str(home), str(out)]
+    command = [sys.executable, str(HERE / "seeded_runs.py"), str(home), str(out)]
     done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -8,9 +8,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from figures import Tally
-from held import Finding
+from parser_checks import Finding
 from parsers import PARSERS, Parser, run
+from reliability import Tally
 
 from steer.errors import InputError
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import cached_pipe
-from figures import Tally
 from pyarrow import parquet
+from reliability import Tally
 from test_imagereward import Writes
 from writers import WRITERS, export, reward, search_file
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from figures import Tally
 from PIL import Image, ImageCms, ImageOps
+from reliability import Tally
 
 from steer.apps.demo.rewards_tab import read_upload
 from steer.errors import InputError

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from figures import Tally
-from forks import forked, killed_at, started, steps_of
+from child_processes import forked, killed_at, started, steps_of
+from reliability import Tally
 from test_checkpoint import content, version_of
 from writers import WRITERS, held
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from figures import note
 from long_run import RUNS, Level, kinds, steer_for_long, train_for_long
+from reliability import note
 
 SCRIPT = Path(__file__).with_name("long_run.py")
 MOST = 4.0  # kilobytes a call: of twice as many calls as here, some megabytes; a leaked tensor is seen by its number

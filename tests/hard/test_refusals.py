@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from figures import Tally
-from forks import Ended, as_nobody, few_files, forked, limited, open_to_all, small_disk
+from child_processes import Ended, as_nobody, few_files, forked, limited, open_to_all, small_disk
+from reliability import Tally
 from test_checkpoint import content
 from writers import NEW, OLD, WRITERS, held
 

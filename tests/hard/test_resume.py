@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate import Accelerator
+from child_processes import REFUSED, Action, Ended, Steps
 from commands import CONFIG, WORDS, Command, finetuned, nothing_amiss, sampled
 from conftest import cached_pipe
-from figures import Tally
 from finetune_runs import config_of, train
-from forks import REFUSED, Action, Ended, Steps
-from teams import Launched, Team
+from process_groups import Launched, Team
+from reliability import Tally
 from test_finetune import assert_same_end
 
 from steer.files import loads_with_checksum

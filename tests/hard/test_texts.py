@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from conftest import Steer, cached_pipe
-from figures import Tally
 from pyarrow import parquet
+from reliability import Tally
 
 from steer.apps.prompts import MAX_PROMPT_LENGTH, read_prompts
 from steer.apps.recipes import read_png

@@ -1,6 +1,6 @@
 """Figures of the hard tests: out/reliability.json, from which docs/reliability.md is filled.
 
-python tests/hard/figures.py    prints the table
+python tests/hard/reliability.py    prints the table
 """
 
 import json

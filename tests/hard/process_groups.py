@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
-from forks import Action, Ended, started
+from child_processes import Action, Ended, started
 
 from steer.apps.processes import shutdown_distributed
 

@@ -1,4 +1,4 @@
-"""The same words and seeds once more: python same.py HOME OUT"""
+"""The same words and seeds once more: python seeded_runs.py HOME OUT"""
 
 import json
 import sys

@@ -11,7 +11,7 @@ import torch
 from conftest import PIPELINES
 from gaussian import GaussianPipeline, check_tilted, steered_gaussians
 from soft_rewards import redness, seeded
-from test_narrow import K, ModularGaussian, steer_kwargs
+from test_particle_schedule import K, ModularGaussian, steer_kwargs
 from torch import Tensor
 
 from steer import FKSteeringPipeline, StepReport
