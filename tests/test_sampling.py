@@ -72,7 +72,9 @@ def on_two(words: list[str], folder: Path, launcher: bool = False) -> subprocess
     """By torchrun, or forked as it would start them, which takes less time."""
     if not launcher:
         return run_two(["-m", "steer.apps.cli.main", *words], folder, environment_with(folder))
-    return subprocess.run([*TWO, *words], env=environment_with(folder), cwd=folder, capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        [*TWO, *words], env=environment_with(folder), cwd=folder, capture_output=True, text=True, timeout=900
+    )
 
 
 def calls(folder: Path) -> list[str]:

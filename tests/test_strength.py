@@ -42,8 +42,8 @@ def labelled(rows: Tensor, flipped: Tensor | None = None) -> Pairs:
 def rightness(folder: Path, rows: Tensor) -> Tensor:
     """1 for each pair that a reward orders as the truth does."""
     scores = load_reward(str(folder))(tensors(images(COUNT)), ["x"] * COUNT)
-    found, true = (column[rows[:, 0]] > column[rows[:, 1]] for column in (scores, truth(COUNT)))
-    return (found == true).double()
+    guessed, true = (column[rows[:, 0]] > column[rows[:, 1]] for column in (scores, truth(COUNT)))
+    return (guessed == true).double()
 
 
 @pytest.mark.hard

@@ -220,7 +220,7 @@ SCRIPT = [
 
 
 @pytest.mark.hard
-def test_each_mistake_is_refused_by_name_told_in_the_next_request_and_the_right_file_scores(tmp_path: Path) -> None:
+def test_each_mistake_is_named_in_the_next_request_and_the_correct_file_scores(tmp_path: Path) -> None:
     """Two files with two corrections each: three mistakes, two mistakes, then the right one."""
     before = set(tmp_path.iterdir())
 
