@@ -49,7 +49,7 @@ def served(folder: Path, *more: str) -> Served:
     for line in process.stdout:
         if address := re.search(r"http://\S+", line):
             return Served(address[0], process, folder / "labels")
-    raise AssertionError("it never said where it listens")
+    raise AssertionError("no address was printed")
 
 
 @pytest.fixture(scope="module")

@@ -323,7 +323,7 @@ def test_choices_on_the_command_line_take_the_place_of_a_files_prompts(preferenc
     assert config.job.prompts is None and config.training.max_steps == 80
     assert (config.training.num_inference_steps, config.training.num_generations) == (2, 2)
     config = read_config("d3po-scenes", {"preferences": str(preferences), "num_inference_steps": "9"})
-    assert config.training.num_inference_steps == 9, "what was said goes before"
+    assert config.training.num_inference_steps == 9, "given options take precedence"
     with pytest.raises(InputError, match="prompts or preferences: give one of the two"):
         read_config("d3po-scenes", {"preferences": str(preferences), "prompts": "scenes-few"})
 
