@@ -158,7 +158,7 @@ def final_latents(lam: float, rewards: Any, **options: Any) -> Tensor:
 
 
 def test_weights_that_resample_nobody_leave_the_same_steps_noisy() -> None:
-    """A particle that is kept depends neither on λ nor on other prompts; only λ = 0 is the plain batch."""
+    """A particle that is kept does not depend on the value of λ > 0 or on other prompts; λ = 0 is the plain batch."""
     weak, weaker = (final_latents(lam, TOTAL, ess_threshold=0.01) for lam in (1.0, 1e-3))
     assert torch.equal(weak, weaker) and not torch.allclose(weak, final_latents(0.0, TOTAL), atol=1e-3)
     scheduler = SOLVERS["DPM++ 2M"]()

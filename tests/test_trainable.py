@@ -233,7 +233,7 @@ def test_what_is_exported_loads_in_a_fresh_pipeline(name: str, rank: int, alpha:
     fresh.load_lora_weights(folder)
     assert differs(there, base_image(name))
     torch.testing.assert_close(image(fresh, name), there, rtol=0, atol=1e-6)
-    assert torch.equal(image(pipe, name), there)  # and the adapter is trained on
+    assert torch.equal(image(pipe, name), there)  # and training can continue
 
 
 def test_alpha_scales_a_lora() -> None:
