@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
 
 @pytest.fixture(autouse=True, scope="module")
 def no_gradients_of_other_files() -> Iterator[None]:
-    """Which files a worker gets, and in which order, is nobody's to know: none finds what another left on weights."""
+    """Clear gradients after each module: pytest-xdist may run any other module next in the same process."""
     yield
     if (families := sys.modules.get("families")) is not None:
         families.forget_gradients()
@@ -74,7 +74,7 @@ from pathlib import Path
 import torch
 
 def fails_on_stars(images, prompts):
-    if "star" in prompts[0] and not Path(__file__).with_name("mended").exists():
+    if "star" in prompts[0] and not Path(__file__).with_name("fixed").exists():
         raise RuntimeError("stars are too bright")
     return images.mean((1, 2, 3))
 
@@ -130,7 +130,7 @@ def replaced(words: Sequence[object], *changes: object) -> list[object]:
 
 @pytest.fixture(scope="module")
 def studio() -> Iterator[Any]:
-    """What the demo's tabs share, over two embedded models; when it closes, nothing is left of it."""
+    """The state that the tabs of the demo share, over two embedded models; closing it deletes its folder."""
     from steer.apps.demo.studio import Studio  # needs gradio
 
     made = Studio(models=("scenes", "scenes-turbo"))

@@ -37,7 +37,7 @@ def fresh() -> Any:
 
 
 def first(folder: Path) -> None:
-    """What waits for the first process is the first thing that asks who is there."""
+    """`main_first` works before anything else has asked accelerate for the process index."""
     with main_first(cpu=True):
         trajectories_seen = (folder / "first.txt").exists()
         (folder / "first.txt").touch()
@@ -45,8 +45,7 @@ def first(folder: Path) -> None:
 
 
 def gradients(folder: Path) -> None:
-    """Of one update of every method, by weights that are not those that drew its samples: METHOD-PROCESS.safetensors,
-    with the numbers it tells of them."""
+    """Gradients and metrics of one off-policy update of every method: METHOD-PROCESS.safetensors."""
     accelerator = Accelerator(cpu=True)
     context = AccelerateContext(accelerator)
     for name in METHODS:
@@ -86,7 +85,7 @@ def gradients(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> None:
-    """Runs of four updates, one of them in two parts that meet amid a round; the end of a tracker parts nobody."""
+    """Runs of four updates, one of them resumed inside a rollout buffer; a tracker does not change the result."""
     for method in ("prdp", "ddpo"):
         tracked = config_of(method, max_steps=4, log_with=("tensorboard",))
         train(method, fresh(), folder / f"{method}-straight", tracked)

@@ -149,8 +149,8 @@ class _Functions(TorchFunctionMode):
         if func in (torch.as_tensor, torch.asarray):
             return _moved(func(*args, **given), device)
         with _default_device(device):
-            found = func(*args, **given)
-        return _put(found, device) if isinstance(found, Tensor) else found
+            output = func(*args, **given)
+        return _put(output, device) if isinstance(output, Tensor) else output
 
 
 class _Operations(TorchDispatchMode):
@@ -162,13 +162,13 @@ class _Operations(TorchDispatchMode):
         device = _common(func, args, inputs)
         if device == DEVICE and (generator := given.get("generator")) is not None and generator.device.type == "cpu":
             raise RuntimeError(f"Expected a 'xpu' device type for generator but found 'cpu' ({func})")
-        found = func(*args, **given)
+        output = func(*args, **given)
         before = {one.untyped_storage()._cdata for one in inputs if one.layout == torch.strided}
-        for leaf in tree_leaves(found):
+        for leaf in tree_leaves(output):
             strided = isinstance(leaf, Tensor) and leaf.layout == torch.strided
             if strided and leaf.untyped_storage()._cdata not in before:
                 _put(leaf, device)
-        return found
+        return output
 
 
 def _common(func: Any, args: Sequence[Any], inputs: Sequence[Tensor]) -> torch.device:
@@ -216,8 +216,8 @@ def fake_devices() -> Iterator[None]:
             return run_backward(*args, **kwargs)
 
     def loaded(*args: Any, map_location: Any = None, **kwargs: Any) -> Any:
-        found = load(*args, map_location="cpu", **kwargs)
-        return found if map_location is None else tree_map_only(Tensor, lambda one: one.to(map_location), found)
+        tensors = load(*args, map_location="cpu", **kwargs)
+        return tensors if map_location is None else tree_map_only(Tensor, lambda one: one.to(map_location), tensors)
 
     @contextmanager
     def in_thread(self: background.ThreadContext) -> Iterator[None]:

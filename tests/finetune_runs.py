@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[type[Trainer[Any]], dict[str, Any]]] = {
 }
 PROMPTS = ("a red circle", "a blue star", "two green squares")
 HELD_OUT = ("a yellow cross", "three stars")
-# Rounds of two updates gone over twice: checkpoints after every third update fall amid them.
+# A rollout serves two updates, in two iterations: checkpoints after every third update fall inside a rollout.
 BASE = TrainingConfig(
     max_steps=7,
     seed=5,

@@ -22,7 +22,7 @@ from steer.diffusion.triton_kernels import BLOCK, triton_pass
 from steer.pipelines.base import SteeringOutput
 from steer.training.rollout import Sampler, Trajectories, log_probs
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "triton must be told before it is imported"
+assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before triton is imported"
 
 ALL = ("x0", "mean", "x_s", "log_prob")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,7 +45,7 @@ def a_step(kind: str = "epsilon", eta: float = 0.7, limit: float = math.inf) -> 
 
 def assert_same(ours: dict[Any, Tensor], twin: dict[Any, Tensor], rounded: float = 0.0) -> None:
     """Up to fp32; x_s up to one rounding: in half precision it may fall on the other side of one, and the interpreter
-    cuts bf16 where a GPU rounds it."""
+    truncates bf16, while a GPU uses rounding."""
     assert list(ours) == list(twin)
     for name in ours:
         assert ours[name].dtype == twin[name].dtype and ours[name].shape == twin[name].shape
@@ -81,7 +81,7 @@ def test_kernel_and_twin_agree(
     twin["log_prob"] = plain_pass(step, x, output, ["log_prob"], x_s=sampled["x_s"])["log_prob"]
     assert_same(sampled, twin, max(0.0 if one == torch.float32 else torch.finfo(one).eps for one in dtypes[2:]))
     assert torch.equal(sampled["x_s"], sampled["x_s"].to(dtypes[2]).to(dtypes[3]))  # it is what storage holds
-    # A replay of the sample finds the bits that drawing it told.
+    # A replay of the sample gives the log-probability of the draw, bit for bit.
     result = triton_pass(step, x, output, ["mean", "log_prob"], x_s=sampled["x_s"])
     assert torch.equal(result["log_prob"], sampled["log_prob"]) and torch.equal(result["mean"], sampled["mean"])
 
@@ -123,7 +123,7 @@ def test_every_row_may_have_weights_of_its_own() -> None:
         assert_same({name: result[one] for name, result in whole.items()}, twin)
 
 
-def test_only_what_is_wanted_is_told() -> None:
+def test_only_requested_outputs_are_computed() -> None:
     x, output, noise = (normal(seed, (2, 5)) for seed in range(3))
     whole = triton_pass(a_step(), x, output, ALL, noise=noise)
     for name in ALL:
@@ -151,7 +151,7 @@ def test_no_rows_are_none() -> None:
 
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The seam takes the kernel on the CPU too."""
+    """Step hooks use the kernel on the CPU too."""
     for module in ("steer.diffusion.kernels", "steer.diffusion.step_hooks"):
         monkeypatch.setattr(f"{module}.has_kernel", lambda *tensors: not any(t.requires_grad for t in tensors))
 

@@ -1,5 +1,7 @@
-"""What `make test` leaves to `make test-hard`: of tests with three or more parameters all but as few combinations as
-hold every pair of values, of tests marked `few(n)` all but n cases."""
+"""Selection of the cases that `make test` runs; `make test-hard` runs the others.
+
+Of tests with three or more parameters these are all-pairs combinations, of tests marked `few(n)` n cases.
+"""
 
 import zlib
 from collections.abc import Iterable, Sequence

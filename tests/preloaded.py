@@ -47,12 +47,12 @@ class Forked:
 
     def __init__(self, words: Sequence[object], cwd: Path, env: Mapping[str, str]) -> None:
         _parent()
-        (out, told), (err, erring) = CONTEXT.Pipe(duplex=False), CONTEXT.Pipe(duplex=False)
+        (out, printing), (err, erring) = CONTEXT.Pipe(duplex=False), CONTEXT.Pipe(duplex=False)
         self.args = [str(word) for word in words]
-        self._process = CONTEXT.Process(target=_become, args=(self.args, str(cwd), dict(env), told, erring))
+        self._process = CONTEXT.Process(target=_become, args=(self.args, str(cwd), dict(env), printing, erring))
         self._process.start()
         self.stdout, self.stderr = _stream(out), _stream(err)
-        told.close()
+        printing.close()
         erring.close()
 
     @property
@@ -72,7 +72,7 @@ class Forked:
         return self._process.exitcode
 
     def communicate(self, timeout: float = 600) -> tuple[str, str]:
-        """What else it says, to its end."""
+        """Return the rest of stdout and stderr, and wait for the end."""
         late = threading.Timer(timeout, self.kill)
         late.start()
         with ThreadPoolExecutor(2) as pool:
@@ -84,7 +84,7 @@ class Forked:
         return out, err
 
 
-def beside(folder: Path) -> dict[str, str]:
+def environment_with(folder: Path) -> dict[str, str]:
     """The environment of a process with one thread that also imports what lies in a folder."""
     path = filter(None, [str(folder), str(ROOT), os.environ.get("PYTHONPATH")])
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
@@ -98,20 +98,20 @@ def run(words: Sequence[object], cwd: Path, env: Mapping[str, str]) -> "subproce
 
 
 def run_two(words: Sequence[object], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
-    """What torchrun --nproc-per-node 2 does: two processes that know of each other and end when one fails."""
+    """Run a script as torchrun --nproc-per-node 2 does: both processes end when one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    team = [Forked(words, cwd, {**env, **both, "RANK": n, "LOCAL_RANK": n}) for n in ("0", "1")]
+    processes = [Forked(words, cwd, {**env, **both, "RANK": n, "LOCAL_RANK": n}) for n in ("0", "1")]
     with ThreadPoolExecutor(2) as pool:
-        said = [pool.submit(one.communicate) for one in team]
-        while None in (codes := [one.returncode for one in team]):
+        outputs = [pool.submit(one.communicate) for one in processes]
+        while None in (codes := [one.returncode for one in processes]):
             if any(codes):
-                for one in team:
+                for one in processes:
                     one.send_signal(signal.SIGTERM)
             time.sleep(0.02)
-        outs, errs = zip(*(one.result() for one in said), strict=True)
+        outs, errs = zip(*(one.result() for one in outputs), strict=True)
     return subprocess.CompletedProcess([*words], next(filter(None, codes), 0), "".join(outs), "".join(errs))
 
 
@@ -126,7 +126,7 @@ def fork_parent() -> None:
 def _parent() -> None:
     """Start the process that all are forked from, with one thread and the tests on its path, if it is not there."""
     before = dict(os.environ)
-    os.environ |= beside(ROOT / "tests")
+    os.environ |= environment_with(ROOT / "tests")
     try:
         forkserver.ensure_running()
     finally:
@@ -158,9 +158,9 @@ def _stream(end: Connection) -> IO[str]:
     return stream
 
 
-def _become(words: list[str], cwd: str, env: dict[str, str], told: Connection, erring: Connection) -> None:
+def _become(words: list[str], cwd: str, env: dict[str, str], printing: Connection, erring: Connection) -> None:
     """In the child: what `python WORDS…` does."""
-    for number, end in ((1, told), (2, erring)):
+    for number, end in ((1, printing), (2, erring)):
         os.dup2(end.fileno(), number)
         end.close()
     sys.stdout = os.fdopen(1, "w", closefd=False)
@@ -176,7 +176,7 @@ def _become(words: list[str], cwd: str, env: dict[str, str], told: Connection, e
     random.seed()  # what the parent has drawn is not for all of its children
     numpy.random.seed()
     if words[0] == "-m":
-        sys.modules.pop(words[1], None)  # it is run anew, under the name __main__
+        sys.modules.pop(words[1], None)  # run again, under the name __main__
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     elif words[0] == "-c":
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})

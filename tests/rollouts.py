@@ -40,12 +40,12 @@ def fresh_pipe(name: str) -> DiffusionPipeline:
 
 
 def call_of(name: str, steps: int = 4) -> dict[str, Any]:
-    """What a Sampler takes: neither prompts nor how many images."""
+    """Keyword arguments of a Sampler: those of a call without prompts and number of images."""
     return {key: value for key, value in call_kwargs(name, 1, steps).items() if key not in COUNTS}
 
 
 def move(trained: Trainable, std: float, seed: int = 0) -> None:
-    """Draws the trained weights anew (of a LoRA), or adds to them (of all)."""
+    """Replace LoRA weights by Gaussian noise, or add noise to full weights."""
     generator = Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trained.parameters.values():
@@ -55,12 +55,12 @@ def move(trained: Trainable, std: float, seed: int = 0) -> None:
 
 def cut(stored: Trajectories, sizes: Sequence[int]) -> list[Trajectories]:
     """Chunks of so many rows each."""
-    found, first = [], 0
+    parts, first = [], 0
     for size in sizes:
         part, first = slice(first, first + size), first + size
         rows = Rows(stored.rows.prompts[part], stored.rows.starts[part], stored.rows.noises[part])
-        found.append(replace(stored, rows=rows, latents=stored.latents[part], log_probs=stored.log_probs[part]))
-    return found
+        parts.append(replace(stored, rows=rows, latents=stored.latents[part], log_probs=stored.log_probs[part]))
+    return parts
 
 
 @contextmanager

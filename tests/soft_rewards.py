@@ -54,7 +54,7 @@ def pattern(images: Tensor) -> Tensor:
 
 
 def likeness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """How much each image is like a pattern; each prompt weighs it in its own way."""
+    """Similarity of each image to a pattern, with a weight that depends on the prompt."""
     weights = images.new_tensor([10.0 + len(prompt) % 7 for prompt in prompts])
     return weights * (images * pattern(images)).mean((1, 2, 3)) + (images**2).mean((1, 2, 3))
 

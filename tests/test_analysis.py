@@ -305,7 +305,7 @@ def test_agreement_by_hand() -> None:
     assert results.n == 5
 
 
-def test_what_cannot_be_told_is_nan() -> None:
+def test_undefined_correlations_are_nan() -> None:
     assert math.isnan(spearman([1.0, 1.0], [0.0, 1.0])) and math.isnan(kendall([1.0, 2.0], [3.0, 3.0]))
     alone = compare([1.0, 2.0], [1.0, 2.0], ["p", "q"])
     assert alone.spearman == pytest.approx(1) and math.isnan(alone.pairwise_agreement) and math.isnan(alone.starc)

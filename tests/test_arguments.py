@@ -48,10 +48,10 @@ TEXTS = str | Sequence[str] | None
     ],
 )
 def test_what_plainly_means_a_value_becomes_one(hint: Any, value: Any, meant: Any) -> None:
-    found = coerce_value("x", hint, value)
-    assert found == meant and type(found) is type(meant)
-    if isinstance(found, list):
-        assert [type(one) for one in found] == [type(one) for one in meant]
+    coerced = coerce_value("x", hint, value)
+    assert coerced == meant and type(coerced) is type(meant)
+    if isinstance(coerced, list):
+        assert [type(one) for one in coerced] == [type(one) for one in meant]
 
 
 @pytest.mark.parametrize(

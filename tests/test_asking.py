@@ -159,10 +159,10 @@ def test_the_terminal_is_asked(text: str, answer: bool, typing: Any, tmp_path: P
     assert asked is not None
     typing(text)
     assert TerminalAnswers(tmp_path)(asked, lambda: None) is answer
-    said = capsys.readouterr().err
-    assert "the rewards disagree about update 5: proxy +1.50, truth -0.20" in said and "continue? [y/N]" in said
-    assert f"{tmp_path}/samples/step-000000.png" in said and f"{tmp_path}/samples/step-000005.png" in said
-    assert "gain +0.65 ± 0.85" in said and f"{asked.value:.3f}" in said
+    printed = capsys.readouterr().err
+    assert "the rewards disagree about update 5: proxy +1.50, truth -0.20" in printed and "continue? [y/N]" in printed
+    assert f"{tmp_path}/samples/step-000000.png" in printed and f"{tmp_path}/samples/step-000005.png" in printed
+    assert "gain +0.65 ± 0.85" in printed and f"{asked.value:.3f}" in printed
 
 
 def test_without_a_terminal_nobody_answers_but_yes_does_once(tmp_path: Path) -> None:

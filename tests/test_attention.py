@@ -37,12 +37,12 @@ def attention_layers(target: Any) -> list[Any]:
 
 def state(pipe: Any) -> list[Any]:
     """All that a backend may touch: what each layer and processor holds, and which objects those are."""
-    found: list[Any] = []
+    states: list[Any] = []
     for layer in attention_layers(pipe):
         processor = layer.processor
         backend = vars(processor).get("_attention_backend", "unset")
-        found.append((id(processor), backend, list(layer._modules), sorted(vars(layer)), layer.forward))
-    return found
+        states.append((id(processor), backend, list(layer._modules), sorted(vars(layer)), layer.forward))
+    return states
 
 
 @contextmanager
@@ -55,8 +55,8 @@ def left_as_it_was(pipe: Any) -> Iterator[None]:
 
 
 def documented(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any = None, p: float = 0.0, scale: Any = None) -> Tensor:
-    """What xformers documents its kernel to compute, and to ask for: (B, L, H, d), the last stride 1, and a bias of
-    full shape with rows that start at multiples of 8."""
+    """Attention as xformers documents it: inputs (B, L, H, d) with last stride 1, and a bias of full shape with rows
+    that start at multiples of 8."""
     assert all(x.stride(-1) == 1 for x in (q, k, v))
     scores = torch.einsum("blhd,bshd->bhls", q * (q.shape[-1] ** -0.5 if scale is None else scale), k)
     if isinstance(attn_bias, str):
@@ -129,9 +129,9 @@ def test_backends_give_the_same_images(name: str, backend: str) -> None:
     pipe = cached_pipe(name)
     expected = images(pipe, name)
     with left_as_it_was(pipe), attention_backend(pipe, backend) as used:
-        found = images(pipe, name)
+        actual = images(pipe, name)
     assert used == ("sdpa" if backend == "auto" else backend)
-    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 @pytest.mark.few(3)
@@ -149,11 +149,11 @@ def test_a_backend_reaches_every_layer_of_every_family(name: str, monkeypatch: p
     expected = images(pipe, name)
     ran.clear()
     with left_as_it_was(pipe), attention_backend(pipe, "counted"):
-        found = images(pipe, name)
+        actual = images(pipe, name)
     for hook in hooks:
         hook.remove()
     assert len(shapes) == len(ran) > 0
-    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 @pytest.mark.few(1)
@@ -169,9 +169,9 @@ def test_gradients_are_the_same(name: str) -> None:
 
     expected = gradient()
     with left_as_it_was(pipe), attention_backend(pipe, "eager"):
-        found = gradient()
+        actual = gradient()
     assert expected.abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
+    torch.testing.assert_close(actual, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
 
 
 @pytest.mark.few(2)
@@ -184,8 +184,8 @@ def test_processors_of_a_user_are_back_after_a_block(processor: Callable[[], Any
     expected = images(pipe, "sd")
     pipe.unet.set_attn_processor(processor())
     with left_as_it_was(pipe), attention_backend(pipe, backend):
-        found = images(pipe, "sd")
-    torch.testing.assert_close(found, expected, **CLOSE)
+        actual = images(pipe, "sd")
+    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 class Doubling:
@@ -208,8 +208,8 @@ def test_a_processor_of_ones_own_is_kept_and_served(backend: str) -> None:
     pipe.unet.set_attn_processor(Doubling())
     expected = images(pipe, "sd")
     with left_as_it_was(pipe), attention_backend(pipe, backend):
-        found = images(pipe, "sd")
-    torch.testing.assert_close(found, expected, **CLOSE)
+        actual = images(pipe, "sd")
+    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
@@ -239,8 +239,8 @@ def test_a_backend_of_diffusers_gives_way_and_comes_back() -> None:
     for layer in attention_layers(pipe):
         layer.processor._attention_backend = AttentionBackendName.FLASH  # not installed
     with left_as_it_was(pipe), attention_backend(pipe, "eager"):
-        found = images(pipe, "flux")
-    torch.testing.assert_close(found, expected, **CLOSE)
+        actual = images(pipe, "flux")
+    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 def test_the_inner_block_counts_and_auto_leaves_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +334,7 @@ def test_ip_adapters_are_converted_and_come_back() -> None:
         ("linear", "sdpa", "Linear has no denoiser with attention layers"),
     ],
 )
-def test_what_cannot_be_is_said(target: str, backend: str, message: str) -> None:
+def test_an_impossible_backend_is_refused(target: str, backend: str, message: str) -> None:
     pipe = cached_pipe("sd")
     thing = {"sd": pipe, "text": pipe.tokenizer, "linear": nn.Linear(2, 2)}[target]
     with pytest.raises(InputError, match=message), attention_backend(thing, backend):
@@ -388,9 +388,9 @@ def test_the_way_through_xformers(name: str, backend: str, xformers: Path, monke
     pipe = cached_pipe(name)
     expected = images(pipe, name)
     with left_as_it_was(pipe), attention_backend(pipe, backend) as used:
-        found = images(pipe, name)
+        actual = images(pipe, name)
     assert used == "xformers" and sys.modules["xformers.ops"].calls > 0
-    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 def test_auto_leaves_the_backend_of_an_outer_block(xformers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +401,7 @@ def test_auto_leaves_the_backend_of_an_outer_block(xformers: Path, monkeypatch: 
     assert sys.modules["xformers.ops"].calls == 0
 
 
-def test_without_a_kernel_auto_goes_on_and_xformers_says_so(xformers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_kernel_auto_uses_another_and_xformers_fails(xformers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_cuda(monkeypatch)
     model = copy.deepcopy(cached_pipe("sd").unet).to(torch.bfloat16)
     call = torch.ones(1, 4, 4, 4).bfloat16(), 3, torch.ones(1, 5, CLIP_WIDTH).bfloat16()
@@ -422,7 +422,7 @@ def attention_free(model: Any, call: tuple[Any, ...]) -> Tensor:
         return plain(*call).sample
 
 
-def test_a_broken_xformers_is_said_and_auto_goes_without(xformers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_xformers_is_refused_and_auto_does_without_it(xformers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_cuda(monkeypatch)
     (xformers / "xformers" / "ops.py").write_text("raise ImportError('built for another torch')")
     pipe = cached_pipe("sd")

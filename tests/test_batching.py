@@ -59,30 +59,30 @@ def room_for(
     module: nn.Module, rows: int, error: Callable[[], Exception] = torch.OutOfMemoryError
 ) -> Iterator[list[int]]:
     """A module that more rows than these do not fit into; the rows of the calls that did."""
-    seen: list[int] = []
+    sizes: list[int] = []
 
     def refuse(count: int) -> None:
         if count > rows:
             raise error()
-        seen.append(count)
+        sizes.append(count)
 
     with before_calls(module, refuse):
-        yield seen
+        yield sizes
 
 
 @pytest.mark.few(8)
 @pytest.mark.parametrize("rows", [1, 2, 3, None])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_of_every_family_are_those_of_the_whole_batch(family: str, rows: int | None) -> None:
-    pipe, seen = cached_pipe(family), []
+    pipe, sizes = cached_pipe(family), []
     whole = run(pipe, family)
     own = dict(vars(pipe))
-    with micro_batched(pipe, rows) as view, before_calls(denoiser(pipe), seen.append):
+    with micro_batched(pipe, rows) as view, before_calls(denoiser(pipe), sizes.append):
         torch.testing.assert_close(run(view, family), whole, **SMALL)
     assert vars(pipe) == own
     per_step = 3 if family in ("flux", "wan") else 6  # Wan calls twice, Flux has its guidance inside
-    assert max(seen) == (per_step if rows is None else rows)
-    assert sum(seen) == per_step * 2 * (2 if family == "wan" else 1) // (2 if family == "img2img" else 1)
+    assert max(sizes) == (per_step if rows is None else rows)
+    assert sum(sizes) == per_step * 2 * (2 if family == "wan" else 1) // (2 if family == "img2img" else 1)
 
 
 @pytest.mark.parametrize("images", [4, 10])
@@ -141,23 +141,23 @@ def test_lists_of_rows_are_selected_whole_whatever_their_tensors_lengths() -> No
 
 
 def test_a_controlnet_is_split_with_the_denoiser() -> None:
-    pipe, seen = cached_pipe("controlnet"), []
-    with micro_batched(pipe, 4) as view, before_calls(pipe.controlnet, seen.append):
+    pipe, sizes = cached_pipe("controlnet"), []
+    with micro_batched(pipe, 4) as view, before_calls(pipe.controlnet, sizes.append):
         run(view, "controlnet")
-    assert seen == [4, 2] * 2
+    assert sizes == [4, 2] * 2
 
 
 def test_full_memory_halves_the_rows_and_changes_no_image() -> None:
     pipe = cached_pipe("sd")
     whole = run(pipe, "sd", 4)
-    with micro_batched(pipe) as view, room_for(pipe.unet, 3) as seen:
+    with micro_batched(pipe) as view, room_for(pipe.unet, 3) as sizes:
         torch.testing.assert_close(run(view, "sd", 4), whole, **SMALL)
-        assert seen == [2] * 8  # of 8 rows; 4 were tried, and neither 8 nor 4 again
+        assert sizes == [2] * 8  # of 8 rows; 4 were tried, and neither 8 nor 4 again
         run(view, "sd", 1)
-        assert seen[8:] == [2] * 2
-    with micro_batched(pipe, 5) as view, room_for(pipe.unet, 3) as seen:
+        assert sizes[8:] == [2] * 2
+    with micro_batched(pipe, 5) as view, room_for(pipe.unet, 3) as sizes:
         torch.testing.assert_close(run(view, "sd", 4), whole, **SMALL)
-    assert seen == [3, 3, 2] * 2
+    assert sizes == [3, 3, 2] * 2
 
 
 def test_rows_that_are_done_are_not_done_again() -> None:
@@ -199,7 +199,7 @@ def test_another_error_is_nobodys_to_swallow() -> None:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["sd", "controlnet", "sd3"])
-def test_offloading_hooks_go_on_working(family: str) -> None:
+def test_offloading_hooks_still_work(family: str) -> None:
     """accelerate's own, with the CPU for a device."""
     pipe = in_precision(cached_pipe(family), torch.float32)
     whole = run(pipe, family)
@@ -208,7 +208,7 @@ def test_offloading_hooks_go_on_working(family: str) -> None:
     with micro_batched(pipe, 2) as view:
         torch.testing.assert_close(run(view, family), whole, **SMALL)
         torch.testing.assert_close(run(view, family), whole, **SMALL)
-    assert pipe._all_hooks is not hooks and len(pipe._all_hooks) == len(hooks)  # put on anew after each call
+    assert pipe._all_hooks is not hooks and len(pipe._all_hooks) == len(hooks)  # attached again after each call
     assert type(denoiser(pipe)._hf_hook).__name__ == "CpuOffload"
     pipe.remove_all_hooks()
     torch.testing.assert_close(run(pipe, family), whole, **SMALL)
@@ -235,9 +235,9 @@ def test_resampling_and_rollouts_go_through_a_view() -> None:
 
 @pytest.mark.hard
 def test_a_compiled_view_is_split() -> None:
-    pipe, seen = cached_pipe("pixart"), []
+    pipe, sizes = cached_pipe("pixart"), []
     with compiled(pipe, backend="aot_eager") as fast, micro_batched(fast, 4) as view:
-        with before_calls(pipe.transformer, seen.append):
+        with before_calls(pipe.transformer, sizes.append):
             images = run(view, "pixart")
         torch.testing.assert_close(images, run(pipe, "pixart"), **SMALL)
 
@@ -264,13 +264,13 @@ def test_outputs_as_objects_and_gradients() -> None:
 
 
 def test_after_the_block_the_view_is_plain() -> None:
-    pipe, seen = cached_pipe("sd"), []
+    pipe, sizes = cached_pipe("sd"), []
     with micro_batched(pipe, 1) as view:
         assert view.unet is not pipe.unet and view.unet.config is pipe.unet.config
     assert view.unet is pipe.unet
-    with before_calls(pipe.unet, seen.append):
+    with before_calls(pipe.unet, sizes.append):
         run(view, "sd")
-    assert seen == [6, 6]
+    assert sizes == [6, 6]
 
 
 def test_what_cannot_be_split_is_refused() -> None:
@@ -297,14 +297,14 @@ def run_steps(pipe: Any, family: str, **call: Any) -> Tensor:
 
 @pytest.fixture(autouse=True, scope="module")
 def forgotten() -> Iterator[None]:
-    """What was compiled here stays out of other tests."""
+    """Reset the compiler, for the modules that run after this one."""
     yield
     torch.compiler.reset()
 
 
 @contextmanager
 def no_new_graph() -> Iterator[None]:
-    """Another shape, or whatever else PyTorch compiles anew for, is an error; and so is not compiling at all."""
+    """Fail if PyTorch recompiles, for another shape or any other reason, or does not compile at all."""
     before = counters["stats"]["calls_captured"]
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield

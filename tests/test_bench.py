@@ -1,4 +1,4 @@
-"""`steer bench`: naive and ours are one mathematics, do the work that is said of them, and are measured in turns."""
+"""`steer bench`: naive and ours compute the same, with the documented number of calls, and are timed in turns."""
 
 import math
 from contextlib import nullcontext
@@ -47,11 +47,11 @@ class Counted(Measurement):
 def measured(name: str, subject: Subject) -> tuple[PreparedComparison, Counted, Counted, Any]:
     """A comparison measured once: what was found of both, and how their results compare."""
     with COMPARISONS[name].open(subject) as opened:
-        found = Counted(opened.over.name), Counted(opened.under.name)
-        results = measure(opened, found, CPU, ONCE)
-        for counted, variant in zip(found, (opened.over, opened.under), strict=True):
+        counts = Counted(opened.over.name), Counted(opened.under.name)
+        results = measure(opened, counts, CPU, ONCE)
+        for counted, variant in zip(counts, (opened.over, opened.under), strict=True):
             counted.rows = rows_of(variant.run, subject)
-        return opened, *found, opened.check and opened.check(*results)
+        return opened, *counts, opened.check and opened.check(*results)
 
 
 @pytest.mark.hard
@@ -118,7 +118,7 @@ def test_the_naive_update_prefers_the_winners(subject: Subject) -> None:
 
 
 @pytest.mark.hard
-def test_steering_calls_what_is_said_of_it(subject: Subject) -> None:
+def test_steering_makes_the_documented_number_of_calls(subject: Subject) -> None:
     """Rows with guidance: 2 K in each of T calls; evaluations, then one final decode, naive two."""
     _, naive, ours, _ = measured("naive_fk_over_ours", subject)
     assert naive.rows["denoiser"] == ours.rows["denoiser"] == 2 * PARTICLES * STEPS
@@ -221,17 +221,17 @@ def test_a_switch_does_what_it_says(subject: Subject) -> None:
 
 
 def test_variants_take_turns(subject: Subject) -> None:
-    said: list[str] = []
-    variants = [Variant(name, lambda name=name: said.append(name)) for name in "AB"]
-    found = Measurement("A"), Measurement("B")
-    measure(PreparedComparison(*variants, 1), found, CPU, RepeatPolicy(60.0, least=2, most=4))
-    assert "".join(said) == "AB" + "AB" * 4 + "AB"  # a warm-up, as many turns as may be, one that counts
-    assert [len(one.seconds) for one in found] == [4, 4]
-    said.clear()
+    calls: list[str] = []
+    variants = [Variant(name, lambda name=name: calls.append(name)) for name in "AB"]
+    measurements = Measurement("A"), Measurement("B")
+    measure(PreparedComparison(*variants, 1), measurements, CPU, RepeatPolicy(60.0, least=2, most=4))
+    assert "".join(calls) == "AB" + "AB" * 4 + "AB"  # a warm-up, as many turns as may be, one that counts
+    assert [len(one.seconds) for one in measurements] == [4, 4]
+    calls.clear()
     measure(
         PreparedComparison(*variants, 1), (Measurement("A"), Measurement("B")), CPU, RepeatPolicy(0.0, least=2, most=4)
     )
-    assert "".join(said) == "AB" * 4
+    assert "".join(calls) == "AB" * 4
 
 
 @pytest.mark.skipif(not clock.reset_peak(), reason="this system does not tell peaks")
@@ -243,10 +243,10 @@ def test_the_peak_is_what_a_run_needs_at_most() -> None:
         del first
         torch.ones(size, dtype=torch.uint8).add_(1)
 
-    found = Measurement("A"), Measurement("B")
-    measure(PreparedComparison(Variant("A", run), Variant("B", lambda: None), 1), found, CPU, ONCE)
-    assert found[0].peak is not None and 0.9 * size < found[0].peak < 1.5 * size
-    assert found[1].peak is not None and found[1].peak < 0.1 * size
+    measurements = Measurement("A"), Measurement("B")
+    measure(PreparedComparison(Variant("A", run), Variant("B", lambda: None), 1), measurements, CPU, ONCE)
+    assert measurements[0].peak is not None and 0.9 * size < measurements[0].peak < 1.5 * size
+    assert measurements[1].peak is not None and measurements[1].peak < 0.1 * size
 
 
 def test_flops_are_counted_where_they_may_be() -> None:

@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 
 
 def bench_of(file: Path, seconds: float) -> tuple[Bench, list[str]]:
-    said: list[str] = []
-    return Bench(file, seconds, quick=True, say=said.append), said
+    messages: list[str] = []
+    return Bench(file, seconds, quick=True, say=messages.append), messages
 
 
 @pytest.mark.hard
@@ -47,7 +47,7 @@ def test_the_command_measures_the_embedded_model(steer: Steer, tmp_path: Path) -
 
 @pytest.mark.hard
 def test_a_report_of_every_ratio(tmp_path: Path) -> None:
-    bench, said = bench_of(tmp_path / "bench.json", 3600.0)  # two repeats of each, however slow the machine is
+    bench, messages = bench_of(tmp_path / "bench.json", 3600.0)  # two repeats of each, however slow the machine is
     bench.least = bench.most = 2
     bench.run([("tiny", tiny_subject), ("again", tiny_subject)], CPU)
     subject = tiny_subject()
@@ -58,7 +58,7 @@ def test_a_report_of_every_ratio(tmp_path: Path) -> None:
     assert "xformers" in report["skipped"]["xformers_off_over_on"]
     shown = table(report)
     for name, ratio in report["ratios"].items():
-        assert math.isfinite(ratio) and ratio > 0 and name in shown and any(name in line for line in said)
+        assert math.isfinite(ratio) and ratio > 0 and name in shown and any(name in line for line in messages)
         kind, (over, under) = name.removeprefix("again: "), report["runs"][name]["variants"].values()
         assert ratio == pytest.approx(fmean(a / b for a, b in zip(over["seconds"], under["seconds"], strict=True)))
         for one in (over, under):
@@ -113,12 +113,12 @@ def test_the_command_tells_where_the_interrupted_report_is(
 
 
 @pytest.mark.hard
-def test_results_that_differ_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_differ_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(against_naive, "TOLERANCE", -1.0)
-    bench, said = bench_of(tmp_path / "bench.json", 0.01)
+    bench, messages = bench_of(tmp_path / "bench.json", 0.01)
     report = bench.run([("tiny", tiny_subject)], CPU)
     assert not any(check["passed"] for check in report["checks"].values())
-    assert "DIFFER" in table(report) and any("NOT THE SAME" in line for line in said)
+    assert "DIFFER" in table(report) and any("NOT THE SAME" in line for line in messages)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Steer
-from planted import images as planted_images
 from scipy.integrate import quad
 from scipy.stats import norm
+from synthetic_preferences import images as planted_images
 from torch import Tensor
 
 from steer.errors import InputError
@@ -37,7 +37,7 @@ def test_right_images_are_the_best_of_their_prompt() -> None:
 
 
 def accuracies(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of twelve rewards, truth + σ·noise: one-to-many, one-to-one, gain of best-of-n on images of their own."""
+    """One-to-many and one-to-one accuracy and best-of-n gain (on other images) of twelve rewards, truth + σ·noise."""
     generator = torch.Generator().manual_seed(seed)
     owner = [question for question in range(QUESTIONS) for _ in range(WRONG)]
     gold = torch.randn(500 * 16, generator=generator)

@@ -47,9 +47,9 @@ def served(folder: Path, *more: str) -> Served:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=given)
     assert process.stdout is not None
     for line in process.stdout:
-        if found := re.search(r"http://\S+", line):
-            return Served(found[0], process, folder / "labels")
-    raise AssertionError("it never said where it listens")
+        if address := re.search(r"http://\S+", line):
+            return Served(address[0], process, folder / "labels")
+    raise AssertionError("no address was printed")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @dataclass
 class Watch:
-    """What a page asked other machines for, and what it complained about."""
+    """The requests of a page to other machines, and its errors."""
 
     outside: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -219,7 +219,7 @@ def test_the_endpoint_is_the_only_one_and_gives_images(app: Served, tmp_path: Pa
     assert recipe.prompt == "a red star" and recipe.reward == pytest.approx(report["rewards"][0])
 
 
-def test_a_model_learns_stops_goes_on_and_is_compared(page: Page) -> None:
+def test_a_finetuning_stops_resumes_and_is_compared(page: Page) -> None:
     page.get_by_role("tab", name="Finetune").click()
     page.get_by_label("number input for Updates").fill("9")
     page.locator("#finetune-start").click()
@@ -284,11 +284,11 @@ def test_ten_choices_by_key_survive_a_kill(browser: object, tmp_path: Path) -> N
     page.keyboard.press("Enter")
     for number in range(10):
         expect(page.locator("#label-view img").first).to_be_visible(timeout=SLOW)
-        lot = page.locator(".steer-label").get_attribute("data-group")
+        group = page.locator(".steer-label").get_attribute("data-group")
         page.keyboard.press("ArrowLeft" if number % 2 else "ArrowRight")
         count = re.compile(rf"{number + 1} choices?,")
         expect(page.locator("#label-progress")).to_contain_text(count, timeout=SLOW)
-        expect(page.locator(f'.steer-label:not([data-group="{lot}"]) img').first).to_be_visible(timeout=SLOW)
+        expect(page.locator(f'.steer-label:not([data-group="{group}"]) img').first).to_be_visible(timeout=SLOW)
     running.process.kill()
     running.process.wait()
     lines = [json.loads(line) for line in (running.labels / "choices.jsonl").read_text().splitlines()]
@@ -505,13 +505,13 @@ def check_looks(page: Page, name: str, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 900})
 
 
-NARROW = 600  # px, of a window in which not all tabs fit
+PHONE_WIDTH = 600  # px, of a window in which not all tabs fit
 
 
 def open_tab(page: Page, name: str) -> None:
     """Choose a tab, which on a phone may be in the menu of those that do not fit."""
     tab, menu = page.get_by_role("tab", name=name, exact=True), page.locator(".overflow-menu > button")
-    if (page.viewport_size or {"width": 0})["width"] < NARROW:
+    if (page.viewport_size or {"width": 0})["width"] < PHONE_WIDTH:
         menu.wait_for()  # tabs are all there until their width is measured
     if not tab.is_visible():
         menu.click()

@@ -124,10 +124,10 @@ def test_a_sum_of_adapters_is_the_sum_of_their_changes(tmp_path: Path) -> None:
     with adapter_applied(pipe, text) as off:
         steered, expected = sampled(pipe, **call), sampled(merged, **call)
         with off():
-            untouched = sampled(pipe, **call)
+            without = sampled(pipe, **call)
     torch.testing.assert_close(steered, expected, rtol=1e-3, atol=1e-4)
-    assert (steered - untouched).abs().max() > 1e-2
-    torch.testing.assert_close(untouched, sampled(pipe, **call), rtol=0, atol=0)
+    assert (steered - without).abs().max() > 1e-2
+    torch.testing.assert_close(without, sampled(pipe, **call), rtol=0, atol=0)
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
     assert find_adapter(text).digest() != find_adapter(f"{paths[0]}:0.7 + {paths[1]}:0.4").digest()
 

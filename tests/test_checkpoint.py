@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from preloaded import beside, run
+from preloaded import environment_with, run
 from torch import Tensor
 
 from steer.errors import InputError
@@ -47,12 +47,12 @@ def save(folder: Path, step: int, version: int = 0, keep: int = 1, **options: An
     return Checkpoints(folder, keep).save(step, *content(step, version), **options)
 
 
-def version_of(found: Checkpoint) -> int:
-    """Which version of its step a checkpoint holds, after a look at all of it."""
-    version: int = found.json("state")["version"]
-    tensors, values = content(found.step, version)
-    assert found.json("state") == values["state"] and found.tensors("none") == {}
-    weights = found.tensors("weights")
+def version_of(checkpoint: Checkpoint) -> int:
+    """Version of its step that a checkpoint holds; all of its files must belong to it."""
+    version: int = checkpoint.json("state")["version"]
+    tensors, values = content(checkpoint.step, version)
+    assert checkpoint.json("state") == values["state"] and checkpoint.tensors("none") == {}
+    weights = checkpoint.tensors("weights")
     assert weights.keys() == {"a", "b"} and all(same(weights[key], tensors["weights"][key]) for key in weights)
     return version
 
@@ -77,8 +77,8 @@ def test_a_checkpoint_is_a_folder_of_plain_files(tmp_path: Path) -> None:
         assert one["size"] == (path / name).stat().st_size
         assert one["sha256"] == subprocess.check_output(["sha256sum", path / name], text=True).split()[0]
     assert {file.stat().st_mode for file in path.iterdir()} == {(path / MANIFEST).stat().st_mode}  # for all who may
-    found, skipped = Checkpoints(path.parent).latest()
-    assert found == Checkpoint.open(path) == Checkpoint(path, 120) and skipped == []
+    newest, skipped = Checkpoints(path.parent).latest()
+    assert newest == Checkpoint.open(path) == Checkpoint(path, 120) and skipped == []
     assert version_of(Checkpoint.open(path.rename(tmp_path / "elsewhere"))) == 0
 
 
@@ -99,9 +99,9 @@ def tensors(draw: st.DrawFn) -> Tensor:
 def test_tensors_come_back_bit_for_bit(named: dict[str, Tensor]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Checkpoints(folder).save(0, {"x": named}, {})
-        found, _ = Checkpoints(folder).latest()
-        assert found is not None
-        loaded = found.tensors("x")
+        newest, _ = Checkpoints(folder).latest()
+        assert newest is not None
+        loaded = newest.tensors("x")
     assert loaded.keys() == named.keys() and all(same(loaded[key], named[key]) for key in named)
 
 
@@ -154,8 +154,8 @@ def test_steps_and_numbers_to_keep_are_checked(tmp_path: Path) -> None:
         Checkpoints(tmp_path, keep=0)
     assert save(tmp_path, 10**9).name == "step-1000000000"
     assert save(tmp_path, 0, keep=2).name == "step-00000000"
-    found, _ = Checkpoints(tmp_path).latest()
-    assert found and found.step == 10**9  # by number, not by letters
+    newest, _ = Checkpoints(tmp_path).latest()
+    assert newest and newest.step == 10**9  # by number, not by letters
 
 
 def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
@@ -233,8 +233,8 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, kind: str) -
     with pytest.raises(InputError, match=message) as caught:
         Checkpoint.open(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    found, skipped = Checkpoints(tmp_path).latest()
-    assert found and found.step == 2 and version_of(found) == 0 and skipped == [str(caught.value)]
+    newest, skipped = Checkpoints(tmp_path).latest()
+    assert newest and newest.step == 2 and version_of(newest) == 0 and skipped == [str(caught.value)]
     assert version_of(Checkpoint.open(save(tmp_path, 3, keep=3))) == 0  # and it can be saved again
     assert Checkpoints(tmp_path).latest() == (Checkpoint(path, 3), [])
 
@@ -244,8 +244,8 @@ def test_of_many_damaged_ones_each_has_its_line(tmp_path: Path) -> None:
         (save(tmp_path, step, keep=9) / "state.json").unlink()
     shutil.copytree(save(tmp_path, 4, keep=9), tmp_path / "step-00000005")
     shutil.rmtree(tmp_path / "step-00000004")
-    found, skipped = Checkpoints(tmp_path).latest()
-    assert found is None and [re.findall(r"step-0+(\d)", line)[0] for line in skipped] == ["5", "3", "2", "1"]
+    newest, skipped = Checkpoints(tmp_path).latest()
+    assert newest is None and [re.findall(r"step-0+(\d)", line)[0] for line in skipped] == ["5", "3", "2", "1"]
     assert "holds step 4" in skipped[0]
 
 
@@ -271,10 +271,10 @@ def test_where_nothing_is_nothing_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["other", "../step-00000001/state", "manifest", "", "weights"])
 def test_a_file_that_a_checkpoint_lacks_is_refused(tmp_path: Path, name: str) -> None:
-    found = Checkpoint.open(save(tmp_path, 1))
+    opened = Checkpoint.open(save(tmp_path, 1))
     with pytest.raises(InputError, match="has no"):
-        found.json(name)
-    assert found.file("state.json").is_file()
+        opened.json(name)
+    assert opened.file("state.json").is_file()
 
 
 def test_right_sums_of_what_is_no_tensor_file_are_refused_in_reading(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ class Machine:
         raise Died
 
     def lose_power(self, folder: Path, names_too: bool) -> None:
-        """What no fsync has brought to the disk is lost: bytes, and new names if `names_too`."""
+        """Drop all that no fsync has written to the disk: bytes, and new names if `names_too`."""
         for file in folder.rglob("*"):
             if file.is_file() and file.stat().st_ino not in self.synced:
                 os.truncate(file, 0)
@@ -395,10 +395,10 @@ def started(folder: Path, kind: str) -> Machine:
 
 
 def consistent(folder: Path, atleast: int) -> Checkpoint:
-    found, skipped = Checkpoints(folder).latest()
-    assert found and found.step >= atleast and skipped == []
-    version_of(found)
-    return found
+    newest, skipped = Checkpoints(folder).latest()
+    assert newest and newest.step >= atleast and skipped == []
+    version_of(newest)
+    return newest
 
 
 # The save under test, and the step that is there before it.
@@ -583,4 +583,4 @@ def killed_many_times(folder: Path, repeats: int) -> None:
 def test_a_process_that_is_killed_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     code = f"import pathlib, test_checkpoint as t; t.killed_many_times(pathlib.Path({str(tmp_path)!r}), 15)"
     here = Path(__file__).parent
-    run(["-c", code], here, beside(here)).check_returncode()
+    run(["-c", code], here, environment_with(here)).check_returncode()

@@ -68,7 +68,7 @@ def test_gradients_match_finite_differences_in_fp64() -> None:
     reward._model.double()
     pixels = IMAGES[:1, :, :16, :16].double().requires_grad_()
     (gradient,) = torch.autograd.grad(reward.log_probabilities(pixels)[0, 281], pixels)
-    # Tiny, or some of the many ReLU6 turn their corners on the way.
+    # Tiny, or some of the many ReLU6 cross their kinks.
     step = 1e-8 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
         up, down = (reward.log_probabilities(pixels + sign * step)[0, 281] for sign in (1, -1))

@@ -115,7 +115,7 @@ def test_a_reward_that_raises_leaves_finished_prompts_and_the_same_command_resum
     assert [e["prompt"] for e in json.loads((tmp_path / "o/report.json").read_text())["prompts"]] == ["a circle"]
     first = digest(tmp_path / "o")
     times = {name: (tmp_path / "o" / name).stat().st_mtime_ns for name in first if name.startswith("000")}
-    (tmp_path / "mended").touch()
+    (tmp_path / "fixed").touch()
     assert steer(*words)[0] == 0
     assert len(json.loads((tmp_path / "o/report.json").read_text())["prompts"]) == 3
     assert all((tmp_path / "o" / name).stat().st_mtime_ns == time for name, time in times.items())

@@ -1,4 +1,4 @@
-"""Noise optimisation on the command line: what it writes, how it goes on inside a prompt, and what it refuses."""
+"""Noise optimisation on the command line: what it writes, how it resumes inside a prompt, and what it refuses."""
 
 import json
 import logging
@@ -33,20 +33,20 @@ from steer.arguments import _table
 from steer.assets import MODELS
 
 RENO = ["--method", "reno", "--seeds", "2", "--seed", "7", "--lr", "1"]
-OWN = """
+REWARDS = """
 from pathlib import Path
 import torch
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 class Warm:
     name, differentiable, fails = "warm", True, 0
 
     def __init__(self):
-        self.left = 0 if (HERE / "mended").exists() else self.fails
+        self.left = 0 if (FOLDER / "fixed").exists() else self.fails
 
     def __call__(self, images, prompts):
-        with (HERE / "calls").open("a") as file:
+        with (FOLDER / "calls").open("a") as file:
             file.write(prompts[0] + "\\n")
         self.left -= 1
         if self.left == 0:
@@ -80,8 +80,8 @@ SETTINGS = SamplingConfig.of(
 
 @pytest.fixture
 def own(steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module of rewards that tells its calls, beside the command's own; the folder of both."""
-    (tmp_path / "noisy_rewards.py").write_text(OWN)
+    """Folder with a module of rewards that record their calls, and with the command's own."""
+    (tmp_path / "noisy_rewards.py").write_text(REWARDS)
     monkeypatch.delitem(sys.modules, "noisy_rewards", raising=False)
     return tmp_path
 
@@ -110,12 +110,12 @@ def test_reno_writes_what_makes_its_images_again(steer: Steer, tmp_path: Path) -
     pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
     pipe.set_progress_bar_config(disable=True)
     with safe_open(folder / "noise.safetensors", "pt") as file:
-        noise, told = file.get_tensor("noise"), json.loads(file.metadata()["start"])
-    assert told["seeds"] == entry["seeds"] and len(set(entry["seeds"])) == 2
-    assert told["call"] == {"num_inference_steps": 1, "guidance_scale": 0.0}
+        noise, start = file.get_tensor("noise"), json.loads(file.metadata()["start"])
+    assert start["seeds"] == entry["seeds"] and len(set(entry["seeds"])) == 2
+    assert start["call"] == {"num_inference_steps": 1, "guidance_scale": 0.0}
     seeds = [Generator().manual_seed(seed) for seed in entry["seeds"]]
-    call = told["call"] | {"num_images_per_prompt": 2, "latents": noise, "generator": seeds}
-    for name, again in zip(entry["images"], pipe(told["prompt"], **call).images, strict=True):
+    call = start["call"] | {"num_images_per_prompt": 2, "latents": noise, "generator": seeds}
+    for name, again in zip(entry["images"], pipe(start["prompt"], **call).images, strict=True):
         assert Image.open(tmp_path / name).tobytes() == again.tobytes()
 
 
@@ -166,7 +166,7 @@ def test_zero_order_gradients_climb_any_reward(steer: Steer, tmp_path: Path) -> 
     assert entry["cost"]["gradients"] == 0 and entry["cost"]["reward_calls"] == 2 * 17 + 1
 
 
-def test_interrupted_inside_a_prompt_the_same_command_goes_on_there(steer: Steer, own: Path) -> None:
+def test_a_run_interrupted_inside_a_prompt_resumes_there(steer: Steer, own: Path) -> None:
     words = ["sample", "a star", "a circle", *RENO, "--iterations", "5", "--animation"]
     assert steer(*words, "--reward", "noisy_rewards:Warm", "--out", own / "whole")[0] == 0
     whole_calls = (own / "calls").read_text().splitlines()
@@ -177,7 +177,7 @@ def test_interrupted_inside_a_prompt_the_same_command_goes_on_there(steer: Steer
     assert (out / "000-a-star" / "search.safetensors").exists()
     code, _, err = steer(*replaced(words, "--lr", "2"), "--reward", "noisy_rewards:Interrupted", "--out", out)
     assert code == 2 and "000-a-star/search.safetensors belongs to another run" in err and len(err.splitlines()) == 1
-    (own / "mended").touch()
+    (own / "fixed").touch()
     assert steer(*words, "--reward", "noisy_rewards:Interrupted", "--out", out)[0] == 0
     assert written(out) == written(own / "whole")
     assert "000-a-star/progress.gif" in written(out) and "000-a-star/search.safetensors" not in written(out)
@@ -200,7 +200,7 @@ def test_a_run_that_ends_before_its_time_keeps_its_best(steer: Steer, own: Path)
     # Without a handler of ours, Python itself would print the pipeline's warning beside the line.
     assert any(isinstance(one, logging.NullHandler) for one in logging.getLogger("steer.pipelines").handlers)
     before = (own / "o/000-a-star/00.png").stat().st_mtime_ns
-    (own / "mended").touch()
+    (own / "fixed").touch()
     assert steer(*words, "--out", own / "o")[0] == 0
     assert [one["prompt"] for one in entries_of(own / "o")] == ["a star", "a circle"]
     assert (own / "o/000-a-star/00.png").stat().st_mtime_ns == before
@@ -356,9 +356,9 @@ def test_every_option_reaches_its_pipeline(monkeypatch: pytest.MonkeyPatch, meth
         count = default_of(method, "num_particles") if "budget" in given else 2  # a budget decides the starts
         given |= {"particles": count, "steps": 3, "eta": 0.5, "seed": 5, "method": method}
         job = Job(OfTwoArguments(), METHODS, "a star", SamplingConfig.of(**given), Path("x"))
-        with pytest.raises(FileRecord) as told:
+        with pytest.raises(FileRecord) as recorded:
             METHODS[method].run(job)
-        (prompt,), named = told.value.args
+        (prompt,), named = recorded.value.args
         assert prompt == "a star" and {name: named[name] for name in given if name in own} == {
             name: value for name, value in given.items() if name in own
         }
@@ -399,7 +399,7 @@ def test_steps_of_fk_lean_along_the_gradient(steer: Steer, tmp_path: Path) -> No
     assert entry["cost"]["gradients"] > 0 and (tmp_path / "o" / "ancestry.png").exists()
 
 
-def seen(number: int, side: int = 8) -> Iteration:
+def an_iteration(number: int, side: int = 8) -> Iteration:
     """Two slots: the left one red, the right one blue, darker from iteration to iteration."""
     images = torch.zeros(2, 3, side, side)
     images[0, 0] = images[1, 2] = 1 - number / 10
@@ -412,7 +412,7 @@ def seen(number: int, side: int = 8) -> Iteration:
 def test_the_animation_shows_the_best_seed(tmp_path: Path, side: int, shown: int) -> None:
     frames = Frames(tmp_path / "frames")
     for number in range(3):
-        frames.keep(seen(number, side))
+        frames.keep(an_iteration(number, side))
     assert all(Image.open(path).height <= 512 for path in (tmp_path / "frames").iterdir())
     (tmp_path / "frames" / "00001.png").unlink()  # that a crash took
     entry = {"order": [1, 0], "rewards": [2.5, 0.25], "trace": {"rewards": [[0.25, 0.5 + n] for n in range(3)]}}

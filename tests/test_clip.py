@@ -56,7 +56,7 @@ class Reads(dict[str, Tensor]):
 
 
 class Plain:
-    """What both makers' forward passes are made of, from their equations."""
+    """Blocks of the forward pass that transformers and open_clip share, written from their equations."""
 
     def __init__(self, state: State) -> None:
         self.state = Reads(state)
@@ -116,7 +116,7 @@ class QuickOpenClip(OpenClip):
 
 
 class Transformers(Plain):
-    """That of transformers, on its own names."""
+    """Forward pass of transformers, on its parameter names."""
 
     def __init__(self, state: State, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__(state)
@@ -509,7 +509,7 @@ def test_gradients_come_after_inference_mode(make: Make) -> None:
 
 
 def test_a_reward_follows_the_images_to_another_device(make: Make) -> None:
-    """Of the two devices that every machine has: the CPU, and meta, where tensors are shapes without numbers."""
+    """From the CPU to meta, the other device of every machine: its tensors are shapes without numbers."""
     reward = make(micro_batch=2)
     expected = reward(squares(), PROMPTS)
     with torch.inference_mode():
@@ -528,7 +528,7 @@ def test_loading_draws_no_random_number_and_says_nothing(make: Make, caplog: pyt
 
 @pytest.fixture
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What was asked of the network, which is cut."""
+    """Connections that were tried; the network is cut."""
     asked: list[object] = []
 
     def cut(*where: object, **_: object) -> None:
@@ -588,7 +588,7 @@ def test_offline_what_is_not_in_the_cache_is_refused_at_once(
         ("hpsv2:path=TINY/HPS.pt,model=ViT-H-41", "model=ViT-H-41: not an architecture of open_clip"),
         ("hpsv2:path=TINY/HPS.pt,model=TINY/new", r"CLIP '.*new' cannot be loaded: .*open_clip_config.json"),
         ("hpsv2:path=TINY/HPS.pt,model=TINY/open_clip,unit=logit", "'hpsv2' cannot take .*unit"),
-        # Wrong options are told first, before gigabytes are read.
+        # Wrong options are refused first, before gigabytes are read.
         ("clip:/nowhere,unit=cosin", "unknown unit 'cosin'"),
         ("hpsv2:path=/nowhere,dtype=int8", "dtype=int8: use "),
         ("pickscore:path=TINY,micro_batch=none", "micro_batch=none: use "),
@@ -630,10 +630,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 def test_a_folder_whose_weights_do_not_fit_is_refused(
     tiny: Path, tmp_path: Path, folder: str, file: str, key: str, value: Tensor | None, message: str
 ) -> None:
-    corrupt = copied(tiny / folder, tmp_path / "spoilt")
+    corrupt = copied(tiny / folder, tmp_path / "corrupt")
     state = {name: tensor for name, tensor in load_file(corrupt / file).items() if name != key}
     save_file(state | ({key: value} if value is not None else {}), corrupt / file, metadata={"format": "pt"})
-    refused(lambda: load_reward(f"clip:{corrupt}"), f"CLIP '.*spoilt'.*{message}")
+    refused(lambda: load_reward(f"clip:{corrupt}"), f"CLIP '.*corrupt'.*{message}")
 
 
 @pytest.mark.parametrize(
@@ -649,10 +649,10 @@ def test_a_folder_whose_weights_do_not_fit_is_refused(
     ],
 )
 def test_a_folder_that_lacks_a_file_is_refused(tiny: Path, tmp_path: Path, folder: str, missing: list[str]) -> None:
-    corrupt = copied(tiny / folder, tmp_path / "spoilt")
+    corrupt = copied(tiny / folder, tmp_path / "corrupt")
     for name in missing:
         (corrupt / name).unlink()
-    refused(lambda: load_reward(f"clip:{corrupt}"), "CLIP '.*spoilt'")
+    refused(lambda: load_reward(f"clip:{corrupt}"), "CLIP '.*corrupt'")
 
 
 @pytest.mark.parametrize(
@@ -669,9 +669,9 @@ def test_a_folder_that_lacks_a_file_is_refused(tiny: Path, tmp_path: Path, folde
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(tiny: Path, tmp_path: Path, config: str) -> None:
-    corrupt = copied(tiny / "open_clip", tmp_path / "spoilt")
+    corrupt = copied(tiny / "open_clip", tmp_path / "corrupt")
     (corrupt / CONFIG).write_text(config)
-    refused(lambda: load_reward(f"clip:{corrupt}"), "CLIP '.*spoilt'")
+    refused(lambda: load_reward(f"clip:{corrupt}"), "CLIP '.*corrupt'")
 
 
 def test_a_truncated_file_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -693,8 +693,8 @@ class Trap:
         monkeypatch.setattr("builtins.input", lambda *_: "y")
 
     def change(self, file: str, change: dict[str, object]) -> None:
-        found = json.loads((self.folder / file).read_text()) if (self.folder / file).exists() else {}
-        (self.folder / file).write_text(json.dumps(merged(found, change)))
+        present = json.loads((self.folder / file).read_text()) if (self.folder / file).exists() else {}
+        (self.folder / file).write_text(json.dumps(merged(present, change)))
 
 
 def merged(one: Any, other: Any) -> Any:
@@ -752,10 +752,10 @@ def test_no_code_of_a_folder_of_transformers_runs(
 def test_weights_with_code_in_a_folder_are_refused_and_not_run(
     tiny: Path, tmp_path: Path, folder: str, weights: str, pickled: str
 ) -> None:
-    corrupt, canary = copied(tiny / folder, tmp_path / "spoilt"), tmp_path / "canary"
+    corrupt, canary = copied(tiny / folder, tmp_path / "corrupt"), tmp_path / "canary"
     (corrupt / weights).unlink()
     torch.save(load_file(tiny / folder / weights) | {"logit_scale": Writes(canary)}, corrupt / pickled)
-    refused(lambda: load_reward(f"clip:{corrupt}"), "CLIP '.*spoilt' cannot be loaded")
+    refused(lambda: load_reward(f"clip:{corrupt}"), "CLIP '.*corrupt' cannot be loaded")
     assert not canary.exists()
 
 

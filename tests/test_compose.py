@@ -329,7 +329,7 @@ def test_images_are_scored_one_by_one(place: int) -> None:
     assert torch.allclose(torch.cat(alone), result, atol=1e-6)
 
 
-def test_every_part_of_nested_compositions_is_told() -> None:
+def test_every_component_of_nested_compositions_is_reported() -> None:
     scale = RewardStatistics(0.0, 1.0, 2, {})
     inner = CombinedReward([WeightedReward(A), WeightedReward(StandardisedReward(B, scale), 3)], worst, "inner")
     reward = CombinedReward(
@@ -338,10 +338,10 @@ def test_every_part_of_nested_compositions_is_told() -> None:
     images = showing([[1.0, 2.0], [0.5, 0.1], [7.0, 8.0]])
     result, components = score_components(reward, images, ["", ""])
     assert reward.name == "inner:2 + c:-1 + product(inner > 0)"
-    told = {name: values.tolist() for name, values in components.items()}
+    values_by_name = {name: values.tolist() for name, values in components.items()}
     least = [1.0, pytest.approx(0.3)]
     half, b = [pytest.approx(1), pytest.approx(1 / (1 + math.exp(-6)))], [0.5, pytest.approx(0.1)]
-    assert told == {
+    assert values_by_name == {
         "inner": least,
         "inner/a": [1.0, 2.0],
         "inner/z(b)": b,
@@ -356,7 +356,7 @@ def test_every_part_of_nested_compositions_is_told() -> None:
     assert torch.equal(result, score(reward, images, ["", ""]))
 
 
-def test_rewards_of_one_name_are_told_apart() -> None:
+def test_rewards_with_the_same_name_are_numbered() -> None:
     twice = combine([Column(0, "x"), Column(1, "x"), Column(2)])
     result, components = score_components(twice, showing([[1.0], [2.0], [4.0]]), [""])
     assert {name: values.item() for name, values in components.items()} == {"x#0": 1.0, "x#1": 2.0, "c": 4.0}

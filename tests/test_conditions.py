@@ -62,11 +62,11 @@ def train(folder: Path, reward: Any, **options: Any) -> TrainingResult:
 
 
 def test_source_image_and_metadata_reach_the_reward(tmp_path: Path) -> None:
-    seen: set[tuple[str, tuple[int, ...], int]] = set()
+    received: set[tuple[str, tuple[int, ...], int]] = set()
 
     def likeness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         for prompt, row in zip(prompts, metadata, strict=True):
-            seen.add((prompt, row["image"].getpixel((0, 0)), row["number"]))
+            received.add((prompt, row["image"].getpixel((0, 0)), row["number"]))
         return images.mean((1, 2, 3))
 
     result = train(
@@ -79,7 +79,7 @@ def test_source_image_and_metadata_reach_the_reward(tmp_path: Path) -> None:
         eval_conditions=[{"image": RED}],
         eval_metadata=[{"number": 3}],
     )
-    assert seen == {("a", (255, 0, 0), 1), ("b", (0, 0, 255), 2), ("c", (255, 0, 0), 3)}
+    assert received == {("a", (255, 0, 0), 1), ("b", (0, 0, 255), 2), ("c", (255, 0, 0), 3)}
     assert all(record["grad_norm"] > 0 for record in result.records) and result.records[0]["kl"] == 0
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Steer
-from planted import images, tensors, tiny_clip, truth
+from synthetic_preferences import images, tensors, tiny_clip, truth
 
 from steer.reward import RewardError
 from steer.rewards.counts import pairs_of_counts, probability_better, read_counts

@@ -54,8 +54,8 @@ def test_this_machine_needs_none(host: str) -> None:
 
 @pytest.mark.parametrize("auth", ["user", "user:", ":password", ""])
 def test_half_a_password_is_refused(auth: str) -> None:
-    told = CliRunner().invoke(demo, ["--auth", auth])
-    assert isinstance(told.exception, InputError) and "must be USER:PASSWORD" in str(told.exception)
+    result = CliRunner().invoke(demo, ["--auth", auth])
+    assert isinstance(result.exception, InputError) and "must be USER:PASSWORD" in str(result.exception)
 
 
 def test_the_start_names_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,5 +89,5 @@ def test_a_variant_is_for_models_that_are_not_embedded(monkeypatch: pytest.Monke
 
 
 def test_the_command_refuses_before_it_loads_anything() -> None:
-    told = CliRunner().invoke(demo, ["--host", "0.0.0.0"])
-    assert isinstance(told.exception, InputError) and "--host 0.0.0.0 lets others in" in str(told.exception)
+    result = CliRunner().invoke(demo, ["--host", "0.0.0.0"])
+    assert isinstance(result.exception, InputError) and "--host 0.0.0.0 lets others in" in str(result.exception)

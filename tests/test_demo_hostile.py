@@ -50,10 +50,10 @@ def test_of_fifty_at_once_each_has_an_image_or_a_polite_refusal(studio: Studio, 
         return str(report["prompt"])
 
     with ThreadPoolExecutor(50) as pool:
-        told = list(pool.map(ask, range(50)))
-    served = [number for number, text in enumerate(told) if text == f"a star {number}"]
-    refused = [text for text in told if "others are waiting for their turn: please try again" in text]
-    assert len(served) > MAX_WAITING_JOBS and len(served) + len(refused) == 50, told
+        replies = list(pool.map(ask, range(50)))
+    served = [number for number, text in enumerate(replies) if text == f"a star {number}"]
+    refused = [text for text in replies if "others are waiting for their turn: please try again" in text]
+    assert len(served) > MAX_WAITING_JOBS and len(served) + len(refused) == 50, replies
     assert studio.worker.pending == 0
 
 
@@ -67,8 +67,8 @@ def test_a_thousand_events_of_people_who_never_listen_leave_room_for_one_who_doe
     answers = set()
     with httpx.Client(timeout=60) as flood:
         for session in range(1000):
-            told = {"data": data, "fn_index": number, "session_hash": f"flood{session}"}
-            answers.add(flood.post(f"{url}gradio_api/queue/join", json=told).status_code)
+            request = {"data": data, "fn_index": number, "session_hash": f"flood{session}"}
+            answers.add(flood.post(f"{url}gradio_api/queue/join", json=request).status_code)
             assert studio.worker.pending <= MAX_WAITING_JOBS + 1
     assert answers <= {200, 503}, "taken, or refused for too many"
     deadline = time.monotonic() + 120
@@ -80,7 +80,7 @@ def test_a_thousand_events_of_people_who_never_listen_leave_room_for_one_who_doe
 
 
 def got(url: str, path: str) -> tuple[int, bytes]:
-    """What the app answers to a path that is sent as it is: clients would tidy it."""
+    """Status and body for a path that is sent as it is: HTTP clients would normalise it."""
     host, port = re.search(r"//([^:/]+):(\d+)", url).groups()  # type: ignore[union-attr]
     connection = http.client.HTTPConnection(host, int(port), timeout=30)
     connection.request("GET", path)
@@ -122,8 +122,8 @@ def test_a_session_that_no_browser_would_name_is_refused(url: str) -> None:
     endpoints = httpx.get(f"{url}config").json()["dependencies"]
     number = next(one["id"] for one in endpoints if one["api_name"] == "steer")
     data = ["a star", "base", "brightness", 1, 1, 0, 0, 1, 0, "scenes"]
-    told: dict[str, Any] = {"data": data, "fn_index": number, "session_hash": "../../escape"}
-    httpx.post(f"{url}gradio_api/queue/join", json=told)
+    request: dict[str, Any] = {"data": data, "fn_index": number, "session_hash": "../../escape"}
+    httpx.post(f"{url}gradio_api/queue/join", json=request)
     with httpx.stream("GET", f"{url}gradio_api/queue/data", params={"session_hash": "../../escape"}, timeout=60) as got:
         for line in got.iter_lines():
             event = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {}

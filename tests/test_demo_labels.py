@@ -1,4 +1,4 @@
-"""Labelling: nothing that was said is lost or told twice, and what is recorded is what a finetuning learns from."""
+"""The Label tab: each preference is recorded exactly once, and D3PO learns from the recorded folder."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def store(tmp_path: Path) -> LabelStore:
 
 
 def nothing() -> None:
-    """Never ends a drawing."""
+    """Check that never interrupts sampling."""
 
 
 def drawn(studio: Studio, store: LabelStore, label_request: LabelRequest, check: Callable[[], object] = nothing) -> str:
@@ -68,10 +68,10 @@ def drawn(studio: Studio, store: LabelStore, label_request: LabelRequest, check:
         return store.draw(pipe, label_request, check).id
 
 
-def next_lot(studio: Studio, store: LabelStore, label_request: LabelRequest) -> str:
-    """As a visitor comes to the next lot."""
-    found = store.offer(label_request)
-    return drawn(studio, store, label_request) if found is None else found.id
+def next_group(studio: Studio, store: LabelStore, label_request: LabelRequest) -> str:
+    """Group that a visitor is shown next: an existing one, or a new one."""
+    offered = store.offer(label_request)
+    return drawn(studio, store, label_request) if offered is None else offered.id
 
 
 def session(studio: Studio, store: LabelStore, label_request: LabelRequest) -> LabelSession:
@@ -85,14 +85,14 @@ def lines(store: LabelStore) -> list[dict[str, Any]]:
 def until(true: Callable[[], object], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, "it never came to be"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
-# ---- what is recorded
+# ---- records
 
 
-def test_what_is_said_comes_back_from_the_folder(studio: Studio, store: LabelStore) -> None:
+def test_preferences_are_read_back_from_the_folder(studio: Studio, store: LabelStore) -> None:
     three = LabelRequest("Ada", PROMPTS, 3)
     group, other, more = drawn(studio, store, three), drawn(studio, store, ADA), drawn(studio, store, ADA)
     assert store.choose("Ada", group, 1) and store.tie("Ada", other) and store.tie("Ada", more, bad=True)
@@ -103,20 +103,20 @@ def test_what_is_said_comes_back_from_the_folder(studio: Studio, store: LabelSto
         {"annotator": "Ada", "bad": True, "lot": more, "tie": True},
     ]
     assert all(row["time"].endswith("+00:00") for row in lines(store))
-    found = read_preferences(store.path)
-    assert found.preferences == (Preference(group, 1, 0), Preference(group, 1, 2)) and found.ties == 2
+    records = read_preferences(store.path)
+    assert records.preferences == (Preference(group, 1, 0), Preference(group, 1, 2)) and records.ties == 2
     again = LabelStore(store.path)
     for one in (store, again):
         assert one.progress("Ada") == Progress(choices=1, ties=2, bad=1, undone=0)
         assert one.judgements() == {group: {"Ada": 1}, other: {"Ada": None}, more: {"Ada": None}}
-    assert again.call == CALL, "a folder goes on as it was begun"
+    assert again.call == CALL, "the folder keeps its call"
     assert {one.rows.starts[0] for one in again.groups.values()} == set().union(
         *(one.rows.starts for one in again.groups.values())
     )
     assert len({noise for one in again.groups.values() for noise in one.rows.noises}) == 3 + 2 + 2
 
 
-def test_a_lot_is_judged_once_and_a_click_too_many_is_left_out(studio: Studio, store: LabelStore) -> None:
+def test_a_group_is_judged_once_and_a_second_click_is_ignored(studio: Studio, store: LabelStore) -> None:
     group = drawn(studio, store, ADA)
     assert store.choose("Ada", group, 0)
     before = lines(store)
@@ -128,7 +128,7 @@ def test_a_lot_is_judged_once_and_a_click_too_many_is_left_out(studio: Studio, s
     assert lines(store) == before and store.judgements() == {group: {"Ada": 0}}
 
 
-def test_undo_takes_back_the_latest_of_ones_own_in_a_line_that_is_added(studio: Studio, store: LabelStore) -> None:
+def test_undo_appends_a_row_that_cancels_the_annotators_latest_preference(studio: Studio, store: LabelStore) -> None:
     three = LabelRequest("Ada", PROMPTS, 3)
     first, second = drawn(studio, store, three), drawn(studio, store, three)
     for name in ("Ada", "Ben"):
@@ -156,9 +156,9 @@ def test_undo_takes_back_the_latest_of_ones_own_in_a_line_that_is_added(studio: 
     assert LabelStore(store.path).progress("Ada") == Progress(0, 0, 0, 3)
 
 
-def test_the_reader_knows_an_undo_by_lot_and_annotator(studio: Studio, store: LabelStore) -> None:
+def test_an_undo_is_matched_by_group_and_annotator(studio: Studio, store: LabelStore) -> None:
     group = drawn(studio, store, ADA)
-    said: list[dict[str, Any]] = [
+    rows: list[dict[str, Any]] = [
         {"chosen": 0, "rejected": 1, "annotator": "Ada"},
         {"tie": True, "annotator": "Ben"},
         {"chosen": 1, "rejected": 0},
@@ -166,17 +166,17 @@ def test_the_reader_knows_an_undo_by_lot_and_annotator(studio: Studio, store: La
         {"undo": True, "annotator": "Nobody"},
     ]
     path = store.path / "choices.jsonl"
-    path.write_text("".join(json.dumps({"lot": group} | row) + "\n" for row in said))
-    found = read_preferences(store.path)
-    assert (found.preferences, found.ties) == ((Preference(group, 0, 1), Preference(group, 1, 0)), 0)
+    path.write_text("".join(json.dumps({"lot": group} | row) + "\n" for row in rows))
+    records = read_preferences(store.path)
+    assert (records.preferences, records.ties) == ((Preference(group, 0, 1), Preference(group, 1, 0)), 0)
     with path.open("a") as file:
-        file.write(json.dumps({"lot": group, "undo": True}) + "\n")  # of lines that name nobody
+        file.write(json.dumps({"lot": group, "undo": True}) + "\n")  # of rows without an annotator
     assert read_preferences(store.path).preferences == (Preference(group, 0, 1),)
     with path.open("a") as file:
         file.write(json.dumps({"lot": "gone", "undo": True}) + "\n")
     with pytest.raises(InputError, match="line 7: group 'gone' is not in"):
         read_preferences(store.path)
-    path.write_text("".join(json.dumps({"lot": group} | row) + "\n" for row in [{"chosen": 5, "rejected": 0}, said[3]]))
+    path.write_text("".join(json.dumps({"lot": group} | row) + "\n" for row in [{"chosen": 5, "rejected": 0}, rows[3]]))
     with pytest.raises(InputError, match="line 1: chosen must be"):
         LabelStore(store.path)
 
@@ -186,41 +186,41 @@ import sys
 from pathlib import Path
 from steer.apps.demo.labels import LabelStore
 book = LabelStore(Path(sys.argv[1]))
-lots, number = [*book.groups], 0
+groups, number = [*book.groups], 0
 while True:
-    lot, name = lots[number % len(lots)], f"A{number // len(lots)}"
-    book.choose(name, lot, number % 2)
+    group, name = groups[number % len(groups)], f"A{number // len(groups)}"
+    book.choose(name, group, number % 2)
     if number % 5 == 4:
         book.undo(name)
-    sys.stdout.write(f"{name} {lot} {number % 2} {number % 5 == 4}\\n")
+    sys.stdout.write(f"{name} {group} {number % 2} {number % 5 == 4}\\n")
     sys.stdout.flush()
     number += 1
 """
 
 
-def test_a_kill_after_saved_loses_nothing(studio: Studio, store: LabelStore) -> None:
+def test_a_kill_loses_no_saved_preference(studio: Studio, store: LabelStore) -> None:
     for _ in range(3):
         drawn(studio, store, ADA)
     process = Forked(["-c", KILLED, store.path], Path.cwd(), os.environ)
-    told = [process.stdout.readline()]
+    lines = [process.stdout.readline()]
     time.sleep(random.Random(0).uniform(0.1, 0.3))
     process.kill()
-    told += process.stdout.readlines()
-    assert process.wait() == -signal.SIGKILL and len(told) > 3
-    whole = [line.split() for line in told if line.endswith("\n")]
-    found = LabelStore(store.path).judgements()
+    lines += process.stdout.readlines()
+    assert process.wait() == -signal.SIGKILL and len(lines) > 3
+    whole = [line.split() for line in lines if line.endswith("\n")]
+    judgements = LabelStore(store.path).judgements()
     for name, group, chosen, undone in whole:
-        assert found.get(group, {}).get(name) == (None if undone == "True" else int(chosen))
-    assert sum(map(len, found.values())) - sum(undone == "False" for *_, undone in whole) in (0, 1)
+        assert judgements.get(group, {}).get(name) == (None if undone == "True" else int(chosen))
+    assert sum(map(len, judgements.values())) - sum(undone == "False" for *_, undone in whole) in (0, 1)
     read_preferences(store.path)
 
 
-def test_a_full_disk_is_told_in_a_line_and_nothing_counts(
+def test_on_a_full_disk_nothing_is_recorded_and_one_line_reports_it(
     studio: Studio, store: LabelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = drawn(studio, store, ADA)
 
-    def full(*told: Any, **more: Any) -> None:
+    def full(*args: Any, **more: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(store._folder), "write_preference", full)
@@ -239,25 +239,25 @@ def test_names_are_plain_and_short(name: str) -> None:
             LabelRequest("Ada", PROMPTS, images)
 
 
-# ---- who is shown what
+# ---- assignment of groups to visitors
 
 
-def test_every_third_lot_is_shared_and_the_others_are_new(studio: Studio, store: LabelStore) -> None:
+def test_every_third_group_is_shared_and_the_others_are_new(studio: Studio, store: LabelStore) -> None:
     first = []
     for _ in range(4):
-        first.append(next_lot(studio, store, ADA))
+        first.append(next_group(studio, store, ADA))
         store.choose("Ada", first[-1], 0)
     second = []
     for _ in range(6):
-        second.append(next_lot(studio, store, BEN))
+        second.append(next_group(studio, store, BEN))
         store.choose("Ben", second[-1], 0)
     assert len(set(first)) == 4 and len(set(second)) == 6
     assert [first.index(group) if group in first else None for group in second] == [None, None, 0, None, None, 1]
-    assert next_lot(studio, store, ADA) not in {*first, *second}
+    assert next_group(studio, store, ADA) not in {*first, *second}
     assert {one.rows.prompts[0] for one in store.groups.values()} == set(PROMPTS)
 
 
-def test_nobody_is_offered_what_another_is_looking_at_or_other_prompts(studio: Studio, store: LabelStore) -> None:
+def test_no_visitor_is_offered_a_group_in_use_or_of_other_prompts(studio: Studio, store: LabelStore) -> None:
     name = drawn(studio, store, ADA)
     group, secret = store.groups[name], LabelRequest("Cleo", ("something of mine",))
     own = drawn(studio, store, secret)
@@ -267,42 +267,42 @@ def test_nobody_is_offered_what_another_is_looking_at_or_other_prompts(studio: S
     assert store.offer(replace(BEN, images=3)) is None and store.offer(BEN) == group and store.offer(ADA) is None
     for name in ("Ben", "Dora"):
         for _ in range(4):
-            assert next_lot(studio, store, LabelRequest(name, PROMPTS)) != own
+            assert next_group(studio, store, LabelRequest(name, PROMPTS)) != own
     assert store.groups[own].rows.prompts == ("something of mine",) * 2
 
 
-def test_another_model_is_refused_with_a_folder(studio: Studio, store: LabelStore) -> None:
+def test_a_folder_of_another_model_is_refused(studio: Studio, store: LabelStore) -> None:
     group = drawn(studio, store, ADA)
-    told = json.loads((store.path / "settings.json").read_text()) | {"model": "another"}
-    (store.path / "settings.json").write_text(json.dumps(told))
+    settings = json.loads((store.path / "settings.json").read_text()) | {"model": "another"}
+    (store.path / "settings.json").write_text(json.dumps(settings))
     again = LabelStore(store.path)
     assert again.choose("Ada", group, 0)
     with pytest.raises(InputError, match=r"made with model 'another', not .*: use another folder"):
         drawn(studio, again, ADA)
 
 
-# ---- a visitor's way through the lots
+# ---- a visitor's session
 
 
-def test_the_next_lot_is_there_when_the_one_before_is_answered(studio: Studio, store: LabelStore) -> None:
+def test_the_next_group_is_sampled_while_the_current_one_is_shown(studio: Studio, store: LabelStore) -> None:
     way = session(studio, store, ADA)
-    told = list(way.advance())
-    assert {type(event) for event in told} <= {Waiting, Loading, Drawing} and told[-1] == Drawing(2)
-    seen = []
+    events = list(way.advance())
+    assert {type(event) for event in events} <= {Waiting, Loading, Drawing} and events[-1] == Drawing(2)
+    shown = []
     for number in range(4):
         assert way.shown is not None
-        seen.append(way.shown.id)
-        until(lambda: way._next)  # drawn while they look
-        assert way.answer(seen[-1], str(number % 2)) == ("Saved: left.", "Saved: right.")[number % 2]
+        shown.append(way.shown.id)
+        until(lambda: way._next)  # sampled in the background
+        assert way.answer(shown[-1], str(number % 2)) == ("Saved: left.", "Saved: right.")[number % 2]
         assert list(way.advance()) == [] and way.shown is not None
-    assert len({*seen, way.shown.id}) == 5
+    assert len({*shown, way.shown.id}) == 5
     assert [row["chosen"] for row in lines(store)] == [0, 1, 0, 1]
     way.end()
     until(lambda: studio.worker.pending == 0)
     assert not store._assigned
 
 
-def test_two_quick_answers_are_one_and_undo_shows_the_lot_again(studio: Studio, store: LabelStore) -> None:
+def test_two_quick_answers_count_once_and_undo_shows_the_group_again(studio: Studio, store: LabelStore) -> None:
     way = session(studio, store, ADA)
     list(way.advance())
     group = way.shown.id if way.shown else ""
@@ -324,11 +324,13 @@ def test_two_quick_answers_are_one_and_undo_shows_the_lot_again(studio: Studio, 
     other = way.shown.id if way.shown else ""
     assert other not in ("", group) and way.answer(other, "undo") == "Undone: choose again."
     assert way.answer(group, "tie") == "Saved: a tie." and list(way.advance()) == []
-    assert way.shown is not None and way.shown.id == other, "it comes again after the one undone"
+    assert way.shown is not None and way.shown.id == other, "it follows the undone group"
     way.end()
 
 
-def test_a_stop_ends_a_drawing_between_two_steps_and_breaks_nothing(studio: Studio, store: LabelStore) -> None:
+def test_stop_interrupts_sampling_between_two_steps_and_the_session_can_start_again(
+    studio: Studio, store: LabelStore
+) -> None:
     steps = []
 
     def at_the_second() -> None:
@@ -349,7 +351,7 @@ def test_a_stop_ends_a_drawing_between_two_steps_and_breaks_nothing(studio: Stud
     assert drawn(studio, store, ADA) in LabelStore(store.path).groups
 
 
-def test_who_leaves_while_a_lot_is_drawn_frees_the_worker(studio: Studio, store: LabelStore) -> None:
+def test_a_visitor_who_leaves_during_sampling_frees_the_worker(studio: Studio, store: LabelStore) -> None:
     busy = threading.Event()
     first = studio.worker.submit(lambda ticket: busy.wait(30) and None)
     way = session(studio, store, ADA)
@@ -362,7 +364,7 @@ def test_who_leaves_while_a_lot_is_drawn_frees_the_worker(studio: Studio, store:
     assert not store.groups
 
 
-def test_what_fails_or_waits_too_long_is_told_and_tried_again(studio: Studio, store: LabelStore) -> None:
+def test_a_failure_or_a_full_queue_is_reported_and_can_be_retried(studio: Studio, store: LabelStore) -> None:
     turns: list[Any] = [Busy("9 others are waiting"), studio.worker.submit, Busy("no"), studio.worker.submit]
 
     def submit(work: Callable[[Ticket], None]) -> Ticket:
@@ -375,7 +377,7 @@ def test_what_fails_or_waits_too_long_is_told_and_tried_again(studio: Studio, st
     with pytest.raises(Busy, match="9 others are waiting"):
         list(way.advance())
     list(way.advance())
-    assert way.shown is not None and way._next == [], "the one ahead had no place in the queue, which nobody need know"
+    assert way.shown is not None and way._next == [], "a full queue for the group in advance is not an error"
     way.answer(way.shown.id, "0")
     way.model = "nowhere"
     with pytest.raises(InputError, match="not one of this app's"):
@@ -383,7 +385,7 @@ def test_what_fails_or_waits_too_long_is_told_and_tried_again(studio: Studio, st
     way.end()
 
 
-# ---- how far people agree
+# ---- agreement of annotators
 
 
 def test_cohens_kappa_of_published_tables() -> None:
@@ -405,7 +407,7 @@ def test_fleiss_kappa_of_a_published_table() -> None:
     assert fleiss([[0, 0], [0, 1, 1]]) == pytest.approx((2 / 3 - 13 / 25) / (1 - 13 / 25))
 
 
-def test_agreement_is_of_lots_that_two_or_more_judged() -> None:
+def test_agreement_is_over_groups_with_two_or_more_annotators() -> None:
     assert agreement({}) is None and agreement({"x": {"Ada": 0}, "y": {"Ben": 0}}) is None
     pair = agreement(
         {"x": {"Ada": 0, "Ben": 0}, "y": {"Ben": 1, "Ada": None}, "z": {"Ada": 1}, "w": {"Ada": 1, "Ben": 1}}
@@ -423,17 +425,15 @@ def test_agreement_is_of_lots_that_two_or_more_judged() -> None:
     assert same == "1 set of images was judged by both of two people. They gave the same answer 100% of the time."
 
 
-# ---- what becomes of it
+# ---- use of the folder
 
 
 @pytest.mark.hard
-def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
-    studio: Studio, store: LabelStore, tmp_path: Path
-) -> None:
+def test_d3po_learns_from_the_folder_by_the_command_shown(studio: Studio, store: LabelStore, tmp_path: Path) -> None:
     for number in range(3):
-        group = next_lot(studio, store, LabelRequest("Ada", PROMPTS, 2 + number % 2))
+        group = next_group(studio, store, LabelRequest("Ada", PROMPTS, 2 + number % 2))
         store.choose("Ada", group, number % 2)
-    store.tie("Ada", next_lot(studio, store, ADA), bad=True)
+    store.tie("Ada", next_group(studio, store, ADA), bad=True)
     store.undo("Ada")
     changed = sampling_config_of(store.path) | {"max_steps": 2, "warmup_steps": 0, "micro_batch": 4}
     config = config_of("d3po", **PLAIN | changed, output_dir=str(tmp_path / "run"))
@@ -448,7 +448,7 @@ def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
     assert load_data(config, False)["train_prompts"] == [] and config.job.preferences == str(store.path)
     assert config.training.num_inference_steps == 3 and config.training.num_generations == 2
     owners.close()
-    assert store.path.exists(), "what the owner named outlives the app"
+    assert store.path.exists(), "a folder given by the owner is kept"
 
 
 def test_a_zip_is_the_folder(studio: Studio, store: LabelStore, tmp_path: Path) -> None:
@@ -484,7 +484,7 @@ def tab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LabelTab]:
     studio.close()
 
 
-def test_visitors_label_each_for_themselves(tab: LabelTab) -> None:
+def test_each_visitor_has_a_session_of_their_own(tab: LabelTab) -> None:
     ada, ben = visitor("a"), visitor("b")
     views = {}
     for who, name in ((ada, " Ada  <b>"), (ben, "Ben")):
@@ -496,19 +496,19 @@ def test_visitors_label_each_for_themselves(tab: LabelTab) -> None:
     shown = {key: one.shown.id for key, one in tab._visitors.items() if one.shown}
     assert len(set(shown.values())) == 2
     assert press(tab, visitor("c"), shown["a"], "0")[-1][tab.status].count("Press Start first") == 1
-    before = press(tab, ben, shown["a"], "0")  # not what Ben sees
+    before = press(tab, ben, shown["a"], "0")  # not the group that Ben is shown
     assert before[-1][tab.view].count(shown["b"]) == 1 and not (tab.store.path / "choices.jsonl").exists()
     last = press(tab, ada, shown["a"], "0")[-1]
     assert "Saved: left." in last[tab.status] and "1 choice, 0 ties, 0 undone" in last[tab.progress]
-    told = tab.begin("Ben", "", 3, ben)
-    assert [*told][-1][tab.view].count("<img") == 3
+    updates = tab.begin("Ben", "", 3, ben)
+    assert [*updates][-1][tab.view].count("<img") == 3
     ended = tab.end(ada)
     assert "Stopped" in ended[tab.status] and "press Start" in ended[tab.view]
     tab.forget(ben)
     assert not tab._visitors and not tab.store._assigned
 
 
-def test_a_stop_while_a_lot_is_drawn_is_the_last_word(tab: LabelTab) -> None:
+def test_nothing_is_shown_after_stop_during_sampling(tab: LabelTab) -> None:
     who = visitor("a")
     views = tab.begin("Ada", "", 2, who)
     next(views)
@@ -517,7 +517,7 @@ def test_a_stop_while_a_lot_is_drawn_is_the_last_word(tab: LabelTab) -> None:
     assert list(views) == []
 
 
-def test_a_new_start_is_the_last_word_too(tab: LabelTab) -> None:
+def test_a_new_start_replaces_the_earlier_one(tab: LabelTab) -> None:
     who = visitor("a")
     before = tab.begin("Ada", "a star", 2, who)
     next(before)
@@ -527,7 +527,7 @@ def test_a_new_start_is_the_last_word_too(tab: LabelTab) -> None:
     tab.forget(who)
 
 
-def test_what_cannot_be_drawn_is_said_and_can_be_tried_again(tab: LabelTab) -> None:
+def test_a_sampling_error_is_reported_and_start_works_again(tab: LabelTab) -> None:
     who, tab.model = visitor("a"), "nowhere"
     *_, last = tab.begin("Ada", "a star", 2, who)
     assert "not one of this app" in last[tab.status] and "Press Start to try again" in last[tab.view]
@@ -536,22 +536,22 @@ def test_what_cannot_be_drawn_is_said_and_can_be_tried_again(tab: LabelTab) -> N
     tab.forget(who)
 
 
-def test_what_does_not_fit_is_said_in_the_status(tab: LabelTab) -> None:
-    for name, prompts, said in (
+def test_invalid_input_is_reported_in_the_status(tab: LabelTab) -> None:
+    for name, prompts, message in (
         ("", "", "the name must have"),
         ("x" * 41, "", "the name must have"),
         ("Ada", "\n".join(map(str, range(201))), "201 prompts: at most 200"),
         ("Ada", "x" * 501, "a prompt of 501 characters: at most 500"),
     ):
         (only,) = tab.begin(name, prompts, 2, visitor("a"))
-        assert said in only[tab.status] and 'role="alert"' in only[tab.status] and list(only) == [tab.status]
+        assert message in only[tab.status] and 'role="alert"' in only[tab.status] and list(only) == [tab.status]
     with pytest.raises(InputError, match="give one or more, one a line"):
         prompts_of("", "someone/else")
     assert len(prompts_of("", "scenes")) > 500
     assert "nothing has been chosen yet" in tab.download(visitor("a"))[tab.status]
 
 
-def test_choices_without_a_folder_are_offered_as_a_zip(tab: LabelTab) -> None:
+def test_preferences_without_a_folder_are_offered_as_a_zip(tab: LabelTab) -> None:
     who = visitor("a")
     list(tab.begin("Ada", "", 2, who))
     shown = tab._visitors["a"].shown
@@ -569,7 +569,7 @@ def test_the_tab_has_no_public_endpoint_and_no_download_of_an_owners_folder(tmp_
     config = json.dumps(app.get_config_file(), default=str)
     assert "Make a zip" not in config and "it&#x27;s mine" in config
     assert shlex.split(command_of(studio))[4] == str(tmp_path / "it's mine")
-    assert not (tmp_path / "it's mine").exists(), "nothing is made before there is something in it"
+    assert not (tmp_path / "it's mine").exists(), "no folder before the first group"
     studio.close()
 
 

@@ -124,10 +124,10 @@ def test_the_model_is_finetuned_on_own_images_as_they_were_at_the_start(own: Stu
     prefer_red(own, 6)
     assert own.labels is not None
     asked = TrainingRequest("pairs", "scenes", "", "brightness", 2, 1e-3, 4, 0.0, 0, own.labels)
-    folder, seen = tmp_path / "runs" / "run-1", []
+    folder, received = tmp_path / "runs" / "run-1", []
     ticket = own.worker.submit(training(asked, folder, own, resume=False))
     for event in ticket.events():
-        seen.append(event)
+        received.append(event)
         if isinstance(event, Update):
             ticket.stop()
     whole, copied = read_image_pairs(own.labels / TABLE), read_image_pairs(folder / "choices" / TABLE)

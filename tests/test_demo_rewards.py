@@ -1,4 +1,4 @@
-"""What the Rewards tab runs: files that strangers bring, scored by rewards that strangers name."""
+"""The Rewards tab: untrusted files, scored by rewards that visitors name."""
 
 import struct
 import sys
@@ -57,7 +57,7 @@ def images(tmp_path: Path) -> list[Path]:
 
 
 def scored(studio: Studio, paths: list[Path], *rewards: str, prompt: str = PROMPT) -> Scores:
-    """What comes of files and rewards."""
+    """Scores of files by rewards, from the worker."""
     ticket = studio.worker.submit(lambda ticket: score_files(paths, prompt, rewards, studio.reward, ticket))
     *steps, last = [event for event in ticket.events() if not isinstance(event, Waiting)]
     assert steps == [Scoring(number + 1, len(paths)) for number in range(len(paths))]
@@ -160,7 +160,7 @@ def test_sizes_are_known_before_pixels_are_decoded(tmp_path: Path, monkeypatch: 
             read_upload(path)
 
 
-def test_nothing_to_show_is_told_in_a_line(studio: Studio, tmp_path: Path) -> None:
+def test_an_upload_without_an_image_is_refused_in_one_line(studio: Studio, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(InputError, match=r"text\.png: not an image"):
         scored(studio, [tmp_path / "text.png"], "brightness")

@@ -36,8 +36,8 @@ def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_view_module, "_curves", lambda columns, paths: "")
 
 
-def told(tab: SteerTab, **values: Any) -> dict[Any, Any]:
-    """What a handler is given: the values of the fields, some of them changed, and the states."""
+def handler_values(tab: SteerTab, **values: Any) -> dict[Any, Any]:
+    """Inputs of a handler: the values of the fields, some of them changed, and the states."""
     given = {field: values.get(name, field.value) for name, field in tab.fields.items()}
     return given | {tab.weights: values.get("weights"), tab.defaults: values.get("defaults", tab.defaults.value)}
 
@@ -45,7 +45,7 @@ def told(tab: SteerTab, **values: Any) -> dict[Any, Any]:
 def run(tab: SteerTab, **values: Any) -> dict[Any, Any]:
     """All that a run changes on the page, by component."""
     shown: dict[Any, Any] = {}
-    for change in tab.run(told(tab, **SMALL | values), VISITOR):
+    for change in tab.run(handler_values(tab, **SMALL | values), VISITOR):
         shown |= change
     return shown
 
@@ -215,7 +215,7 @@ def test_best_of_n_is_not_compared_with_itself(tab: SteerTab) -> None:
 def switch(tab: SteerTab, values: dict[str, Any], **change: Any) -> dict[str, Any]:
     """The values of the fields after the method was changed."""
     values = values | change
-    update = tab.fit(told(tab, **values))
+    update = tab.fit(handler_values(tab, **values))
     for name, field in tab.fields.items():
         if "value" in update.get(field, {}):
             values[name] = update[field]["value"]
@@ -239,12 +239,12 @@ def test_a_switch_keeps_what_was_set_and_moves_what_was_left_alone(tab: SteerTab
 
 def test_loaded_weights_keep_what_was_set(tab: SteerTab, tmp_path: Path) -> None:
     weights = Weights("scenes", tmp_path, "mine", "aesthetic:scenes", 8, 2.0)
-    change = tab.load_adapter(told(tab, weights=weights, steps=35, reward="jpeg"))
+    change = tab.load_adapter(handler_values(tab, weights=weights, steps=35, reward="jpeg"))
     assert "value" not in change.get(tab.fields["steps"], {}) and "value" not in change.get(tab.fields["reward"], {})
     assert change[tab.fields["guidance"]]["value"] == 2.0 and change[tab.fields["model"]]["value"] == "scenes"
-    untouched = tab.load_adapter(told(tab, weights=weights))
-    assert untouched[tab.fields["reward"]]["value"] == "aesthetic:scenes"
-    assert untouched[tab.fields["steps"]]["value"] == 8
+    defaults = tab.load_adapter(handler_values(tab, weights=weights))
+    assert defaults[tab.fields["reward"]]["value"] == "aesthetic:scenes"
+    assert defaults[tab.fields["steps"]]["value"] == 8
 
 
 # ---- seeds

@@ -1,4 +1,4 @@
-"""What the Steer tab runs: live readings, finished images, and the same outside the app."""
+"""The Steer tab: live evaluations, finished images, and equality with the command line."""
 
 import shlex
 import shutil
@@ -63,7 +63,7 @@ def of(kind: type, events_: list[Any]) -> list[Any]:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["fk", "race", "best-of-n", "base", "reno"])
-def test_every_method_shows_readings_before_the_end(studio: Studio, tmp_path: Path, method: str) -> None:
+def test_every_method_shows_evaluations_before_the_end(studio: Studio, tmp_path: Path, method: str) -> None:
     model = {"model": "scenes-turbo", "steps": 1, "guidance": 0} if method == "reno" else {}
     reward = {"reward": "scene-soft"} if method == "reno" else {}
     events_ = events(studio, settings_of(ASKED | model | reward | {"method": method}), tmp_path)
@@ -109,7 +109,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
 
 @pytest.mark.hard
 @pytest.mark.parametrize("method", ["base", "fk"])
-def test_finetuned_weights_are_worn_by_the_images_and_not_by_those_beside_them(
+def test_finetuned_weights_are_applied_to_the_images_and_not_to_the_base_images(
     studio: Studio, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     asked = ASKED | {"method": method}
@@ -167,12 +167,12 @@ def test_what_a_visitor_left_is_gone_once_their_job_has_ended(studio: Studio) ->
 
 def test_several_prompts_come_one_after_the_other(studio: Studio, tmp_path: Path) -> None:
     events_ = events(studio, settings_of(ASKED | {"compare": False}), tmp_path, "a star", "a cross")
-    seen = RunView()
-    shown = [(event, seen.after(event), seen.frames) for event in events_]
-    assert [one.prompt for one in seen.finished] == ["a star", "a cross"]
-    assert all(len(one.frames) == len(of(Frame, events_)) / 2 for one in seen.finished)
+    run = RunView()
+    shown = [(event, run.after(event), run.frames) for event in events_]
+    assert [one.prompt for one in run.finished] == ["a star", "a cross"]
+    assert all(len(one.frames) == len(of(Frame, events_)) / 2 for one in run.finished)
     assert {frames for event, _, frames in shown if isinstance(event, Step) and event.step == 1} == {()}
-    assert seen.conclusion(False).startswith("Done: 2 prompts in ")
+    assert run.conclusion(False).startswith("Done: 2 prompts in ")
 
 
 def test_stop_acts_within_one_solver_step(studio: Studio, tmp_path: Path) -> None:

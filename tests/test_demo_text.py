@@ -44,8 +44,8 @@ def events(studio: Studio, **changes: Any) -> list[Any]:
 
 @pytest.mark.parametrize("method", ["fk", "best-of-n", "base"])
 def test_tokens_open_step_by_step_until_the_text_is_finished(studio: Studio, method: str) -> None:
-    said = events(studio, method=method)
-    frames, (made,) = ([one for one in said if isinstance(one, kind)] for kind in (TextFrame, TextResult))
+    received = events(studio, method=method)
+    frames, (made,) = ([one for one in received if isinstance(one, kind)] for kind in (TextFrame, TextResult))
     assert [frame.step for frame in frames] == list(range(1, 9)) and frames[0].total == 8
     masked = [sum(token.masked for text in frame.texts for token in text) for frame in frames]
     assert masked[0] > masked[4] > 0 and masked[-1] == 0 and masked == sorted(masked, reverse=True)

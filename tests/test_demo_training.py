@@ -1,4 +1,4 @@
-"""What the Finetune tab runs: trainings that are watched, stopped and gone on with, and weights that Steer can wear."""
+"""The Finetune tab: trainings with live metrics, stopping, resuming, and weights for the Steer tab."""
 
 import time
 import zipfile
@@ -54,7 +54,7 @@ FIELD_VALUES: dict[str, Any] = {
     "model": "scenes",
 }
 SHARES = {"rollout_share", "reward_share", "update_share"}
-LATER = {"seconds", "images_per_second"} | SHARES  # in records, of which no two runs have the same
+LATER = {"seconds", "images_per_second"} | SHARES  # fields of records that differ between equal runs
 SCRIPT = "<script>window.evil=1</script>"
 
 
@@ -66,7 +66,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def straight(studio: Studio) -> tuple[list[Any], Path]:
-    """A run that nobody stopped, and its folder."""
+    """Events of a run without a stop, and its folder."""
     with pytest.MonkeyPatch.context() as patch:
         for key, value in TINY.items():
             patch.setitem(training_module.DEMO_CHANGES, key, value)
@@ -81,7 +81,7 @@ def run(
     resume: bool = False,
     stop: Callable[[Any], bool] = lambda event: False,
 ) -> list[Any]:
-    """All that a training says, until an event at which it is stopped."""
+    """Events of a training, which is stopped at a given event."""
     ticket = studio.worker.submit(training(asked, folder, studio, resume))
     events = []
     for event in ticket.events():
@@ -110,14 +110,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def until(true: Callable[[], object], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, "it never came to be"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
 # ---- the job
 
 
-def test_a_run_is_told_update_by_update_and_ends_with_weights(straight: tuple[list[Any], Path]) -> None:
+def test_a_run_reports_every_update_and_ends_with_weights(straight: tuple[list[Any], Path]) -> None:
     events, folder = straight
     kinds = [type(event) for event in events if not isinstance(event, Waiting)]
     assert kinds == [Loading, Evaluation, Update, Update, Update, Evaluation, Trained]
@@ -129,7 +129,9 @@ def test_a_run_is_told_update_by_update_and_ends_with_weights(straight: tuple[li
     assert any(value.abs().max() > 0 for name, value in tensors(trained.weights.folder).items() if "lora_B" in name)
 
 
-def test_the_weights_give_a_fresh_model_the_last_evaluation(studio: Studio, straight: tuple[list[Any], Path]) -> None:
+def test_a_fresh_model_with_the_weights_has_the_last_evaluation(
+    studio: Studio, straight: tuple[list[Any], Path]
+) -> None:
     events, folder = straight
     (trained,), last = of(Trained, events), of(Evaluation, events)[-1].record
     assert trained.weights == Weights(
@@ -140,14 +142,14 @@ def test_the_weights_give_a_fresh_model_the_last_evaluation(studio: Studio, stra
     evaluator = Evaluator(data["eval_prompts"], load_reward("brightness"), [load_reward("aesthetic:scenes")])
     pipe = load_pipeline("scenes")
     with find_adapter(str(trained.weights.folder)).applied_to(pipe):
-        found = evaluator.evaluate(pipe, config, 3, {"unet": pipe.unet}, lambda: None, SINGLE_PROCESS).record()
+        record = evaluator.evaluate(pipe, config, 3, {"unet": pipe.unet}, lambda: None, SINGLE_PROCESS).record()
     for name in ("brightness", "aesthetic:scenes"):
-        assert found[f"eval/{name}"] == pytest.approx(last[f"eval/{name}"], abs=1e-4)
+        assert record[f"eval/{name}"] == pytest.approx(last[f"eval/{name}"], abs=1e-4)
     first = of(Evaluation, events)[0].record
-    assert found["eval/brightness"] != pytest.approx(first["eval/brightness"], abs=1e-4), "it learnt something"
+    assert record["eval/brightness"] != pytest.approx(first["eval/brightness"], abs=1e-4), "training changed it"
 
 
-def test_the_zip_holds_weights_and_card_and_no_place_on_the_disk(straight: tuple[list[Any], Path]) -> None:
+def test_the_zip_holds_weights_and_card_and_no_server_path(straight: tuple[list[Any], Path]) -> None:
     (trained,) = of(Trained, straight[0])
     with zipfile.ZipFile(trained.archive) as file:
         names = {name.removeprefix("finetuned/") for name in file.namelist()}
@@ -160,7 +162,7 @@ def test_the_zip_holds_weights_and_card_and_no_place_on_the_disk(straight: tuple
 
 
 @pytest.mark.hard
-def test_a_run_that_was_stopped_twice_and_finished_early_goes_on_to_the_same_weights(
+def test_a_run_stopped_twice_and_finished_early_resumes_to_the_same_weights(
     studio: Studio, straight: tuple[list[Any], Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run-1"
@@ -178,10 +180,10 @@ def test_a_run_that_was_stopped_twice_and_finished_early_goes_on_to_the_same_wei
     assert [one for one in trained.result.evaluations if one["step"] != made] == [*whole.result.evaluations]
     assert same(tensors(trained.weights.folder), tensors(whole.weights.folder))
     assert [event.record["step"] for event in of(Update, events)] == [*range(made + 1, 4)]
-    assert same(lent, tensors(here.weights.folder)), "what Steer was lent stays as it was"
+    assert same(lent, tensors(here.weights.folder)), "the weights loaded into Steer are unchanged"
 
 
-def test_a_stop_acts_within_one_call_of_the_denoiser(studio: Studio, tmp_path: Path) -> None:
+def test_stop_takes_effect_within_one_denoiser_call(studio: Studio, tmp_path: Path) -> None:
     calls: list[bool] = []
     work = training(ASKED, tmp_path / "run-1", studio, resume=False)
 
@@ -201,7 +203,7 @@ def test_a_stop_acts_within_one_call_of_the_denoiser(studio: Studio, tmp_path: P
     assert len(calls) == 20 and not any(calls)
 
 
-def test_who_leaves_stops_the_run_and_its_checkpoint_stays(studio: Studio, tmp_path: Path) -> None:
+def test_a_visitor_who_leaves_stops_the_run_and_keeps_its_checkpoint(studio: Studio, tmp_path: Path) -> None:
     folder = tmp_path / "run-1"
     events = studio.worker.submit(training(replace(ASKED, updates=200), folder, studio, resume=False)).events()
     while not isinstance(next(events), Update):
@@ -212,7 +214,7 @@ def test_who_leaves_stops_the_run_and_its_checkpoint_stays(studio: Studio, tmp_p
 
 
 @pytest.mark.hard
-def test_prdp_runs_too_and_only_the_latest_run_keeps_its_checkpoints(studio: Studio, tmp_path: Path) -> None:
+def test_only_the_latest_run_keeps_its_checkpoints(studio: Studio, tmp_path: Path) -> None:
     (tmp_path / "run-1" / "checkpoints" / "step-00000001").mkdir(parents=True)
     events = run(studio, replace(ASKED, method="prdp", updates=2, kl_weight=0.5), tmp_path / "run-2")
     (trained,) = of(Trained, events)
@@ -222,7 +224,7 @@ def test_prdp_runs_too_and_only_the_latest_run_keeps_its_checkpoints(studio: Stu
 
 
 @pytest.mark.hard
-def test_reward_backpropagation_raises_the_reward_of_prompts_it_never_saw(studio: Studio, tmp_path: Path) -> None:
+def test_reward_backpropagation_raises_the_reward_of_held_out_prompts(studio: Studio, tmp_path: Path) -> None:
     asked = replace(ASKED, method="backprop", reward="brightness", held_out="colour:red", updates=5, learning_rate=0.01)
     (trained,) = of(Trained, run(studio, asked, tmp_path / "run-1"))
     first, last = (one["eval/brightness"][0] for one in trained.result.evaluations)
@@ -232,7 +234,7 @@ def test_reward_backpropagation_raises_the_reward_of_prompts_it_never_saw(studio
 
 
 @pytest.mark.hard
-def test_choices_are_learnt_from_as_they_were_at_the_start(studio: Studio, tmp_path: Path) -> None:
+def test_training_uses_the_preferences_recorded_before_it_started(studio: Studio, tmp_path: Path) -> None:
     labels, folder = tmp_path / "labels", tmp_path / "v" / "run-1"
     book = LabelStore(labels, {"num_inference_steps": 3, "guidance_scale": 1.0})
     wish = LabelRequest("Ada", ("a red circle", "a blue star"))
@@ -245,7 +247,7 @@ def test_choices_are_learnt_from_as_they_were_at_the_start(studio: Studio, tmp_p
     choose()
     asked = replace(ASKED, method="choices", updates=2, choices=labels)
     run(studio, asked, folder, stop=lambda event: isinstance(event, Update) and event.record["step"] == 1)
-    choose()  # by somebody else, meanwhile
+    choose()  # by another visitor, during the run
     (trained,) = of(Trained, run(studio, asked, folder, resume=True))
     assert trained.result.step == 2 and trained.weights.label == "scenes, D3PO on choices, 2 updates"
     assert held_out_names(trained.result.evaluations) == ["aesthetic:scenes"]
@@ -255,7 +257,7 @@ def test_choices_are_learnt_from_as_they_were_at_the_start(studio: Studio, tmp_p
 
 
 @pytest.mark.hard
-def test_a_reward_that_says_nothing_ends_the_run_with_a_line(
+def test_a_constant_reward_ends_the_run_with_one_line(
     studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -269,14 +271,14 @@ def test_a_reward_that_says_nothing_ends_the_run_with_a_line(
 
 @pytest.fixture
 def asking(monkeypatch: pytest.MonkeyPatch) -> TrainingRequest:
-    """A run with an evaluation after every update, which asks at each but the first."""
+    """A run that evaluates after every update and asks at each evaluation but the first."""
     monkeypatch.setattr(training_module, "MIN_EVAL_STEPS", 1)
     monkeypatch.setitem(training_module.DEMO_CHANGES, "ask_cost", "0")
     return replace(ASKED, ask=True)
 
 
 def answered(studio: Studio, asked: TrainingRequest, folder: Path, answers: list[Any], **options: Any) -> list[Any]:
-    """All that a training says; each question is answered by the next function of the ticket."""
+    """Events of a training whose questions are answered by the given functions, in order."""
     ticket = studio.worker.submit(training(asked, folder, studio, **{"resume": False} | options))
     events = []
     for event in ticket.events():
@@ -296,7 +298,7 @@ def no(ticket: Ticket) -> None:
 
 
 @pytest.mark.hard
-def test_stop_keeps_the_best_weights_and_go_on_changes_nothing(
+def test_the_answer_no_keeps_the_best_weights_and_yes_changes_nothing(
     studio: Studio, straight: tuple[list[Any], Path], asking: TrainingRequest, tmp_path: Path
 ) -> None:
     events = answered(studio, asking, tmp_path / "run-1", [yes, yes, yes])
@@ -314,7 +316,7 @@ def test_stop_keeps_the_best_weights_and_go_on_changes_nothing(
 
 @pytest.mark.hard
 @pytest.mark.parametrize("end", ["stop", "leave", "silence"])
-def test_a_run_that_asks_ends_within_a_second_with_a_checkpoint(
+def test_a_run_with_an_open_question_ends_within_a_second_with_a_checkpoint(
     studio: Studio, asking: TrainingRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     monkeypatch.setattr(training_module, "ANSWER_TIMEOUT", 0.3 if end == "silence" else 600.0)
@@ -330,17 +332,17 @@ def test_a_run_that_asks_ends_within_a_second_with_a_checkpoint(
     assert (folder / f"checkpoints/step-{asked.question.step:08d}").exists() and not (folder / "final").exists()
     if end == "silence":
         events = answered(studio, asking, folder, [yes] * 3, resume=True)
-        assert of(Asked, events)[0] == asked, "it is asked again"
+        assert of(Asked, events)[0] == asked, "the question is asked again"
         assert of(Trained, events)[0].result.step == 3
 
 
 @pytest.mark.hard
-def test_the_tab_shows_both_grids_and_passes_the_answer_on(
+def test_the_tab_shows_both_grids_and_forwards_the_answer(
     studio: Studio, tab: FinetuneTab, asking: TrainingRequest
 ) -> None:
     fields = FIELD_VALUES | {"ask": True, "learning_rate": 0.003, "seed": 3, "held_out": "aesthetic:scenes"}
     field_values = {tab.fields[name]: value for name, value in fields.items()}
-    found: dict[Any, Any] = {}
+    values: dict[Any, Any] = {}
     shown, last, eve = [], "", visitor("eve")
     for change in tab.begin(field_values, eve):
         if change.get(tab.asking, {}).get("visible") and change[tab.question] != last:
@@ -348,16 +350,16 @@ def test_the_tab_shows_both_grids_and_passes_the_answer_on(
             shown.append((change[tab.question], change[tab.status]))
             assert not tab.decline(visitor("ben"))[tab.asking]["visible"], "an answer of another visitor"
             assert not tab.decline(eve)[tab.asking]["visible"]
-        found |= change
+        values |= change
     (question, status) = shown[0]
     assert len(shown) == 1 and "the rewards disagree. Continue, or stop?" in status
     assert question.count("<figure") == 4 and "<h3>Kept: " in question and "m = " in question and "Δ = " in question
-    assert found[tab.results]["visible"] and not found[tab.asking]["visible"]
-    assert found[tab.run].trained.result.stopped.startswith("the answer was no")
+    assert values[tab.results]["visible"] and not values[tab.asking]["visible"]
+    assert values[tab.run].trained.result.stopped.startswith("the answer was no")
     assert not tab.fit("choices", 1e-3, tab.defaults.value)[tab.fields["ask"]]["visible"]
 
 
-# ---- what is refused
+# ---- refusals
 
 
 @pytest.mark.parametrize(
@@ -382,32 +384,32 @@ def test_the_tab_shows_both_grids_and_passes_the_answer_on(
         ({"reward": None}, "here rewards have names"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line(studio: Studio, change: dict[str, Any], message: str) -> None:
+def test_impossible_requests_are_refused_in_one_line(studio: Studio, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as refused:
         training_request(FIELD_VALUES | change, studio)
     assert "\n" not in str(refused.value)
 
 
-def test_a_term_of_the_trained_reward_cannot_be_held_out(studio: Studio, tmp_path: Path) -> None:
+def test_a_component_of_the_trained_reward_cannot_be_held_out(studio: Studio, tmp_path: Path) -> None:
     asked = training_request(FIELD_VALUES | {"reward": "scene + brightness", "held_out": "scene"}, studio)
     (other := tmp_path / "run-1" / "checkpoints").mkdir(parents=True)
     work: Any = training(asked, tmp_path / "run-2", studio, resume=False)
     with pytest.raises(InputError, match="hold 'scene', which is trained on"):
         work(None)
-    assert other.exists(), "the run before can still be resumed"
+    assert other.exists(), "the previous run can still be resumed"
 
 
-def test_without_labels_there_is_nothing_to_learn_from(studio: Studio, tmp_path: Path) -> None:
+def test_learning_from_preferences_without_any_is_refused(studio: Studio, tmp_path: Path) -> None:
     asked = training_request(FIELD_VALUES | {"method": "choices"}, studio)
     assert asked.choices == studio.home / "labels"
     with pytest.raises(InputError, match="nothing has been labelled yet"):
         training(asked, tmp_path, studio, resume=False)
 
 
-# ---- what is shown
+# ---- views
 
 
-def test_the_story_says_how_long_it_takes_and_why_it_ended(straight: tuple[list[Any], Path]) -> None:
+def test_the_view_shows_the_time_left_and_why_training_ended(straight: tuple[list[Any], Path]) -> None:
     events, folder = straight
     now = 100.0
     story = TrainingView(4, progress=Progress(clock=lambda: now))
@@ -429,10 +431,10 @@ def test_the_story_says_how_long_it_takes_and_why_it_ended(straight: tuple[list[
         story.after("else")
 
 
-def test_a_held_out_reward_that_clearly_fell_is_told(straight: tuple[list[Any], Path]) -> None:
+def test_a_significant_fall_of_the_held_out_reward_is_reported(straight: tuple[list[Any], Path]) -> None:
     (trained,) = of(Trained, straight[0])
 
-    def said(held_out: list[float], best: int = 3) -> str:
+    def conclusion(held_out: list[float], best: int = 3) -> str:
         evaluations = (
             {"step": 0, "eval/a": [0.1, 0.0, 0.2], "eval/b": [0.5, 0.4, 0.6]},
             {"step": 4, "eval/a": [0.3, 0.2, 0.4], "eval/b": held_out},
@@ -440,16 +442,16 @@ def test_a_held_out_reward_that_clearly_fell_is_told(straight: tuple[list[Any], 
         result = replace(trained.result, evaluations=evaluations, best_step=best)
         return TrainingView(4, list(result.records), trained=replace(trained, result=result)).conclusion()
 
-    assert "exploiting" in said([0.3, 0.2, 0.45]) and "faults" not in said([0.45, 0.3, 0.6])
-    assert "best after update 2" in said([0.6, 0.5, 0.7], best=2) and "best" not in said([0.6, 0.5, 0.7])
+    assert "exploiting" in conclusion([0.3, 0.2, 0.45]) and "faults" not in conclusion([0.45, 0.3, 0.6])
+    assert "best after update 2" in conclusion([0.6, 0.5, 0.7], best=2) and "best" not in conclusion([0.6, 0.5, 0.7])
 
 
-def test_the_views_hold_every_evaluation_and_escape_what_was_typed(straight: tuple[list[Any], Path]) -> None:
+def test_the_views_show_every_evaluation_and_escape_input(straight: tuple[list[Any], Path]) -> None:
     _, folder = straight
     story = TrainingView.of(folder, 3)
-    seen = samples_view(story, "run-1")
-    assert seen.count('class="steer-frame steer-held"') == 2 and seen.count('hidden=""') == 1
-    assert seen.count("<img ") == 4 and 'alt=""' not in seen and 'data-label="after 3 updates"' in seen
+    view = samples_view(story, "run-1")
+    assert view.count('class="steer-frame steer-held"') == 2 and view.count('hidden=""') == 1
+    assert view.count("<img ") == 4 and 'alt=""' not in view and 'data-label="after 3 updates"' in view
     charts = charts_view(story, "run-1")
     assert charts.count("<svg") >= 4 and "held-out reward: aesthetic:scenes" in charts and "<table" in charts
     evil = {"step": 0, f"eval/{SCRIPT}": [0.1, 0.0, 0.2], "eval/diversity": 0.0}
@@ -473,35 +475,35 @@ def tab(studio: Studio) -> FinetuneTab:
     return made
 
 
-def seen(changes: Iterator[dict[Any, Any]]) -> dict[Any, Any]:
-    """All that changed, the latest last."""
-    found: dict[Any, Any] = {}
+def last_values(changes: Iterator[dict[Any, Any]]) -> dict[Any, Any]:
+    """The last value of every component that changed."""
+    values: dict[Any, Any] = {}
     for change in changes:
-        found |= change
-    return found
+        values |= change
+    return values
 
 
-def test_a_visitor_trains_goes_on_and_hands_the_weights_to_steer(studio: Studio, tab: FinetuneTab) -> None:
+def test_a_visitor_trains_resumes_and_loads_the_weights_into_steer(studio: Studio, tab: FinetuneTab) -> None:
     field_values = {tab.fields[name]: value for name, value in (FIELD_VALUES | {"updates": 1}).items()}
-    found = seen(tab.begin(field_values, visitor("ada")))
-    done: Run = found[tab.run]
+    values = last_values(tab.begin(field_values, visitor("ada")))
+    done: Run = values[tab.run]
     assert done.folder == studio.home / "visitors" / "ada" / "finetune" / "run-1" and done.trained is not None
-    assert "Done: 1 update in" in found[tab.status] and found[tab.results]["visible"] and found[tab.again]["visible"]
-    assert not found[tab.finish]["visible"] and found[tab.archive]["value"] == str(done.trained.archive)
-    assert str(studio.home) not in found[tab.samples] + found[tab.charts] + found[tab.status]
+    assert "Done: 1 update in" in values[tab.status] and values[tab.results]["visible"] and values[tab.again]["visible"]
+    assert not values[tab.finish]["visible"] and values[tab.archive]["value"] == str(done.trained.archive)
+    assert str(studio.home) not in values[tab.samples] + values[tab.charts] + values[tab.status]
     assert tab.lend(done) == (done.trained.weights, gr.update(selected="steer"))
-    more: Run = seen(tab.resume(done, 2, visitor("ada")))[tab.run]
+    more: Run = last_values(tab.resume(done, 2, visitor("ada")))[tab.run]
     assert more.trained is not None and more.trained.result.step == 2 and more.folder == done.folder
 
 
-def test_what_is_refused_is_a_warning_and_leaves_the_run_before_alone(studio: Studio, tab: FinetuneTab) -> None:
+def test_a_refusal_is_a_warning_and_keeps_the_previous_run(studio: Studio, tab: FinetuneTab) -> None:
     field_values = {tab.fields[name]: value for name, value in (FIELD_VALUES | {"reward": f"os:{SCRIPT}"}).items()}
     with pytest.warns(UserWarning, match="&lt;script&gt;"):
-        found = seen(tab.begin(field_values, visitor("ben")))
-    assert [*found] == [tab.status] and "<script" not in found[tab.status] and "alert" in found[tab.status]
+        values = last_values(tab.begin(field_values, visitor("ben")))
+    assert [*values] == [tab.status] and "<script" not in values[tab.status] and "alert" in values[tab.status]
 
 
-def test_the_method_brings_its_own_learning_rate(tab: FinetuneTab) -> None:
+def test_each_method_has_its_own_default_learning_rate(tab: FinetuneTab) -> None:
     usual, rate, rates = tab.defaults.value, 3e-4, []
     for method in ("d3po", "prdp", "choices"):
         change = tab.fit(method, rate, usual)
@@ -510,15 +512,15 @@ def test_the_method_brings_its_own_learning_rate(tab: FinetuneTab) -> None:
     assert rates == [1e-3, 1.5e-3, 1e-3]
     choices, prdp = tab.fit("choices", rate, usual), tab.fit("prdp", rate, usual)
     assert not choices[tab.fields["reward"]]["visible"] and prdp[tab.fields["reward"]]["visible"]
-    assert not prdp[tab.fields["model"]]["visible"], "there is one"
+    assert not prdp[tab.fields["model"]]["visible"], "it has one model"
 
 
-def test_a_learning_rate_that_was_set_stays(tab: FinetuneTab) -> None:
+def test_a_learning_rate_given_by_the_user_is_kept(tab: FinetuneTab) -> None:
     change = tab.fit("prdp", 0.002, tab.defaults.value)
     again = tab.fit("d3po", 0.002, change[tab.defaults])
     assert [one[tab.fields["learning_rate"]]["value"] for one in (change, again)] == [0.002, 0.002]
 
 
-def test_gradio_leaves_a_seed_that_cannot_be_to_the_line_that_names_it(tab: FinetuneTab) -> None:
+def test_an_invalid_seed_is_refused_in_one_line(tab: FinetuneTab) -> None:
     seed = tab.fields["seed"]
     assert seed.preprocess(-1) == -1 and seed.preprocess(1.5) == 1.5

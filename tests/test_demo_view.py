@@ -32,7 +32,7 @@ from steer.apps.sampling import SavedImage
 from steer.pipelines.base import Cost
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;"
-PARENTS = ((0, 0, 2), (1, 1, 2), (2, 0, 1))  # of three particles at three readings
+PARENTS = ((0, 0, 2), (1, 1, 2), (2, 0, 1))  # of three particles at three evaluations
 REWARDS = ((0.1, 0.2, 0.3), (0.4, -0.5, 0.6), (0.25, 0.75, 0.5))
 FINISHED = (0.9, 0.7, 0.8)  # by slot
 COLOURS = ("red", "lime", "blue")
@@ -46,12 +46,12 @@ def frame(
     return Frame(4 * number + 1, total, images, tuple(rewards), ess, None if ancestors is None else tuple(ancestors))
 
 
-def three_readings() -> list[Frame]:
+def three_evaluations() -> list[Frame]:
     return [frame(number, REWARDS[number], PARENTS[number]) for number in range(3)]
 
 
 def result_of(folder: Path, rewards: Sequence[float] = FINISHED, prompt: str = EVIL) -> PromptResult:
-    """Finished images, best first; that of a slot has one of COLOURS."""
+    """Finished images, best first, each in the colour of its slot (COLOURS)."""
     settings = settings_of(
         {"method": "fk", "reward": "brightness", "particles": len(rewards), "lam": 5.0, "steps": 20, "guidance": 2.0}
         | {"iterations": 3, "seed": 5, "fresh": False, "model": "scenes", "compare": False, "adapter": False}
@@ -74,7 +74,7 @@ def by_class(root: ElementTree.Element, name: str) -> list[ElementTree.Element]:
 
 
 def words(root: ElementTree.Element) -> str:
-    """All that can be read or heard, without the images themselves."""
+    """Visible text and texts for screen readers, without the images themselves."""
     attributes = [value for each in root.iter() for key, value in each.items() if key not in ("src", "href", "style")]
     return " ".join([*root.itertext(), *attributes])
 
@@ -96,12 +96,12 @@ def rows_of(root: ElementTree.Element) -> list[list[str]]:
 
 
 def test_lineages_of_a_genealogy_by_hand() -> None:
-    found = {key: set(line) for key, line in full_lineages(ancestor_paths(PARENTS, 3)).items()}
-    assert found[0, 1] == {(0, 1)}, "nobody goes on from it"
-    assert found[0, 0] == {(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (3, 1), (3, 2)}
-    assert found[1, 0] == {(0, 0), (1, 0)}
-    assert found[2, 0] == {(0, 0), (1, 1), (2, 0), (3, 1)}
-    assert found[3, 0] == {(0, 2), (1, 2), (2, 2), (3, 0)}
+    lineages = {key: set(line) for key, line in full_lineages(ancestor_paths(PARENTS, 3)).items()}
+    assert lineages[0, 1] == {(0, 1)}, "no particle continues it"
+    assert lineages[0, 0] == {(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (3, 1), (3, 2)}
+    assert lineages[1, 0] == {(0, 0), (1, 0)}
+    assert lineages[2, 0] == {(0, 0), (1, 1), (2, 0), (3, 1)}
+    assert lineages[3, 0] == {(0, 2), (1, 2), (2, 2), (3, 0)}
 
 
 @st.composite
@@ -112,29 +112,29 @@ def genealogies(draw: Callable[[Any], Any]) -> tuple[int, list[list[int]]]:
 
 
 def walked(size: int, parents: list[list[int]], key: tuple[int, int]) -> set[tuple[int, int]]:
-    """The lineage by asking every particle's parents."""
+    """Lineage of a dot, by testing every other dot as ancestor or descendant."""
 
-    def leads(older: tuple[int, int], younger: tuple[int, int]) -> bool:
+    def is_ancestor(older: tuple[int, int], younger: tuple[int, int]) -> bool:
         column, slot = younger
         while column > older[0]:
             column, slot = column - 1, parents[column - 1][slot]
         return (column, slot) == older
 
     every = [(column, slot) for column in range(len(parents) + 1) for slot in range(size)]
-    return {other for other in every if leads(other, key) or leads(key, other)}
+    return {other for other in every if is_ancestor(other, key) or is_ancestor(key, other)}
 
 
 @given(genealogies())
 def test_lineages_equal_a_walk_through_every_pair(genealogy: tuple[int, list[list[int]]]) -> None:
     size, parents = genealogy
-    found = full_lineages(ancestor_paths(parents, size))
-    assert len(found) == size * (len(parents) + 1)
-    for key, line in found.items():
+    lineages = full_lineages(ancestor_paths(parents, size))
+    assert len(lineages) == size * (len(parents) + 1)
+    for key, line in lineages.items():
         assert len(line) == len(set(line)) and set(line) == walked(size, parents, key)
 
 
-def test_dots_name_their_lineage_and_thick_lines_lead_to_the_end(tmp_path: Path) -> None:
-    tree = by_class(parsed(run_view(three_readings(), result_of(tmp_path))), "steer-tree")[0]
+def test_dots_name_their_lineage_and_thick_lines_lead_to_finished_images(tmp_path: Path) -> None:
+    tree = by_class(parsed(run_view(three_evaluations(), result_of(tmp_path))), "steer-tree")[0]
     dots = {dot.attrib["data-key"]: set(dot.attrib["data-path"].split()) for dot in by_class(tree, "steer-dot")}
     assert len(dots) == 12 and dots["2-0"] == {"0-0", "1-1", "2-0", "3-1"} and dots["0-1"] == {"0-1"}
     links = {link.attrib["data-key"]: "steer-alive" in link.attrib["class"] for link in by_class(tree, "steer-link")}
@@ -145,15 +145,15 @@ def test_dots_name_their_lineage_and_thick_lines_lead_to_the_end(tmp_path: Path)
     assert by_class(tree, "steer-dot")[4].get("aria-label") == "particle 2 at step 5, reward -0.5"
 
 
-def test_while_it_runs_thick_lines_lead_to_the_newest_reading() -> None:
+def test_during_a_run_thick_lines_lead_to_the_latest_evaluation() -> None:
     parents = ((0, 0, 2), (1, 1, 1), (2, 2, 2))
     root = parsed(run_view([frame(number, REWARDS[number], parents[number]) for number in range(3)], None))
     links = {link.attrib["data-key"]: "steer-alive" in link.attrib["class"] for link in by_class(root, "steer-link")}
     assert links == {"1-0": False, "1-1": True, "1-2": False, "2-0": True, "2-1": True, "2-2": True}
 
 
-def test_dots_lie_in_columns_of_readings_and_rows_of_slots_and_lines_between_them() -> None:
-    root = parsed(run_view(three_readings(), None))
+def test_dots_are_in_columns_of_evaluations_and_rows_of_slots() -> None:
+    root = parsed(run_view(three_evaluations(), None))
     spots = {}
     for dot in by_class(root, "steer-dot"):
         spots[dot.attrib["data-key"]] = tuple(map(float, re.findall(r"[\d.]+", dot.attrib["transform"])))
@@ -166,8 +166,8 @@ def test_dots_lie_in_columns_of_readings_and_rows_of_slots_and_lines_between_the
         assert tuple(ends[-2:]) == spots[f"{column}-{slot}"]
 
 
-def test_colours_go_from_the_lowest_to_the_highest_reward_of_all() -> None:
-    root = parsed(run_view(three_readings(), None))
+def test_colours_span_the_rewards_of_the_whole_run() -> None:
+    root = parsed(run_view(three_evaluations(), None))
     marks = {dot.attrib["data-key"]: by_class(dot, "steer-mark")[0].get("fill") for dot in by_class(root, "steer-dot")}
     assert marks["1-1"] == "#440154" and marks["2-1"] == "#fde725", "both ends of viridis"
     assert "reward -0.5" in words(root) and "0.75" in words(by_class(root, "steer-shades")[0])
@@ -181,8 +181,8 @@ def colour(uri: str) -> tuple[tuple[int, int], tuple[int, int, int]]:
     return image.size, image.resize((1, 1)).getpixel((0, 0))  # type: ignore[return-value]
 
 
-def test_the_newest_reading_is_shown_and_every_other_is_there() -> None:
-    root = parsed(run_view(three_readings(), None))
+def test_the_latest_evaluation_is_shown_and_the_others_are_in_the_page() -> None:
+    root = parsed(run_view(three_evaluations(), None))
     frames = by_class(root, "steer-frame")
     assert [each.get("data-label") for each in frames] == ["step 1 of 20", "step 5 of 20", "step 9 of 20"]
     assert [each.get("hidden") is None for each in frames] == [False, False, True]
@@ -193,36 +193,36 @@ def test_the_newest_reading_is_shown_and_every_other_is_there() -> None:
     assert alts[2] == "particle 3 at step 5, reward 0.6, the highest"
     for number, each in enumerate(frames):
         for slot, image in enumerate(each.iter("img")):
-            _, seen = colour(image.attrib["src"])
-            assert all(abs(a - b) < 5 for a, b in zip(seen, (10 * slot, 20 * number, 0), strict=True))
+            _, pixel = colour(image.attrib["src"])
+            assert all(abs(a - b) < 5 for a, b in zip(pixel, (10 * slot, 20 * number, 0), strict=True))
 
 
-def test_finished_images_stand_in_the_slots_they_come_from(tmp_path: Path) -> None:
-    root = parsed(run_view(three_readings(), result_of(tmp_path)))
+def test_finished_images_are_in_the_slots_of_their_particles(tmp_path: Path) -> None:
+    root = parsed(run_view(three_evaluations(), result_of(tmp_path)))
     frames = by_class(root, "steer-frame")
     last = frames[-1]
     assert len(frames) == 4 and last.get("data-label") == "finished" and last.get("hidden") is None
     for slot, image in enumerate(last.iter("img")):
-        size, seen = colour(image.attrib["src"])
+        size, pixel = colour(image.attrib["src"])
         assert size == (256, 128)
-        assert all(abs(a - b) < 5 for a, b in zip(seen, ImageColor.getrgb(COLOURS[slot]), strict=True))
+        assert all(abs(a - b) < 5 for a, b in zip(pixel, ImageColor.getrgb(COLOURS[slot]), strict=True))
         assert image.attrib["alt"].startswith(f"particle {slot + 1} finished, reward {FINISHED[slot]}")
     assert [cell.get("data-key") for cell in by_class(root, "steer-best")][-1] == "3-0"
 
 
-def test_another_run_has_another_mark_and_the_same_run_keeps_it(tmp_path: Path) -> None:
+def test_each_run_has_its_own_mark(tmp_path: Path) -> None:
     def mark(*arguments: Any) -> str:
         return parsed(run_view(*arguments)).attrib["data-run"]
 
-    frames = three_readings()
+    frames = three_evaluations()
     assert mark(frames[:1], None) == mark(frames, None) == mark(frames, result_of(tmp_path)) != mark(frames[1:], None)
 
 
 # curves and numbers
 
 
-def test_the_table_says_what_the_frames_say(tmp_path: Path) -> None:
-    root = by_class(parsed(run_view(three_readings(), result_of(tmp_path))), "steer-table")[0]
+def test_the_table_has_the_values_of_the_frames(tmp_path: Path) -> None:
+    root = by_class(parsed(run_view(three_evaluations(), result_of(tmp_path))), "steer-table")[0]
     head, *rows = rows_of(root)
     assert head == [
         "step",
@@ -244,8 +244,8 @@ def test_the_table_says_what_the_frames_say(tmp_path: Path) -> None:
     assert root.find("caption") is not None and all(th.get("scope") in ("row", "col") for th in root.iter("th"))
 
 
-def test_curves_are_of_rewards_of_the_ess_and_of_the_particles_that_live_on(tmp_path: Path) -> None:
-    root = parsed(run_view(three_readings(), result_of(tmp_path)))
+def test_curves_show_rewards_ess_and_surviving_particles(tmp_path: Path) -> None:
+    root = parsed(run_view(three_evaluations(), result_of(tmp_path)))
     rewards, ess, living = by_class(root, "steer-chart")
     assert [title.text for title in rewards.iter("title")][1:] == [
         "mean, 1: 0.2", "mean, 5: 0.167", "mean, 9: 0.5", "mean, 20: 0.8"
@@ -261,7 +261,7 @@ def bands(root: ElementTree.Element) -> list[ElementTree.Element]:
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12), st.integers(-1000, 1000))
-@limits(max_examples=30, deadline=None)  # drawing takes longer on a busy machine
+@limits(max_examples=30, deadline=None)  # plotting takes longer on a busy machine
 def test_points_of_a_chart_keep_their_order_and_stay_inside(values: list[float], start: int) -> None:
     points = [(start + number, value) for number, value in enumerate(values)]
     root = parsed(line_chart("a", "b", points, (start, start + len(points) - 1)))
@@ -276,14 +276,14 @@ def test_points_of_a_chart_keep_their_order_and_stay_inside(values: list[float],
 
 
 @pytest.mark.parametrize("values", [(0.5, 0.5), (0.0, 0.0), (1e-7, 2e-7), (123456.0, 123457.0), (-1.0, 1e9)])
-def test_ticks_are_told_apart_and_in_order(values: tuple[float, float]) -> None:
+def test_tick_labels_are_distinct_and_in_order(values: tuple[float, float]) -> None:
     svg = next(parsed(line_chart("a", "b", [*enumerate(values)], (0, 1))).iter("svg"))
     texts = [text.text or "" for text in svg.iter("text") if "text-anchor: end" in text.get("style", "")]
     labels = [float(text.replace("−", "-")) for text in texts]
     assert len(labels) >= 2 and labels == sorted(set(labels))
 
 
-def test_what_is_not_finite_leaves_a_gap() -> None:
+def test_values_that_are_not_finite_leave_a_gap() -> None:
     points = [(1, 1.0), (2, 2.0), (3, math.nan), (4, 3.0), (5, math.inf), (6, 1.0)]
     root = parsed(line_chart("a", "b", points, (1, 6)))
     (line,) = [path for path in root.iter("path") if "fill: none; stroke: var(--steer-hue-1)" in path.get("style", "")]
@@ -292,7 +292,7 @@ def test_what_is_not_finite_leaves_a_gap() -> None:
     assert line_chart("a", "b", [(1, math.nan)], (1, 6)) == ""
 
 
-def test_a_chart_says_how_each_line_begins_and_ends() -> None:
+def test_a_chart_states_first_and_last_value_of_each_line() -> None:
     def panel(axes: Any) -> None:
         axes.plot([0, 1, 4], [1.0, 3.0, 2.5], label="train")
         axes.plot([2], [0.125], label="held out")
@@ -306,7 +306,7 @@ def test_a_chart_says_how_each_line_begins_and_ends() -> None:
     assert {"train", "held out", "step"} <= {text.text for text in root.iter("text")}
 
 
-def test_a_chart_has_the_colours_of_the_page_and_no_name_twice_on_it() -> None:
+def test_a_chart_takes_the_colours_of_the_page_and_ids_are_unique() -> None:
     first, second = (parsed(line_chart("a", "b", [(0, 1.0), (1, 2.0)], (0, 1))) for _ in range(2))
     assert not re.search("#[0-9a-f]{6}", ElementTree.tostring(first, encoding="unicode"))
     names, others = ({each.get("id") for each in root.iter()} - {None} for root in (first, second))
@@ -314,29 +314,29 @@ def test_a_chart_has_the_colours_of_the_page_and_no_name_twice_on_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "text"),
     [(0.12345, "0.123"), (1234.5, "1234"), (123.4, "123"), (2e7, "2e+07"), (0.0, "0"), (-0.5, "-0.5")]
     + [(value, "–") for value in (None, math.nan, math.inf, -math.inf)],
 )
-def test_numbers_are_short(value: float | None, told: str) -> None:
-    assert short(value) == told
+def test_numbers_are_short(value: float | None, text: str) -> None:
+    assert short(value) == text
 
 
-# what may come
+# edge cases
 
 
-def test_names_of_strangers_stay_text(tmp_path: Path) -> None:
+def test_untrusted_text_is_escaped(tmp_path: Path) -> None:
     curve = line_chart(EVIL, EVIL, [(0, 1.0, 0.5, 1.5)], (0, 0))
     rows = table(EVIL, [EVIL, "b"], [[EVIL, EVIL], ["x", None]])
     for html in (curve, rows):
         root = parsed(html)
         assert not [*root.iter("script")] and not [*root.iter("img")] and EVIL in words(root)
-    assert "script" not in run_view(three_readings(), result_of(tmp_path)) and "alert" not in run_view(
+    assert "script" not in run_view(three_evaluations(), result_of(tmp_path)) and "alert" not in run_view(
         (), result_of(tmp_path)
     )
 
 
-def test_before_the_first_reading_there_is_an_invitation() -> None:
+def test_before_the_first_evaluation_there_is_a_hint() -> None:
     root = parsed(run_view((), None))
     assert "".join(root.itertext()) == EMPTY_TEXT and len([*root.iter()]) == 2
 
@@ -348,27 +348,27 @@ def test_one_particle_has_no_ancestry(tmp_path: Path) -> None:
     assert rows_of(root)[1] == ["step 1", "0.1", "0.1", "0.1"]
 
 
-def test_particles_that_keep_to_themselves_have_no_ancestry(tmp_path: Path) -> None:
+def test_a_run_without_resampling_has_no_ancestry(tmp_path: Path) -> None:
     root = parsed(run_view([frame(number, REWARDS[number], None, None) for number in range(3)], result_of(tmp_path)))
     assert not by_class(root, "steer-tree") and rows_of(root)[0] == ["step", "lowest reward", "mean", "highest"]
     assert len(by_class(root, "steer-chart")) == 1
 
 
-def test_finished_images_without_readings_are_shown(tmp_path: Path) -> None:
+def test_finished_images_without_evaluations_are_shown(tmp_path: Path) -> None:
     root = parsed(run_view((), result_of(tmp_path)))
     assert len(by_class(root, "steer-cell")) == 3 and not by_class(root, "steer-tree")
     assert by_class(root, "steer-scrubber")[0].get("max") == "0"
 
 
-def test_a_run_stopped_after_one_reading_is_shown() -> None:
-    root = parsed(run_view(three_readings()[:1], None))
+def test_a_run_stopped_after_one_evaluation_is_shown() -> None:
+    root = parsed(run_view(three_evaluations()[:1], None))
     assert len(by_class(root, "steer-dot")) == 3 and not by_class(root, "steer-link")
     assert [each.get("aria-disabled") for each in root.iter("button")] == ["true", "true"]
     assert len(by_class(root, "steer-chart")) == 3
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_rewards_that_are_no_numbers_never_appear(value: float, tmp_path: Path) -> None:
+def test_rewards_that_are_not_finite_are_not_shown(value: float, tmp_path: Path) -> None:
     frames = [frame(0, (value, 0.5, 0.25), PARENTS[0], math.nan), frame(1, (value,) * 3, PARENTS[1], None)]
     root = parsed(run_view(frames, result_of(tmp_path, (0.1, value, 0.3))))
     assert not re.search(r"\b(nan|inf|infinity|none)\b", words(root).replace(" none ", " "), re.IGNORECASE)
@@ -378,7 +378,7 @@ def test_rewards_that_are_no_numbers_never_appear(value: float, tmp_path: Path) 
     assert parsed(run_view(frames[1:], None)) is not None
 
 
-def test_thirty_two_particles_at_twelve_readings_fit_the_tree() -> None:
+def test_thirty_two_particles_at_twelve_evaluations_fit_the_tree() -> None:
     parents = [(7 * slot + number) % 32 for number in range(12) for slot in range(32)]
     frames = [
         frame(
@@ -400,8 +400,8 @@ PAGE = """value => {
     const element = document.querySelector('#view');
     element.innerHTML = value;
     const watchers = [];
-    Function('element', 'trigger', 'watch', SCRIPT)(element, () => {}, (_, told) => watchers.push(told));
-    window.update = next => { element.innerHTML = next; watchers.forEach(told => told()); };
+    Function('element', 'trigger', 'watch', SCRIPT)(element, () => {}, (_, callback) => watchers.push(callback));
+    window.update = next => { element.innerHTML = next; watchers.forEach(callback => callback()); };
 }"""
 
 
@@ -427,7 +427,7 @@ def page(browser: Any) -> Iterator[Any]:
     assert not errors
 
 
-def reading(page: Any) -> str:
+def shown_step(page: Any) -> str:
     shown = page.locator(".steer-frame:visible")
     assert shown.count() == 1 and shown.get_attribute("data-label") == page.locator(".steer-reading").inner_text()
     return str(page.locator(".steer-reading").inner_text())
@@ -438,34 +438,34 @@ def lit(page: Any, kind: str) -> set[str]:
 
 
 @pytest.mark.browser
-def test_who_went_back_stays_there_and_others_follow_the_newest(page: Any, tmp_path: Path) -> None:
-    frames = three_readings()
+def test_the_scrubber_stays_at_a_chosen_step_and_otherwise_follows_the_latest(page: Any, tmp_path: Path) -> None:
+    frames = three_evaluations()
     for count in (1, 2):
         page.evaluate("update", run_view(frames[:count], None))
-        assert reading(page) == f"step {4 * count - 3} of 20"
+        assert shown_step(page) == f"step {4 * count - 3} of 20"
     page.locator(".steer-scrubber").press("ArrowLeft")
     page.locator("summary").click()
     page.evaluate("update", run_view(frames, None))
-    assert reading(page) == "step 1 of 20" and page.locator(".steer-table").is_visible()
+    assert shown_step(page) == "step 1 of 20" and page.locator(".steer-table").is_visible()
     for _ in range(2):
         page.get_by_label("Later").click()
-    assert reading(page) == "step 9 of 20"
+    assert shown_step(page) == "step 9 of 20"
     page.evaluate("update", run_view(frames, result_of(tmp_path)))
-    assert reading(page) == "finished"
+    assert shown_step(page) == "finished"
     for _ in range(3):
         page.get_by_label("Earlier").click()
-    assert reading(page) == "step 1 of 20"
+    assert shown_step(page) == "step 1 of 20"
     page.evaluate("update", run_view(frames[1:], None))
-    assert reading(page) == "step 9 of 20", "a new run is followed again"
+    assert shown_step(page) == "step 9 of 20", "a new run is followed again"
 
 
 @pytest.mark.browser
-def test_a_click_or_a_key_lights_a_lineage_and_takes_it_off(page: Any, tmp_path: Path) -> None:
-    page.evaluate("update", run_view(three_readings(), None))
+def test_a_click_or_a_key_toggles_the_highlight_of_a_lineage(page: Any, tmp_path: Path) -> None:
+    page.evaluate("update", run_view(three_evaluations(), None))
     page.locator('.steer-dot[data-key="2-0"]').click()
     assert lit(page, "steer-dot") == lit(page, "steer-cell") == {"0-0", "1-1", "2-0"}
     assert lit(page, "steer-link") == {"1-1", "2-0"}
-    page.evaluate("update", run_view(three_readings(), result_of(tmp_path)))
+    page.evaluate("update", run_view(three_evaluations(), result_of(tmp_path)))
     assert lit(page, "steer-link") == {"1-1", "2-0", "3-1"}, "still lit, and grown"
     page.locator('.steer-dot[data-key="2-0"]').click()
     assert not lit(page, "steer-dot") and not page.locator("[aria-pressed=true]").count()
@@ -481,8 +481,8 @@ def test_a_click_or_a_key_lights_a_lineage_and_takes_it_off(page: Any, tmp_path:
 
 
 @pytest.mark.browser
-def test_a_phone_scrolls_nothing_sideways_but_the_tree(page: Any, tmp_path: Path) -> None:
-    page.evaluate("update", run_view(three_readings(), result_of(tmp_path)))
+def test_on_a_phone_only_the_tree_scrolls_sideways(page: Any, tmp_path: Path) -> None:
+    page.evaluate("update", run_view(three_evaluations(), result_of(tmp_path)))
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     wide = "all => all.filter(each => each.scrollWidth > each.clientWidth + 1).map(each => each.className)"
     assert page.eval_on_selector_all("#view div, #view figure", wide) == ["steer-scroll"] * 2, "and the table's box"

@@ -80,17 +80,17 @@ def test_stop_ends_a_job_at_its_next_step_and_one_that_waits_never_begins(worker
     assert not begun and first.stopped
 
 
-def test_what_a_job_raises_reaches_its_visitor_and_the_worker_goes_on(worker: Worker) -> None:
+def test_an_exception_of_a_job_reaches_its_visitor_and_the_worker_survives(worker: Worker) -> None:
     def fails(ticket: Ticket) -> None:
         ticket.say("so far")
         raise ValueError("broken")
 
     events = worker.submit(fails).events()
-    told = []
+    received = []
     with pytest.raises(ValueError, match="broken"):
         for event in events:
-            told.append(event)
-    assert "so far" in told
+            received.append(event)
+    assert "so far" in received
     assert 2 in worker.submit(count).events()
 
 
@@ -121,13 +121,13 @@ def test_a_thousand_events_that_nobody_takes_are_held_back_and_then_given_up(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_module, "EVENT_TIMEOUT", 0.4)
-    said: list[int] = []
+    received: list[int] = []
 
     def floods(ticket: Ticket) -> None:
         for number in range(1000):
             ticket.say(number)
-            said.append(number)
+            received.append(number)
 
     ticket = worker.submit(floods)
     until(lambda: worker.pending == 0)
-    assert said == list(range(MAX_EVENTS)) and ticket.stopped
+    assert received == list(range(MAX_EVENTS)) and ticket.stopped

@@ -73,17 +73,17 @@ def test_the_default_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPat
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Where `default_device` and `Tensor.to` sent things; nothing really moves."""
     monkeypatch.setattr(models, "default_device", lambda given=None: given or "gpu")
-    seen: list[Any] = []
+    shapes: list[Any] = []
     plain = Tensor.to
 
     def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args and args[0] == "gpu":
-            seen.append(tuple(tensor.shape))
+            shapes.append(tuple(tensor.shape))
             return tensor
         return plain(tensor, *args, **kwargs)
 
     monkeypatch.setattr(Tensor, "to", to)
-    return seen
+    return shapes
 
 
 @pytest.mark.parametrize("words", [("score",), ("check",), ("compare",), ("contrast",), ("calibrate",)], ids=" ".join)
@@ -133,12 +133,12 @@ def test_held_out_images_are_scored_before_they_leave_the_device(monkeypatch: py
     scored, order, plain = [], [], Tensor.cpu
 
     def cpu(tensor: Tensor) -> Tensor:
-        found = plain(tensor)
+        tensor_on_cpu = plain(tensor)
         if tensor.dim() == 4:
             order.append("moved")
-            found = found.clone()
-            found.left_the_device = True  # type: ignore[attr-defined]
-        return found
+            tensor_on_cpu = tensor_on_cpu.clone()
+            tensor_on_cpu.left_the_device = True  # type: ignore[attr-defined]
+        return tensor_on_cpu
 
     class Reward:
         name, differentiable = "mean", False
@@ -152,11 +152,11 @@ def test_held_out_images_are_scored_before_they_leave_the_device(monkeypatch: py
         key: value for key, value in call_kwargs("sd", 1, 2).items() if key.startswith(("num_inf", "guid", "hei", "wi"))
     }
     config = TrainingConfig(max_steps=1, num_generations_eval=2, call=call)
-    found = Evaluator(("a star",), Reward(), []).evaluate(
+    result = Evaluator(("a star",), Reward(), []).evaluate(
         cached_pipe("sd"), config, 0, None, lambda: None, SingleProcess()
     )
     assert order and scored and not any(scored)
-    assert found.images.shape == (2, 3, 8, 8)
+    assert result.images.shape == (2, 3, 8, 8)
 
 
 def test_a_model_on_an_accelerator_stays_and_images_are_brought_to_it() -> None:

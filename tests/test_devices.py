@@ -197,8 +197,10 @@ def test_an_optimisation_resumes_there(tmp_path: Path) -> None:
 
 def test_screened_starts() -> None:
     call = own_kwargs("sd", 4) | {"keep": 3, "candidates": 7, "steps": 2}
-    found = [screen_initial_noise(pipe, Placed(), **call, generator=seeded(4)) for pipe in (cached_pipe("sd"), there())]
-    assert found[1].noise.device == DEVICE and torch.equal(found[0].chosen, found[1].chosen)
+    screened = [
+        screen_initial_noise(pipe, Placed(), **call, generator=seeded(4)) for pipe in (cached_pipe("sd"), there())
+    ]
+    assert screened[1].noise.device == DEVICE and torch.equal(screened[0].chosen, screened[1].chosen)
 
 
 @pytest.mark.few(1)
@@ -217,13 +219,13 @@ def test_rollouts_replay_to_the_same_densities(family: str) -> None:
 @pytest.mark.parametrize("method", hard_but(METHODS, "grpo"))
 def test_updates_and_evaluations(method: str, tmp_path: Path) -> None:
     """Held-out rewards see images of the accelerator; metrics are those of the CPU."""
-    settings, found = config_of(method, max_steps=1, warmup_steps=0, eval_steps=1, micro_batch=4), []
+    settings, results = config_of(method, max_steps=1, warmup_steps=0, eval_steps=1, micro_batch=4), []
     for device in (DEVICE, CPU):
-        pipe, seen = fresh_pipe("sd"), Placed()
+        pipe, placed = fresh_pipe("sd"), Placed()
         pipe.to(device)
-        found.append(train(method, pipe, tmp_path / device.type, settings, eval_rewards=[seen]))
-        assert seen.devices == {p.device for p in pipe.unet.parameters()} == {device}
-    for one, other in zip(*(result.evaluations for result in found), strict=True):
+        results.append(train(method, pipe, tmp_path / device.type, settings, eval_rewards=[placed]))
+        assert placed.devices == {p.device for p in pipe.unet.parameters()} == {device}
+    for one, other in zip(*(result.evaluations for result in results), strict=True):
         assert one["step"] == other["step"]
         assert one["eval/brightness"] == pytest.approx(other["eval/brightness"], rel=0.02)
 
@@ -255,21 +257,21 @@ OF_IMAGES = [name for name, (_, about) in REWARDS.items() if not about.startswit
 ELSEWHERE = ("social", "sandbox", "geneval", "nsfw", "faces", "brisque", "lpips")
 
 
-HERE = [name for name in OF_IMAGES if name not in (*ELSEWHERE, "ocr")] + [pytest.param("ocr", marks=pytest.mark.hard)]
+PLACED = [name for name in OF_IMAGES if name not in (*ELSEWHERE, "ocr")] + [pytest.param("ocr", marks=pytest.mark.hard)]
 
 
 @pytest.mark.few(3)
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", PLACED)
 def test_every_built_in_reward_scores_where_the_images_are(name: str, specifications: dict[str, str]) -> None:
     """And the same there, with gradients, and after images of the CPU, which leave its weights in place."""
     reward, images = load_reward(specifications.get(name, name)), torch.rand(2, 3, 16, 16, generator=seeded())
     prompts = ['a sign that says "A"', 'the words "two stars"'] if name == "ocr" else ["a red circle", "two stars"]
     expected = score(reward, images, prompts).detach()
     pixels = images.to(DEVICE).requires_grad_(reward.differentiable)
-    found = score(reward, pixels, prompts)
-    torch.testing.assert_close(found.detach(), expected, **CLOSE)
+    actual = score(reward, pixels, prompts)
+    torch.testing.assert_close(actual.detach(), expected, **CLOSE)
     if reward.differentiable:
-        found.sum().backward()
+        actual.sum().backward()
         assert pixels.grad is not None and pixels.grad.device == DEVICE and pixels.grad.isfinite().all()
     torch.testing.assert_close(score(reward, images, prompts).detach(), expected, **CLOSE)
     for part in vars(reward).values():
@@ -290,12 +292,12 @@ def test_composed_rewards(text: str) -> None:
 @pytest.mark.hard
 def test_an_evaluation_runs_and_judges_there(tmp_path: Path) -> None:
     cached_pipe("sd").save_pretrained(tmp_path / "tiny")
-    seen = Placed()
+    placed = Placed()
     contenders = [
         Contender(str(tmp_path / "tiny"), None, method, {"particles": 2}, method) for method in ("base", "fk", "svdd")
     ]
     options = {"steps": 3, "guidance": 3.0, "dtype": "float32", "lam": 10.0}
     report = evaluate(
-        contenders, ["a star"], ["brightness", seen], 1, tmp_path / "out", options, device=str(DEVICE), kl_prompts=0
+        contenders, ["a star"], ["brightness", placed], 1, tmp_path / "out", options, device=str(DEVICE), kl_prompts=0
     )
-    assert len(report["contenders"]) == 3 and seen.devices == {DEVICE}
+    assert len(report["contenders"]) == 3 and placed.devices == {DEVICE}

@@ -35,11 +35,11 @@ BLOCKS = {
 
 
 def first_latents(pipe: Any, call: dict[str, Any]) -> Tensor:
-    """What a run starts from, standard normal."""
-    seen: list[Tensor] = []
-    with hook_steps(pipe, lambda event: seen.append(event.x)) as view:
+    """Initial latents of a run, standard normal."""
+    starts: list[Tensor] = []
+    with hook_steps(pipe, lambda event: starts.append(event.x)) as view:
         images_of(view, **call, generator=seeded())
-    return seen[0] / float(getattr(pipe.scheduler, "init_noise_sigma", 1.0))
+    return starts[0] / float(getattr(pipe.scheduler, "init_noise_sigma", 1.0))
 
 
 def images_from(pipe: Any, call: dict[str, Any], latents: Tensor) -> Tensor:
@@ -74,11 +74,11 @@ def test_gradients_are_finite_differences(name: str, steps: int) -> None:
 
 
 def everything_about(module: nn.Module) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    states: dict[str, Any] = {}
     for name, part in module.named_modules():
         plain = {key: value for key, value in vars(part).items() if not key.startswith("_") and key != "training"}
-        found[name] = (part.training, set(vars(part)), plain, type(part).forward, type(part))
-    return found
+        states[name] = (part.training, set(vars(part)), plain, type(part).forward, type(part))
+    return states
 
 
 @pytest.mark.few(2)
@@ -115,7 +115,7 @@ def test_a_twin_shares_the_weights_and_asks_nothing_of_them() -> None:
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_every_block_runs_again_on_the_way_back(name: str) -> None:
+def test_every_block_runs_again_in_the_backward_pass(name: str) -> None:
     """Once to give its model's inner activations back, once for its own; of one call, the latter alone."""
     pipe, call = in_precision(cached_pipe(name)), call_kwargs(name, 2, 2) | {"guidance_scale": 1.0}
     counts: dict[str, int] = {}
@@ -144,20 +144,20 @@ def kept(name: str, steps: int, checkpointing: bool) -> tuple[int, int]:
     """Bytes that a graph keeps for the way back beside weights; bytes of the latents."""
     pipe, call = cached_pipe(name), call_kwargs(name, 2, steps) | {"guidance_scale": 1.0}
     weights = {p.untyped_storage().data_ptr() for model in models_of(pipe).values() for p in model.parameters()}
-    found: dict[int, int] = {}
+    storages: dict[int, int] = {}
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)  # so that no address is used twice
         return tensor
 
     latents = first_latents(pipe, call).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         images_from(differentiable(pipe, checkpointing), call, latents)
-    return sum(found.values()), latents.nbytes
+    return sum(storages.values()), latents.nbytes
 
 
 @pytest.mark.few(1)
@@ -171,9 +171,9 @@ def test_checkpoints_keep_little_and_grow_by_latents(name: str) -> None:
 
 def live_bytes() -> int:
     gc.collect()
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
-    tensors = [found for found in tensors if type(found) is not FakeTensor]  # the compiler's, which hold nothing
-    storages = [found.untyped_storage() for found in tensors if found.layout is torch.strided]  # others have none
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+    tensors = [one for one in tensors if type(one) is not FakeTensor]  # the compiler's, which hold nothing
+    storages = [one.untyped_storage() for one in tensors if one.layout is torch.strided]  # others have none
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from distributed_child import fresh, gradients
 from finetune_runs import METHODS, config_of, train
-from preloaded import beside, run_two
+from preloaded import environment_with, run_two
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -26,15 +26,17 @@ def launched(folder: Path, *what: str) -> subprocess.CompletedProcess[str]:
     """Two gloo processes. accelerate launch --cpu --num_processes 2 would silently begin one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(TESTS / "distributed_child.py"), str(folder), *what]
-    return subprocess.run(command, env=beside(TESTS), capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        command, env=environment_with(TESTS), capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes leave."""
+    """Output folder of two processes."""
     folder = tmp_path_factory.mktemp("two")
     words = [TESTS / "distributed_child.py", folder, "first", "gradients", "resumed", "interrupted"]
-    ended = run_two(words, Path.cwd(), beside(TESTS))
+    ended = run_two(words, Path.cwd(), environment_with(TESTS))
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
 
@@ -42,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    ended = run_two([TESTS / "distributed_child.py", folder, "sharded"], Path.cwd(), beside(TESTS))
+    ended = run_two([TESTS / "distributed_child.py", folder, "sharded"], Path.cwd(), environment_with(TESTS))
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
 
@@ -90,9 +92,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.hard
 @pytest.mark.parametrize("method", ["prdp", "ddpo"])
-def test_a_run_of_two_processes_goes_on_to_the_last_bit(method: str, made: Path) -> None:
+def test_a_run_of_two_processes_resumes_bit_for_bit(method: str, made: Path) -> None:
     straight, parted = (made / f"{method}-{name}" for name in ("straight", "parted"))
-    assert (parted / "checkpoints" / "step-00000003" / "rollout.json").exists(), "amid a round"
+    assert (parted / "checkpoints" / "step-00000003" / "rollout.json").exists(), "inside a rollout buffer"
     assert lines(parted) == lines(straight) and lines(parted)[-1]["processes"] == 2
     first, second = ((path / "evaluations.jsonl").read_text() for path in (straight, parted))
     assert [json.loads(first.splitlines()[-1])] == [json.loads(second.splitlines()[-1])]
@@ -104,8 +106,8 @@ def test_a_run_of_two_processes_goes_on_to_the_last_bit(method: str, made: Path)
 
 
 @pytest.mark.hard
-def test_what_two_processes_began_one_goes_on_with(made: Path, tmp_path: Path) -> None:
-    """From a checkpoint amid a round of theirs: within rounding the end is theirs."""
+def test_one_process_resumes_a_run_of_two(made: Path, tmp_path: Path) -> None:
+    """From a checkpoint inside a rollout buffer: the result equals theirs up to rounding."""
     (tmp_path / "run").mkdir()
     (made / "prdp-parted" / "checkpoints" / "step-00000003").rename(tmp_path / "kept")
     (tmp_path / "run" / "checkpoints").mkdir()
@@ -154,7 +156,7 @@ def test_a_sum_over_one_process_is_what_it_has() -> None:
 
 @pytest.mark.hard
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_divided_weights_learn_what_whole_ones_do_and_go_on_to_the_last_bit(
+def test_sharded_weights_learn_what_whole_ones_do_and_resume_bit_for_bit(
     kind: str, sharded: Path, tmp_path: Path
 ) -> None:
     """FSDP2: every parameter of the denoiser lies in two components; a file holds whole ones."""

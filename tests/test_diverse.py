@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Steer
 from diffusers import StableDiffusionPipeline
-from planted import images
+from synthetic_preferences import images
 from torch import Tensor
 
 from steer.apps.prompts import load_prompts

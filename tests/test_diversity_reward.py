@@ -104,7 +104,7 @@ def test_a_run_learns_from_it_and_logs_it(tmp_path: Path) -> None:
 
 
 def test_evaluations_score_all_images_of_a_prompt_together() -> None:
-    """Of three equal images each has 1 − 1/4 of the inverse; chunks of 4 and 8 rows would tear the prompts apart."""
+    """By hand for three equal images per prompt; chunks of 4 and 8 rows would split the images of a prompt."""
     truth, prompts = pytest.approx([math.log(4 / 3)] * 12, rel=1e-4), ("a", "b", "c", "d")
     reward = load_reward("diversity")
     evaluator = Evaluator(prompts, reward, [], lambda sampler, rows: (None, grey(*[0.5] * len(rows))))

@@ -95,17 +95,17 @@ def test_renoised_gaussians_have_the_mean_and_variance_of_the_rest_of_the_run() 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
 def test_a_run_that_starts_later_resumes_the_whole_one(pipe_of: Callable[[str], Any], scheduler: type) -> None:
     pipe = with_scheduler(pipe_of("sd"), scheduler.from_config(pipe_of("sd").scheduler.config))  # type: ignore[attr-defined]
-    call, first, seen = own_kwargs("sd") | {"output_type": "latent"}, 2, dict[int, Tensor]()
+    call, first, latents_at = own_kwargs("sd") | {"output_type": "latent"}, 2, dict[int, Tensor]()
 
     def keep(solver_step: SolverStep) -> None:
-        seen[solver_step.k] = solver_step.x
+        latents_at[solver_step.k] = solver_step.x
 
     with hook_steps(pipe, keep) as view:
         whole = view(**call).images
     later = with_scheduler(pipe, starting_at(pipe.scheduler, first))
     later.scheduler.set_timesteps(T)
     scale = later.scheduler.init_noise_sigma
-    resumed = later(**call | {"latents": seen[first] / scale}).images
+    resumed = later(**call | {"latents": latents_at[first] / scale}).images
     torch.testing.assert_close(resumed, whole, rtol=1e-4, atol=1e-4)
     assert type(later.scheduler).__name__ == scheduler.__name__ and isinstance(later.scheduler, scheduler)
 

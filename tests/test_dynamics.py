@@ -159,7 +159,7 @@ def test_with_many_steps_the_sde_has_the_law_of_the_data(dynamics: str, a: float
 
 
 def test_cps_keeps_the_coefficients_and_the_others_do_not() -> None:
-    """Of an exact x̂0 and ε̂, CPS makes x_s with the noise σ_s of the forward process."""
+    """From an exact x̂0 and ε̂, CPS makes x_s with the noise σ_s of the forward process."""
     before, after = (Level(torch.tensor(1 - s).double(), torch.tensor(s).double()) for s in (0.6, 0.45))
     # x0 = 0, ε̂ = 1: the noise of x_s is √(ρ² + τ²), by hand s² = .735 and .09, τ² = .15 s², ρ = .45 − .125 s².
     expected = {"flow-sde": math.hypot(0.358125, math.sqrt(0.11025)), "dance": math.hypot(0.43875, math.sqrt(0.0135))}

@@ -17,7 +17,7 @@ def test_a_message_is_one_printable_line(quoted: str) -> None:
     assert line.splitlines() == [line] and line.encode("utf-8")
     assert not any(ord(one) < 32 or 127 <= ord(one) < 160 for one in line)
     assert line.startswith("file ") and line.endswith(": choose another")
-    assert str(InputError(line)) == line, "said again, as errors are that name more, it stays as it is"
+    assert str(InputError(line)) == line, "an InputError of an InputError is the same line"
     if quoted.isprintable():
         assert line == f"file {quoted}: choose another"
 

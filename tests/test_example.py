@@ -81,7 +81,7 @@ def test_the_middle_layer_sees_a_style_that_the_embedding_does_not(tmp_path: Pat
 
 
 def test_the_stored_background_is_that_of_the_embedded_clip(tmp_path: Path) -> None:
-    """Of the first 64 scenes of training; `write_background` writes it after a training of the CLIP."""
+    """The background of the first 64 training scenes; `write_background` writes it after a training of the CLIP."""
     folder = CLIPS["scenes"]
     (stored,) = load_file(folder / BACKGROUND).values()
     images, _ = training_scenes(64)
@@ -160,7 +160,7 @@ def test_too_few_images_and_missing_options_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.hard
 def test_steering_by_five_red_stars_makes_red_stars(tmp_path: Path) -> None:
-    """Of "a star", by pictures of the model itself: exactly one red star, by the exact reward, with 24 seeds."""
+    """Prompt "a star", example images of the model itself: exactly one red star, by the exact reward, with 24 seeds."""
     pipe, call = load_pipeline("scenes", "cpu"), {"num_inference_steps": 20, "guidance_scale": 4.0}
     for name, prompt, count in (("like", "a red star", 5), ("against", "a star", 32)):
         generator = torch.Generator().manual_seed(77 + (name == "against"))

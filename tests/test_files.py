@@ -56,7 +56,9 @@ def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), ValueError()])
 @pytest.mark.parametrize("before", [None, "old"])
-def test_after_an_exception_the_old_file_stays_alone(tmp_path: Path, error: BaseException, before: str | None) -> None:
+def test_after_an_exception_only_the_old_file_is_there(
+    tmp_path: Path, error: BaseException, before: str | None
+) -> None:
     path = tmp_path / "file"
     if before:
         path.write_text(before)
@@ -66,30 +68,30 @@ def test_after_an_exception_the_old_file_stays_alone(tmp_path: Path, error: Base
     assert [one.read_text() for one in tmp_path.iterdir()] == ([before] if before else [])
 
 
-def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
+def test_a_temporary_file_of_a_killed_process_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file.new").write_text("a long half of something")
     write_text(tmp_path / "file", "short")
     assert [one.read_text() for one in tmp_path.iterdir()] == ["short"]
 
 
-def test_a_block_that_writes_nothing_is_an_error_and_keeps_the_old(tmp_path: Path) -> None:
+def test_a_block_that_writes_nothing_is_an_error_and_keeps_the_old_file(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "old")
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "file"):
         pass
     assert (tmp_path / "file").read_text() == "old"
 
 
-def test_bytes_then_the_name_then_the_folder_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+def test_fsync_of_bytes_then_rename_then_fsync_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operations: list[str] = []
     inodes: dict[int, str] = {}
     fsync, replace = os.fsync, os.replace
 
     def watched(number: int) -> None:
-        told.append(f"fsync {inodes[os.fstat(number).st_ino]}")
+        operations.append(f"fsync {inodes[os.fstat(number).st_ino]}")
         fsync(number)
 
     def moved(source: Path, target: Path) -> None:
-        told.append(f"{source.name} → {target.name}")
+        operations.append(f"{source.name} → {target.name}")
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", watched)
@@ -98,19 +100,19 @@ def test_bytes_then_the_name_then_the_folder_reach_the_disk(tmp_path: Path, monk
     with atomic_write(tmp_path / "file") as new:
         new.write_text("x")
         inodes[new.stat().st_ino] = "file"
-    assert told == ["fsync file", "file.new → file", "fsync folder"]
+    assert operations == ["fsync file", "file.new → file", "fsync folder"]
 
 
-def test_new_folders_reach_the_disk_from_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Path] = []
-    monkeypatch.setattr("steer.files.sync", told.append)
+def test_new_folders_are_synced_from_the_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("steer.files.sync", synced.append)
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
-    assert told == [tmp_path, tmp_path / "a"] and (tmp_path / "a" / "b").is_dir()
+    assert synced == [tmp_path, tmp_path / "a"] and (tmp_path / "a" / "b").is_dir()
 
 
 @pytest.mark.parametrize(("number", "fatal"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
-def test_a_file_system_may_need_no_sync_of_folders(
+def test_a_file_system_that_cannot_sync_folders_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fatal: bool
 ) -> None:
     def refuse(_: int) -> None:
@@ -127,7 +129,7 @@ def test_a_file_system_may_need_no_sync_of_folders(
         sync(tmp_path)
 
 
-def test_what_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+def test_an_unwritable_path_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError):
         write_text(tmp_path / "file" / "below", "x")
@@ -152,20 +154,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_another_program_reads_the_sums(folder: Path) -> None:
+def test_sha256sum_reads_the_checksums(folder: Path) -> None:
     assert (folder / CHECKSUMS).read_text().split()[1::2] == [*FILES]
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "--strict", "-c", CHECKSUMS], cwd=folder, check=True, capture_output=True)
 
 
-def test_files_are_held_against_the_sums_of_their_folder_or_the_one_above(folder: Path) -> None:
+def test_files_are_verified_by_the_checksums_of_their_folder_or_its_parent(folder: Path) -> None:
     paths = [folder / name for name in FILES]
     (folder / "other").write_text("x")
     assert verify_checksums(*paths, folder / "other") == [folder / "other"]
     for path in paths:
         whole = path.read_bytes()
-        for spoilt in (whole[:-1], whole + b"x", bytes([whole[0] ^ 1]) + whole[1:]):
-            path.write_bytes(spoilt)
+        for corrupt in (whole[:-1], whole + b"x", bytes([whole[0] ^ 1]) + whole[1:]):
+            path.write_bytes(corrupt)
             with pytest.raises(InputError, match=f"{path} is corrupt: checksum mismatch with {CHECKSUMS}"):
                 verify_checksums(*paths)
         path.write_bytes(whole)
@@ -175,7 +177,7 @@ def test_files_are_held_against_the_sums_of_their_folder_or_the_one_above(folder
 
 
 @pytest.mark.parametrize("content", [b"x\n", b"\0\xff", b"0" * 64 + b" a.bin\n", b"G" * 64 + b"  a.bin\n"])
-def test_sums_that_are_none_are_refused(folder: Path, content: bytes) -> None:
+def test_malformed_checksums_are_refused(folder: Path, content: bytes) -> None:
     (folder / CHECKSUMS).write_bytes(content)
     with pytest.raises(InputError, match=f"{CHECKSUMS} is corrupt; restore it, or delete it"):
         verify_checksums(folder / "a.bin")
@@ -184,21 +186,19 @@ def test_sums_that_are_none_are_refused(folder: Path, content: bytes) -> None:
         verify_checksums(folder / "a.bin")
 
 
-def test_files_take_their_places_together_and_their_sums_before_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told, replace = [], os.replace
+def test_files_are_renamed_together_and_their_checksums_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed, replace = [], os.replace
 
     def moved(source: Path, target: Path) -> None:
-        assert all((tmp_path / f"{name}.new").exists() or name in told for name in ("a", "b", CHECKSUMS))
-        told.append(target.name)
+        assert all((tmp_path / f"{name}.new").exists() or name in renamed for name in ("a", "b", CHECKSUMS))
+        renamed.append(target.name)
         replace(source, target)
 
     with atomic_write_with_checksums(tmp_path, ["a", "b"]) as new:
         for path in new.values():
             path.write_text(path.name)
         monkeypatch.setattr(os, "replace", moved)
-    assert told == [CHECKSUMS, "b", "a"] and verify_checksums(tmp_path / "a", tmp_path / "b") == []
+    assert renamed == [CHECKSUMS, "b", "a"] and verify_checksums(tmp_path / "a", tmp_path / "b") == []
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with (
         pytest.raises(InputError, match=r"cannot write there \(full\); make room"),
@@ -218,35 +218,37 @@ VALUES = st.recursive(
 
 @given(st.dictionaries(st.text().filter(lambda key: key != "sha256"), VALUES, max_size=4), st.data())
 @settings(max_examples=60, deadline=None)
-def test_json_with_its_sum_comes_back_and_no_changed_bit_does(told: dict[str, object], data: st.DataObject) -> None:
-    text = dumps_with_checksum(told)
-    assert loads_with_checksum(text) == told and list(json.loads(text))[-1] == "sha256"
+def test_json_with_a_checksum_round_trips_and_no_flipped_bit_is_accepted(
+    original: dict[str, object], data: st.DataObject
+) -> None:
+    text = dumps_with_checksum(original)
+    assert loads_with_checksum(text) == original and list(json.loads(text))[-1] == "sha256"
     place, bit = data.draw(st.integers(0, len(text) - 1)), data.draw(st.integers(0, 6))
-    spoilt = text[:place] + chr(ord(text[place]) ^ 1 << bit) + text[place + 1 :]
+    corrupt = text[:place] + chr(ord(text[place]) ^ 1 << bit) + text[place + 1 :]
     try:
-        found = loads_with_checksum(spoilt)
-    except ValueError:  # no JSON, or another sum
+        loaded = loads_with_checksum(corrupt)
+    except ValueError:  # no JSON, or another checksum
         return
-    assert "sha256" not in found or place, spoilt
-    found = {key: value for key, value in found.items() if key in told}
-    assert found == told, "the key of the sum is another one, and all else as it was"
+    assert "sha256" not in loaded or place, corrupt
+    loaded = {key: value for key, value in loaded.items() if key in original}
+    assert loaded == original, "only the key of the checksum has changed"
 
 
-def test_numbers_that_json_lacks_and_json_without_a_sum_are_read() -> None:
+def test_infinities_and_json_without_a_checksum_are_read() -> None:
     assert loads_with_checksum(dumps_with_checksum({"a": -math.inf, "b": "\ud800"})) == {"a": -math.inf, "b": "\ud800"}
     assert loads_with_checksum('{"a": 1}') == {"a": 1} and loads_with_checksum("[]") == []
     with pytest.raises(InputError, match="checksum mismatch: the file was changed after it was written"):
         loads_with_checksum(dumps_with_checksum({"a": 1}).replace("1", "2", 1))
 
 
-def test_a_training_state_of_another_bit_is_refused_and_an_older_one_is_read(tmp_path: Path) -> None:
+def test_a_training_state_with_a_flipped_bit_is_refused_and_an_older_format_is_read(tmp_path: Path) -> None:
     path, state = tmp_path / "state.pt", {"step": 3, "states": [{"w": torch.arange(64.0)}]}
     write_state(path, state)
     whole, cpu = path.read_bytes(), torch.device("cpu")
     assert torch.load(path, weights_only=True)["step"] == 3, "torch reads it too"
     weight = whole.index(torch.arange(64.0).numpy().tobytes()) + 30
     path.write_bytes(whole[:weight] + bytes([whole[weight] ^ 1]) + whole[weight + 1 :])
-    assert torch.load(path, weights_only=True)["step"] == 3, "and would not notice"
+    assert torch.load(path, weights_only=True)["step"] == 3, "and does not notice the flip"
     with pytest.raises(InputError, match=r"state\.pt is corrupt; delete it to start over: checksum mismatch"):
         read_state(path, cpu)
     torch.save(state, path)
@@ -257,8 +259,10 @@ def test_a_training_state_of_another_bit_is_refused_and_an_older_one_is_read(tmp
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
-def test_a_full_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
-    """Whoever reads that a file is corrupt deletes it."""
+def test_out_of_memory_is_not_reported_as_corruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Users delete files that are reported as corrupt."""
 
     def full(*_: object, **__: object) -> None:
         raise error
@@ -282,13 +286,13 @@ def whole() -> bytes:
 
 
 def with_chunk(raw: bytes, place: int, kind: bytes, data: bytes) -> bytes:
-    """A PNG with one more chunk, whose check sum is right."""
+    """A PNG with one more chunk, whose CRC is right."""
     chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     return raw[:place] + chunk + raw[place:]
 
 
 @pytest.mark.parametrize(("kind", "data"), product(KINDS, (b"", b"x", b"x\0", b"x\0\1")))
-def test_a_chunk_that_is_cut_short_is_refused_or_passed_over(kind: bytes, data: bytes, tmp_path: Path) -> None:
+def test_a_truncated_chunk_is_refused_or_ignored(kind: bytes, data: bytes, tmp_path: Path) -> None:
     raw = whole()
     for name, place in (("before", 33), ("after", raw.index(b"IEND") - 4)):
         path = tmp_path / f"{name}.png"
@@ -300,7 +304,7 @@ def test_a_chunk_that_is_cut_short_is_refused_or_passed_over(kind: bytes, data: 
                 assert f"{named}: " in str(error) and "\n" not in str(error)
 
 
-def test_a_colour_profile_without_an_end_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_colour_profile_is_refused(tmp_path: Path) -> None:
     raw = whole()
     (tmp_path / "cut.png").write_bytes(with_chunk(raw, raw.index(b"IEND") - 4, b"iCCP", b""))
     with pytest.raises(InputError, match=r"cut\.png: cannot read the image"):

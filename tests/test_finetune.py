@@ -1,4 +1,4 @@
-"""Finetuning runs from end to end, on a tiny pipeline: learning, guards, stopping, going on."""
+"""Finetuning runs from end to end, on a tiny pipeline: learning, guards, stopping, resuming."""
 
 import json
 import os

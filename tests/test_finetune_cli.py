@@ -1,4 +1,4 @@
-"""`steer finetune` on a tiny model: what it writes, how it goes on, and what it refuses before a model is loaded."""
+"""`steer finetune` on a tiny model: what it writes, how it resumes, and what it refuses before a model is loaded."""
 
 import json
 import re
@@ -147,7 +147,7 @@ def test_a_run_leaves_everything_that_it_was_and_found(steer: Steer, drawn: Path
     assert same_weights(run, tmp_path / "again")
 
 
-def test_resume_begins_goes_on_and_ends_as_one_run_would(steer: Steer, config: Path, tmp_path: Path) -> None:
+def test_resume_starts_continues_and_ends_as_one_run_would(steer: Steer, config: Path, tmp_path: Path) -> None:
     assert steer("finetune", config, "--resume", "--max-steps", 1)[0] == 0
     code, out, _ = steer("finetune", config, "--resume", "--max-steps", 3)
     assert code == 0 and out.startswith("prdp: 3 updates") and "brightness on held-out prompts" in out
@@ -162,11 +162,13 @@ def test_resume_begins_goes_on_and_ends_as_one_run_would(steer: Steer, config: P
     for steps in (1, 2):
         words = ["--resume", "--max-steps", steps, "--output-dir", tmp_path / "sorted"]
         _, out, _ = steer("finetune", config, *words)
-        found = [record["eval/scene-soft"][0] for record in records(tmp_path / "sorted", "evaluations")]
-        assert f"scene-soft on held-out prompts {found[0]:.3f} → {found[-1]:.3f}" in out
+        means = [record["eval/scene-soft"][0] for record in records(tmp_path / "sorted", "evaluations")]
+        assert f"scene-soft on held-out prompts {means[0]:.3f} → {means[-1]:.3f}" in out
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(steer: Steer, config: Path, tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint_is_reported_and_the_previous_one_loaded(
+    steer: Steer, config: Path, tmp_path: Path
+) -> None:
     assert steer("finetune", config)[0] == 0
     folders = sorted((tmp_path / "run/checkpoints").iterdir())
     for folder in reversed(folders):
@@ -204,7 +206,7 @@ def test_a_signal_ends_it_with_a_checkpoint_and_a_word(name: str, steer: Steer, 
     assert code == 0 and out.startswith("prdp: 2 updates")
 
 
-def test_a_guard_that_stops_it_is_told(steer: Steer, config: Path) -> None:
+def test_a_guard_that_stops_training_is_reported(steer: Steer, config: Path) -> None:
     code, out, _ = steer("finetune", config, "--max-steps", 5, "--kl-budget-nats", "1e-9")
     assert code == 0 and "stopped because the KL budget is spent" in out and out.count("\n") == 1
 
@@ -215,7 +217,7 @@ def test_without_held_out_prompts_the_summary_is_of_training(steer: Steer, confi
     assert "load the weights by pipe.unet = type(pipe.unet).from_pretrained('" in out
 
 
-def test_held_out_prompts_that_are_trained_on_are_told(steer: Steer, config: Path, tmp_path: Path) -> None:
+def test_held_out_prompts_that_are_trained_on_are_reported(steer: Steer, config: Path, tmp_path: Path) -> None:
     (tmp_path / "held-out.txt").write_text("two squares\na blue star\n")
     code, _, err = steer("finetune", config, "--max-steps", 1)
     assert code == 0 and "1 of 2 eval_prompts are trained on too, such as 'a blue star'" in err
@@ -321,7 +323,7 @@ def test_choices_on_the_command_line_take_the_place_of_a_files_prompts(preferenc
     assert config.job.prompts is None and config.training.max_steps == 80
     assert (config.training.num_inference_steps, config.training.num_generations) == (2, 2)
     config = read_config("d3po-scenes", {"preferences": str(preferences), "num_inference_steps": "9"})
-    assert config.training.num_inference_steps == 9, "what was said goes before"
+    assert config.training.num_inference_steps == 9, "given options take precedence"
     with pytest.raises(InputError, match="prompts or preferences: give one of the two"):
         read_config("d3po-scenes", {"preferences": str(preferences), "prompts": "scenes-few"})
 

@@ -228,7 +228,7 @@ def test_what_is_wrong_on_the_command_line_is_named_as_it_was_written(
     assert str(error.value).startswith(message)
 
 
-def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
     binary = tmp_path / "b.yaml"
     binary.write_bytes(b"a: \xff\n")
     for name, message in {

@@ -320,9 +320,9 @@ def test_the_table_has_a_row_of_the_kl_where_it_was_measured(tmp_path: Path) -> 
 
 def test_the_hub_reads_the_card(described: tuple[Path, TrainingResult]) -> None:
     card = ModelCard.load(described[0] / "README.md")
-    told = [(one.metric_name, one.metric_value) for one in card.data.eval_results or []]
+    results = [(one.metric_name, one.metric_value) for one in card.data.eval_results or []]
     last = described[1].evaluations[-1]
-    assert told == [("r", last["eval/r"][0]), ("s", last["eval/s"][0])]
+    assert results == [("r", last["eval/r"][0]), ("s", last["eval/s"][0])]
     data = card.data.to_dict()
     assert data.pop("model-index")[0]["name"] == "org/base-prdp"
     assert data == {
@@ -404,7 +404,7 @@ def test_every_method_cites_the_paper_of_its_code(trainer: type[Trainer[Any]]) -
 
 
 @pytest.mark.parametrize("config", [GRPOConfig(), NFTConfig(), DPOConfig(), NFTConfig(eval_kl=True, eta=0.5)])
-def test_eta_is_named_where_samples_were_drawn_with_it(config: TrainingConfig, tmp_path: Path) -> None:
+def test_eta_is_reported_where_it_was_used_for_sampling(config: TrainingConfig, tmp_path: Path) -> None:
     """Methods of the forward process sample by the pipeline's own solver, and η is the noise of their eval_kl alone."""
     text = card_of(tmp_path, result_of(2, weights=tmp_path / "final" / "unet"), config=config)
     used = isinstance(config, GRPOConfig)

@@ -1,4 +1,4 @@
-"""What ends a finetuning run, what it refuses, and what it leaves behind."""
+"""Finetuning runs: guards that end them, refusals, resuming and output files."""
 
 import json
 import logging
@@ -51,19 +51,19 @@ def pipe() -> Any:
     return fresh()
 
 
-def test_a_spent_budget_ends_the_run_with_its_weights(pipe: Any, tmp_path: Path) -> None:
+def test_a_spent_kl_budget_ends_the_run_and_keeps_its_weights(pipe: Any, tmp_path: Path) -> None:
     config = config_of("prdp", kl_budget_nats=1e-9, kl_weight=0.0, kl_target_nats=None, warmup_steps=0)
     result = train("prdp", pipe, tmp_path, config)
     assert result.stopped and result.stopped.startswith("the KL budget is spent")
-    assert result.step == 1, "the first update's KL is 0, and the second is not made"
+    assert result.step == 1, "the KL of the first update is 0, and there is no second one"
     assert result.weights and result.weights.is_file()
-    assert result.evaluations[-1]["step"] == 1, "judged once more at the end"
+    assert result.evaluations[-1]["step"] == 1, "evaluated again at the end"
     again = train("prdp", fresh(), tmp_path, config)
-    assert again.step == 1 and again.stopped == result.stopped, "resumed, it stays there"
+    assert again.step == 1 and again.stopped == result.stopped, "when resumed, it does not continue"
 
 
 class Fooled:
-    """A held-out reward that falls from evaluation to evaluation, whatever it sees."""
+    """A held-out reward with a given value at each evaluation, whatever the images."""
 
     name, differentiable = "honest", False
 
@@ -83,10 +83,8 @@ class Rising(Fooled):
         return torch.linspace(0, 0.1, len(images)) + next(self.worth)
 
 
-def test_a_reward_that_rises_while_the_held_out_one_falls_ends_the_run_with_the_best_weights(
-    pipe: Any, tmp_path: Path
-) -> None:
-    """Evaluations after 0, 1, 2, 3 updates; the second is the best, the two after it are fooled."""
+def test_early_stopping_ends_the_run_with_the_best_weights(pipe: Any, tmp_path: Path) -> None:
+    """Evaluations after 0, 1, 2, 3 updates: the training reward rises, the held-out one falls after the second."""
     reward, honest = Rising([float(n) for n in range(100)]), Fooled([0.5, 0.9, 0.8, 0.7, 0.6])
     config = config_of("grpo", **SHORT | {"max_steps": 9, "early_stopping_patience": 2})
     result = train("grpo", pipe, tmp_path, config, reward=reward, eval_rewards=[honest])
@@ -95,13 +93,13 @@ def test_a_reward_that_rises_while_the_held_out_one_falls_ends_the_run_with_the_
     final, best = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("final", "best"))
     assert all(torch.equal(final[name], value) for name, value in best.items())
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert "step-00000001" in kept, "the best one is never rotated away"
+    assert "step-00000001" in kept, "save_total_limit keeps the best one"
     trained = load_file(tmp_path / "checkpoints" / "step-00000003" / "weights.safetensors")
     assert any(not torch.equal(trained[name], value) for name, value in load_file(
         tmp_path / "checkpoints" / "step-00000001" / "weights.safetensors").items())  # fmt: skip
 
 
-def test_a_replay_that_differs_ends_the_run_before_the_first_update(pipe: Any, tmp_path: Path) -> None:
+def test_a_replay_with_other_log_probs_ends_the_run_before_the_first_update(pipe: Any, tmp_path: Path) -> None:
     pipe.unet.register_forward_hook(lambda module, inputs, output: (output[0] + 0.01 * torch.randn_like(output[0]),))
     with pytest.raises(InputError, match="a replay of the first samples has other log-probabilities"):
         train("grpo", pipe, tmp_path, config_of("grpo", **SHORT), eval_prompts=(), eval_rewards=())
@@ -135,8 +133,8 @@ def test_the_reference_is_evaluated_only_where_it_is_needed(
     assert len(entered) == len(measured)
 
 
-def test_an_update_of_a_further_pass_before_an_evaluation_has_a_kl(pipe: Any, tmp_path: Path) -> None:
-    """Rollouts of two batches in two passes: updates 4 and 8 learn from whichever batch comes last in its rollout."""
+def test_the_last_update_before_an_evaluation_logs_the_kl_in_later_iterations_too(pipe: Any, tmp_path: Path) -> None:
+    """Rollouts of two batches, in two iterations: updates 4 and 8 learn from the last batch of their rollout."""
     options = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 9, "kl_every": 100, "eval_steps": 4}
     config = config_of("grpo", **SHORT | options | {"save_steps": 100})
     result = train("grpo", pipe, tmp_path, config, eval_prompts=(), eval_rewards=())
@@ -144,8 +142,8 @@ def test_an_update_of_a_further_pass_before_an_evaluation_has_a_kl(pipe: Any, tm
 
 
 @pytest.mark.hard
-def test_a_rollout_without_references_is_resumed_to_the_last_bit(tmp_path: Path) -> None:
-    """Four updates of one rollout, interrupted in its middle, against as many without a break."""
+def test_a_rollout_without_references_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Four updates of one rollout, interrupted after some of them, against an uninterrupted run."""
     options = SHORT | {"max_steps": 4, "steps_per_generation": 4, "save_steps": 1, "kl_every": 0}
     plain = {"eval_prompts": (), "eval_rewards": ()}
     whole = train("grpo", fresh(), tmp_path / "whole", config_of("grpo", **options), **plain)
@@ -164,19 +162,19 @@ def broken(images: torch.Tensor, prompts: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("reward", "told"),
+    ("reward", "message"),
     [
         (constant, "reward 'constant' gave all 2 samples of every prompt the same score"),
         (broken, "reward 'broken' returned nan for image 0"),
     ],
 )
-def test_a_reward_that_teaches_nothing_is_named(reward: Any, told: str, pipe: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=told):
+def test_a_constant_or_broken_reward_is_refused(reward: Any, message: str, pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
         train("prdp", pipe, tmp_path, config_of("prdp", **SHORT), reward=reward)
 
 
 @pytest.mark.parametrize(
-    ("method", "changed", "told"),
+    ("method", "changed", "message"),
     [
         ("prdp", {"num_generations": 1}, "num_generations must be at least 2, got 1"),
         ("prdp", {"timestep_fraction": 0.5}, "timestep_fraction must be 1, got 0.5"),
@@ -185,14 +183,14 @@ def test_a_reward_that_teaches_nothing_is_named(reward: Any, told: str, pipe: An
         ("grpo", {"lora_target_modules": ("nonesuch",)}, "no layer named nonesuch"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_before_anything_is_drawn(
-    method: str, changed: dict[str, Any], told: str, pipe: Any, tmp_path: Path
+def test_impossible_settings_are_refused_before_sampling(
+    method: str, changed: dict[str, Any], message: str, pipe: Any, tmp_path: Path
 ) -> None:
     def never(*_: Any) -> None:
         raise AssertionError("the denoiser was called")
 
     pipe.unet.register_forward_pre_hook(never)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         train(method, pipe, tmp_path, config_of(method, **SHORT | changed))
 
 
@@ -205,14 +203,12 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_drawn(
         ("lora_rank", -1), ("guidance_scale", float("nan")), ("max_grad_norm", 0.0), ("early_stopping_patience", -1),
     ],
 )  # fmt: skip
-def test_numbers_out_of_range_are_named(name: str, value: float) -> None:
+def test_values_out_of_range_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{name} must be"):
         TrainingConfig(**{name: value})
 
 
-def test_a_folder_that_holds_a_run_is_gone_on_with_only_when_asked_and_only_by_the_same_run(
-    pipe: Any, tmp_path: Path
-) -> None:
+def test_an_existing_run_is_resumed_only_on_request_and_with_the_same_settings(pipe: Any, tmp_path: Path) -> None:
     config = config_of("grpo", **SHORT)
     first = train("grpo", pipe, tmp_path, config, resume=False)
     assert first.step == 3
@@ -226,32 +222,34 @@ def test_a_folder_that_holds_a_run_is_gone_on_with_only_when_asked_and_only_by_t
     assert longer.step == 4 and longer.records[:3] == first.records
 
 
-def test_a_spoilt_checkpoint_is_skipped_and_told(pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_corrupt_checkpoint_is_skipped_with_a_warning(
+    pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = config_of("grpo", **SHORT | {"max_steps": 2, "save_steps": 1})
     train("grpo", pipe, tmp_path, config)
-    spoilt = tmp_path / "checkpoints" / "step-00000002" / "weights.safetensors"
-    spoilt.write_bytes(spoilt.read_bytes()[:-1] + b"\0\1"[-1:])
+    weights = tmp_path / "checkpoints" / "step-00000002" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0\1"[-1:])
     with caplog.at_level(logging.WARNING):
         result = train("grpo", fresh(), tmp_path, config_of("grpo", **SHORT | {"max_steps": 3}))
     assert "skipped a checkpoint" in caplog.text and "weights.safetensors" in caplog.text
     assert [record["step"] for record in result.records] == [1, 2, 3]
 
 
-def test_what_a_run_leaves(pipe: Any, tmp_path: Path) -> None:
+def test_files_and_records_of_a_run(pipe: Any, tmp_path: Path) -> None:
     config = config_of("d3po", **SHORT | {"eval_steps": 2, "num_generations_eval": 2})
     recorder = Recorder()
     result = train("d3po", pipe, tmp_path, config, run_config={"mine": [1, "two"]}, callbacks=[recorder])
-    seen = recorder.evaluations
+    evaluations = recorder.evaluations
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == list(result.records) == recorder.logs
     assert [json.loads(line)["step"] for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()] == [0, 2, 3]
-    assert [one.step for one in seen] == [0, 2, 3]
-    assert seen[0].images.shape == (4, 3, 8, 8) and seen[0].rewards.keys() == {"brightness", "colour:red"}
+    assert [one.step for one in evaluations] == [0, 2, 3]
+    assert evaluations[0].images.shape == (4, 3, 8, 8) and evaluations[0].rewards.keys() == {"brightness", "colour:red"}
     assert json.loads((tmp_path / "checkpoints" / "step-00000003" / "config.json").read_text()) == {"mine": [1, "two"]}
     assert {"loss", "reward", "reward_spread", "accuracy", "kl", "grad_norm", "seconds"} <= result.records[0].keys()
 
 
-def test_pairs_of_d3po_begin_at_one_noise_and_part_on_the_way() -> None:
+def test_pairs_of_d3po_share_the_initial_noise_but_not_the_noise_of_the_steps() -> None:
     rows = rows_of(("a", "b"), 2, 0, "update 0", shared_start=True)
     assert rows.prompts == ("a", "a", "b", "b")
     assert rows.starts[0] == rows.starts[1] != rows.starts[2] == rows.starts[3]
@@ -259,17 +257,17 @@ def test_pairs_of_d3po_begin_at_one_noise_and_part_on_the_way() -> None:
     assert len(set(rows_of(("a", "b"), 2, 0, "update 0", shared_start=False).starts)) == 4
 
 
-def test_every_turn_goes_over_all_prompts_in_a_new_order() -> None:
+def test_every_epoch_has_all_prompts_in_a_new_order() -> None:
     prompts = [str(number) for number in range(7)]
     turns = [prompts_at(7 * turn, 7, prompts, seed=3) for turn in range(20)]
     assert all(sorted(turn) == prompts for turn in turns)
     assert len(set(turns)) == 20
-    assert prompts_at(5, 6, prompts, 3) == turns[0][5:] + turns[1][:4], "batches run over the end of a turn"
+    assert prompts_at(5, 6, prompts, 3) == turns[0][5:] + turns[1][:4], "a batch may span two epochs"
     assert shuffled_at(5, 20, 7, 3) == [int(one) for turn in turns[:4] for one in turn][5:25]
     assert [shuffled_at(place, 1, 7, 3) for place in (13, 14)] == [[int(turns[1][6])], [int(turns[2][0])]]
 
 
-def test_steps_are_chosen_evenly_over_the_updates() -> None:
+def test_all_steps_are_chosen_equally_often_over_the_updates() -> None:
     assert chosen_steps(10, 1.0, 0, "update 0") == tuple(range(10))
     assert len(chosen_steps(10, 0.3, 0, "update 0")) == 3 and len(chosen_steps(10, 0.01, 0, "x")) == 1
     counts = torch.zeros(10)
@@ -278,7 +276,7 @@ def test_steps_are_chosen_evenly_over_the_updates() -> None:
     assert counts.min() > 430 and counts.max() < 570
 
 
-def test_the_first_pass_is_in_the_order_of_drawing() -> None:
+def test_the_first_iteration_is_in_sampling_order() -> None:
     assert batch_order(3, 1, 0, 0) == (0, 1, 2)
     order = batch_order(3, 4, 0, 1)
     assert order[:3] == (0, 1, 2) and all(sorted(order[n : n + 3]) == [0, 1, 2] for n in (3, 6, 9))
@@ -310,7 +308,7 @@ def test_a_trained_pipeline_is_called_like_any_other(pipe: Any, tmp_path: Path) 
         train("grpo", pipe, tmp_path / "again", config_of("grpo", **SHORT))
 
 
-def test_a_run_that_was_fooled_stays_stopped_when_it_is_resumed(pipe: Any, tmp_path: Path) -> None:
+def test_a_run_ended_by_early_stopping_stays_stopped_when_resumed(pipe: Any, tmp_path: Path) -> None:
     reward, honest = Rising([float(n) for n in range(100)]), Fooled([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
     config = config_of("grpo", **SHORT | {"max_steps": 9, "early_stopping_patience": 2})
     first, again = (
@@ -320,7 +318,7 @@ def test_a_run_that_was_fooled_stays_stopped_when_it_is_resumed(pipe: Any, tmp_p
     assert again.weights_step == first.weights_step == 0 and len(again.evaluations) == 3
 
 
-def test_the_pipeline_is_what_is_exported_average_included(pipe: Any, tmp_path: Path) -> None:
+def test_the_pipeline_has_the_exported_average_weights(pipe: Any, tmp_path: Path) -> None:
     train("grpo", pipe, tmp_path, config_of("grpo", **SHORT | {"ema_decay": 0.9, "warmup_steps": 0, "max_steps": 4}))
     there = load_file(tmp_path / "final" / "pytorch_lora_weights.safetensors")
     other = fresh()
@@ -333,7 +331,7 @@ def test_the_pipeline_is_what_is_exported_average_included(pipe: Any, tmp_path: 
 
 
 def sorted_by_size(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """One name for a weight in both files: diffusers renames them, in order."""
+    """Tensors in one order for both files: diffusers renames them."""
     return [tensors[name] for name in sorted(tensors)]
 
 
@@ -348,14 +346,14 @@ class Endless:
 
 
 @pytest.mark.few(1)
-def test_a_gradient_that_is_no_number_moves_nothing(pipe: Any, tmp_path: Path) -> None:
+def test_a_nan_gradient_changes_no_weight(pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the loss of update 1 is .*, its gradient as long as nan: lower"):
         train("reward-backprop", pipe, tmp_path, config_of("reward-backprop", **SHORT), reward=Endless())
     trained = [value for name, value in pipe.unet.named_parameters() if ".steer." in name]
     assert trained and all(value.isfinite().all() for value in trained)
 
 
-def test_what_was_learnt_outlives_an_observer_that_fails(pipe: Any, tmp_path: Path) -> None:
+def test_the_checkpoint_is_kept_when_a_callback_fails(pipe: Any, tmp_path: Path) -> None:
     class Fails:
         def on_log(self, args: Any, state: Any, control: Any, **details: Any) -> None:
             if state.global_step == 2:
@@ -366,14 +364,14 @@ def test_what_was_learnt_outlives_an_observer_that_fails(pipe: Any, tmp_path: Pa
     assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
 
 
-def test_two_held_out_rewards_of_one_name_are_refused(pipe: Any, tmp_path: Path) -> None:
+def test_two_held_out_rewards_with_the_same_name_are_refused(pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="eval_rewards: 'jpeg' is given twice"):
         train("grpo", pipe, tmp_path, config_of("grpo", **SHORT), eval_rewards=["jpeg", "jpeg"])
     with pytest.raises(InputError, match="early_stopping_patience compares a held-out reward"):
         train("grpo", pipe, tmp_path, config_of("grpo", **SHORT | {"early_stopping_patience": 2}), eval_rewards=[])
 
 
-def test_an_argument_that_the_pipeline_does_not_take_is_named(pipe: Any, tmp_path: Path) -> None:
+def test_an_unknown_argument_of_the_pipeline_is_refused_by_name(pipe: Any, tmp_path: Path) -> None:
     config = config_of("grpo", **SHORT | {"call": {"negative_promt": "dull"}})
     with pytest.raises(InputError, match="StableDiffusionPipeline takes no argument 'negative_promt'"):
         train("grpo", pipe, tmp_path, config)
@@ -381,7 +379,7 @@ def test_an_argument_that_the_pipeline_does_not_take_is_named(pipe: Any, tmp_pat
 
 def test_a_pipeline_of_several_stages_is_refused(tmp_path: Path) -> None:
     class Stages(type(fresh("wan"))):  # type: ignore[misc]
-        """Of denoisers without the usual names."""
+        """A pipeline whose denoisers have unusual names."""
 
     pipe = fresh("wan")
     pipe.__class__ = Stages
@@ -392,7 +390,7 @@ def test_a_pipeline_of_several_stages_is_refused(tmp_path: Path) -> None:
         get_denoisers(pipe)
 
 
-def test_the_forms_of_d3po_are_different_runs_and_pareto_needs_parts(pipe: Any, tmp_path: Path) -> None:
+def test_variants_of_d3po_are_different_runs_and_pareto_needs_components(pipe: Any, tmp_path: Path) -> None:
     config = config_of("d3po", **SHORT | {"max_steps": 1})
     train("d3po", pipe, tmp_path, config)
     with pytest.raises(InputError, match=r"another trajectory \(False there, True here\)"):
@@ -401,7 +399,7 @@ def test_the_forms_of_d3po_are_different_runs_and_pareto_needs_parts(pipe: Any, 
         train("d3po", pipe, tmp_path / "other", replace(config, pareto=True))
 
 
-def test_all_weights_trained_twice_in_one_process_are_not_taken_for_the_reference(pipe: Any, tmp_path: Path) -> None:
+def test_resuming_from_weights_that_were_trained_already_is_refused(pipe: Any, tmp_path: Path) -> None:
     config = config_of("grpo", **SHORT | {"lora_rank": 0})
     train("grpo", pipe, tmp_path, config)
     with pytest.raises(InputError, match="belongs to a run with another weights"):
@@ -409,8 +407,8 @@ def test_all_weights_trained_twice_in_one_process_are_not_taken_for_the_referenc
 
 
 @pytest.mark.hard
-def test_a_round_that_is_broken_off_leaves_no_trace_in_the_method(pipe: Any, tmp_path: Path) -> None:
-    """DDPO remembers rewards of a round's first update before the second is drawn."""
+def test_an_interrupted_rollout_does_not_change_the_state_of_the_method(pipe: Any, tmp_path: Path) -> None:
+    """DDPO records the rewards of the first update of a rollout before the second is sampled."""
     config = config_of("ddpo", max_steps=4, eval_steps=100, ema_decay=0.0)
     whole = train("ddpo", fresh(), tmp_path / "whole", config, eval_prompts=(), eval_rewards=())
     calls = 0
@@ -430,8 +428,8 @@ def test_a_round_that_is_broken_off_leaves_no_trace_in_the_method(pipe: Any, tmp
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("last_steps", [1, 2, 3])
-def test_penalties_of_reward_backpropagation_are_taken_where_the_samples_were(last_steps: int, tmp_path: Path) -> None:
-    """Against one graph over the replayed steps; the reward is constant, so that penalties alone have a gradient."""
+def test_penalties_of_reward_backpropagation_are_evaluated_at_the_samples(last_steps: int, tmp_path: Path) -> None:
+    """Against one graph over the replayed steps; the reward is constant, so only penalties have a gradient."""
     pipe = fresh()
     trained = LoRA(pipe, 2)
     for parameter in trained.parameters.values():
@@ -453,7 +451,7 @@ def test_penalties_of_reward_backpropagation_are_taken_where_the_samples_were(la
         def __call__(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:
             return 0 * images.mean((1, 2, 3))
 
-    _, told = reward_gradient(
+    _, metrics = reward_gradient(
         sampler,
         batch,
         FlatConfig(),
@@ -463,7 +461,7 @@ def test_penalties_of_reward_backpropagation_are_taken_where_the_samples_were(la
         backward=backward,
         on_chunk=lambda: None,
     )
-    found = {name: p.grad.clone() for name, p in trained.parameters.items()}
+    grads = {name: p.grad.clone() for name, p in trained.parameters.items()}
     for parameter in trained.parameters.values():
         parameter.grad = None
     terms = []
@@ -472,6 +470,6 @@ def test_penalties_of_reward_backpropagation_are_taken_where_the_samples_were(la
     )
     (0.5 * torch.stack(terms).sum(0).mean()).backward()
     for name, parameter in trained.parameters.items():
-        assert torch.allclose(found[name], parameter.grad, rtol=1e-4, atol=1e-6 * found[name].abs().max().item()), name
-    assert told["kl"] == pytest.approx(torch.stack(terms).sum(0).mean().item(), rel=1e-5)
-    assert told["kl_per_step"] == pytest.approx(told["kl"] / last_steps)
+        assert torch.allclose(grads[name], parameter.grad, rtol=1e-4, atol=1e-6 * grads[name].abs().max().item()), name
+    assert metrics["kl"] == pytest.approx(torch.stack(terms).sum(0).mean().item(), rel=1e-5)
+    assert metrics["kl_per_step"] == pytest.approx(metrics["kl"] / last_steps)

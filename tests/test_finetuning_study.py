@@ -65,9 +65,9 @@ def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> No
     assert len(kept) == len(folder.groups) == 12 and folder.provenance.call == CHOICES_CALL
     reward, right = aesthetic("scenes"), 0
     for choice in kept:
-        lot = folder.groups[choice["lot"]]
-        images = [read_image(tmp_path / lot.image_file(number)) for number in (0, 1)]
-        values = [reward(image[None], [lot.rows.prompts[0]]).item() for image in images]
+        group = folder.groups[choice["lot"]]
+        images = [read_image(tmp_path / group.image_file(number)) for number in (0, 1)]
+        values = [reward(image[None], [group.rows.prompts[0]]).item() for image in images]
         right += values[choice["chosen"]] > values[choice["rejected"]]
     assert 8 <= right < 12, "one in ten is wrong, and among these at least one is"
 

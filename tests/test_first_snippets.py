@@ -255,8 +255,8 @@ def test_embedded_models_are_loaded_by_name() -> None:
 def test_the_name_of_a_model_is_no_pipeline(kind: Any, given: Any, place: str) -> None:
     with pytest.raises(InputError) as error:
         kind(given, "brightness")
-    said = f"pipe must be a loaded pipeline, got {str(given)!r}: give DiffusionPipeline.from_pretrained({place})"
-    assert str(error.value) == said
+    message = f"pipe must be a loaded pipeline, got {str(given)!r}: give DiffusionPipeline.from_pretrained({place})"
+    assert str(error.value) == message
 
 
 def test_editors_show_the_arguments() -> None:

@@ -142,7 +142,7 @@ def test_steps_at_which_nothing_could_be_steered_are_refused(pipe_of: Callable[[
         FKSteeringPipeline(pipe_of("flux"), redness)(**steer_kwargs("flux", steps=1))
 
 
-def test_a_generator_that_goes_on_gives_new_random_numbers_to_steering_too(pipe_of: Callable[[str], Any]) -> None:
+def test_the_noise_of_steering_depends_on_the_state_of_the_generator(pipe_of: Callable[[str], Any]) -> None:
     run, generator = FKSteeringPipeline(pipe_of("flux"), redness), seeded()
     options = {"num_particles": K, "lam": 0.0, "eta": 1.0, "output_type": "pt"} | steer_kwargs("flux")
     latents = torch.randn(K, 4, 16, generator=seeded(5))

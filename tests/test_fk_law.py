@@ -79,7 +79,7 @@ class AnyGaussian(DiffusionPipeline):
 def law(pipe: AnyGaussian, steps: int, noisy: set[int]) -> tuple[float, float]:
     """Mean and variance of x0 when diffusers' solver makes the run and the steps in `noisy` are DDPM's posterior.
 
-    The chain is affine in the starting noise and in what is drawn on the way: a basis of both, run once by hand.
+    The chain is affine in the starting noise and in the noise of its steps: a basis of both, run once by hand.
     """
     scheduler, sample_particles = pipe.scheduler, sorted(noisy)
     x = torch.zeros(2 + len(sample_particles), 1, 1, 1, dtype=torch.float64)
@@ -158,7 +158,7 @@ def final_latents(lam: float, rewards: Any, **options: Any) -> Tensor:
 
 
 def test_weights_that_resample_nobody_leave_the_same_steps_noisy() -> None:
-    """What λ is, or whether another prompt resamples, moves no particle that stays: only λ = 0 is the plain batch."""
+    """A particle that is kept does not depend on the value of λ > 0 or on other prompts; λ = 0 is the plain batch."""
     weak, weaker = (final_latents(lam, TOTAL, ess_threshold=0.01) for lam in (1.0, 1e-3))
     assert torch.equal(weak, weaker) and not torch.allclose(weak, final_latents(0.0, TOTAL), atol=1e-3)
     scheduler = SOLVERS["DPM++ 2M"]()

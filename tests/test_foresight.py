@@ -1,4 +1,4 @@
-"""Foresight: agreement of rewards on the way with the finished ones."""
+"""Foresight: agreement of intermediate rewards with those of the finished images."""
 
 import json
 import math

@@ -107,10 +107,10 @@ def test_noisy_latents_and_targets_are_those_of_the_forward_process(family: str)
 
 def test_the_output_is_the_denoisers_own_on_these_latents() -> None:
     _, sampler, stored = case("sd")
-    pipe, seen = sampler._pipe, collected(sampler, stored)
+    pipe, steps = sampler._pipe, collected(sampler, stored)
     pipe.scheduler.set_timesteps(3)
     texts = pipe.encode_prompt(list(TWO_PROMPTS.prompts), "cpu", 1, False)[0]
-    for t, one in seen.items():
+    for t, one in steps.items():
         at = pipe.scheduler.timesteps[stored.stochastic[t]]
         with torch.no_grad():
             truth = pipe.unet(one.x_t, at, encoder_hidden_states=texts).sample
@@ -137,7 +137,7 @@ def test_the_gradient_is_that_of_one_graph_over_all_levels(family: str) -> None:
         reference=trained.reference,
         reference_weight=weight,
     )
-    found = gradients(trained)
+    actual = gradients(trained)
     for parameter in trained.parameters.values():
         parameter.grad = None
     with trained.reference():
@@ -151,7 +151,7 @@ def test_the_gradient_is_that_of_one_graph_over_all_levels(family: str) -> None:
     assert value == pytest.approx(truth.item(), rel=1e-5)
     assert metrics["reference_distance"] == pytest.approx(distance.item(), rel=1e-4) and distance > 0
     for name, whole in gradients(trained).items():
-        assert (found[name] - whole).norm() <= 1e-4 * whole.norm() and whole.norm() > 0
+        assert (actual[name] - whole).norm() <= 1e-4 * whole.norm() and whole.norm() > 0
 
 
 def test_no_more_calls_than_the_policies_that_a_loss_needs() -> None:

@@ -119,13 +119,13 @@ class SceneObjects:
     """A detector, and a namer of colours, that read drawn scenes exactly."""
 
     def detect(self, image: Tensor, classes: Sequence[str]) -> Boxes:
-        found: dict[str, list[Box]] = {}
+        boxes: dict[str, list[Box]] = {}
         self.colours = {}
         for thing in objects(image.permute(1, 2, 0).numpy()):
             box = Box(thing.x - 5, thing.y - 5, thing.x + 5, thing.y + 5)
-            found.setdefault(thing.shape, []).append(box)
+            boxes.setdefault(thing.shape, []).append(box)
             self.colours[box] = thing.colour
-        return found
+        return boxes
 
     def name_colours(self, image: Tensor, boxes: Sequence[Box], kind: str) -> list[str]:
         return [self.colours[box] for box in boxes]

@@ -98,8 +98,8 @@ def test_the_statistic_is_sufficient(before: Level, after: Level) -> None:
     for at in [*inner_levels(before, bridge(before, after, torch.tensor(0.5)), 5)][:-1]:
         gains = torch.stack([before.alpha, at.alpha])
         covariance = VARIANCE * gains[:, None] * gains + torch.diag(torch.stack([before.sigma, at.sigma]) ** 2)
-        seen = torch.stack([x_t, x_u]).flatten() - gains * MEAN
-        expected = MEAN + VARIANCE * gains @ torch.linalg.solve(covariance, seen)
+        observed = torch.stack([x_t, x_u]).flatten() - gains * MEAN
+        expected = MEAN + VARIANCE * gains @ torch.linalg.solve(covariance, observed)
         assert denoise(*statistic(x_t, before, x_u, at)).item() == pytest.approx(expected.item())
 
 

@@ -34,7 +34,7 @@ def two_step_transition(pipe: GaussianPipeline, t: int, s: int) -> tuple[float, 
     gamma = rho * sigma_s / sigma
     a_end, s_end = alpha_s - gamma * alpha, sigma_s * math.sqrt(1 - rho**2)
     own = (alpha / sigma) ** 2
-    if s_end > 0:  # half-way in log precision
+    if s_end > 0:  # the midpoint in log precision
         ratio = math.sqrt(own * math.sqrt(1 + (a_end / s_end) ** 2 / own) - own)
         s_mid = 0.5 + 0.5 * s_end
         a_mid = ratio * s_mid

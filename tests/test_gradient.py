@@ -27,14 +27,14 @@ FAMILIES = ["sd", "img2img", "controlnet", "sdxl", "sd3", "flux", "pixart", "wan
 PENALTIES: dict[Penalty, float] = {kl: 0.3, chi_square: 0.1}
 REWARDS = torch.tensor([[0.2, 0.9], [0.5, -0.4]])
 ALL = (0, 1, 2)
-# Of a gradient in fp32 against other arithmetic: coefficients follow from small differences of large log-probabilities.
+# Error of a gradient in fp32: its coefficients are small differences of large log-probabilities.
 ROUNDING = 5e-4
 Gradient = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Trajectories drawn by one LoRA, to be learnt from by the next."""
+    """Trajectories sampled with one LoRA, and another one to train on them."""
 
     sampler: Sampler
     trained: LoRA
@@ -48,7 +48,7 @@ class Case:
         return Batch(chunks, references, steps, REWARDS)
 
     def collected(self, run: Callable[[], Any]) -> tuple[Any, Gradient]:
-        """What `run` returns and adds to the gradients."""
+        """Return value of `run`, and the gradients that it adds."""
         for parameter in self.trained.parameters.values():
             parameter.grad = None
         answer = run()
@@ -75,29 +75,29 @@ def case(name: str) -> Case:
 
 
 def one_graph(case: Case, loss: Loss, steps: Sequence[int], penalties: Mapping[Penalty, float]) -> Tensor:
-    """Loss and penalties; the way back through the graph of all steps at once."""
+    """Loss and penalties, with one autograd graph over all steps."""
     kernels: dict[int, Gaussian] = {}
-    found: dict[int, Tensor] = {}
+    log_probs_at: dict[int, Tensor] = {}
     drawn: dict[int, Tensor] = {}
 
     def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
-        kernels[t], found[t], drawn[t] = kernel, kernel.log_prob(x_s), x_s
+        kernels[t], log_probs_at[t], drawn[t] = kernel, kernel.log_prob(x_s), x_s
 
     case.sampler.replay(case.stored, keep, grad=True)
-    new = torch.stack([found[t] for t in steps], 1)
+    new = torch.stack([log_probs_at[t] for t in steps], 1)
     matrices = [new, case.stored.log_probs[:, steps], case.reference.log_probs[:, steps]]
     total, _ = loss(LogProbs(*(matrix.view(2, 2, -1) for matrix in matrices), case.stored.elements), REWARDS)
     for penalty, weight in penalties.items():
         terms = torch.stack([penalty(kernels[t], case.reference.kernel(t, kernels[t], drawn[t])) for t in steps], 1)
-        total = total + weight * terms.mean() * case.stored.log_probs.shape[1]  # a mean, of a sum over all T
+        total = total + weight * terms.mean() * case.stored.log_probs.shape[1]  # the mean of a sum over all T
     total.backward()
     return total
 
 
-def error(found: Gradient, truth: Gradient) -> float:
+def error(actual: Gradient, truth: Gradient) -> float:
     """The largest relative error of any parameter's gradient."""
-    assert found.keys() == truth.keys() and all(value.norm() > 0 for value in truth.values())
-    return max(((found[name] - value).norm() / value.norm()).item() for name, value in truth.items())
+    assert actual.keys() == truth.keys() and all(value.norm() > 0 for value in truth.values())
+    return max(((actual[name] - value).norm() / value.norm()).item() for name, value in truth.items())
 
 
 LOSSES: dict[str, Loss] = {
@@ -114,31 +114,31 @@ LOSSES: dict[str, Loss] = {
 def test_two_passes_are_backpropagation_through_all_steps(name: str, kind: str) -> None:
     one, loss = case(name), LOSSES[kind]
     steps = range(one.stored.log_probs.shape[1])
-    (value, metrics), found = one.two_pass(loss, one.batch(steps=steps), penalties=PENALTIES)
+    (value, metrics), gradient = one.two_pass(loss, one.batch(steps=steps), penalties=PENALTIES)
     total, truth = one.collected(lambda: one_graph(one, loss, steps, PENALTIES))
-    assert error(found, truth) <= 1e-5
-    assert metrics.get("clipped", 0.5) > 0  # some steps are out of range, and are told so
-    assert metrics["kl"] > 0.02 and total > value + 0.005  # and the penalties are more than nothing
+    assert error(gradient, truth) <= 1e-5
+    assert metrics.get("clipped", 0.5) > 0  # some steps are out of range and counted
+    assert metrics["kl"] > 0.02 and total > value + 0.005  # and the penalties are not 0
 
 
-def test_no_exponent_of_these_is_at_its_bound() -> None:
-    """χ² is level there, and the tests above would not see its gradient."""
+def test_no_exponent_here_is_clamped() -> None:
+    """A clamped χ² has no gradient, and the tests above would not test it."""
     for name in FAMILIES:
         one = case(name)
-        found: list[Tensor] = []
+        divergences: list[Tensor] = []
 
-        def keep(t: int, kernel: Gaussian, x_s: Tensor, one: Case = one, found: list[Tensor] = found) -> None:
-            found.append(2 * kernel.kl(one.reference.kernel(t, kernel, x_s)))
+        def keep(t: int, kernel: Gaussian, x_s: Tensor, one: Case = one, kls: list[Tensor] = divergences) -> None:
+            kls.append(2 * kernel.kl(one.reference.kernel(t, kernel, x_s)))
 
         one.sampler.replay(one.stored, keep)
-        assert 0.05 < torch.stack(found).max() < LARGEST_EXPONENT
+        assert 0.05 < torch.stack(divergences).max() < LARGEST_EXPONENT
 
 
 def sampling_by_hand(pipe: Any, stored: Trajectories) -> list[tuple[Normal, Tensor]]:
     """p(x_s | x_t) and x_s of every step of DDIM with η = 1 (arXiv 2010.02502, eq. 12 and 16) under guidance 3."""
     text, empty = pipe.encode_prompt(list(stored.rows.prompts), "cpu", 1, True)
     starts = [torch.randn(4, 4, 4, generator=Generator().manual_seed(seed)) for seed in stored.rows.starts]
-    x, found = torch.stack(starts).to(text), []
+    x, path = torch.stack(starts).to(text), []
     for k, (t, s) in enumerate([(751, 501), (501, 251), (251, 1)]):
         unconditional, conditional = pipe.unet(torch.cat([x, x]), t, torch.cat([empty, text]).detach()).sample.chunk(2)
         epsilon = unconditional + 3.0 * (conditional - unconditional)
@@ -147,17 +147,17 @@ def sampling_by_hand(pipe: Any, stored: Trajectories) -> list[tuple[Normal, Tens
         variance = (1 - after) / (1 - before) * (1 - before / after)
         kernel = Normal(after.sqrt() * x0 + (1 - after - variance).sqrt() * epsilon, variance.sqrt())
         x = stored.latents[:, k].to(text)
-        found.append((kernel, x))
-    return found
+        path.append((kernel, x))
+    return path
 
 
 def summed(elements: Sequence[Tensor]) -> Tensor:
-    """(N, …) of every step as (B, K, T), summed over the elements."""
+    """Sum over the elements of (N, …) at every step, as (B, K, T)."""
     return torch.stack([values.flatten(1).sum(1) for values in elements], 1).view(2, 2, -1)
 
 
 def exact_lora(seed: int | None) -> LoRA:
-    """In fp64, and with the weights of the case above: None for those of the reference."""
+    """A LoRA in fp64 with the weights of the case above, or those of the reference for None."""
     trained = LoRA(fresh_pipe("sd"), 2)
     if seed is not None:
         move(trained, MOVED["sd"], seed)
@@ -168,7 +168,7 @@ def exact_lora(seed: int | None) -> LoRA:
 @pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["prdp", "trajectory", "grpo"])
 def test_stable_diffusion_written_out_by_hand(kind: str) -> None:
-    """Nothing of the truth goes through the seam: it is the UNet itself in fp64, the reference another pipeline."""
+    """The expected gradient uses no step hooks: the UNet itself in fp64, and another pipeline as reference."""
     one, loss, exact = case("sd"), LOSSES[kind], exact_lora(seed=2)
     with torch.no_grad():
         base = sampling_by_hand(exact_lora(None).pipe, one.stored)
@@ -180,8 +180,8 @@ def test_stable_diffusion_written_out_by_hand(kind: str) -> None:
     apart = summed([kl_divergence(p, q) for (p, _), (q, _) in zip(steps, base, strict=True)])
     total = truth + 0.3 * apart.sum(-1).mean() + 0.1 * (torch.exp(2 * apart) - 1).sum(-1).mean()
     total.backward()
-    (value, metrics), found = one.two_pass(loss, penalties=PENALTIES)
-    assert error(found, {name: p.grad for name, p in exact.parameters.items()}) <= ROUNDING
+    (value, metrics), gradient = one.two_pass(loss, penalties=PENALTIES)
+    assert error(gradient, {name: p.grad for name, p in exact.parameters.items()}) <= ROUNDING
     assert value == pytest.approx(truth.item(), rel=1e-3)
     assert metrics["kl"] == pytest.approx(apart.sum(-1).mean().item(), rel=1e-4)
     assert metrics["kl_per_step"] == pytest.approx(apart.mean().item(), rel=1e-4)
@@ -192,39 +192,39 @@ def test_stable_diffusion_written_out_by_hand(kind: str) -> None:
 @pytest.mark.few(3)
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("steps", [(0, 2), (1,)])
-def test_some_of_the_steps(kind: str, steps: tuple[int, ...]) -> None:
-    """The loss of these columns, and penalties that stand for all steps; the others cost no call of the denoiser."""
+def test_a_subset_of_the_steps(kind: str, steps: tuple[int, ...]) -> None:
+    """Loss of these columns, and penalties scaled to all steps; the others cost no denoiser call."""
     one, loss = case("sd"), LOSSES[kind]
     _, truth = one.collected(lambda: one_graph(one, loss, steps, PENALTIES))
     with counted(one.trained.denoiser) as calls:
         batch = one.batch(steps=steps)
         assert len(calls) == len(steps)
         calls.clear()
-        (_, metrics), found = one.two_pass(loss, batch, penalties=PENALTIES)
+        (_, metrics), gradient = one.two_pass(loss, batch, penalties=PENALTIES)
         assert len(calls) == (1 if loss.stepwise else 2) * len(steps)
-    assert error(found, truth) <= 1e-5
+    assert error(gradient, truth) <= 1e-5
     columns = torch.stack([kl_of(one)[t] for t in steps])
     assert metrics["kl"] == pytest.approx(columns.mean().item() * 3, rel=1e-4)
 
 
 def kl_of(one: Case) -> dict[int, Tensor]:
     """KL of each step (N,) by torch.distributions."""
-    found: dict[int, Tensor] = {}
+    divergences: dict[int, Tensor] = {}
 
     def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
         other = one.reference.kernel(t, kernel, x_s)
         apart = kl_divergence(Normal(kernel.mean, kernel.std), Normal(other.mean, other.std))
-        found[t] = apart.flatten(1).sum(1)
+        divergences[t] = apart.flatten(1).sum(1)
 
     one.sampler.replay(one.stored, keep)
-    return found
+    return divergences
 
 
-def test_steps_that_are_not_learnt_from_cost_nothing_of_a_controlnet() -> None:
+def test_steps_that_are_not_trained_on_cost_no_controlnet_call() -> None:
     one = case("controlnet")
     with counted(one.trained.pipe.controlnet) as calls:
         one.two_pass(LOSSES["grpo"], one.batch(steps=(1,)))
-    assert len(calls) == 2  # the reference, and one pass: the loss goes step by step
+    assert len(calls) == 2  # the reference, and one pass: the loss is a sum over steps
 
 
 OTHER_CHUNKS = [("sd", "grpo"), ("flux", "prdp")]
@@ -235,23 +235,23 @@ OTHER_CHUNKS = [("sd", "grpo"), ("flux", "prdp")]
     ("name", "kind"),
     [("sd", "prdp"), ("flux", "grpo"), *(pytest.param(*one, marks=pytest.mark.hard) for one in OTHER_CHUNKS)],
 )
-def test_chunks_of_any_size_add_up(name: str, kind: str) -> None:
-    """Up to the rounding of ℓ in batches of other shapes, which the machine's number of threads decides with them."""
+def test_the_gradient_does_not_depend_on_the_chunk_size(name: str, kind: str) -> None:
+    """Up to the rounding of ℓ, which depends on batch shape and number of threads."""
     one, loss = case(name), LOSSES[kind]
     (value, metrics), whole = one.two_pass(loss, penalties=PENALTIES)
-    told = torch.cat([log_probs(one.sampler, chunk) for chunk in one.batch().chunks])
+    log_probabilities = torch.cat([log_probs(one.sampler, chunk) for chunk in one.batch().chunks])
     for sizes in ((1, 3), (2, 2), (3, 1), (1, 1, 1, 1)):
         batch = one.batch(sizes)
         (same_value, same_metrics), components = one.two_pass(loss, batch, penalties=PENALTIES)
-        moved = torch.cat([log_probs(one.sampler, chunk) for chunk in batch.chunks]) - told
-        assert moved.abs().max() <= 4e-6 * told.abs().max()
+        moved = torch.cat([log_probs(one.sampler, chunk) for chunk in batch.chunks]) - log_probabilities
+        assert moved.abs().max() <= 4e-6 * log_probabilities.abs().max()
         assert error(components, whole) <= ROUNDING
         assert same_value == pytest.approx(value, rel=1e-4, abs=2 * moved.abs().max().item() + 1e-6)  # Σ |∂L/∂ℓ| < 2
         assert same_metrics["kl"] == pytest.approx(metrics["kl"], rel=1e-4)
 
 
 @pytest.mark.hard
-def test_prompts_come_in_any_order() -> None:
+def test_the_order_of_prompts_does_not_matter() -> None:
     one = case("sd")
     batch = one.batch((2, 2))
     turned = Batch(batch.chunks[::-1], batch.references[::-1], batch.steps, batch.rewards.flip(0))
@@ -263,7 +263,7 @@ def test_prompts_come_in_any_order() -> None:
     assert error(one.two_pass(PRDP(), mismatched)[1], one.two_pass(PRDP(), batch)[1]) > 0.1
 
 
-def test_gradients_add_to_those_that_are_there() -> None:
+def test_gradients_accumulate() -> None:
     one = case("sd")
     _, once = one.two_pass(LOSSES["prdp"])
 
@@ -287,7 +287,7 @@ STEPWISE: dict[str, Loss] = {
 @pytest.mark.parametrize("steps", [(0, 1, 2), (0, 2)])
 @pytest.mark.parametrize("kind", STEPWISE)
 @pytest.mark.parametrize("name", ["sd", "flux"])
-def test_a_loss_that_goes_step_by_step_needs_no_first_pass(name: str, kind: str, steps: tuple[int, ...]) -> None:
+def test_a_loss_that_is_a_sum_over_steps_needs_no_first_pass(name: str, kind: str, steps: tuple[int, ...]) -> None:
     one, loss = case(name), STEPWISE[kind]
 
     class AskedFirst(type(loss)):  # type: ignore[misc]
@@ -295,15 +295,15 @@ def test_a_loss_that_goes_step_by_step_needs_no_first_pass(name: str, kind: str,
 
     slow, batch = AskedFirst(**vars(loss)), one.batch((2, 2), steps)
     with counted(one.trained.denoiser) as calls:
-        (value, metrics), found = one.two_pass(loss, batch, penalties=PENALTIES)
+        (value, metrics), actual = one.two_pass(loss, batch, penalties=PENALTIES)
         fast = len(calls)
         (truth, same_metrics), gradient = one.two_pass(slow, batch, penalties=PENALTIES)
     assert loss.stepwise and fast == 2 * len(steps) and len(calls) == 3 * fast
-    assert error(found, gradient) <= 1e-6
+    assert error(actual, gradient) <= 1e-6
     assert value == pytest.approx(truth, rel=1e-6) and metrics == pytest.approx(same_metrics, rel=1e-5, nan_ok=True)
 
 
-def test_samples_of_a_prompt_in_two_chunks_are_asked_first() -> None:
+def test_a_prompt_in_two_chunks_needs_the_first_pass() -> None:
     one = case("sd")
     batch = one.batch((1, 3))
     with counted(one.trained.denoiser) as calls:
@@ -315,16 +315,16 @@ def test_samples_of_a_prompt_in_two_chunks_are_asked_first() -> None:
 @pytest.mark.parametrize("kind", LOSSES)
 def test_unchanged_weights_need_no_first_pass(kind: str) -> None:
     one, loss = case("sd"), LOSSES[kind]
-    move(one.trained, MOVED["sd"], seed=1)  # those that drew
+    move(one.trained, MOVED["sd"], seed=1)  # the weights that sampled
     try:
-        batch, found = one.batch(), []
+        batch, results = one.batch(), []
         for on_policy, calls_needed in ((False, 3 if loss.stepwise else 6), (True, 3)):
             with counted(one.trained.denoiser) as calls:
-                found.append(one.two_pass(loss, batch, penalties=PENALTIES, on_policy=on_policy))
+                results.append(one.two_pass(loss, batch, penalties=PENALTIES, on_policy=on_policy))
             assert len(calls) == calls_needed
     finally:
         move(one.trained, MOVED["sd"], seed=2)
-    (first, gradient), (second, same_gradient) = found
+    (first, gradient), (second, same_gradient) = results
     assert first == second
     assert all(torch.equal(gradient[name], same_gradient[name]) for name in gradient)
 
@@ -347,7 +347,7 @@ def test_one_backward_per_step_and_chunk_through_the_callers_scaler() -> None:
 
 
 @pytest.mark.parametrize("name", ["sd", "flux", "controlnet"])
-def test_no_more_than_one_step_is_kept_for_the_way_back(name: str) -> None:
+def test_activations_of_one_step_at_most_are_kept_for_the_backward_pass(name: str) -> None:
     one = case(name)
     alive: list[Any] = []
     before_back: list[int] = []
@@ -382,8 +382,8 @@ def test_nothing_but_the_trained_weights_gets_a_gradient() -> None:
     assert all(p.grad is None and not p.requires_grad for model in others for p in model.parameters())
 
 
-def test_the_reference_is_told_as_it_is() -> None:
-    """Means, deviations and log-probabilities of the weights without the LoRA, in columns of the chosen steps."""
+def test_the_reference_equals_the_weights_without_the_lora() -> None:
+    """Means, standard deviations and log-probabilities, in columns of the chosen steps."""
     one = case("sd")
     with torch.no_grad():
         base = sampling_by_hand(exact_lora(None).pipe, one.stored)
@@ -423,8 +423,8 @@ for steps in (2, *map(int, sys.argv[1:])):
     stored, _ = sampler.rollout(Rows(("a star",) * 2, (1, 2), (3, 4)))
     columns = range(stored.log_probs.shape[1])
     with trained.reference():
-        told = reference_of(sampler, stored, columns)
-    batch = Batch([stored], [told], columns, torch.tensor([[0.0, 1.0]]))
+        reference = reference_of(sampler, stored, columns)
+    batch = Batch([stored], [reference], columns, torch.tensor([[0.0, 1.0]]))
     before = kilobytes("VmRSS")
     two_pass_gradient(sampler, batch, PRDP(), penalties={kl: 0.1})
     print(len(columns), kilobytes("VmHWM") - before)
@@ -434,22 +434,22 @@ for steps in (2, *map(int, sys.argv[1:])):
 @pytest.mark.hard
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak that Linux tells")
 def test_the_memory_of_fifty_steps_is_that_of_ten() -> None:
-    """Of a whole-trajectory gradient on the embedded model, beside weights and stored latents."""
+    """Peak memory of a whole-trajectory gradient on the embedded model, without weights and stored latents."""
     exact = {"MALLOC_MMAP_THRESHOLD_": "8192", "OMP_NUM_THREADS": "1"}  # freed tensors go back to the system
     command = [sys.executable, "-c", PEAK, "10", "50"]
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | exact, check=True)
     _, (ten, little), (fifty, much) = (map(int, line.split()) for line in ran.stdout.splitlines())
     assert (ten, fifty) == (10, 50) and little > 4000
-    assert much <= 1.05 * little + 512  # kilobytes, of other things that happen in a process
+    assert much <= 1.05 * little + 512  # kilobytes of noise
 
 
-def test_losses_and_penalties_that_need_the_reference_say_so_without_it() -> None:
-    """The others have the same gradient without it, and no KL among their metrics."""
+def test_losses_and_penalties_that_need_the_reference_are_refused_without_it() -> None:
+    """The others have the same gradient without it, and log no KL."""
     one = case("sd")
     bare = replace(one.batch(), references=())
-    (_, metrics), found = one.two_pass(GRPO(), bare)
+    (_, metrics), gradient = one.two_pass(GRPO(), bare)
     (_, with_kl), truth = one.two_pass(GRPO(), one.batch())
-    assert error(found, truth) <= 1e-6
+    assert error(gradient, truth) <= 1e-6
     assert with_kl.keys() - metrics.keys() == {"kl", "kl_per_step"}
     with pytest.raises(InputError, match="penalties compare with the reference"):
         one.two_pass(GRPO(), bare, penalties={kl: 1.0})

@@ -122,7 +122,7 @@ def commands(command: click.Command = root, path: tuple[str, ...] = ()) -> list[
 
 
 def test_no_help_imports_a_heavy_library() -> None:
-    """Of any command; a few imports of a second would show in every use of the shell."""
+    """`--help` of any command: imports that take a second would slow down every shell completion."""
     script = (
         "import sys\nfrom steer.apps.cli.main import steer\n"
         f"for path in {commands()!r}:\n"

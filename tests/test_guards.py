@@ -66,16 +66,16 @@ def test_chi_square_is_continued_by_its_tangent() -> None:
     root, tenth = math.sqrt(10), 1e-9
     places = [3.1, root - tenth, root + tenth, 3.2, 40.0]
     mean = torch.tensor(places, dtype=torch.float64)[:, None].requires_grad_()
-    found = chi_square(Gaussian(mean, torch.tensor(1.0)), Gaussian(torch.zeros(5, 1), torch.tensor(1.0)))
-    found.sum().backward()
+    divergences = chi_square(Gaussian(mean, torch.tensor(1.0)), Gaussian(torch.zeros(5, 1), torch.tensor(1.0)))
+    divergences.sum().backward()
     steep, e10 = [min(m * m, 10) for m in places], math.exp(10)
     values = [math.exp(m * m) - 1 if m * m < 10 else e10 * (m * m - 9) - 1 for m in places]
-    assert found.tolist() == pytest.approx(values, rel=1e-9)
+    assert divergences.tolist() == pytest.approx(values, rel=1e-9)
     assert mean.grad is not None
     assert mean.grad.flatten().tolist() == pytest.approx(
         [2 * m * math.exp(u) for m, u in zip(places, steep, strict=True)], rel=1e-9
     )
-    assert found[1].item() == pytest.approx(found[2].item(), rel=1e-6)
+    assert divergences[1].item() == pytest.approx(divergences[2].item(), rel=1e-6)
     assert mean.grad[1].item() == pytest.approx(mean.grad[2].item(), rel=1e-6)
 
 
@@ -87,7 +87,7 @@ def test_penalties_pull_to_the_reference_but_do_not_move_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "weight"),
+    ("kl", "weight"),
     [
         (5.0, 2.0),  # on target
         (10.0, 2.0 * 2**0.4),  # twice as much: log β moves by the rate times log 2
@@ -101,8 +101,8 @@ def test_penalties_pull_to_the_reference_but_do_not_move_it() -> None:
         (math.nan, 2.0),
     ],
 )
-def test_a_weight_that_follows_its_target(found: float, weight: float) -> None:
-    after = KLControl(2.0, target=5.0, budget=50.0, highest=5.0).after(found)
+def test_a_weight_that_follows_its_target(kl: float, weight: float) -> None:
+    after = KLControl(2.0, target=5.0, budget=50.0, highest=5.0).after(kl)
     assert after.weight == pytest.approx(weight)
     assert (after.target, after.budget, after.rate) == (5.0, 50.0, 0.4)
 
@@ -112,10 +112,10 @@ def test_another_rate() -> None:
 
 
 @given(st.floats(0.001, 1e3), st.floats(0.01, 1e3), st.floats(0, 1e6))
-def test_a_weight_moves_by_the_log_and_never_below_zero(weight: float, target: float, found: float) -> None:
-    after = KLControl(weight, target, highest=found).after(found).weight
+def test_a_weight_moves_by_the_log_and_never_below_zero(weight: float, target: float, kl: float) -> None:
+    after = KLControl(weight, target, highest=kl).after(kl).weight
     assert weight / 6.4 <= after <= weight * 6.4
-    assert found == 0 or (after > weight) == (found > target) or after == pytest.approx(weight)
+    assert kl == 0 or (after > weight) == (kl > target) or after == pytest.approx(weight)
 
 
 @pytest.mark.parametrize("start", [1e4, 1e-4])
@@ -161,7 +161,7 @@ def test_a_weight_without_a_target_stays() -> None:
 
 def test_a_budget() -> None:
     control = KLControl(budget=3.0)
-    assert [control.is_exhausted(found) for found in (0.0, 2.99, 3.0, 4.0)] == [False, False, True, True]
+    assert [control.is_exhausted(kl) for kl in (0.0, 2.99, 3.0, 4.0)] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_watch_over_held_out_rewards(name: str) -> None:
         watch = watch.after(10 * number, proxy, held_out)
         if stopped is None and watch.stop():
             stopped = number
-        assert EarlyStopping(patience).load_state(watch.state()) == watch  # as a run that is stopped here goes on
+        assert EarlyStopping(patience).load_state(watch.state()) == watch  # as when a run is resumed here
     assert stopped == stops and watch.best_step == 10 * best and watch.best == evaluations[best]
 
 

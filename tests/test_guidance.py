@@ -156,7 +156,7 @@ def test_guidance_leaves_more_of_the_particles() -> None:
 
 @dataclass
 class Leaning:
-    """What a guided run drew from: the kernels, and the gradients that they leaned by."""
+    """Kernels that a guided run sampled from, and the gradients that shifted them."""
 
     kernels: list[Gaussian]
     gradients: list[Tensor]
@@ -192,7 +192,7 @@ def reward_by_hand(pipe: Any, x: Tensor, timestep: int, embeds: Tensor) -> Tenso
 
 @torch.no_grad()
 def finite_differences(reward: Callable[[Tensor], Tensor], x: Tensor, step: float = 1e-5) -> Tensor:
-    """Of a reward (M, …) → (M,) at one x (…): central differences, element by element."""
+    """Central differences of a reward (M, …) → (M,) at one x (…), element by element."""
     nudges = step * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
     return ((reward(x + nudges) - reward(x - nudges)) / (2 * step)).view_as(x)
 
@@ -283,7 +283,7 @@ def test_without_strength_the_images_are_those_of_the_kernel(pipe_of: Callable[[
 def test_half_precision_gradients_are_those_of_single_precision(
     pipe_of: Callable[[str], Any], proposals: Leaning
 ) -> None:
-    """Of a reward so weak that fp16 would lose its gradients."""
+    """The reward is so weak that its gradients underflow in fp16."""
 
     class Weak(Redness):
         def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -20,9 +20,9 @@ def test_gaussian_members_share_the_share_of_their_correlation(rho: float) -> No
     for seed in range(12):
         draws = torch.randn(2, 400, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         both = torch.stack([draws[0], rho * draws[0] + (1 - rho**2) ** 0.5 * draws[1]])
-        found = herding(("a", "b"), both.flatten(1), [str(k) for k in range(400) for _ in range(16)])
-        assert found.sizes == (2, 4, 8, 16)
-        shares.append([found.correlation[0, 1].item(), *found.shared])
+        result = herding(("a", "b"), both.flatten(1), [str(k) for k in range(400) for _ in range(16)])
+        assert result.sizes == (2, 4, 8, 16)
+        shares.append([result.correlation[0, 1].item(), *result.shared])
     values = torch.tensor(shares, dtype=torch.float64)
     error = values.std(0) / 12**0.5
     assert ((values.mean(0) - rho).abs() < 3 * error + 0.01).all()
@@ -30,11 +30,11 @@ def test_gaussian_members_share_the_share_of_their_correlation(rho: float) -> No
 
 def test_the_gain_is_that_of_all_subsets() -> None:
     scores = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = herding(("a", "b"), scores, ["p"] * 4)
+    result = herding(("a", "b"), scores, ["p"] * 4)
     z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True, correction=0)
     picks = [max(two, key=lambda k: z[0, k].item()) for two in combinations(range(4), 2)]
-    assert found.gains[0, 0, 1].item() == pytest.approx(z[1, picks].mean().item())
-    assert found.gains[1, 0, 1].item() == pytest.approx(z[1, z[0].argmax()].item())
+    assert result.gains[0, 0, 1].item() == pytest.approx(z[1, picks].mean().item())
+    assert result.gains[1, 0, 1].item() == pytest.approx(z[1, z[0].argmax()].item())
     twice = herding(("a", "a"), scores[[0, 0]], ["p"] * 4)
     assert twice.shared == pytest.approx([1, 1])
 

@@ -74,7 +74,7 @@ def test_the_cheap_call_fits_the_family(family: str) -> None:
 
 
 def test_every_reward_of_a_hub_and_every_family_is_in_the_tables() -> None:
-    """Those whose facts name the hub or the web as the source of their weights, and each published version."""
+    """All rewards whose facts name the hub or the web as the source of their weights, and each published version."""
     listed = {name.partition(":")[0] for name in (*RANGES, *(row.reward for row in PUBLISHED))}
     assert listed == {name for name, facts in FACTS.items() if re.search(r"\b(hub|web)\b", facts.needs)}
     assert {f"aesthetic:{version}" for version in PREDICTORS} <= set(RANGES)

@@ -15,8 +15,8 @@ from chat_server import Request, completion, serve
 from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from planted import images as planted_images
-from planted import pairs_of, random_rows, tensors, tiny_clip, truth
+from synthetic_preferences import images as planted_images
+from synthetic_preferences import pairs_of, random_rows, tensors, tiny_clip, truth
 from torch import Tensor
 
 from steer import BestOfNPipeline, RewardError, Tournament, as_judge, load_judge, load_reward

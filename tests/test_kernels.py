@@ -1,4 +1,4 @@
-"""The fused step: the plain twin against diffusers, `Gaussian` and torch.distributions; the kernel against it."""
+"""The fused step in PyTorch against diffusers, `Gaussian` and torch.distributions; the Triton kernel against it."""
 
 import inspect
 import math
@@ -64,16 +64,16 @@ def assert_near(ours: Tensor, truth: Tensor, close: float = 1e-6) -> None:
 @needs_triton
 @pytest.mark.hard
 def test_the_kernel_in_the_interpreter() -> None:
-    """In a process of its own: triton must be told before it is imported, and this one may have it already."""
+    """In a new process: TRITON_INTERPRET must be set before triton is imported."""
     tests = Path(__file__).parent
-    told = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests / "kernels_interpreted.py"],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
         cwd=tests.parent,
         capture_output=True,
         text=True,
     )
-    assert told.returncode == 0, told.stdout[-4000:] + told.stderr[-2000:]
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
 
 
 @pytest.mark.few(2)
@@ -96,13 +96,13 @@ def test_the_kernel_compiles_for_a_gpu_without_one(
     fixed = dict.fromkeys(("CLIPS", "X0", "MEAN", "X_S", "LOG_PROB"), True)
     fixed |= {"DRAWS": draws, "STORAGE": triton.language.bfloat16, "BLOCK": 1024}
     signature = {name: types.get(name, "constexpr") for name in inspect.signature(step_kernel.fn).parameters}
-    # As the launcher tells it: PyTorch's memory and the rows of latents begin at multiples of 16 bytes.
+    # As Triton's launcher specialises: PyTorch's memory and the rows of latents begin at multiples of 16 bytes.
     even = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind[0] in "*i"}
     source = ASTSource(fn=step_kernel, signature=signature, constexprs=fixed, attrs=even)
     made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
     code = made.asm["ptx"]
     assert "ld.global.v4" in code or "ld.global.v2" in code  # several elements at a time
-    assert not re.search(r"\b(atom|red)\.", code)  # sums in one order, the same in every run
+    assert not re.search(r"\b(atom|red)\.", code)  # sums in a fixed order: deterministic
     assert "fma" not in code  # rounded as in plain PyTorch
 
 
@@ -116,9 +116,9 @@ def test_diffusers_own_ddim_step(eta: float, kind: str, clip: bool) -> None:
         x, output, z = (normal(int(t) + i) for i in range(3))
         own = scheduler.step(output, t, x, eta, use_clipped_model_output=True, variance_noise=z)
         step = linear_step(kind, *step_levels(scheduler, t, -1), eta, clip_limit(scheduler))
-        told = one_pass(step, x, output, ("x0", "x_s"), noise=z)
-        torch.testing.assert_close(told["x0"], own.pred_original_sample, **CLOSE)
-        torch.testing.assert_close(told["x_s"], own.prev_sample, **CLOSE)
+        outputs = one_pass(step, x, output, ("x0", "x_s"), noise=z)
+        torch.testing.assert_close(outputs["x0"], own.pred_original_sample, **CLOSE)
+        torch.testing.assert_close(outputs["x_s"], own.prev_sample, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscrete", "FlowMatchEulerDiscrete"])
@@ -134,7 +134,7 @@ def test_diffusers_own_euler_step_is_the_mean_without_noise(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ONE_CALL)
-def test_every_scheduler_as_the_seam_has_it(name: str) -> None:
+def test_the_fused_step_of_every_scheduler_equals_its_gaussian_transition(name: str) -> None:
     scheduler = ONE_CALL[name]()
     scheduler.set_timesteps(6)
     for k, t in enumerate(scheduler.timesteps[:-1]):
@@ -146,17 +146,17 @@ def test_every_scheduler_as_the_seam_has_it(name: str) -> None:
         assert_near(one_pass(step, x, output, ("x0",))["x0"], x0)
         assert_near(fused.mean, kernel.mean)
         torch.testing.assert_close(fused.std, kernel.std)
-        if not kernel.std > 0:  # consistency models come to the same place
+        if not kernel.std > 0:  # deterministic, as in consistency models
             continue
-        drawn, told = fused.draw(z, torch.float32, torch.float16)
+        drawn, log_prob = fused.draw(z, torch.float32, torch.float16)
         truth, density = kernel.draw(z, torch.float32, torch.float16)
         assert_near(drawn, truth, 1e-3)  # a rounding of fp16
-        torch.testing.assert_close(told, kernel.log_prob(drawn), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(log_prob, kernel.log_prob(drawn), rtol=1e-5, atol=1e-3)
         torch.testing.assert_close(fused.log_prob(truth), density, rtol=1e-5, atol=1e-3)
-        torch.testing.assert_close(told, fused.log_prob(drawn), rtol=0, atol=0)
+        torch.testing.assert_close(log_prob, fused.log_prob(drawn), rtol=0, atol=0)
 
 
-def test_a_fused_gaussian_stands_in_for_a_gaussian() -> None:
+def test_a_fused_gaussian_has_the_interface_of_a_gaussian() -> None:
     x, output = normal(0), normal(1)
     fused = FusedGaussian(a_step(), x, output)
     plain = Gaussian(one_pass(a_step(), x, output, ("mean",))["mean"], a_step().std.float())
@@ -167,7 +167,7 @@ def test_a_fused_gaussian_stands_in_for_a_gaussian() -> None:
     assert torch.equal(fused.kl(other), plain.kl(other)) and torch.equal(other.kl(fused), other.kl(plain))
 
 
-def test_a_learned_variance_rides_along() -> None:
+def test_a_learned_variance_is_ignored() -> None:
     scheduler = build("DDIM", **BETAS, clip_sample=False)
     scheduler.set_timesteps(4)
     t, x, output = scheduler.timesteps[0], normal(0), normal(1, (2, 8, 3, 3))
@@ -189,16 +189,16 @@ def test_densities_are_those_of_independent_normals(
 ) -> None:
     step = linear_step(kind, *map(flat_level, alphas), eta)
     x, output, z = (normal(seed + i, shape) for i in range(3))
-    told = one_pass(step, x, output, ("mean", "x_s", "log_prob"), noise=z)
-    truth = Normal(told["mean"].double(), step.std)
-    expected = Independent(truth, len(shape) - 1).log_prob(told["x_s"].double())
+    outputs = one_pass(step, x, output, ("mean", "x_s", "log_prob"), noise=z)
+    truth = Normal(outputs["mean"].double(), step.std)
+    expected = Independent(truth, len(shape) - 1).log_prob(outputs["x_s"].double())
     # x_s − mean has lost what x_s was rounded by: z is known to that much
-    lost = float(told["x_s"].abs().max() / step.std) * 1e-6 * x[0].numel()
-    torch.testing.assert_close(told["log_prob"].double(), expected, rtol=1e-5, atol=1e-4 + 4 * lost)
-    torch.testing.assert_close(told["x_s"], told["mean"] + step.std.float() * z)
+    lost = float(outputs["x_s"].abs().max() / step.std) * 1e-6 * x[0].numel()
+    torch.testing.assert_close(outputs["log_prob"].double(), expected, rtol=1e-5, atol=1e-4 + 4 * lost)
+    torch.testing.assert_close(outputs["x_s"], outputs["mean"] + step.std.float() * z)
 
 
-def test_gradients_of_the_twin_are_those_of_the_gaussian() -> None:
+def test_gradients_of_the_pytorch_version_are_those_of_the_gaussian() -> None:
     scheduler = build("DDIM", **BETAS, clip_sample=True)
     scheduler.set_timesteps(5)
     t, x, x_s = scheduler.timesteps[2], normal(0), normal(1)
@@ -212,7 +212,7 @@ def test_gradients_of_the_twin_are_those_of_the_gaussian() -> None:
     assert_near(ours.grad, theirs.grad, 1e-5)
 
 
-def test_rows_have_the_levels_of_their_own() -> None:
+def test_rows_have_their_own_noise_levels() -> None:
     scheduler = build("DDIM", **BETAS, clip_sample=False)
     times = [100, 500, 900]
     before, after = (
@@ -227,9 +227,9 @@ def test_rows_have_the_levels_of_their_own() -> None:
             x[one], predict_x0(scheduler, output[one], t, x[one], -1), level(scheduler, t, -1),
             level(scheduler, t - 50, -1), 1.0,
         )  # fmt: skip
-        drawn, told = kernel.draw(z[one], torch.float32, torch.float32)
+        drawn, log_prob = kernel.draw(z[one], torch.float32, torch.float32)
         assert_near(together["x_s"][one], drawn)
-        torch.testing.assert_close(together["log_prob"][one], told, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(together["log_prob"][one], log_prob, rtol=1e-5, atol=1e-3)
 
 
 def wrong(**changed: Any) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def wrong(**changed: Any) -> dict[str, Any]:
     ],
     ids=["output", "x_s", "both", "neither", "deterministic", "rows"],
 )
-def test_what_does_not_fit_is_refused(call: dict[str, Any], message: str) -> None:
+def test_mismatched_arguments_are_refused(call: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         one_pass(**call)
 
@@ -262,7 +262,7 @@ def test_an_unknown_prediction_type_is_refused() -> None:
         linear_step("score", flat_level(0.4), flat_level(0.6), 1.0)
 
 
-def test_the_cpu_and_a_graph_take_the_twin() -> None:
+def test_cpu_tensors_and_autograd_use_the_pytorch_version() -> None:
     assert not has_kernel(normal(0))
     x, output, z = normal(0), normal(1), normal(2)
     for name, tensor in one_pass(a_step(), x, output, ("x0", "mean", "x_s", "log_prob"), noise=z).items():

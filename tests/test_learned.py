@@ -1,4 +1,4 @@
-"""Learning a reward from preferences: what is learned, that it goes on where it stopped, what it refuses."""
+"""Learning a reward from preferences: what is learned, resuming, refusals."""
 
 import json
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def test_a_trained_clip_keeps_features_of_images_that_it_did_not_learn_from(clip
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two images of a prompt the lighter one is chosen."""
+    """Pairs of images of one prompt, of which the lighter one is chosen."""
     folder = tmp_path_factory.mktemp("pairs")
     images = sample_image(folder / "images", 120)
     light = [np.asarray(Image.open(folder / name)).mean() for name, _ in images]
@@ -199,7 +199,7 @@ def test_mixed_prompts_train_another_reward_that_is_judged_on_the_prompts_themse
     assert plain["pairs"] == mixed["pairs"] and mixed["config"]["mix_text"] == 0.9
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_same_reward(
+def test_a_stopped_training_resumes_to_the_same_reward(
     recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(recipe, head="pair", members=2, steps=30, mix_text=0.5)
@@ -282,7 +282,7 @@ def test_another_run_in_the_same_folder_is_refused(recipe: RewardTrainingConfig,
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("corrupt", "message"),
     [
         (lambda folder: (folder / "reward.json").write_text("{"), "reward.json: cannot be read"),
         (lambda folder: (folder / "reward.json").unlink(), "no reward.json there"),
@@ -296,11 +296,11 @@ def test_another_run_in_the_same_folder_is_refused(recipe: RewardTrainingConfig,
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused(
-    recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path, spoil: Callable[[Path], object], message: str
+    recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path, corrupt: Callable[[Path], object], message: str
 ) -> None:
     train_reward(pairs, replace(recipe, steps=2), tmp_path / "r", tmp_path / "work")
-    (tmp_path / "r" / CHECKSUMS).unlink()  # with it any change is told before: see test_files
-    spoil(tmp_path / "r")
+    (tmp_path / "r" / CHECKSUMS).unlink()  # with checksums any change is refused before: see test_files
+    corrupt(tmp_path / "r")
     with pytest.raises(RewardError, match=message):
         load_reward(f"preference:{tmp_path / 'r'}")
 

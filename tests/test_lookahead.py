@@ -41,15 +41,15 @@ def steer_kwargs(name: str) -> dict[str, Any]:
 
 def watched(pipe: Any, name: str, method: Any = BestOfNPipeline, **options: Any) -> tuple[Any, dict[int, Tensor]]:
     """The output of two particles in slot order, and the previews of each evaluated step."""
-    seen: dict[int, Tensor] = {}
+    previews_at: dict[int, Tensor] = {}
 
     def on_step(report: StepReport) -> None:
         if report.previews is not None:
-            seen[report.step] = report.previews
+            previews_at[report.step] = report.previews
 
     call = steer_kwargs(name) | {"generator": seeded(), "output_type": "pt"}
     out = method(pipe, redness)(num_particles=K, on_step=on_step, **call | options)
-    return out.in_slot_order(), seen
+    return out.in_slot_order(), previews_at
 
 
 CASES = {
@@ -68,26 +68,26 @@ CASES = {
 def test_a_look_ahead_over_all_steps_is_the_rest_of_a_deterministic_run(case: str) -> None:
     name, scheduler = CASES[case]
     pipe = with_scheduler(cached_pipe(name), scheduler())
-    out, seen = watched(pipe, name, preview_steps=[0, 1, 2], lookahead=WHOLE)
+    out, previews_at = watched(pipe, name, preview_steps=[0, 1, 2], lookahead=WHOLE)
     plain, blurry = watched(pipe, name, preview_steps=[0, 1, 2])
-    assert len(seen) == 3 and torch.equal(out.images, plain.images)  # the run itself is untouched
-    for step, previews in seen.items():
+    assert len(previews_at) == 3 and torch.equal(out.images, plain.images)  # the run itself is unchanged
+    for step, previews in previews_at.items():
         torch.testing.assert_close(previews, out.images, atol=2e-5, rtol=0)
         assert (blurry[step] - out.images).abs().max() > 1e-3  # which x̂0 is not
 
 
 def test_a_look_ahead_reads_the_prompts_of_the_run() -> None:
     """Z-Image writes its chat template into a list of prompts: the next call must get the user's own."""
-    seen: list[Tensor] = []
+    received: list[Tensor] = []
 
     def on_step(report: StepReport) -> None:
-        seen.extend([] if report.previews is None else [report.previews])
+        received.extend([] if report.previews is None else [report.previews])
 
     prompts = ["a red star", "a blue circle"]
     call = call_of("ZImage") | {"prompt": prompts, "negative_prompt": None, "generator": seeded(), "output_type": "pt"}
     steps = {"preview_steps": [1], "lookahead": WHOLE, "on_step": on_step}
     out = BestOfNPipeline(cached("ZImage"), redness)(num_particles=K, **call, **steps)
-    torch.testing.assert_close(seen[0], out.in_slot_order().images, atol=2e-5, rtol=0)
+    torch.testing.assert_close(received[0], out.in_slot_order().images, atol=2e-5, rtol=0)
     assert prompts == ["a red star", "a blue circle"]
 
 
@@ -96,9 +96,9 @@ def test_a_look_ahead_reads_the_prompts_of_the_run() -> None:
 def test_a_look_ahead_of_solvers_of_higher_order_ends_near_their_run(scheduler: str) -> None:
     pipe = with_scheduler(cached_pipe("sd"), DIFFUSION[scheduler]())
     options = {"preview_steps": [1], "num_inference_steps": 12}
-    out, seen = watched(pipe, "sd", lookahead=WHOLE, **options)
+    out, previews_at = watched(pipe, "sd", lookahead=WHOLE, **options)
     _, blurry = watched(pipe, "sd", **options)
-    far, near = ((one[1] - out.images).square().mean().sqrt() for one in (blurry, seen))
+    far, near = ((one[1] - out.images).square().mean().sqrt() for one in (blurry, previews_at))
     assert near < far / 3  # steps of first order against those of second order
 
 
@@ -106,7 +106,7 @@ def test_a_look_ahead_of_solvers_of_higher_order_ends_near_their_run(scheduler: 
 def test_the_value_is_that_of_ddim_on_the_coarse_grid(m: int) -> None:
     pipe = GaussianPipeline(DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
     start = torch.randn(4, 3, 1, 1, generator=seeded())
-    seen: list[Tensor] = []
+    received: list[Tensor] = []
     steer = BestOfNPipeline(pipe, TOTAL)
     steer(
         num_particles=4,
@@ -116,7 +116,7 @@ def test_the_value_is_that_of_ddim_on_the_coarse_grid(m: int) -> None:
         num_inference_steps=6,
         preview_steps=[0],
         lookahead=m,
-        on_step=lambda report: seen.append(report.previews) if report.previews is not None else None,
+        on_step=lambda report: received.append(report.previews) if report.previews is not None else None,
     )
     x, grid = start.double(), [999, *[999 - round(1000 * k / 6) for k in {1: [], 2: [3], 3: [2, 4]}[m]], -1]
     for timestep, after in itertools.pairwise(grid):
@@ -124,7 +124,7 @@ def test_the_value_is_that_of_ddim_on_the_coarse_grid(m: int) -> None:
         gain, shift = pipe.posterior_mean(timestep)
         x0 = gain * x + shift
         x = alpha_s * x0 + sigma_s * (x - alpha * x0) / sigma
-    torch.testing.assert_close(seen[0].double(), x, atol=1e-3, rtol=0)
+    torch.testing.assert_close(received[0].double(), x, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["fk", "selection"])
@@ -193,11 +193,11 @@ def test_micro_batches_bound_the_rows_of_a_look_ahead() -> None:
     hook = pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
     try:
         with micro_batched(pipe, 1) as view:
-            out, seen = watched(view, "sd", FKSteeringPipeline, **own)
+            out, previews_at = watched(view, "sd", FKSteeringPipeline, **own)
     finally:
         hook.remove()
     assert max(rows) == 1 and sum(rows) == 2 * out.cost.nfe == 2 * whole.cost.nfe  # guidance asks for every row twice
-    torch.testing.assert_close(seen[1], before[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(previews_at[1], before[1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("m", [2, 3])
@@ -211,8 +211,8 @@ def test_the_law_is_exact_whatever_the_look_ahead(potential: str, m: int) -> Non
 def test_observers_get_previews_from_the_first_steps_on() -> None:
     own = {"lam": 300.0, "resample_steps": [2]}
     plain, before = watched(cached_pipe("sd"), "sd", FKSteeringPipeline, **own)
-    out, seen = watched(cached_pipe("sd"), "sd", FKSteeringPipeline, preview_steps=[0], **own)
-    assert set(before) == {2} and set(seen) == {0, 2}
+    out, previews_at = watched(cached_pipe("sd"), "sd", FKSteeringPipeline, preview_steps=[0], **own)
+    assert set(before) == {2} and set(previews_at) == {0, 2}
     assert torch.equal(out.images, plain.images)
     assert out.cost.nfe == plain.cost.nfe + 2 * 2  # a look-ahead of three steps, the first of which is free
 
@@ -253,8 +253,8 @@ def test_an_adapter_gives_its_own_prediction_and_leaves_the_pipeline_as_it_was(t
     own = {"lam": 0.0, "resample_steps": [1], "guidance_scale": 1.0}
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     plain, blurry = watched(pipe, "sd", FKSteeringPipeline, **own)
-    out, seen = watched(pipe, "sd", FKSteeringPipeline, lookahead=f"lora:{tmp_path}", **own)
-    assert torch.equal(out.images, plain.images) and not torch.equal(seen[1], blurry[1])
+    out, previews_at = watched(pipe, "sd", FKSteeringPipeline, lookahead=f"lora:{tmp_path}", **own)
+    assert torch.equal(out.images, plain.images) and not torch.equal(previews_at[1], blurry[1])
     assert out.cost.nfe == plain.cost.nfe + K
     assert pipe.unet.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
@@ -275,7 +275,7 @@ def test_an_adapter_gives_its_own_prediction_and_leaves_the_pipeline_as_it_was(t
     for one, on_step in ((pipe, record), (adapted_pipe, at_latents)):
         with hook_steps(one, on_step) as view:
             view(**call, generator=seeded())
-    torch.testing.assert_close(seen[1], Preview(pipe, call)(x0[1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(previews_at[1], Preview(pipe, call)(x0[1]), atol=1e-5, rtol=0)
 
 
 # ---- lam="auto"

@@ -155,7 +155,7 @@ def test_ddpo_by_hand() -> None:
     close(gradient[0], [[0.0, -0.125], [0.1875, 0.0]])
     metrics = DDPO(0.1)(log_probs, advantages)[1]
     assert metrics == {"clipped": 0.75, "ratio": pytest.approx(0.5)}
-    # Advantages beyond ±5 count as ±5; told otherwise, as ±2.
+    # Advantages beyond ±5 count as ±5; with advantage_clip=2, beyond ±2 as ±2.
     close(solved(DDPO(0.1), log_probs, 100 * advantages)[0], 5 * 0.075)
     close(solved(DDPO(0.1, advantage_clip=2.0), log_probs, 100 * advantages)[0], 2 * 0.075)
     # In nats the same ratios come from half the differences.
@@ -432,12 +432,12 @@ class Chain:
         rows = zip(self.tables, PREFIXES, TRAJECTORIES.T, strict=True)
         return torch.stack([table.log_softmax(-1)[:, state, action] for table, state, action in rows], -1)
 
-    def learn(self, loss_of: Callable[[Tensor], Tensor], rounds: int, updates: int, lr: float) -> None:
-        """Gradient descent from where it stands; a round starts with new samples, `loss_of` takes old, then new."""
+    def learn(self, loss_of: Callable[[Tensor], Tensor], rollouts: int, updates: int, lr: float) -> None:
+        """Gradient descent from the present weights; each rollout takes their log-probabilities as the old ones."""
         for table in self.tables:
             table.requires_grad_()
         optimiser = torch.optim.SGD(self.tables, lr)
-        for _ in range(rounds):
+        for _ in range(rollouts):
             old = self.log_probs().detach()
             for _ in range(updates):
                 optimiser.zero_grad()
@@ -463,13 +463,13 @@ def test_the_optimum_of_prdp_is_the_tilted_reference() -> None:
         clipped.append(metrics["clipped"])
         return value
 
-    chain.learn(loss_of, rounds=100, updates=10, lr=0.1)
+    chain.learn(loss_of, rollouts=100, updates=10, lr=0.1)
     log_probs = LogProbs(chain.log_probs(), chain.log_probs(), reference, 9)
     torch.testing.assert_close(log_probs.new.sum(-1).exp(), tilted(reference, rewards, 0.5), rtol=0, atol=1e-3)
     value, metrics = loss(log_probs, rewards)
     assert value < 1e-4
     assert metrics["accuracy"] == 1
-    assert max(clipped) > 0.3  # the clip took part on the way
+    assert max(clipped) > 0.3  # the clip took part
 
 
 @pytest.mark.hard
@@ -482,7 +482,7 @@ def test_the_optimum_of_brain_is_the_reference_conditioned_on_being_good() -> No
         clipped.append(metrics["clipped"])
         return value
 
-    chain.learn(loss_of, rounds=300, updates=10, lr=0.3)
+    chain.learn(loss_of, rollouts=300, updates=10, lr=0.3)
     torch.testing.assert_close(chain.log_probs().sum(-1).exp(), tilted(reference, rewards, 0.5), rtol=0, atol=1e-3)
     assert max(clipped) > 0.3  # the clip took part
 
@@ -536,7 +536,7 @@ def learned_from_preferences(loss: Loss, weights: Tensor, lr: float, flat: bool 
         new, before, ref = (x[0][pairs] for x in (chain.log_probs(), old, reference))
         return loss(LogProbs(new, before, ref, 1), rewards)[0]
 
-    chain.learn(loss_of, rounds=1, updates=1500, lr=lr)
+    chain.learn(loss_of, rollouts=1, updates=1500, lr=lr)
     return chain.log_probs().sum(-1).exp(), tilted(reference, weights.log()[None], 2.0)
 
 
@@ -575,8 +575,8 @@ def test_the_published_sixteen() -> None:
     normaliser, batches = PerPromptStatTracker(), torch.randn(3, 1, 8, generator=seeded(0))
     normaliser(["a"], batches[0])
     for i in (1, 2):
-        seen = batches[i - 1 : i + 1].flatten().double()
-        expected = (batches[i].double() - seen.mean()) / (seen.std(correction=0) + 1e-6)
+        rewards = batches[i - 1 : i + 1].flatten().double()
+        expected = (batches[i].double() - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
         torch.testing.assert_close(normaliser(["a"], batches[i]), expected.float(), rtol=1e-6, atol=1e-6)
 
 
@@ -588,7 +588,7 @@ def test_rewards_without_spread_have_no_advantage(reward: float, samples: int) -
 
 
 @given(SEEDS)
-def test_a_saved_normaliser_goes_on_to_the_last_bit(seed: int) -> None:
+def test_a_saved_normaliser_resumes_bit_for_bit(seed: int) -> None:
     batches = torch.randn(3, 2, 3, generator=seeded(seed))
     one, other = PerPromptStatTracker(5, 4), PerPromptStatTracker(5, 4)
     for batch in batches[:2]:

@@ -114,7 +114,7 @@ def test_the_best_reward_is_not_below_that_of_noise_search_at_equal_evaluations(
 
 
 def test_principal_axes_describe_images() -> None:
-    """Of features of five numbers, of which two vary more: the cells are those of these two, up to signs."""
+    """Five features, two of which vary more: the cells are those of these two, up to signs."""
     scales, generator = torch.tensor([0.1, 5.0, 0.1, 2.0, 0.1]), torch.Generator().manual_seed(0)
     features = 3 + scales * torch.randn(500, 5, generator=generator)
     empty = Archive.empty(torch.zeros(1, 1), 1, (4, 4))
@@ -129,12 +129,12 @@ def test_principal_axes_describe_images() -> None:
 @pytest.mark.hard
 def test_a_reward_that_one_cell_pays_is_found() -> None:
     """Both descriptors must be above 2.3: 1 in 9,000 draws. At least three times as often as by random search."""
-    found = {0.5: 0, 1.0: 0}
+    successes = {0.5: 0, 1.0: 0}
     for seed in range(24):
-        for distance in found:
+        for distance in successes:
             chain = Chain(lambda images: ((images[:, :2, 0, 0] > 2.3).all(1)).float(), 8, seed)
-            found[distance] += bool(run(rule(distance=distance), chain, 57).rewards.max() == 1)
-    assert found[0.5] >= 3 * max(found[1.0], 1), found
+            successes[distance] += bool(run(rule(distance=distance), chain, 57).rewards.max() == 1)
+    assert successes[0.5] >= 3 * max(successes[1.0], 1), successes
 
 
 def test_prompts_have_archives_of_their_own() -> None:

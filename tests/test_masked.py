@@ -42,10 +42,10 @@ def test_samples_follow_the_kernel(opening: str) -> None:
     kernel = MaskedKernel(STATES[-1:].expand(n, -1), LOG_X0[-1].expand(n, -1, -1), rate, MASK, opening)
     counts = torch.bincount(index_of(kernel.sample(Generator().manual_seed(0))), minlength=len(STATES)).double()
     expected = exact * n
-    seen = expected > 5
+    frequent = expected > 5
     assert counts[exact == 0].sum() == 0
-    chi2 = ((counts - expected)[seen] ** 2 / expected[seen]).sum()
-    degrees = int(seen.sum()) - 1
+    chi2 = ((counts - expected)[frequent] ** 2 / expected[frequent]).sum()
+    degrees = int(frequent.sum()) - 1
     assert abs(chi2 - degrees) < 4 * (2 * degrees) ** 0.5
 
 

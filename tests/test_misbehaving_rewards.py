@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Steer
 from PIL import Image
-from served import REWARDS
+from server_processes import REWARDS
 
 from steer.reward import RewardError, score
 

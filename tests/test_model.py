@@ -115,7 +115,7 @@ def test_the_tokenizer_knows_every_word_and_any_byte(tmp_path: Path) -> None:
         assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
 
 
-def test_a_training_that_is_killed_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     data = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
 
     class Killed(Exception):
@@ -176,7 +176,7 @@ def test_every_caption_of_a_training_scene_holds_of_its_image_and_none_is_held_o
     assert wordings > 900
 
 
-def test_the_loss_of_a_denoiser_that_knows_the_velocity_is_zero_and_min_snr_weighs_it_by_the_formula() -> None:
+def test_the_loss_of_an_exact_denoiser_is_zero_and_min_snr_weights_follow_the_formula() -> None:
     scheduler, generator = new_scheduler(), torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 4, 8, 8, 8, generator=generator)
     t = torch.tensor([5, 300, 600, 990])
@@ -196,9 +196,9 @@ def test_the_loss_of_a_denoiser_that_knows_the_velocity_is_zero_and_min_snr_weig
     errors = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1, 1)
     plain = velocity_loss(DisableAdapter(errors), states, x0, t, noise, Recipe())  # type: ignore[arg-type]
     assert plain.item() == pytest.approx(30 / 4)
-    weighed = velocity_loss(DisableAdapter(errors), states, x0, t, noise, Recipe(min_snr=5.0))  # type: ignore[arg-type]
+    weighted = velocity_loss(DisableAdapter(errors), states, x0, t, noise, Recipe(min_snr=5.0))  # type: ignore[arg-type]
     weights = torch.minimum(snr, torch.tensor(5.0)) / (snr + 1)
-    assert weighed.item() == pytest.approx((weights * torch.tensor([1.0, 4.0, 9.0, 16.0])).mean().item(), rel=1e-5)
+    assert weighted.item() == pytest.approx((weights * torch.tensor([1.0, 4.0, 9.0, 16.0])).mean().item(), rel=1e-5)
 
 
 def test_the_rate_warms_up_stays_and_falls_and_the_end_may_be_moved() -> None:

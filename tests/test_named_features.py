@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from planted import images, pairs_of, random_rows, tensors, tiny_clip
+from synthetic_preferences import images, pairs_of, random_rows, tensors, tiny_clip
 from torch import Tensor
 
 from steer.apps.scenes.preferences import png

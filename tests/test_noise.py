@@ -82,7 +82,7 @@ def test_steps_are_those_of_torch_also_after_a_restart(rule: str) -> None:
     leaves = [nn.Parameter(row.clone()) for row in search.noise]
     optimisers = [theirs([leaf]) for leaf in leaves]
     for number in range(9):
-        if number == 4:  # the middle row begins anew
+        if number == 4:  # the middle row restarts
             search = search.restart(torch.tensor([False, True, False]), noise(7))
             leaves[1] = nn.Parameter(noise(7)[1].clone())
             optimisers[1] = theirs([leaves[1]])
@@ -120,7 +120,7 @@ def run_events(search: Search, rule: Optimiser, events: list[tuple[Tensor, Tenso
     return search
 
 
-def told(history: list[tuple[list[float], list[str]]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def events_of(history: list[tuple[list[float], list[str]]]) -> list[tuple[Tensor, Tensor, Tensor]]:
     return [
         (
             torch.tensor(rewards),
@@ -133,7 +133,7 @@ def told(history: list[tuple[list[float], list[str]]]) -> list[tuple[Tensor, Ten
 
 @given(history=EVENTS, rule=st.sampled_from(["sgd", "adam"]))
 def test_rows_of_a_batch_are_searches_of_their_own(history: list[tuple[list[float], list[str]]], rule: str) -> None:
-    ours, events = RULES[rule][0], told(history)
+    ours, events = RULES[rule][0], events_of(history)
     together = run_events(Search.start(noise(), ours), ours, events, slice(None))
     for row in range(3):
         alone = run_events(Search.start(noise()[row : row + 1], ours), ours, events, slice(row, row + 1))
@@ -145,16 +145,16 @@ def test_rows_of_a_batch_are_searches_of_their_own(history: list[tuple[list[floa
 def test_the_best_is_kept_over_all_starts_and_staleness_is_counted_in_each(
     history: list[tuple[list[float], list[str]]],
 ) -> None:
-    rule, events = RULES["sgd"][0], told(history)
+    rule, events = RULES["sgd"][0], events_of(history)
     search = Search.start(noise(), rule)
     for row in range(3):
-        alone, seen, present, starts = rows_of(search, row), [], [], 1
+        alone, candidates, present, starts = rows_of(search, row), [], [], 1
         for number, (rewards, retired, again) in enumerate(events):
             reward = float(rewards[row])
-            seen.append((reward, -number, alone.noise))
+            candidates.append((reward, -number, alone.noise))
             present.append(reward)
             alone = alone.record(rewards[row : row + 1])
-            best, _, where = max(seen, key=lambda one: one[:2])  # the first of equals
+            best, _, where = max(candidates, key=lambda one: one[:2])  # the first of equals
             assert alone.best_rewards == best and torch.equal(alone.best_noise, where)
             assert alone.peak == max(present)
             assert alone.stale == len(present) - 1 - present.index(max(present))
@@ -188,7 +188,7 @@ def test_searches_of_half_precision_noise_stand_in_fp32(dtype: torch.dtype) -> N
 def test_what_is_saved_is_what_is_read(rule: str) -> None:
     ours = RULES[rule][0]
     search = run_events(
-        Search.start(noise(), ours), ours, told([([1.0, 2.0, 3.0], ["", "restart", "retire"])]), slice(None)
+        Search.start(noise(), ours), ours, events_of([([1.0, 2.0, 3.0], ["", "restart", "retire"])]), slice(None)
     )
     saved = search.tensors()
     read = Search.from_tensors(saved, torch.device("cpu"))

@@ -167,7 +167,7 @@ def test_gradients_too_small_or_too_large_for_fp16_are_right(name: str, factor: 
 
 
 def test_a_scale_that_is_too_large_costs_no_second_image() -> None:
-    """The graph is gone through again with a smaller one; nothing is made or scored anew."""
+    """The same graph is differentiated again with a smaller scale; no image is decoded or scored again."""
     asked: list[int] = []
 
     def counted(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -193,7 +193,7 @@ def test_half_precision_pipelines_run_and_are_reproduced(name: str, dtype: torch
     assert {pipe.vae.dtype, next(pipe.vae.parameters()).dtype} == {dtype} and pipe.vae.config.force_upcast
 
 
-def test_a_vae_that_needs_fp32_decodes_in_it_on_the_way_and_stays_as_it_was() -> None:
+def test_a_vae_that_needs_fp32_decodes_in_it_and_keeps_its_dtype() -> None:
     pipe = in_precision(cached_pipe("sdxl"), torch.float16)
     result: list[torch.dtype] = []
     note: Callable[..., None] = lambda module, given: result.append(given[0].dtype)  # noqa: E731

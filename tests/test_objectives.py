@@ -1,4 +1,4 @@
-"""What learned rewards minimise and how they are judged: closed forms, plain loops, expected minimisers."""
+"""Losses and metrics of learned rewards against closed forms, plain loops and expected minimisers."""
 
 import math
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def test_bradley_terry_in_closed_form() -> None:
     assert loss_and_slope(bradley_terry, choices([1.0]), [math.log(3)])[0] == pytest.approx(math.log(4 / 3))
 
 
-def test_scaled_bradley_terry_weighs_each_pair_by_its_strength() -> None:
+def test_scaled_bradley_terry_weights_each_pair_by_its_strength() -> None:
     loss, slope = loss_and_slope(scaled_bradley_terry, choices(CHOICE, STRENGTH), DELTA)
     rows = list(zip(DELTA, CHOICE, STRENGTH, strict=True))
     assert loss == pytest.approx(sum(s * by_hand(d, c) for d, c, s in rows) / 5)
@@ -123,7 +123,7 @@ def test_smoothing_is_the_mean_over_labels_of_which_a_share_is_turned(share: flo
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.3])
 def test_smoothing_bounds_the_difference(share: float) -> None:
-    """Of a choice that is sure, −[(1−ε) log σ(Δ) + ε log σ(−Δ)] is least at Δ = log((1−ε)/ε)."""
+    """For a certain choice, −[(1−ε) log σ(Δ) + ε log σ(−Δ)] is least at Δ = log((1−ε)/ε)."""
     result = minimiser(lambda difference: bradley_terry(difference, smooth_labels(choices([1.0]), share)))
     assert result == pytest.approx(math.log((1 - share) / share), abs=1e-6)
 
@@ -153,7 +153,7 @@ def test_flipping_saturates_at_the_share_and_keeps_single_precision() -> None:
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.4])
 @pytest.mark.parametrize("clean", [-2.0, -0.3, 0.0, 1.5])
 def test_trained_through_flips_the_difference_stays_the_clean_one(share: float, clean: float) -> None:
-    """Labels are drawn with σ(clean), a share ε of them then turned: the expected loss is least at Δ = clean.
+    """Labels have probability σ(clean), a share ε of them is flipped: the expected loss is least at Δ = clean.
 
     Without the correction it is least at the log-odds of the noisy labels, nearer 0.
     """

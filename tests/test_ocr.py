@@ -1,4 +1,4 @@
-"""The OCR reward: on words drawn with a real font, read by the real engine."""
+"""The OCR reward: the real engine on words in a real font."""
 
 import logging
 import socket
@@ -56,7 +56,7 @@ def test_an_image_alone_is_read_as_in_a_batch(reward: Ocr) -> None:
     red, lines = picture("RED", colour="red", background="navy"), picture("HELLO", "WORLD")
     alone = [score(reward, red, ['"red"']), score(reward, lines, [SAYS_HELLO])]
     assert torch.equal(score(reward, torch.cat([lines, red]), [SAYS_HELLO, '"red"']), torch.cat(alone[::-1]))
-    assert [found.item() for found in alone] == [1, 1]
+    assert [one.item() for one in alone] == [1, 1]
 
 
 def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

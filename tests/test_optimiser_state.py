@@ -40,11 +40,11 @@ def step(net: nn.Module, optimiser: Optimizer, number: int) -> None:
 
 def through_disk(optimiser: Optimizer, folder: Path) -> tuple[dict[str, Tensor], Any]:
     tensors, values = optimiser_tensors(optimiser)
-    found = Checkpoint.open(Checkpoints(folder).save(1, {"optimiser": tensors}, {"optimiser": values}))
-    return found.tensors("optimiser"), found.json("optimiser")
+    opened = Checkpoint.open(Checkpoints(folder).save(1, {"optimiser": tensors}, {"optimiser": values}))
+    return opened.tensors("optimiser"), opened.json("optimiser")
 
 
-def told(optimiser: Optimizer) -> str:
+def state_text(optimiser: Optimizer) -> str:
     """The whole state with types and tuples, but for the order of names."""
     saved = optimiser.state_dict()
     groups = [sorted(group.items()) for group in saved["param_groups"]]
@@ -65,7 +65,7 @@ RULES: dict[str, Make] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_run_goes_on_bit_for_bit(tmp_path: Path, rule: str, dtype: torch.dtype) -> None:
+def test_a_run_resumes_bit_for_bit(tmp_path: Path, rule: str, dtype: torch.dtype) -> None:
     net = model(dtype)
     optimiser = RULES[rule](net)
     for number in range(3):
@@ -73,7 +73,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path, rule: str, dtype: torch.dtype
     again = copy.deepcopy(net)
     taken_up = RULES[rule](again)
     load_optimiser(taken_up, *through_disk(optimiser, tmp_path))
-    assert told(taken_up) == told(optimiser)
+    assert state_text(taken_up) == state_text(optimiser)
     for number in range(3, 6):
         step(net, optimiser, number)
         step(again, taken_up, number)
@@ -129,14 +129,14 @@ def test_the_state_goes_to_where_the_weights_are(tmp_path: Path, device: str) ->
 def test_the_state_of_something_else_is_refused(tmp_path: Path, other: Callable[[], Optimizer], message: str) -> None:
     net = model()
     step(net, optimiser := adamw(net), 0)
-    before = told(target := other())
+    before = state_text(target := other())
     with pytest.raises(InputError, match=message):
         load_optimiser(target, *through_disk(optimiser, tmp_path))
-    assert told(target) == before
+    assert state_text(target) == before
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "corrupt",
     [
         lambda tensors, values: values.pop("state"),
         lambda tensors, values: values.update(groups=[]),
@@ -149,11 +149,11 @@ def test_the_state_of_something_else_is_refused(tmp_path: Path, other: Callable[
         lambda tensors, values: tensors.update({"groups.9.lr": torch.ones(1)}),
     ],
 )
-def test_a_state_that_makes_no_sense_is_refused(tmp_path: Path, spoil: Callable[[Any, Any], Any]) -> None:
+def test_a_state_that_makes_no_sense_is_refused(tmp_path: Path, corrupt: Callable[[Any, Any], Any]) -> None:
     net = model()
     step(net, optimiser := adamw(net), 0)
     tensors, values = through_disk(optimiser, tmp_path)
-    spoil(tensors, values)
+    corrupt(tensors, values)
     with pytest.raises(InputError, match="the saved optimiser does not fit"):
         load_optimiser(fresh := adamw(net), tensors, values)
     assert not fresh.state

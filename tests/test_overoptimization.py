@@ -81,7 +81,7 @@ def test_a_hacked_run_is_named() -> None:
     assert "(r = 0.80, now -0.86)" in str(hacking)  # −1.25 / √2.125
     assert find_hacking([BASE, evaluation(10, [[5, 6], [7, 8]], [[1, 3], [1, 2]])]) is None  # it rose
     uncorrelated = evaluation(0, [[1.0, 0.0], [4.0, 2.0]], [[0.0, 2.0], [1.0, 2.0]])
-    assert find_hacking([uncorrelated, HACKED]) is None  # the proxy never promised anything
+    assert find_hacking([uncorrelated, HACKED]) is None  # the proxy never predicted the truth
     assert find_hacking([BASE]) is None and find_hacking([]) is None
     assert find_hacking([BASE, HACKED], step=0) is None  # the exported weights are the base model's
 
@@ -142,20 +142,20 @@ def test_a_tilted_gaussian_meets_the_bound_in_closed_form(shift: float, rho: flo
     error = (logs.exp().std() / n**0.5).item()
     assert chi_square == pytest.approx(math.exp(shift**2) - 1, abs=3 * error)
     assert ess == pytest.approx(n * math.exp(-(shift**2)), rel=0.05)
-    found = guaranteed_gain([base.record(), now.record()])
-    assert found is not None and found.bound is not None and found.correlation == pytest.approx(rho, abs=0.01)
+    gain = guaranteed_gain([base.record(), now.record()])
+    assert gain is not None and gain.bound is not None and gain.correlation == pytest.approx(rho, abs=0.01)
     exact = 3.0 * (shift - math.sqrt((1 - rho**2) * (math.exp(shift**2) - 1))) / rho
-    assert found.bound == pytest.approx(exact, abs=0.15)
-    assert found.bound <= 3.0 * rho * shift + 0.03, "the true gain is not below it"
-    assert ("no guarantee" in str(found)) == (rho == 0.3) and f"r = {rho:.2f}" in str(found)
+    assert gain.bound == pytest.approx(exact, abs=0.15)
+    assert gain.bound <= 3.0 * rho * shift + 0.03, "the true gain is not below it"
+    assert ("no guarantee" in str(gain)) == (rho == 0.3) and f"r = {rho:.2f}" in str(gain)
 
 
 def test_the_bound_by_hand_and_where_it_is_not_estimated() -> None:
     assert held_out_bound(1.0, 0.8, 1.0) == pytest.approx(0.5) and held_out_bound(0.5, 1.0, 9.0) == 0.5
     base, far = tilted(0, 0.0, 0.9, 2).record(), tilted(1, 3.0, 0.9, 2).record()
-    found = guaranteed_gain([base, far])
-    assert found is not None and found.bound is None and "eval/chi_square" not in far and found.ess < 10
-    assert "not estimated, the effective sample size of χ² is " in str(found)
+    gain = guaranteed_gain([base, far])
+    assert gain is not None and gain.bound is None and "eval/chi_square" not in far and gain.ess < 10
+    assert "not estimated, the effective sample size of χ² is " in str(gain)
     assert guaranteed_gain([BASE, HACKED]) is None and guaranteed_gain([base]) is None, "nothing was measured"
 
 

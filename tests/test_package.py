@@ -1,4 +1,4 @@
-"""What is shipped: sdist, wheel and editable install hold every file once, also from a checkout without symlinks."""
+"""Packaging: sdist, wheel and editable install hold every file once, also from a checkout without symlinks."""
 
 import os
 import shutil
@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LINKS = ("apps", "assets", "pipelines", "rewards")  # steer/apps → ../apps and so on, for tools that read a checkout
 SHIPPED = ("README.md", "LICENSE", "pyproject.toml", "steer", *LINKS)
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "scenes-large", "scenes-flow")  # not shipped: test_house.py
+# The last two are not shipped: test_project_structure.py
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "scenes-large", "scenes-flow")
 
 
 def test_a_release_runs_the_tests_first() -> None:
@@ -46,7 +47,7 @@ def checkout(into: Path, symlinks: str = "kept") -> Path:
 
 
 def python(*words: object, cwd: Path, **environment: str) -> str:
-    """What another Python prints; the checkout is not on its path."""
+    """Output of another Python process; the checkout is not on its path."""
     given = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
     ran = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=given, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
@@ -71,15 +72,15 @@ def files_of_wheel(dist: Path) -> dict[str, bytes]:
 def expected() -> dict[str, Path]:
     """Path in a wheel → file of the checkout, of every module and of all package-data."""
     folders = SETUPTOOLS["package-dir"]
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for package in SETUPTOOLS["packages"]:
         longest = max((name for name in folders if f"{package}.".startswith(f"{name}.")), key=len)
         folder = ROOT / folders[longest] / package.removeprefix(longest).strip(".").replace(".", "/")
         for pattern in ["*.py", *SETUPTOOLS["package-data"].get(package, [])]:
             for path in folder.glob(pattern):
                 if path.is_file():
-                    found[f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}"] = path
-    return found
+                    files[f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}"] = path
+    return files
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_a_checkout_without_symlinks_makes_the_same_wheel(symlinks: str, dist: P
 
 
 def test_the_import_takes_less_than_half_a_second(unpacked: Path, tmp_path: Path) -> None:
-    """Of processor time, the best of three: other processes may have the machine."""
+    """The least CPU time of three runs: other processes may be running."""
     code = "import time; import steer; import sys; print(time.process_time(), 'torch' in sys.modules)"
     runs = [python("-c", code, cwd=tmp_path, PYTHONPATH=str(unpacked)).split() for _ in range(3)]
     assert {torch for _, torch in runs} == {"False"}

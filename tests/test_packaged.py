@@ -1,4 +1,4 @@
-"""nsfw, faces, brisque, lpips: the wiring on stand-ins of the packages, the packages themselves where installed."""
+"""nsfw, faces, brisque, lpips: the wiring with fake packages, and the packages themselves where installed."""
 
 import sys
 from pathlib import Path

@@ -271,7 +271,7 @@ def test_a_long_text_is_read() -> None:
     assert values("a" + " " * 100_000 + "+ b") == [1.0, 0.75]
 
 
-def test_whether_a_number_is_an_argument_is_told_without_making_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_is_known_to_be_an_argument_without_loading_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[str, ...]] = []
 
     class Heavy(Labelled):

@@ -136,14 +136,14 @@ def test_geometric_tempering_reaches_lambda_at_the_end_and_das_constant_does_not
 
 def test_ess_tempering_leaves_half_of_the_particles() -> None:
     rewards = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * 5
-    weighed = FeynmanKac(50.0, tempering=TEMPERINGS["ess"]).reweight(Particles.start(3, 16), rewards, 0.3)
-    assert torch.allclose(weighed.ess, torch.full((3,), 8.0), atol=0.05)
+    reweighted = FeynmanKac(50.0, tempering=TEMPERINGS["ess"]).reweight(Particles.start(3, 16), rewards, 0.3)
+    assert torch.allclose(reweighted.ess, torch.full((3,), 8.0), atol=0.05)
 
 
 @pytest.mark.parametrize("size", [4, 16])
 @pytest.mark.parametrize("potential", ["difference", "max"])
 def test_ess_tempering_meets_its_target_again_and_again(potential: str, size: int) -> None:
-    """Of 300 groups at each of 5 evaluations, those that some λ_j of a fine grid brings to the target are there."""
+    """300 groups, 5 evaluations: whenever some λ_j of a fine grid brings the ESS to the target, tempering does too."""
     target, groups, lam = size / 2, 300, 40.0
     generator = torch.Generator().manual_seed(0)
     algorithm = FeynmanKac(lam, POTENTIALS[potential], tempering=TEMPERINGS["ess"])
@@ -151,16 +151,16 @@ def test_ess_tempering_meets_its_target_again_and_again(potential: str, size: in
     fell = False
     for j in range(5):
         rewards = 0.7 * rewards + torch.randn(groups, size, generator=generator)
-        weighed = algorithm.reweight(particles, rewards, j / 6)
+        reweighted = algorithm.reweight(particles, rewards, j / 6)
         every = [FeynmanKac(float(x), POTENTIALS[potential]).reweight(particles, rewards, 0).ess for x in range(41)]
         possible = torch.stack(every).amax(0) >= target
-        strength = weighed.path.strengths[-1][:, 0]
-        at_target = (weighed.ess - target).abs() < 0.05 * size
-        at_target |= (strength == lam) & (weighed.ess >= target)
+        strength = reweighted.path.strengths[-1][:, 0]
+        at_target = (reweighted.ess - target).abs() < 0.05 * size
+        at_target |= (strength == lam) & (reweighted.ess >= target)
         assert possible.float().mean() > 0.5 and at_target[possible].float().mean() >= 0.8
         assert ((strength >= 0) & (strength <= lam)).all()
         fell |= j > 0 and bool((strength < particles.path.strengths[-1][:, 0] - 1e-3).any())
-        particles, ancestors = algorithm.select(weighed, generator)
+        particles, ancestors = algorithm.select(reweighted, generator)
         assert ancestors is not None and (particles.ess > size * (1 - 1e-5)).all()  # resampled at its own target
         rewards = rewards.gather(1, ancestors)
     assert fell
@@ -180,8 +180,8 @@ def test_mistake_2_a_maximum_that_starts_from_zero_ignores_negative_rewards() ->
     rewards = torch.tensor([[-3.0, -2.0, -1.0, -0.5]])
     published = torch.maximum(torch.zeros(1, 4), rewards)
     assert (published == 0).all()
-    weighed = FeynmanKac(1.0, POTENTIALS["max"]).reweight(Particles.start(1, 4), rewards, 0.5)
-    assert torch.equal(weighed.log_weights, rewards)
+    reweighted = FeynmanKac(1.0, POTENTIALS["max"]).reweight(Particles.start(1, 4), rewards, 0.5)
+    assert torch.equal(reweighted.log_weights, rewards)
 
 
 def test_mistake_3_weights_of_steps_without_resampling_are_kept() -> None:

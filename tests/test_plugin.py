@@ -62,7 +62,7 @@ score(near, images, ["", ""]).sum().backward()
 assert images.grad.abs().sum() > 0
 assert abs(score(load_reward("warmth:0.2"), images, ["", ""])[0].item() + 0.3) < 1e-6
 
-for wrong, told in [
+for wrong, message in [
     ("warmth:much", "reward 'warmth' cannot be made: ValueError"),
     ("warmth:a=1", "reward 'warmth' cannot take 'a=1'"),
     ("warmt", "did you mean warmth"),
@@ -70,7 +70,7 @@ for wrong, told in [
     try:
         load_reward(wrong)
     except ValueError as error:
-        assert told in str(error), error
+        assert message in str(error), error
     else:
         raise AssertionError(wrong)
 

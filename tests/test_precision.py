@@ -67,8 +67,8 @@ def test_the_kl_of_a_small_lora_is_that_of_float32(name: str) -> None:
         assert half == dtype and len(steps) == len(stored.stochastic) - 2
         same = replace(stored, latents=stored.latents.to(dtype))
         truth = divergence(sampler, trained, stored, steps)
-        found = divergence(Sampler(other, call, storage=dtype), small, same, steps)
-        assert truth > 0 and found == pytest.approx(truth, rel=0.2)
+        actual = divergence(Sampler(other, call, storage=dtype), small, same, steps)
+        assert truth > 0 and actual == pytest.approx(truth, rel=0.2)
 
 
 @pytest.mark.hard

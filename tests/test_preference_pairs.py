@@ -73,7 +73,7 @@ def test_lines_by_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "   ",
     ]
     path = lines(folder, *rows)
-    monkeypatch.chdir(folder / "images")  # paths are told from the file on, wherever one stands
+    monkeypatch.chdir(folder / "images")  # paths are relative to the file, not to the working directory
     loaded = read_pairs(path)
     assert len(loaded) == 5
     assert loaded.labels.choice.tolist() == pytest.approx([0, 1, 0.5, 0.8, 1])
@@ -370,7 +370,9 @@ def test_ranks_of_more_than_two_are_pairs(tmp_path: Path, caplog: pytest.LogCapt
 def test_a_folder_of_choices_as_the_demo_records_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put_images(tmp_path / "images")
     files = [{"file": f"images/{shade}.png", "sha256": ""} for shade in ("dark", "light")]
-    lots = [{"lot": name, "prompts": [name] * 2, "starts": [1, 1], "noises": [2, 3], "images": files} for name in "xy"]
+    stored = [
+        {"lot": name, "prompts": [name] * 2, "starts": [1, 1], "noises": [2, 3], "images": files} for name in "xy"
+    ]
     rows = [
         {"lot": "x", "chosen": 0, "rejected": 1, "annotator": "ada"},
         {"lot": "x", "undo": True, "annotator": "ada"},
@@ -378,8 +380,8 @@ def test_a_folder_of_choices_as_the_demo_records_it(tmp_path: Path, caplog: pyte
         {"lot": "x", "tie": True, "annotator": "bob"},
         {"lot": "y", "chosen": 1, "rejected": 0},
     ]
-    for name, written in (("lots", lots), ("choices", rows)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    for name, written in (("lots.jsonl", stored), ("choices.jsonl", rows)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in written))
     assert preferred(tmp_path) == preferred(tmp_path / "choices.jsonl") == [("x", 204), ("y", 204)]
     assert "skipped 1 ties and 0 pairs without a label of 3 pairs" in caplog.text
     assert read_pairs(tmp_path).users == ("ada", None)

@@ -130,7 +130,7 @@ def test_no_random_number_of_the_user_is_used_up(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), everyones)
 
 
-def test_the_users_pipeline_stays_untouched() -> None:
+def test_the_pipeline_is_unchanged() -> None:
     pipe, call = cached_pipe("sd"), call_kwargs("sd", COUNT)
     latents = run(pipe, call, "latent")
     before, config = dict(vars(pipe)), dict(pipe.config)
@@ -264,9 +264,9 @@ def test_another_autoencoder_decodes_as_if_it_were_the_pipelines_own(name: str, 
     with_it.vae = decoder
     images, latents = run_named(with_it, name, "pt"), run_named(with_it, name, "latent")
     preview = Preview(pipe, call_kwargs(name, COUNT), chunk, decoder)
-    found = preview(latents)
+    actual = preview(latents)
     assert images.std() > 0.05 and (images - Preview(pipe, call_kwargs(name, COUNT))(latents)).abs().max() > 0.1
-    torch.testing.assert_close(found, images, **CLOSER)
+    torch.testing.assert_close(actual, images, **CLOSER)
     assert preview.decodes == 0
 
 
@@ -276,12 +276,12 @@ def test_the_scaling_is_that_of_the_decoders_configuration() -> None:
     with torch.no_grad():
         expected = (taesd.decode(latents).sample / 2 + 0.5).clamp(0, 1)
     for name in ("sd", "sdxl", "sd3", "pixart"):
-        found = Preview(cached_pipe(name), call_kwargs(name, COUNT), 8, taesd)(latents)
-        torch.testing.assert_close(found, expected, **CLOSER)
+        actual = Preview(cached_pipe(name), call_kwargs(name, COUNT), 8, taesd)(latents)
+        torch.testing.assert_close(actual, expected, **CLOSER)
     # Flux packs 2 × 2 latents into one token.
     packed = F.pixel_unshuffle(latents, 2).flatten(2).movedim(1, 2)
-    found = Preview(cached_pipe("flux"), call_kwargs("flux", COUNT), 8, taesd)(packed)
-    torch.testing.assert_close(found, expected, **CLOSER)
+    actual = Preview(cached_pipe("flux"), call_kwargs("flux", COUNT), 8, taesd)(packed)
+    torch.testing.assert_close(actual, expected, **CLOSER)
 
 
 def test_a_decoder_keeps_its_own_precision() -> None:
@@ -290,12 +290,12 @@ def test_a_decoder_keeps_its_own_precision() -> None:
     for name in ("unet", "vae", "text_encoder"):
         vars(pipe)[name] = copy.deepcopy(getattr(pipe, name)).to(torch.bfloat16)
     decoder = tiny()
-    found = Preview(pipe, call, 8, decoder)(latents)
+    actual = Preview(pipe, call, 8, decoder)(latents)
     with torch.no_grad():
         given = latents.to(torch.bfloat16) / 0.7
         exact = (decoder.decode(given.float()).sample / 2 + 0.5).clamp(0, 1)
     assert decoder.dtype == torch.float32
-    torch.testing.assert_close(found.float(), exact, atol=4e-3, rtol=0)  # one rounding, at the end
+    torch.testing.assert_close(actual.float(), exact, atol=4e-3, rtol=0)  # one rounding, at the end
     linear = LinearPreview(pipe, call)
     first, second = linear(latents), linear(latents)
     assert first.dtype == second.dtype == torch.bfloat16 and second.isfinite().all()
@@ -329,7 +329,7 @@ def test_a_decoder_follows_the_latents_to_their_device() -> None:
     assert ran == ["meta", "meta", "cpu"] and decoder.device.type == "cpu"
 
 
-def test_decoder_and_pipeline_stay_untouched() -> None:
+def test_decoder_and_pipeline_are_unchanged() -> None:
     pipe, decoder = cached_pipe("sd"), tiny()
     before, own, weights = dict(vars(pipe)), set(vars(decoder)), copy.deepcopy(decoder.state_dict())
     vae = set(vars(pipe.vae))
@@ -385,9 +385,9 @@ def test_the_fit_is_that_of_least_squares(radius: int, scale: int, ridge: float)
     targets = np.concatenate([blocks, np.zeros((size, blocks.shape[1]))])
     solution = np.linalg.lstsq(np.concatenate([features, below]), targets, rcond=None)[0]
     new = torch.randn(2, 2, 4, 3, generator=seeded(2))
-    found = equations.solve()(new)
+    solved = equations.solve()(new)
     expected = explicit_features(new, radius) @ solution
-    np.testing.assert_allclose(explicit_blocks(found, scale), expected, atol=2e-5)
+    np.testing.assert_allclose(explicit_blocks(solved, scale), expected, atol=2e-5)
 
 
 def test_an_exactly_linear_decoder_is_recovered() -> None:
@@ -493,11 +493,11 @@ def test_gradients_are_those_of_the_decoder() -> None:
     for name, preview in {"tiny": Preview(pipe, call, 8, decoder), "linear": linear}.items():
         x = latents.clone().requires_grad_(True)
         with torch.enable_grad():
-            (found,) = torch.autograd.grad(likeness(preview(x), ["a"] * COUNT).sum(), x)
+            (actual,) = torch.autograd.grad(likeness(preview(x), ["a"] * COUNT).sum(), x)
             images = (decode[name](x / scaled[name]) / 2 + 0.5).clamp(0, 1)
             (expected,) = torch.autograd.grad(likeness(images, ["a"] * COUNT).sum(), x)
         assert expected.abs().max() > 0.01
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.few(2)

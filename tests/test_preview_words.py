@@ -46,8 +46,8 @@ def test_tiny_is_the_embedded_models_own(scenes: Any) -> None:
     assert (small - full).abs().mean() < 0.3 * grey
     # Its encoder was trained beside it: it finds the latents that it paints.
     with torch.no_grad():
-        found = decoder.encode(full * 2 - 1).latents
-    assert (found - latents).square().mean() < 0.3 * latents.var()
+        encoded = decoder.encode(full * 2 - 1).latents
+    assert (encoded - latents).square().mean() < 0.3 * latents.var()
 
 
 def test_it_steers(scenes: Any) -> None:
@@ -60,9 +60,9 @@ def test_it_steers(scenes: Any) -> None:
 def test_a_folder_is_loaded_in_the_models_precision(tmp_path: Path) -> None:
     made = tiny()
     made.save_pretrained(tmp_path)
-    found = load_preview(str(tmp_path), cached_pipe("sd"))
-    assert found.config.scaling_factor == 0.7 and found.dtype == torch.float32
-    assert all(torch.equal(value, made.state_dict()[name]) for name, value in found.state_dict().items())
+    loaded = load_preview(str(tmp_path), cached_pipe("sd"))
+    assert loaded.config.scaling_factor == 0.7 and loaded.dtype == torch.float32
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ def lines_of(notebook: nbformat.NotebookNode) -> list[str]:
 
 def gains(notebook: nbformat.NotebookNode) -> dict[str, list[float]]:
     """By prompt: `scene-soft` before and after, `scene` before and after."""
-    found = filter(None, map(GAIN.fullmatch, lines_of(notebook)))
-    return {match[1]: [float(number) for number in match.groups()[1:]] for match in found}
+    matches = filter(None, map(GAIN.fullmatch, lines_of(notebook)))
+    return {match[1]: [float(number) for number in match.groups()[1:]] for match in matches}
 
 
 @pytest.mark.parametrize("which", hard_but(["stored", "ran"], "stored"))

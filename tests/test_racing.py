@@ -116,7 +116,7 @@ def test_the_chosen_race_is_that_of_a_search(branches: int) -> None:
 
 
 def test_a_race_looks_ahead_as_its_plan_says(pipe_of: Callable[[str], Any]) -> None:
-    """Of 12 steps at most four look ahead; a number given is kept, and a value has none."""
+    """At most four solver steps of 12 for look-ahead; a given number is kept, and a learned value needs none."""
     call = {"budget": 60, "num_inference_steps": 12}
     for lookahead, m in (("auto", 4), (2, 2)):
         plan = plan_race(60, 12, lookahead=m)

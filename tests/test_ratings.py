@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Steer
-from planted import SIDE, images, pairs_of, prompts, random_rows, tensors, tiny_clip, truth
+from synthetic_preferences import SIDE, images, pairs_of, prompts, random_rows, tensors, tiny_clip, truth
 
 from steer.reward import RewardError
 from steer.rewards.analysis import pairwise_agreement

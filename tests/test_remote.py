@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import Steer
 from PIL import Image
-from served import Served, process, serving
+from server_processes import Served, process, serving
 
 from steer.apps.recipes import read_png, write_png
 from steer.apps.reward_specs import only_named_rewards
@@ -36,7 +36,7 @@ PROMPTS = ["a", "b", "c"]
 
 @pytest.fixture(scope="module")
 def liar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with process(Path(__file__).with_name("lying_server.py"), folder=tmp_path_factory.mktemp("liar")) as served:
+    with process(Path(__file__).with_name("misbehaving_server.py"), folder=tmp_path_factory.mktemp("liar")) as served:
         yield served.url
 
 
@@ -156,7 +156,7 @@ def test_images_that_are_not_finite_are_not_sent(liar: str) -> None:
         ),  # it is there for as long as it likes
     ],
 )
-def test_a_run_goes_on_when_the_process_is_back(
+def test_a_run_resumes_when_the_server_is_back(
     steer: Steer,
     tmp_path: Path,
     kind: str,
@@ -364,7 +364,7 @@ def test_other_refusals(served: Served, method: str, path: str, length: str, sta
     ("kind", "message"),
     [("raises", "reward 'raises' failed: KeyError: 'a\\nlabel'"), ("not_a_number", "returned nan for image 0")],
 )
-def test_what_the_reward_does_wrong_is_told_there_in_one_line(tmp_path: Path, kind: str, message: str) -> None:
+def test_an_error_of_the_reward_reaches_the_client_in_one_line(tmp_path: Path, kind: str, message: str) -> None:
     with serving(f"own_served:{kind}", tmp_path) as served:
         with pytest.raises(RewardError) as raised:
             score(load_reward(served.url), BATCH, TEXTS)

@@ -210,7 +210,7 @@ def test_a_search_that_fails_after_a_rejected_image_tells_the_parts_of_its_best(
 
 
 @pytest.mark.parametrize("restarts", [0, 2])
-def test_patience_ends_a_search_or_begins_it_anew(restarts: int) -> None:
+def test_patience_ends_or_restarts_a_search(restarts: int) -> None:
     pipe = GaussianPipeline()
     heights = [1.0, 3.0, 2.0, 3.0, 0.0, 0.5, 0.5, 0.0, 4.0, 0.0, 0.0, 9.0]  # twice none better: 3, 7, 10
 

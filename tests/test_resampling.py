@@ -148,23 +148,23 @@ def test_systematic_is_the_comb_in_exact_arithmetic(log_w: np.ndarray, seed: int
     exact = [Fraction(one) for one in torch.tensor(log_w).double().softmax(-1).tolist()]
     uniform = torch.rand((1, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).item()
     edges = [Fraction(edge, sum(exact)) for edge in accumulate(exact)]
-    for k, found in enumerate(draw("systematic", torch.tensor(log_w)[None], seed)[0].tolist()):
+    for k, ancestor in enumerate(draw("systematic", torch.tensor(log_w)[None], seed)[0].tolist()):
         tooth = (k + Fraction(uniform)) / len(exact)
         expected = next(place for place, edge in enumerate(edges) if tooth < edge)
-        assert found == expected or abs(tooth - edges[min(found, expected)]) < Fraction(1, 10**13)
+        assert ancestor == expected or abs(tooth - edges[min(ancestor, expected)]) < Fraction(1, 10**13)
 
 
 @given(log_w=extreme, shift=st.floats(-50, 50), seed=st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None)
 def test_the_laws_of_the_effective_sample_size(log_w: np.ndarray, shift: float, seed: int) -> None:
     log_weights = torch.tensor(log_w)
-    found, size = ess(log_weights), log_w.shape[1]
-    assert ((found >= 1 - 1e-5) & (found <= size * (1 + 1e-5))).all()
+    sizes, size = ess(log_weights), log_w.shape[1]
+    assert ((sizes >= 1 - 1e-5) & (sizes <= size * (1 + 1e-5))).all()
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    assert torch.allclose(ess(log_weights[:, order]), found, rtol=1e-4)
+    assert torch.allclose(ess(log_weights[:, order]), sizes, rtol=1e-4)
     by_hand = log_weights.double().softmax(-1).square().sum(-1).reciprocal()
-    assert torch.allclose(found.double(), by_hand, rtol=1e-4)
-    small = log_weights.clamp(-90, 90)  # beyond, fp32 rounds a sum with the shift to another weight
+    assert torch.allclose(sizes.double(), by_hand, rtol=1e-4)
+    small = log_weights.clamp(-90, 90)  # beyond, a sum with the shift is another weight in fp32
     assert torch.allclose(ess(small + shift), ess(small), rtol=1e-3)
 
 

@@ -140,8 +140,8 @@ def test_what_breaks_the_contract_is_named_wherever_it_stands(call: Call, messag
 
 def test_scores_come_in_single_precision_on_the_cpu() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        found = score(Made(returns(torch.ones(3, dtype=dtype))), IMAGES, PROMPTS)
-        assert found.dtype == torch.float32 and found.device.type == "cpu" and found.tolist() == [1, 1, 1]
+        scores = score(Made(returns(torch.ones(3, dtype=dtype))), IMAGES, PROMPTS)
+        assert scores.dtype == torch.float32 and scores.device.type == "cpu" and scores.tolist() == [1, 1, 1]
     assert score(Made(returns(torch.zeros(0))), IMAGES[:0], []).shape == (0,)
 
 
@@ -230,10 +230,12 @@ def test_a_limit_changes_no_score_and_keeps_the_parts() -> None:
     plain = load_reward("brightness:0.3:2 + min(colour:red, jpeg:0.01)")
     timed = with_timeout(plain, 30)
     assert (timed.name, timed.differentiable) == (plain.name, plain.differentiable) and isinstance(timed, Composite)
-    (total, components), (told, told_parts) = (score_components(reward, IMAGES, PROMPTS) for reward in (plain, timed))
-    assert torch.equal(total, told) and torch.equal(total, score(timed, IMAGES, PROMPTS))
-    assert list(components) == list(told_parts) and all(
-        torch.equal(components[name], told_parts[name]) for name in components
+    (total, components), (timed_total, timed_parts) = (
+        score_components(reward, IMAGES, PROMPTS) for reward in (plain, timed)
+    )
+    assert torch.equal(total, timed_total) and torch.equal(total, score(timed, IMAGES, PROMPTS))
+    assert list(components) == list(timed_parts) and all(
+        torch.equal(components[name], timed_parts[name]) for name in components
     )
     assert len(components) == 4
     assert not isinstance(with_timeout(Brightness(), 1), Composite)
@@ -308,10 +310,10 @@ def test_gradients_flow_through_a_timed_reward_where_they_are_wanted(reward: Rew
 
 
 def test_the_thread_has_the_modes_of_its_caller() -> None:
-    seen = []
+    modes = []
 
     def look(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
         assert threading.current_thread() is not threading.main_thread()
         return images.mean((1, 2, 3))
 
@@ -321,7 +323,7 @@ def test_the_thread_has_the_modes_of_its_caller() -> None:
         score(timed, IMAGES, PROMPTS)
     with torch.inference_mode():
         assert score(timed, IMAGES, PROMPTS).is_inference()
-    assert seen == [(True, False), (False, False), (False, True)]
+    assert modes == [(True, False), (False, False), (False, True)]
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
@@ -351,10 +353,10 @@ def test_a_limit_may_be_as_long_as_one_likes(seconds: float) -> None:
     assert torch.equal(score(with_timeout(Made(red), seconds), IMAGES, PROMPTS), red(IMAGES, PROMPTS))
 
 
-@pytest.mark.parametrize("found", [dict, "builtins:dict", "builtins:int"])
-def test_what_cannot_be_looked_into_is_no_reward(found: Any) -> None:
+@pytest.mark.parametrize("given", [dict, "builtins:dict", "builtins:int"])
+def test_what_cannot_be_looked_into_is_no_reward(given: Any) -> None:
     with pytest.raises(RewardError):
-        load_reward(found)
+        load_reward(given)
 
 
 # Forms of rewards
@@ -454,7 +456,7 @@ class WithName:
 
 
 class Module(nn.Module):
-    """Of a torch module the signature is that of forward."""
+    """A torch module has the signature of its forward."""
 
     def forward(self, images: "list[Image.Image]", prompts: Sequence[str]) -> Any:
         return annotated(images, prompts)
@@ -608,7 +610,7 @@ def forgotten() -> None:
     warn_if_truncated.cache_clear()
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+def truncation_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "steer.reward"]
 
 
@@ -620,12 +622,12 @@ def test_a_prompt_that_the_pipeline_cuts_is_warned_about_once(caplog: pytest.Log
     assert tokens > limit
     for _ in range(2):
         method([LONG, "a star"], num_particles=1, num_inference_steps=1, negative_prompt=["", ""])
-    (line,) = told(caplog)
+    (line,) = truncation_warnings(caplog)
     assert line.startswith(f"steer: tokenizer of StableDiffusionPipeline truncates prompts to {limit} tokens")
     assert f"has {tokens}" in line
     assert repr(LONG)[:50] in line and len(line.splitlines()) == 1
     warn_if_pipeline_truncates(pipe, [LONG + "b"], {})
-    assert len(told(caplog)) == 2, "another prompt"
+    assert len(truncation_warnings(caplog)) == 2, "another prompt"
 
 
 def test_tokens_are_counted_in_one_thread_at_a_time() -> None:
@@ -654,7 +656,9 @@ def test_every_tokenizer_has_its_own_limit(caplog: pytest.LogCaptureFixture) -> 
         caplog.clear()
         warn_if_pipeline_truncates(pipe, [LONG], {"max_sequence_length": length})
         own = pipe.tokenizer.model_max_length
-        by_tokenizer = {line.split()[1]: int(line.split("prompts to ")[1].split()[0]) for line in told(caplog)}
+        by_tokenizer = {
+            line.split()[1]: int(line.split("prompts to ")[1].split()[0]) for line in truncation_warnings(caplog)
+        }
         expected = {"tokenizer": own, "tokenizer_2": own} | ({"tokenizer_3": 16} if length == 16 else {})
         assert by_tokenizer == expected
 
@@ -666,7 +670,7 @@ def test_a_prompt_that_a_reward_cuts_is_warned_about_once(name: str, caplog: pyt
     images, limit = torch.rand(2, 3, 64, 64), reward.prompt_limit
     for _ in range(2):
         score(reward, images, [LONG, "a star"])
-    (line,) = told(caplog)
+    (line,) = truncation_warnings(caplog)
     assert f"to {limit} tokens" in line and "reward " in line
     cut = score(reward, images[:1], [LONG]) - score(reward, images[:1], [LONG + " three blue stars"])
     assert cut.abs().max() < 1e-5  # LONG was encoded beside a shorter prompt: other rounding
@@ -675,5 +679,5 @@ def test_a_prompt_that_a_reward_cuts_is_warned_about_once(name: str, caplog: pyt
 
 
 def test_a_reward_without_a_limit_says_that_none_is_known() -> None:
-    found = check_reward(load_reward("brightness"), torch.rand(2, 3, 8, 8), ["a", "b"])
-    assert "no limit is known" in next(one for one in found if one.name == "prompt limit").detail
+    checks = check_reward(load_reward("brightness"), torch.rand(2, 3, 8, 8), ["a", "b"])
+    assert "no limit is known" in next(one for one in checks if one.name == "prompt limit").detail

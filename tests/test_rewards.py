@@ -23,9 +23,9 @@ IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="session")
 def specifications(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """By name, of those that need more than it: tiny stand-ins in the published formats where a hub has the real one.
+    """Specification of each reward that needs more than its name: tiny weights in the published formats.
 
-    A learned reward is called what its folder is called.
+    A learned reward has the name of its folder.
     """
     return tiny_specifications(tmp_path_factory.mktemp("tiny"))
 

@@ -86,9 +86,9 @@ def test_seeds_and_prompts_matter_each_by_itself() -> None:
     stored, _ = sampler.rollout(rows)
     first = stored.latents[:, 0]
     assert all((first[0] - first[i]).abs().max() > 1e-3 for i in (1, 2, 3))
-    found: list[Gaussian] = []
-    sampler.replay(stored, lambda t, kernel, x_s: found.append(kernel), only=(0,))
-    torch.testing.assert_close(found[0].mean[0], found[0].mean[1], rtol=0, atol=1e-6)  # x_T and prompt are the same
+    kernels: list[Gaussian] = []
+    sampler.replay(stored, lambda t, kernel, x_s: kernels.append(kernel), only=(0,))
+    torch.testing.assert_close(kernels[0].mean[0], kernels[0].mean[1], rtol=0, atol=1e-6)  # x_T and prompt are the same
 
 
 def test_rows_are_split_in_order() -> None:
@@ -117,7 +117,7 @@ def test_a_pipeline_of_known_densities(eta: float) -> None:
 
 
 def plain_images(pipe: Any, call: dict[str, Any], rows: Rows, eta: float) -> Tensor:
-    """Those of the pipeline's own call."""
+    """Images of the pipeline's own call."""
     generators = [Generator().manual_seed(seed) for seed in rows.starts]
     return images_of(pipe, prompt=list(rows.prompts), generator=generators, eta=eta, **call).clamp(0, 1)
 
@@ -224,9 +224,11 @@ def test_latents_in_half_precision_are_those_that_were_drawn(name: str, storage:
     sampler = Sampler(cached_pipe(name), call_of(name), storage=storage)
     stored, _ = sampler.rollout(TWO_PROMPTS)
     assert stored.latents.dtype == storage and stored.log_probs.dtype == torch.float64
-    seen: list[Tensor] = []
-    sampler.replay(stored, lambda t, kernel, x_s: seen.append(x_s))
-    assert all(x.dtype == torch.float32 and torch.equal(x, stored.latents[:, t].float()) for t, x in enumerate(seen))
+    replayed: list[Tensor] = []
+    sampler.replay(stored, lambda t, kernel, x_s: replayed.append(x_s))
+    assert all(
+        x.dtype == torch.float32 and torch.equal(x, stored.latents[:, t].float()) for t, x in enumerate(replayed)
+    )
     assert torch.equal(log_probs(sampler, stored), stored.log_probs)
     assert 0 < (stored.latents[:, 0].float() - exact.latents[:, 0]).abs().max() < 0.03
     assert not torch.equal(stored.log_probs, exact.log_probs)
@@ -238,10 +240,10 @@ def test_a_pipeline_in_half_precision(name: str) -> None:
     pipe = in_precision(cached_pipe(name), torch.bfloat16)
     sampler = Sampler(pipe, call_of(name))
     stored, images = sampler.rollout(TWO_PROMPTS)
-    seen: list[Tensor] = []
-    sampler.replay(stored, lambda t, kernel, x_s: seen.append(x_s))
+    replayed: list[Tensor] = []
+    sampler.replay(stored, lambda t, kernel, x_s: replayed.append(x_s))
     assert stored.latents.dtype == torch.float32 and images.dtype == torch.float32
-    assert all(torch.equal(x.float(), stored.latents[:, t]) for t, x in enumerate(seen))
+    assert all(torch.equal(x.float(), stored.latents[:, t]) for t, x in enumerate(replayed))
     assert torch.equal(log_probs(sampler, stored), stored.log_probs)
 
 

@@ -50,14 +50,14 @@ def test_particles_of_a_pipeline_that_makes_one_image_a_call_run_in_lock_step() 
     pipe = one_image()
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     single = torch.cat([pipe(**CALL, generator=one, output_type="pt").images for one in generators()])
-    seen: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
 
     def watch(step: SolverStep) -> None:
-        seen.append((step.k, len(step.x)))
+        calls.append((step.k, len(step.x)))
 
     given = {"generator": generators(), "output_type": "pt"}
     assert torch.equal(RowsCall(pipe, CALL, 1, ROWS).run(pipe, watch, given), single)
-    assert seen == [(k, ROWS) for k in range(4)]
+    assert calls == [(k, ROWS) for k in range(4)]
 
     def rotate(step: SolverStep) -> tuple[Tensor, None] | None:
         return (torch.tensor([1, 2, 0]), None) if step.k == 1 else None
@@ -138,7 +138,7 @@ def test_a_pipeline_that_fails_after_its_first_step_is_refused_in_one_line() -> 
 
 
 def test_forms_repeat_what_each_row_needs() -> None:
-    """Of two prompts with two rows each: the count, repeated pictures, repeated prompts, and single calls."""
+    """Two prompts with two rows each: the count, repeated pictures, repeated prompts, and single calls."""
     picture = torch.rand(1, 3, 8, 8)
     call = {"prompt": ["a", "b"], "image": picture, "guidance_scale": 2.0}
     made = list(forms(cached_pipe("img2img"), call, 2, 2))

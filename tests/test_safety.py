@@ -57,7 +57,7 @@ def test_flagged_images_are_scored_as_they_were_made(method: type) -> None:
     assert again.nsfw_content_detected.tolist() == [[False, True, True, False]]
 
 
-def test_what_is_left_of_narrowed_particles_keeps_its_flags() -> None:
+def test_survivors_of_a_particle_schedule_keep_their_flags() -> None:
     out = made((0,), FKSteeringPipeline, particle_schedule={2: 2})
     assert torch.equal(out.nsfw_content_detected, out.order == 0)
 
@@ -72,7 +72,7 @@ def test_a_pipeline_without_a_checker_has_no_flags() -> None:
 def test_the_command_says_so(steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_module, "load_pipeline", lambda *_, **__: checked((0,)))
     words = [PROMPT, "--method", "fk", "--reward", "brightness", "--particles", "2", "--steps", "3"]
-    code, _, told = steer("sample", *words, "--out", tmp_path)
-    assert code == 0 and "the model's safety checker blackened 2 of 4 images" in told
+    code, _, err = steer("sample", *words, "--out", tmp_path)
+    assert code == 0 and "the model's safety checker blackened 2 of 4 images" in err
     entry = json.loads((tmp_path / "report.json").read_text())["prompts"][0]
     assert sorted(entry["nsfw_content_detected"]) == [False, True] and sum(entry["base"]["nsfw_content_detected"]) == 1

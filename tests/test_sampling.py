@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import Steer, replaced
 from PIL import Image
-from preloaded import beside, run_two
+from preloaded import environment_with, run_two
 from rollouts import random_lora
 
 from steer import BestOfNPipeline
@@ -71,8 +71,10 @@ def words(one_thread: None, steer: Steer, tmp_path: Path, monkeypatch: pytest.Mo
 def on_two(words: list[str], folder: Path, launcher: bool = False) -> subprocess.CompletedProcess[str]:
     """By torchrun, or forked as it would start them, which takes less time."""
     if not launcher:
-        return run_two(["-m", "steer.apps.cli.main", *words], folder, beside(folder))
-    return subprocess.run([*TWO, *words], env=beside(folder), cwd=folder, capture_output=True, text=True, timeout=900)
+        return run_two(["-m", "steer.apps.cli.main", *words], folder, environment_with(folder))
+    return subprocess.run(
+        [*TWO, *words], env=environment_with(folder), cwd=folder, capture_output=True, text=True, timeout=900
+    )
 
 
 def calls(folder: Path) -> list[str]:

@@ -27,13 +27,13 @@ def test_the_law_of_the_prompts_is_that_of_their_generator() -> None:
     law = caption_law()
     assert sum(law.values()) == pytest.approx(1) and all(str(parse(text)) == text for text in law)
     rng, n = np.random.default_rng(0), 20_000
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for _ in range(n):
         text = str(random_request(rng, str(rng.choice(list(TASKS), p=list(TASKS.values())))))
-        seen[text] = seen.get(text, 0) + 1
-    assert set(seen) <= set(law)
+        counts[text] = counts.get(text, 0) + 1
+    assert set(counts) <= set(law)
     common = {text: p for text, p in law.items() if n * p > 5}
-    chi2 = sum((seen.get(text, 0) - n * p) ** 2 / (n * p) for text, p in common.items())
+    chi2 = sum((counts.get(text, 0) - n * p) ** 2 / (n * p) for text, p in common.items())
     assert abs(chi2 - len(common)) < 4 * (2 * len(common)) ** 0.5
 
 

@@ -57,7 +57,7 @@ def noise(seed: int) -> Tensor:
 
 
 def position(scheduler: Any) -> int:
-    """Of the step just made, in scheduler.sigmas."""
+    """Index of the latest step in scheduler.sigmas."""
     return (getattr(scheduler, "step_index", None) or 0) - 1
 
 
@@ -100,13 +100,13 @@ def test_the_noise_that_x0_leaves_is_what_deis_converts_to(scheduler: Any) -> No
 
 def conversions(scheduler: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
     """At each step of a run: our x̂0, what the solver took the model's output for, and the latents it began with."""
-    x, found = noise(0) * scheduler.init_noise_sigma, []
+    x, steps = noise(0) * scheduler.init_noise_sigma, []
     for k, t in enumerate(scheduler.timesteps):
         following = scheduler.step(noise(k + 1), t, x).prev_sample
         x0 = predict_x0(scheduler, noise(k + 1), t, x, position(scheduler))
-        found.append((x0, scheduler.model_outputs[-1], x))
+        steps.append((x0, scheduler.model_outputs[-1], x))
         x = following
-    return found
+    return steps
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
@@ -203,7 +203,7 @@ CLOSER = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def kernel(scheduler: Any, output: Tensor, t: Any, x: Tensor, eta: float) -> Gaussian:
-    """Of the step that the scheduler has just made."""
+    """Gaussian transition of the latest step of the scheduler."""
     x0 = predict_x0(scheduler, output, t, x, position(scheduler))
     return gaussian_transition(x, x0, *step_levels(scheduler, t, position(scheduler)), eta)
 

@@ -1,4 +1,4 @@
-"""The file of a noise optimisation: a killed run goes on from it, another run does not."""
+"""The file of a noise optimisation: a killed run resumes from it, another run does not."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ RULES = {
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("rule", RULES)
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, rule: str) -> None:
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, rule: str) -> None:
     reward, options = Sum(like=likeness, red=lambda i, p: torch.sin(20 * redness(i, p))), RULES[rule]
     whole = run(reward, **options)
     file = tmp_path / "folder" / "state"

@@ -34,7 +34,7 @@ def bright_or_dark(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def observed_run(pipe: GaussianPipeline, groups: int, **options: Any) -> tuple[SteeringOutput, list[StepReport]]:
-    """A run with one prompt in two going up, and all that its observer was told."""
+    """A run in which every second prompt asks for bright images, and its step reports."""
     reports: list[StepReport] = []
     out = SelectionPipeline(pipe, bright_or_dark)(
         reward_prompt=["up", "down"] * (groups // 2),
@@ -45,7 +45,7 @@ def observed_run(pipe: GaussianPipeline, groups: int, **options: Any) -> tuple[S
     return out, reports
 
 
-def test_the_best_go_on_in_the_order_of_their_slots_and_among_equals_the_first() -> None:
+def test_the_best_are_kept_in_slot_order_and_the_first_of_equals() -> None:
     rewards = torch.tensor([[0.1, 0.9, 0.3, 0.9, 0.2, 0.8], [-5.0, -1.0, -2.0, -9.0, -4.0, -3.0]])
     for beams, expected in (
         (1, [[1], [1]]),
@@ -90,9 +90,9 @@ def test_every_candidate_is_a_draw_from_the_exact_kernel_of_the_best_one_before_
             assert abs(z.var() - 1) <= 4 * (2 / z.numel()) ** 0.5
             others = (z[:, 0] * z[:, 1:].transpose(0, 1)).mean()  # siblings have nothing in common
             assert abs(others) <= 4 / (groups * (K - 1) * 3) ** 0.5
-        promise = sign * report.previews.clamp(0, 1).view(groups, K, 3).mean(2)
-        assert torch.allclose(report.evaluation.rewards, promise, atol=1e-6)
-        best = promise.argmax(1, keepdim=True)
+        predicted = sign * report.previews.clamp(0, 1).view(groups, K, 3).mean(2)
+        assert torch.allclose(report.evaluation.rewards, predicted, atol=1e-6)
+        best = predicted.argmax(1, keepdim=True)
         assert torch.equal(report.evaluation.ancestors, best.expand(groups, K))
         before = x.gather(1, best[:, :, None].expand(-1, 1, 3))[:, 0]
     assert [evaluation.step for evaluation in out.history] == [*range(STEPS - 1)]
@@ -176,7 +176,7 @@ def test_cost_counts_k_evaluations_a_step_and_the_candidates_that_were_read(pipe
 
 
 def test_the_solvers_own_way_is_kept_where_it_is_asked_for(pipe_of: Callable[[str], Any]) -> None:
-    """With eta=None, or 0, the first child goes on as if nothing had happened, under a deterministic solver."""
+    """With eta=None or 0 and a deterministic solver, the first child continues as without selection."""
     pipe = with_scheduler(pipe_of("sd"), EulerDiscreteScheduler.from_config(pipe_of("sd").scheduler.config))
     call = steer_kwargs("sd")
     plain = pipe(**call, num_images_per_prompt=K, generator=seeded(), output_type="latent").images
@@ -224,7 +224,7 @@ def test_arguments_that_do_not_fit_are_named(
 
 
 @pytest.mark.hard
-def test_the_command_knows_both_and_goes_on(steer: Steer, tmp_path: Path) -> None:
+def test_the_command_runs_and_resumes_both_methods(steer: Steer, tmp_path: Path) -> None:
     words = ["sample", "a red circle", "--steps", "4", "--particles", "4", "--no-compare"]
     for name, options, kept, lam in (
         ("svdd", [], 1, None),
@@ -251,7 +251,7 @@ def test_the_command_knows_both_and_goes_on(steer: Steer, tmp_path: Path) -> Non
     assert code == 2 and "holds a run with lam None, not 30.0" in err
 
 
-def test_a_report_from_before_there_were_beams_goes_on(steer: Steer, tmp_path: Path) -> None:
+def test_a_report_of_a_version_without_beams_resumes(steer: Steer, tmp_path: Path) -> None:
     words = ["sample", "a red circle", "--steps", "4", "--particles", "2", "--no-compare", "--out", tmp_path]
     words += ["--method", "beam"]
     assert steer(*words)[0] == 0

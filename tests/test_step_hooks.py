@@ -66,17 +66,17 @@ def sd(scheduler: str = "DDIM", **config: Any) -> Any:
 def test_watching_changes_no_bit_and_counts_every_transition(family: str, scheduler: str) -> None:
     pipe = tiny(family, scheduler)
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    seen: list[tuple[int, int, int]] = []
+    steps: list[tuple[int, int, int]] = []
     model_calls: list[int] = []
     images = run(pipe, family)
     handle = denoiser.register_forward_hook(lambda *_: model_calls.append(1))
     try:
-        watched = watch(pipe, family, lambda event: seen.append((event.k, event.total, event.calls)))
+        watched = watch(pipe, family, lambda event: steps.append((event.k, event.total, event.calls)))
     finally:
         handle.remove()
     assert torch.equal(watched, images)
-    numbers, totals, calls = zip(*seen, strict=True)
-    assert numbers == tuple(range(len(seen))) and set(totals) == {len(seen)}
+    numbers, totals, calls = zip(*steps, strict=True)
+    assert numbers == tuple(range(len(steps))) and set(totals) == {len(steps)}
     passes = 2 if family == "wan" else 1  # Wan guides by a second call
     assert sum(calls) * passes == len(model_calls)
 
@@ -86,10 +86,10 @@ def test_watching_changes_no_bit_and_counts_every_transition(family: str, schedu
 @pytest.mark.parametrize("strength", [1.0, 0.8, 0.6, 0.4, 0.2])
 @pytest.mark.parametrize("scheduler", ["DDIM", "PNDM", "HeunDiscrete", "KDPM2Discrete", "DPMSolverMultistep-3"])
 def test_a_part_of_the_run_is_counted_from_where_it_starts(scheduler: str, strength: float, steps: int) -> None:
-    seen: list[tuple[int, int]] = []
+    numbers: list[tuple[int, int]] = []
     call = {"num_inference_steps": max(steps, math.ceil(1 / strength)), "strength": strength}
-    watch(tiny("img2img", scheduler), "img2img", lambda event: seen.append((event.k, event.total)), **call)
-    assert seen == [(k, len(seen)) for k in range(len(seen))]
+    watch(tiny("img2img", scheduler), "img2img", lambda event: numbers.append((event.k, event.total)), **call)
+    assert numbers == [(k, len(numbers)) for k in range(len(numbers))]
 
 
 @pytest.mark.few(8)
@@ -178,17 +178,17 @@ def test_copies_stay_together_under_a_noiseless_solver() -> None:
 
 
 def test_x0_is_computed_once_and_its_last_one_is_the_end() -> None:
-    seen: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
 
     def look(event: SolverStep) -> None:
         assert event.x0() is event.x0()
-        seen.append((event.x0(), event.prev))
+        pairs.append((event.x0(), event.prev))
 
     watch(sd("DDIM", set_alpha_to_one=True), "sd", look)
-    assert seen[0][0].dtype == torch.float32 and seen[0][0].shape == seen[0][1].shape
-    assert not torch.allclose(seen[0][0], seen[0][1], atol=0.1)
+    assert pairs[0][0].dtype == torch.float32 and pairs[0][0].shape == pairs[0][1].shape
+    assert not torch.allclose(pairs[0][0], pairs[0][1], atol=0.1)
     # DDIM with set_alpha_to_one ends at timestep 1 − 250 < 0: its last latents are x̂0.
-    torch.testing.assert_close(*seen[-1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(*pairs[-1], atol=1e-5, rtol=0)
 
 
 def test_the_kernel_of_an_event_takes_rows_with_repeats() -> None:
@@ -228,16 +228,16 @@ def test_a_half_precision_run_keeps_its_dtype() -> None:
 
 def test_grad_flows_through_the_solver_only_where_asked_for() -> None:
     def latents_need_grad(grad: bool) -> bool:
-        found: list[bool] = []
+        flags: list[bool] = []
         pipe = sd("EulerDiscrete")
-        with hook_steps(pipe, lambda event: found.append(event.prev.requires_grad), grad=grad) as view:
+        with hook_steps(pipe, lambda event: flags.append(event.prev.requires_grad), grad=grad) as view:
             type(pipe).__call__.__wrapped__(view, **call_kwargs("sd", 1, 2), output_type="latent")
-        return all(found)
+        return all(flags)
 
     assert latents_need_grad(True) and not latents_need_grad(False)
 
 
-def test_the_pipeline_stays_untouched() -> None:
+def test_the_pipeline_is_unchanged() -> None:
     pipe = sd("UniPCMultistep")
     scheduler = pipe.scheduler
     attributes, config, class_ = dict(vars(pipe)), dict(pipe.config), type(scheduler)

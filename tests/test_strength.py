@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Steer
-from planted import images, pairs_of, random_rows, tensors, tiny_clip, truth
+from synthetic_preferences import images, pairs_of, random_rows, tensors, tiny_clip, truth
 from torch import Tensor
 
 from steer.reward import RewardError
@@ -42,8 +42,8 @@ def labelled(rows: Tensor, flipped: Tensor | None = None) -> Pairs:
 def rightness(folder: Path, rows: Tensor) -> Tensor:
     """1 for each pair that a reward orders as the truth does."""
     scores = load_reward(str(folder))(tensors(images(COUNT)), ["x"] * COUNT)
-    found, true = (column[rows[:, 0]] > column[rows[:, 1]] for column in (scores, truth(COUNT)))
-    return (found == true).double()
+    guessed, true = (column[rows[:, 0]] > column[rows[:, 1]] for column in (scores, truth(COUNT)))
+    return (guessed == true).double()
 
 
 @pytest.mark.hard

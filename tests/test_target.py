@@ -67,7 +67,7 @@ def test_met_at_the_first_iteration_it_is_the_pipelines_own_image(search: str) -
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_rows_of_a_batch_stop_as_they_would_alone(search: str) -> None:
-    """What a search returns is the best at the first iteration whose best meets the target, whoever goes on."""
+    """A row returns its best at the first iteration that meets the target, whichever rows continue."""
     method, options = SEARCHES[search]
     free = run(method=method, iterations=8, num_particles=3, **options)
     best = torch.stack([one.best[0] for one in free.trace])  # (iterations, rows), rising
@@ -80,14 +80,14 @@ def test_rows_of_a_batch_stop_as_they_would_alone(search: str) -> None:
     expected = torch.stack([best[end, row] for row, end in enumerate(ends)])
     torch.testing.assert_close(out.trace[-1].best[0], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.in_slot_order().rewards[0], expected, rtol=1e-4, atol=1e-4)
-    for row, end in enumerate(ends):  # seen again as it was, while others go on
+    for row, end in enumerate(ends):  # a finished row is repeated as it was, while others continue
         rest = torch.stack([one.norms[0, row] for one in out.trace[end + 1 :]]) if end < max(ends) else torch.empty(0)
         assert len(rest.unique()) <= 1
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("search", SEARCHES)
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, search: str) -> None:
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, search: str) -> None:
     method, options = SEARCHES[search]
     best = [one.best for one in run(method=method, iterations=8, **options).trace]
     target = best[2].max().item()

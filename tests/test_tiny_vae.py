@@ -49,11 +49,11 @@ def test_the_asset_is_what_the_training_makes() -> None:
 
 def test_the_path_is_that_of_the_solver(scenes: Any) -> None:
     prompts = trained_prompts(2)
-    found = path_latents(scenes, prompts)
-    assert found.shape == (2 * len(tiny_decoder.READ), 8, 8, 8)
+    latents = path_latents(scenes, prompts)
+    assert latents.shape == (2 * len(tiny_decoder.READ), 8, 8, 8)
     call = {"num_inference_steps": 20, "guidance_scale": 4.0, "output_type": "latent"}
     end = scenes(prompts, generator=Generator().manual_seed(0), **call).images
-    errors = (found.view(-1, 2, 8, 8, 8) - end).square().mean((1, 2, 3, 4))
+    errors = (latents.view(-1, 2, 8, 8, 8) - end).square().mean((1, 2, 3, 4))
     assert errors[-1] < 0.02 < errors[0] and (errors.diff() < 0).all()  # x̂0 nears the end of the same run
 
 
@@ -70,7 +70,7 @@ def test_pairs_are_made_once_and_are_the_full_decoders(scenes: Any, small: None,
 
 
 @pytest.mark.hard
-def test_a_training_runs_goes_on_and_learns(small: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_training_runs_resumes_and_learns(small: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train_tiny_decoder(tmp_path, MODELS["scenes"], steps=50)
     vae = train_tiny_decoder(tmp_path, MODELS["scenes"], steps=100)
     assert vae.dtype == torch.float32

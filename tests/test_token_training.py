@@ -208,9 +208,9 @@ def test_steer_finetune_trains_evaluates_and_resumes(steer: Steer, tmp_path: Pat
     words = ["finetune", "grpo-scenes-text", "--output-dir", str(out), "--train-batch-size", "2", "--save-steps", "1"]
     words += ["--num-inference-steps", "6", "--num-generations", "4", "--eval-prompts-count", "3", "--log-with", "[]"]
     words += ["--num-generations-eval", "2", "--reward", "says:blue + says:red + says:star"]
-    code, said, err = steer(*words, "--max-steps", "1", "--eval-steps", "1")
-    assert code == 0 and "on held-out prompts" in said, err
-    code, said, err = steer(*words, "--max-steps", "2", "--eval-steps", "1", "--resume")
+    code, printed, err = steer(*words, "--max-steps", "1", "--eval-steps", "1")
+    assert code == 0 and "on held-out prompts" in printed, err
+    code, printed, err = steer(*words, "--max-steps", "2", "--eval-steps", "1", "--resume")
     assert code == 0, err
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [json.loads(line) for line in (out / "samples" / "step-000002.jsonl").read_text().splitlines()]

@@ -87,7 +87,7 @@ def test_the_seed_of_a_lora() -> None:
     expected = torch.rand(3)
     torch.manual_seed(7)
     first, same, other = (LoRA(fresh_pipe("sd"), 2, seed=seed).parameters for seed in (1, 1, 2))
-    assert torch.equal(torch.rand(3), expected)  # the caller's own random numbers go on as if nothing had been
+    assert torch.equal(torch.rand(3), expected)  # the caller's random state is unchanged
     assert first.keys() == same.keys() == other.keys()
     assert list(first) == list(same)
     for name in first:
@@ -181,7 +181,7 @@ def load_second(pipe: Any) -> None:
     pipe.set_adapters(["own"])
 
 
-OWN: dict[str, Callable[[Any], None]] = {
+OWN_ADAPTERS: dict[str, Callable[[Any], None]] = {
     "as it is loaded": lambda pipe: None,
     "at half its weight": lambda pipe: pipe.set_adapters(["own"], [0.5]),
     "one of two": load_second,
@@ -191,9 +191,9 @@ OWN: dict[str, Callable[[Any], None]] = {
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize("how", OWN)
+@pytest.mark.parametrize("how", OWN_ADAPTERS)
 def test_a_users_own_lora_belongs_to_the_reference(how: str, users_lora: Path, tmp_path: Path) -> None:
-    pipe = with_own(users_lora, OWN[how])
+    pipe = with_own(users_lora, OWN_ADAPTERS[how])
     base = image(pipe)
     assert differs(base, base_image("sd")) == (how != "switched off")
     own = {name: p.clone() for name, p in pipe.unet.named_parameters() if ".own." in name}
@@ -212,7 +212,7 @@ def test_a_users_own_lora_belongs_to_the_reference(how: str, users_lora: Path, t
     assert all(torch.equal(after[name], value) and not after[name].requires_grad for name, value in own.items())
     there = image(pipe)
     assert all("ff.net" not in key for key in load_file(trained.write(trained.state(), tmp_path)))
-    again = with_own(users_lora, OWN[how])
+    again = with_own(users_lora, OWN_ADAPTERS[how])
     again.load_lora_weights(tmp_path, adapter_name="ours")
     if how in ("as it is loaded", "one of two"):
         again.set_adapters(["own", "ours"])
@@ -233,10 +233,10 @@ def test_what_is_exported_loads_in_a_fresh_pipeline(name: str, rank: int, alpha:
     fresh.load_lora_weights(folder)
     assert differs(there, base_image(name))
     torch.testing.assert_close(image(fresh, name), there, rtol=0, atol=1e-6)
-    assert torch.equal(image(pipe, name), there)  # and training goes on
+    assert torch.equal(image(pipe, name), there)  # and training can continue
 
 
-def test_alpha_weighs_a_lora() -> None:
+def test_alpha_scales_a_lora() -> None:
     """W + (α/r) B A."""
     pipe = fresh_pipe("sd")
     trained = LoRA(pipe, 2, alpha=5.0)
@@ -302,20 +302,20 @@ def test_all_of_a_denoiser_exports_for_from_pretrained(tmp_path: Path) -> None:
 
 
 def gradient(name: str, make: Callable[[Any], Trainable], checkpointing: bool) -> tuple[dict[str, Tensor], int]:
-    """Of a whole-trajectory loss after some training, and how often a block of the denoiser ran."""
+    """Gradient of a whole-trajectory loss after some training, and how often a block of the denoiser ran."""
     pipe = fresh_pipe(name)
     trained = make(pipe)
     sampler = Sampler(pipe, call_of(name))
     stored, _ = sampler.rollout(TWO_PROMPTS)
     with trained.reference():
-        told = reference_of(sampler, stored, (0, 1, 2))
+        reference = reference_of(sampler, stored, (0, 1, 2))
     move(trained, 0.02)
     if checkpointing:
         trained.denoiser.enable_gradient_checkpointing()
     model = trained.denoiser.down_blocks[0].attentions[0] if name == "sd" else trained.denoiser
     calls: list[int] = []
     model.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))  # a second run may stop early
-    batch = Batch([stored], [told], (0, 1, 2), torch.tensor([[0.2, 0.9], [0.5, -0.4]]))
+    batch = Batch([stored], [reference], (0, 1, 2), torch.tensor([[0.2, 0.9], [0.5, -0.4]]))
     two_pass_gradient(sampler, batch, PRDP(), penalties={kl: 0.3})
     return {n: p.grad for n, p in trained.parameters.items() if p.grad is not None}, len(calls)
 
@@ -326,7 +326,7 @@ def gradient(name: str, make: Callable[[Any], Trainable], checkpointing: bool) -
 def test_gradient_checkpointing_changes_no_gradient(name: str, make: Callable[[Any], Trainable]) -> None:
     plain, calls = gradient(name, make, False)
     saved, more = gradient(name, make, True)
-    assert (calls, more) == (6, 9)  # it is really on: three steps more on the way back
+    assert (calls, more) == (6, 9)  # it is really on: three more steps in the backward pass
     assert plain.keys() == saved.keys() and len(plain) > 10
     for key, value in plain.items():
         torch.testing.assert_close(saved[key], value, rtol=1e-5, atol=1e-6 * float(value.abs().max()) + 1e-12)

@@ -110,14 +110,14 @@ def test_the_gradient_of_the_matching_loss_is_the_difference_of_the_two_scores(d
     with torch.no_grad():
         x_t = noised(distillation.scheduler, x0, torch.randn(x0.shape, generator=rng), t)
         by = {
-            name: denoised(unet, distillation.scheduler, x_t, t, said)
-            for name, unet, said in (
+            name: denoised(unet, distillation.scheduler, x_t, t, given)
+            for name, unet, given in (
                 ("fake", distillation.fake, text),
-                ("told", distillation.teacher, text),
+                ("prompted", distillation.teacher, text),
                 ("blind", distillation.teacher, distillation.nothing.expand_as(text)),
             )
         }
-        real = by["blind"] + 4.0 * (by["told"] - by["blind"])
+        real = by["blind"] + 4.0 * (by["prompted"] - by["blind"])
         expected = (by["fake"] - real) / (x0 - real).abs().mean((1, 2, 3), keepdim=True) / x0.numel()
     assert torch.allclose(x0.grad, expected, rtol=1e-3, atol=1e-7)
 
@@ -149,18 +149,18 @@ def test_the_student_says_in_the_pipeline_what_it_said_in_training(
     turbo = assemble_turbo(scenes, distillation.fake)
     x, text = torch.randn(1, 8, 8, 8, generator=Generator().manual_seed(0)), distillation.texts[:1]
     with torch.no_grad():
-        said = turbo.unet(x, 999, text, timestep_cond=torch.randn(1, distil.GUIDANCE_WIDTH), return_dict=False)[0]
-        assert torch.equal(said, distillation.fake(x, 999, text, return_dict=False)[0])
+        actual = turbo.unet(x, 999, text, timestep_cond=torch.randn(1, distil.GUIDANCE_WIDTH), return_dict=False)[0]
+        assert torch.equal(actual, distillation.fake(x, 999, text, return_dict=False)[0])
 
 
 @pytest.mark.hard
 def test_the_second_stage_starts_from_the_optimised_noise() -> None:
     call = {"num_inference_steps": 4}
-    found = reno_then_steering("scenes-turbo", "scenes", "scene-soft", ["a circle", "a red star"], 2, 2, call)
-    assert set(found["methods"]) == {"ReNO", "base, random", "base, optimised", "fk, random", "fk, optimised"}
-    base = found["methods"]
+    figures = reno_then_steering("scenes-turbo", "scenes", "scene-soft", ["a circle", "a red star"], 2, 2, call)
+    assert set(figures["methods"]) == {"ReNO", "base, random", "base, optimised", "fk, random", "fk, optimised"}
+    base = figures["methods"]
     gain = base["base, optimised"]["all"][0] - base["base, random"]["all"][0]
-    assert found["gain"]["base"]["all"][0] == pytest.approx(gain, abs=1e-3)
+    assert figures["gain"]["base"]["all"][0] == pytest.approx(gain, abs=1e-3)
 
 
 @pytest.mark.hard
@@ -189,11 +189,11 @@ def test_the_lcm_adapter_predicts_the_end_of_a_run_better_than_x0_does(scenes: S
     prompts = ["a red star above a blue circle", "two green squares"]
     errors = {}
     for lookahead in (1, "lora:scenes-lcm"):
-        seen: list[StepReport] = []
+        reports: list[StepReport] = []
         rng = Generator().manual_seed(0)
-        run = {"num_inference_steps": 20, "on_step": seen.append, "lookahead": lookahead, "generator": rng}
+        run = {"num_inference_steps": 20, "on_step": reports.append, "lookahead": lookahead, "generator": rng}
         out = pipe(prompts, **call, **run).in_slot_order()
-        previews = next(report.previews for report in seen if report.previews is not None)
+        previews = next(report.previews for report in reports if report.previews is not None)
         errors[lookahead] = (previews - out.images).abs().mean().item()
     assert errors["lora:scenes-lcm"] < 0.8 * errors[1]
 

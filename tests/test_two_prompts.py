@@ -111,8 +111,8 @@ def test_steer_sample_centres_the_guidance_and_replays_it(steer: Steer, tmp_path
         entry = json.loads((out / "report.json").read_text())["prompts"][0]
         pixels[share] = Image.open(out / entry["images"][0]).tobytes()
     assert pixels["0.5"] != pixels["0"]
-    code, said, err = steer("sample", "--replay", tmp_path / "0.5" / entry["images"][0], "--out", tmp_path / "again")
-    assert code == 0 and "the same pixels" in said, err
+    code, printed, err = steer("sample", "--replay", tmp_path / "0.5" / entry["images"][0], "--out", tmp_path / "again")
+    assert code == 0 and "the same pixels" in printed, err
     code, _, err = steer("sample", ORIGINAL, "--original", "0.5", "--out", tmp_path / "no")
     assert code != 0 and "give --expand too" in err
 

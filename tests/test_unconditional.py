@@ -119,14 +119,14 @@ def test_the_reward_rises(method: str, tmp_path: Path) -> None:
 
 
 def test_a_reward_may_read_prompts_that_the_pipeline_does_not_take(tmp_path: Path) -> None:
-    seen: set[str] = set()
+    received: set[str] = set()
 
     def reads(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        seen.update(prompts)
+        received.update(prompts)
         return images.mean((1, 2, 3))
 
     train("grpo", pipeline("ddpm"), tmp_path, replace(BASE, max_steps=1), reads, train_prompts=["a", "b"])
-    assert seen == {"a", "b"}
+    assert received == {"a", "b"}
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

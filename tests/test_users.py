@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Steer
 from PIL import Image
-from planted import images, pairs_of, random_rows, tensors, tiny_clip, truth
+from synthetic_preferences import images, pairs_of, random_rows, tensors, tiny_clip, truth
 
 from steer.apps.scenes.preferences import png
 from steer.apps.scenes.training import training_scenes
@@ -59,7 +59,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return folder / "r", train_on_users(opinions(), recipe(), "groups", 2, folder / "r", folder / "work")
 
 
-def test_two_kinds_of_users_are_told_apart(groups: tuple[Path, dict[str, Any]]) -> None:
+def test_two_kinds_of_users_are_distinguished(groups: tuple[Path, dict[str, Any]]) -> None:
     """The mean user has no preference, each user's weights are right on unseen prompts, and they show the kind."""
     folder, report = groups
     assert report["ensemble"]["accuracy"] >= 0.9 and report["shared"]["accuracy"] <= 0.7, report
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused(groups: tuple[Path, dict[str, Any]], tmp_p
 
 
 @pytest.mark.hard
-def test_two_kinds_of_users_of_scenes_are_told_apart(tmp_path: Path) -> None:
+def test_two_kinds_of_users_of_scenes_are_distinguished(tmp_path: Path) -> None:
     """On drawn scenes and the embedded CLIP: half of 40 users prefer red objects to blue ones, half the reverse."""
     drawn, texts = training_scenes(300)
     files = [png(Image.fromarray(image)) for image in drawn.permute(0, 2, 3, 1).numpy()]

@@ -43,15 +43,15 @@ def test_a_learned_value_is_the_closed_form_of_a_chain(tmp_path: Path) -> None:
     pipe, call = chain(), {"num_inference_steps": 6, "eta": 0.3}
     config = ValueConfig(rollouts=1024, num_particles=128, updates=200, batch_size=64, width=8, learning_rate=5e-3)
     value = train_value(pipe, TOTAL, ["", "a"], tmp_path, config, call)
-    transitions, seen = pipe.transitions(6, 0.3), {}
+    transitions, visited = pipe.transitions(6, 0.3), {}
 
     def record(solver_step: SolverStep) -> None:
-        seen[solver_step.k] = (solver_step.x.double(), value(solver_step, [""] * len(solver_step.x)).double())
+        visited[solver_step.k] = (solver_step.x.double(), value(solver_step, [""] * len(solver_step.x)).double())
 
     with hook_steps(pipe, record) as view:
         view(batch_size=500, generator=seeded(9), **call)
     for step in range(5):
-        x, guess = seen[step]
+        x, guess = visited[step]
         for gain, shift, _ in transitions[step:]:
             x = gain * x + shift
         truth = x.sum((1, 2, 3))
@@ -73,20 +73,20 @@ def test_a_value_takes_the_place_of_intermediate_rewards_and_costs_no_decoding()
         RacingPipeline: {"rungs": {1: 2, 2: 1}},
     }
     for method, options in runs.items():
-        seen: dict[int, Tensor] = {}
+        rewards_at: dict[int, Tensor] = {}
 
-        def record(report: Any, seen: dict[int, Tensor] = seen) -> None:
+        def record(report: Any, rewards_at: dict[int, Tensor] = rewards_at) -> None:
             if report.evaluation is not None:
-                seen[report.step] = report.evaluation.rewards
+                rewards_at[report.step] = report.evaluation.rewards
                 assert report.previews is None
 
         out = method(pipe, redness)(generator=seeded(), on_step=record, **call | options)
         left = out.rewards.shape[1]
         nfe = K * 2 + 2 * 1 + 1 * (STEPS - 3) if method is RacingPipeline else K * STEPS
         assert (out.cost.nfe, out.cost.decodes, out.cost.reward_calls) == (nfe, left, left)
-        assert set(seen) == {1, 2} and out.rewards[0, 0] == out.rewards.max()
+        assert set(rewards_at) == {1, 2} and out.rewards[0, 0] == out.rewards.max()
         if method is RacingPipeline:  # the highest values of step 1 continue
-            assert out.ancestors[0][0].tolist() == sorted(seen[1][0].topk(2).indices.tolist())
+            assert out.ancestors[0][0].tolist() == sorted(rewards_at[1][0].topk(2).indices.tolist())
 
 
 def test_without_a_value_of_its_rows_nothing_is_computed() -> None:

@@ -184,7 +184,7 @@ def test_every_solver_is_guided(pipe_of: Callable[[str], Any], scheduler: str) -
 def test_a_trained_value_guides_by_its_own_gradient(
     pipe_of: Callable[[str], Any], proposals: Leaning, tmp_path: Path
 ) -> None:
-    """Of its features x_t and x̂0; its weights take no part."""
+    """With respect to its features x_t and x̂0, not to its weights."""
     pipe, call = pipe_of("sd"), {n: one for n, one in steer_kwargs("sd").items() if n != "prompt"}
     config = ValueConfig(rollouts=16, updates=3, batch_size=8, width=8)
     trained = train_value(pipe, redness, ["a"], tmp_path, config, call)

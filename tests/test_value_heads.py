@@ -80,17 +80,17 @@ def test_a_term_names_its_scores_among_the_components() -> None:
 def test_every_head_is_the_closed_form_of_its_reward(folder: Path) -> None:
     """E[Σ x0 | x_t] and E[x0_1 | x_t] of a linear chain, and their weighted sum."""
     pipe = GaussianPipeline()
-    loaded, seen = load_value(folder, pipe), {}
+    loaded, visited = load_value(folder, pipe), {}
     assert isinstance(loaded, LearnedValue) and loaded.config["heads"] == ["total", "first"]
     values = [LearnedValue(loaded.net, loaded.config, weights) for weights in ([1.0, 0.0], [0.0, 1.0], [2.0, -3.0])]
 
     def record(step: SolverStep) -> None:
-        seen[step.k] = (step.x.double(), [one(step, [""] * len(step.x)).double() for one in [*values, loaded]])
+        visited[step.k] = (step.x.double(), [one(step, [""] * len(step.x)).double() for one in [*values, loaded]])
 
     with hook_steps(pipe, record) as view:
         view(batch_size=500, generator=seeded(9), **CALL)
     transitions = pipe.transitions(STEPS, 0.3)
-    for step, (x, guesses) in seen.items():
+    for step, (x, guesses) in visited.items():
         for gain, shift, _ in transitions[step:]:
             x = gain * x + shift
         total, first = x.sum((1, 2, 3)), x[:, 0, 0, 0]
@@ -101,7 +101,7 @@ def test_every_head_is_the_closed_form_of_its_reward(folder: Path) -> None:
     assert r2["total"][-1] > 0.97 and r2["first"][-1] > 0.97
 
 
-def rewards_on_the_way(folder: Any, reward: Reward) -> Tensor:
+def intermediate_rewards(folder: Any, reward: Reward) -> Tensor:
     """Values (steps, K) of one unsteered run."""
     out = FKSteeringPipeline(GaussianPipeline(), reward)(
         reward_prompt="", num_particles=4, lam=0.0, value=folder, generator=seeded(), output_type="pt", **CALL
@@ -111,14 +111,14 @@ def rewards_on_the_way(folder: Any, reward: Reward) -> Tensor:
 
 
 def test_the_reward_at_use_weights_the_heads(folder: Path) -> None:
-    total, first = (rewards_on_the_way(folder, one) for one in (TOTAL, FIRST))
+    total, first = (intermediate_rewards(folder, one) for one in (TOTAL, FIRST))
     assert (total - first).abs().max() > 0.1
     for a, b in ((1.0, 0.5), (2.0, -3.0), (0.0, 4.0)):
-        torch.testing.assert_close(rewards_on_the_way(folder, weighted(a, b)), a * total + b * first)
+        torch.testing.assert_close(intermediate_rewards(folder, weighted(a, b)), a * total + b * first)
     trained = load_value(folder, GaussianPipeline())  # the value itself, as a function
-    torch.testing.assert_close(rewards_on_the_way(trained, weighted(2.0, 1.0)), 2 * total + first)
+    torch.testing.assert_close(intermediate_rewards(trained, weighted(2.0, 1.0)), 2 * total + first)
     nested = combine([weighted(1.0, 1.0), TOTAL])
-    torch.testing.assert_close(rewards_on_the_way(folder, nested), 2 * total + first)
+    torch.testing.assert_close(intermediate_rewards(folder, nested), 2 * total + first)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_the_reward_at_use_weights_the_heads(folder: Path) -> None:
 def test_a_reward_without_a_head_is_refused(folder: Path, reward: Any, missing: str) -> None:
     heads = "has heads for the rewards 'total', 'first'"
     with pytest.raises(InputError, match=rf"{heads}, got reward '{missing}': train one for it by `steer value train`"):
-        rewards_on_the_way(folder, reward)
+        intermediate_rewards(folder, reward)
 
 
 SMALL = ValueConfig(rollouts=16, updates=3, batch_size=8, width=8)
@@ -144,9 +144,9 @@ def test_any_other_composition_is_one_head(tmp_path: Path) -> None:
     reward = combine([TOTAL, FIRST], aggregate=worst)
     value = train_value(GaussianPipeline(), reward, ["a"], tmp_path, SMALL, CALL)
     assert value.config["heads"] == ["min(total, first)"]
-    rewards_on_the_way(tmp_path, reward)
+    intermediate_rewards(tmp_path, reward)
     with pytest.raises(InputError, match=r"trained for reward 'min\(total, first\)', got reward 'total'"):
-        rewards_on_the_way(tmp_path, TOTAL)
+        intermediate_rewards(tmp_path, TOTAL)
 
 
 def test_a_reward_twice_in_a_sum_is_refused(tmp_path: Path) -> None:
@@ -160,9 +160,9 @@ def test_a_reward_twice_in_a_sum_is_refused(tmp_path: Path) -> None:
 def test_one_head_is_no_value_of_a_weighted_reward_without_a_name(tmp_path: Path) -> None:
     """A lambda alone is logged, as it cannot be compared."""
     train_value(GaussianPipeline(), TOTAL, ["a"], tmp_path, SMALL, CALL)
-    rewards_on_the_way(tmp_path, Soft(TOTAL.function, "<lambda>"))
+    intermediate_rewards(tmp_path, Soft(TOTAL.function, "<lambda>"))
     with pytest.raises(InputError, match="trained for reward 'total', got reward '<lambda>'"):
-        rewards_on_the_way(tmp_path, combine({Soft(TOTAL.function, "<lambda>"): 2.0}))
+        intermediate_rewards(tmp_path, combine({Soft(TOTAL.function, "<lambda>"): 2.0}))
 
 
 # Folders of other versions
@@ -189,4 +189,4 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str,
     value = train_value(GaussianPipeline(), TOTAL, ["a"], tmp_path, SMALL, CALL)
     rewrite(tmp_path, dict(value.config) | change)
     with pytest.raises(InputError, match=message):
-        rewards_on_the_way(tmp_path, TOTAL)
+        intermediate_rewards(tmp_path, TOTAL)

@@ -101,8 +101,8 @@ def test_code_is_refused_and_not_run(
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:Defining your `__torch_function__`")
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_a_file_cut_or_spoilt_anywhere_is_read_or_refused(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / ("spoilt.safetensors" if kind == "safetensors" else "spoilt.pt")
+def test_a_truncated_or_corrupt_file_is_read_or_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("corrupt.safetensors" if kind == "safetensors" else "corrupt.pt")
     {"zip": torch.save, "legacy": legacy, "safetensors": save_file}[kind](STATE, path)
     whole, sampled = path.read_bytes(), random.Random(0)
     for count in range(0, len(whole) - 1, 29):
@@ -162,7 +162,7 @@ def test_micro_batches_are_bounded_and_pair_images_with_prompts(size: int | str)
     assert scores.tolist() == [1, 4, 9, 0, 25] and max(calls) <= int(size) and sum(calls) == 5
     scores.sum().backward()
     assert images.grad is not None and images.grad.tolist() == [1, 2, 3, 0, 5]
-    assert sum(calls) == (5 if int(size) >= 5 else 10)  # computed once more on the way back, not kept
+    assert sum(calls) == (5 if int(size) >= 5 else 10)  # computed again in the backward pass, not kept
     with torch.no_grad():
         batched(images, ["a"] * 5)
     assert sum(calls[-5:]) >= 5
@@ -244,7 +244,7 @@ def test_another_file_is_refused_fresh_or_from_the_cache(downloading: Downloadin
 
 @pytest.mark.parametrize("error", [OSError("no route\nto host"), RuntimeError("odd hash"), EOFError(), ValueError("?")])
 @pytest.mark.parametrize("file", [WEB, HUB])
-def test_a_download_that_fails_is_told_in_one_line(
+def test_a_failed_download_is_reported_in_one_line(
     downloading: Downloading, file: HubFile | WebFile, error: Exception
 ) -> None:
     downloading(error)

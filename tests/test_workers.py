@@ -37,7 +37,7 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 
 
 class Constant:
-    """A stand-in of a reward with workers."""
+    """A constant in place of a reward with workers."""
 
     name, differentiable = "jpeg", False
 
@@ -88,7 +88,7 @@ class Local:
 
 @pytest.fixture
 def meeting(monkeypatch: pytest.MonkeyPatch) -> RayReward:
-    """A reward of two stand-ins of actors, whose calls return when both are computing."""
+    """A reward of two fake actors, whose calls return when both are computing."""
     barrier, brightness = threading.Barrier(2, timeout=20), load_reward("brightness")
 
     def score(images: Tensor, prompts: list[str], metadata: Any) -> Any:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import planted
 import pytest
+import synthetic_preferences
 import torch
 from chat_server import Request, completion, serve
 from conftest import Steer
@@ -220,7 +220,7 @@ SCRIPT = [
 
 
 @pytest.mark.hard
-def test_each_mistake_is_refused_by_name_told_in_the_next_request_and_the_right_file_scores(tmp_path: Path) -> None:
+def test_each_mistake_is_named_in_the_next_request_and_the_correct_file_scores(tmp_path: Path) -> None:
     """Two files with two corrections each: three mistakes, two mistakes, then the right one."""
     before = set(tmp_path.iterdir())
 
@@ -338,15 +338,15 @@ def test_a_written_reward_is_distilled_into_a_differentiable_one(
     """The head predicts the file's scores on images that it has not seen, and needs no child process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (folder := tmp_path / "images").mkdir()
-    for number, image in enumerate(planted.images(400)):
+    for number, image in enumerate(synthetic_preferences.images(400)):
         (folder / f"{number:03d}.png").write_bytes(image)
-    fresh = planted.tensors(planted.images(500)[400:])
+    fresh = synthetic_preferences.tensors(synthetic_preferences.images(500)[400:])
     code = "def reward(images, prompts):\n    return 100 * images[:, 0].mean((1, 2))\n"
     with serve(lambda request: completion(f"```python\n{code}```")) as served:
         words = ["rewards", "write", "red images", "--chat", served.url, "--chat-model", "m", "--images", folder]
         words += ["--prompt", "a star", "--candidates", 1, "--iterations", 1, "--out", tmp_path / "red.py"]
         words += ["--judge", "colour:red", "--work", tmp_path / "work", "--distil", tmp_path / "red"]
-        status, printed, err = steer(*words, "--backbone", planted.tiny_clip())
+        status, printed, err = steer(*words, "--backbone", synthetic_preferences.tiny_clip())
     assert status == 0 and f"use it as --reward {tmp_path}/red" in printed, err
     reward = load_reward(str(tmp_path / "red"))
     scores, truth = reward(fresh, ["a star"] * 100), 100 * fresh[:, 0].mean((1, 2))

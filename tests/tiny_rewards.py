@@ -155,5 +155,5 @@ def tiny_specifications(folder: Path) -> dict[str, str]:
 
 
 def copied(folder: Path, to: Path) -> Path:
-    """A copy of a folder, to be spoilt."""
+    """A copy of a folder, to be corrupted."""
     return Path(shutil.copytree(folder, to))

@@ -1,4 +1,4 @@
-"""`steer sample` and `steer finetune` on a tiny model, as children of this process, and what they leave."""
+"""`steer sample` and `steer finetune` on a tiny model, as child processes, and the contents of their outputs."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forks import Ended, forked
+from child_processes import Ended, forked
 from safetensors.torch import load_file
 
 from steer.apps.cli import main as cli
@@ -36,19 +36,19 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Command:
-    """A command whose output folder is its last word, and what a finished run of it leaves: the same each time."""
+    """A command whose last argument is its output folder, and a deterministic summary of that folder."""
 
     words: tuple[str, ...]
     left: Callable[[Path], Any]
     check: Callable[[Path], None]
 
     def run(self, out: Path) -> None:
-        """In a child."""
+        """Run it in this process, which must be a child."""
         sys.argv = ["steer", *self.words, str(out)]
         cli.main()
 
     def forked(self, out: Path) -> Ended:
-        """A child that runs it."""
+        """Run it in a child."""
         return forked(lambda: self.run(out), out)
 
 
@@ -61,18 +61,18 @@ def sampled(out: Path) -> Any:
 
 
 def nothing_amiss(out: Path) -> None:
-    """What is there of a report reads."""
+    """Assert that the report, if there is one, has a valid checksum."""
     if (out / "report.json").exists():
         loads_with_checksum((out / "report.json").read_text())
 
 
 def finetuned(out: Path) -> Any:
-    """Its numbers: safetensors writes the words of the header in any order."""
+    """Bytes of each tensor: safetensors does not write the header in a fixed order."""
     named = load_file(out / "final/pytorch_lora_weights.safetensors")
     return {name: value.numpy().tobytes() for name, value in named.items()}
 
 
 def all_whole(out: Path) -> None:
-    """No checkpoint under its name is damaged."""
+    """Assert that no checkpoint is corrupt."""
     _, skipped = Checkpoints(out / "checkpoints").latest()
     assert skipped == []

@@ -1,4 +1,4 @@
-"""Folders of files as functions of bytes: choices, checkpoints, reports and calibrations."""
+"""Parsers of folders as functions of bytes: preferences, checkpoints, reports and calibrations."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from held import check_line
+from parser_checks import check_line
 
 from steer.apps.sampling import REPORT, open_report
 from steer.apps.settings import SamplingConfig
@@ -26,7 +26,7 @@ from steer.training.checkpoint import MANIFEST, Checkpoint, read_manifest, write
 from steer.training.rollout import Rows, Trajectories
 
 SAMPLE = SamplingConfig.of(reward="brightness", particles=2, steps=4, lam=10.0)  # as the corpus was written
-PARTED = b"\n---\n"  # between the files of a folder, in one input
+PARTED = b"\n---\n"  # separates the files of a folder in one input
 
 
 def put(path: Path, content: bytes | str) -> Path:
@@ -35,17 +35,17 @@ def put(path: Path, content: bytes | str) -> Path:
 
 
 def choices(data: bytes, folder: Path) -> Any:
-    """settings.json, lots.jsonl and choices.jsonl, beside the images and trajectories of two lots."""
+    """Parse settings.json, lots.jsonl and choices.jsonl, with images and trajectories of two groups."""
     if not (folder / "images").exists():
         write_choices(folder)
     texts = (data.split(PARTED, 2) + [b""] * 2)[:3]
     for name, text in zip((SETTINGS, GROUPS, PREFERENCES), texts, strict=True):
         put(folder / name, text)
-    return _told(read_preferences(folder))
+    return _records_text(read_preferences(folder))
 
 
 def write_choices(folder: Path) -> None:
-    """Two lots, of which one has trajectories, and a choice of each."""
+    """Write two groups, of which one has trajectories, and one preference in each."""
     plain = (
         "P",
         "scenes",
@@ -66,20 +66,20 @@ def write_choices(folder: Path) -> None:
         recorded.write_preference(group, 0, 1)
 
 
-def _told(found: PreferenceRecords) -> Any:
-    groups = [group.line() for group in found.groups.values()]
-    judged = [{"lot": one.group, "chosen": one.chosen, "rejected": one.rejected} for one in found.preferences]
-    return json.dumps([asdict(found.provenance), groups, judged])
+def _records_text(records: PreferenceRecords) -> Any:
+    groups = [group.line() for group in records.groups.values()]
+    judged = [{"lot": one.group, "chosen": one.chosen, "rejected": one.rejected} for one in records.preferences]
+    return json.dumps([asdict(records.provenance), groups, judged])
 
 
-def choices_again(told: str, folder: Path) -> Any:
-    drawn, *rows = json.loads(told)
+def choices_again(written: str, folder: Path) -> Any:
+    drawn, *rows = json.loads(written)
     files = (json.dumps(drawn), *("\n".join(map(json.dumps, some)) + "\n" for some in rows))
     return choices(PARTED.join(text.encode() for text in files), folder)
 
 
 def manifest(data: bytes, folder: Path) -> Any:
-    """Of a checkpoint of two files; the bytes as they are or, as no fuzzer finds a sum, with a right one."""
+    """Parse the manifest of a checkpoint of two files: the bytes themselves, then with a correct checksum."""
     if not (folder / MANIFEST).exists():
         write_files(folder, 7, {"weights": {"a": torch.zeros(2)}}, {"told": "{}\n"})
     put(folder / MANIFEST, data)
@@ -94,42 +94,42 @@ def manifest(data: bytes, folder: Path) -> Any:
 
 def _sealed(data: bytes) -> bytes:
     try:
-        told = json.loads(data)
+        values = json.loads(data)
     except (ValueError, RecursionError):
         return data
-    if not isinstance(told, dict):
+    if not isinstance(values, dict):
         return data
-    told.pop("sha256", None)
-    own = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    return (json.dumps(told | {"sha256": own}, sort_keys=True, indent=1) + "\n").encode()
+    values.pop("sha256", None)
+    own = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return (json.dumps(values | {"sha256": own}, sort_keys=True, indent=1) + "\n").encode()
 
 
-def manifest_again(found: Any, folder: Path) -> Any:
-    step, files = found
+def manifest_again(value: Any, folder: Path) -> Any:
+    step, files = value
     put(folder / MANIFEST, _sealed(json.dumps({"version": 1, "step": step, "files": files}).encode()))
     return read_manifest(folder)
 
 
 def report(data: bytes, folder: Path) -> Any:
     put(folder / REPORT, data)
-    return _told_of(folder)
+    return _report_text(folder)
 
 
-def _told_of(folder: Path) -> Any:
+def _report_text(folder: Path) -> Any:
     record = open_report(folder, ["a star", "a circle"], SAMPLE)
     record.missing(2, animation=True)
     return json.dumps([record.header, record.entries], sort_keys=True)
 
 
-def report_again(told: str, folder: Path) -> Any:
+def report_again(text: str, folder: Path) -> Any:
     open_report(folder, ["a star", "a circle"], SAMPLE).save()
-    return _told_of(folder)
+    return _report_text(folder)
 
 
 def calibration(data: bytes, folder: Path) -> Any:
     return read_calibration(put(folder / "c.json", data))
 
 
-def calibration_again(found: Any, folder: Path) -> Any:
-    found.save(folder / "d.json")
+def calibration_again(value: Any, folder: Path) -> Any:
+    value.save(folder / "d.json")
     return read_calibration(folder / "d.json")

@@ -1,4 +1,4 @@
-"""Steers, or trains, for a long time in one process, and writes down what that process holds meanwhile.
+"""Steer or train for a long time in one process, and record the resources of that process.
 
 python tests/hard/long_run.py steering|training COUNT FOLDER    FOLDER/levels.jsonl
 """
@@ -30,14 +30,13 @@ from steer.diffusion.batching import micro_batched
 from steer.reward import with_timeout
 from steer.rewards.parser import load_reward
 
-LOOKS = 50  # of a run, evenly spaced
+LOOKS = 50  # measurements of a run, evenly spaced
 CALL = {"prompt": PROMPT, "num_inference_steps": 6, "output_type": "pt", "height": 8, "width": 8}
 
 
 @dataclass(frozen=True)
 class Level:
-    """What a process holds after `done` calls: kilobytes, open files, threads, tensors, and files in its temporary
-    folder."""
+    """Resources of a process after `done` calls: resident kilobytes, open files, threads, tensors, temporary files."""
 
     done: int
     resident: int
@@ -48,7 +47,7 @@ class Level:
 
 
 def level(done: int) -> Level:
-    """Now, after all that can be freed is freed."""
+    """Measure the resources after garbage collection."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -71,7 +70,7 @@ def micro_batched_fk(pipe: Any, **options: Any) -> Any:
 
 
 def kinds() -> list[Callable[..., Any]]:
-    """Calls of every method, and of what they can be called with."""
+    """Calls of every steering method, and of FK with each of its options."""
     pipe, timed = cached_pipe("sd"), with_timeout(load_reward("brightness"), 60)
     fk, options = FKSteeringPipeline(pipe, RED), {"num_particles": 3, "resample_steps": [1, 2], "lam": 300.0}
 
@@ -94,7 +93,7 @@ def kinds() -> list[Callable[..., Any]]:
 
 
 def steer_for_long(count: int, every: int, folder: Path) -> Iterator[Level]:
-    """So many calls, one kind after the other, with a look after `every` of them."""
+    """Make `count` calls, of each kind in turn, and measure after every `every` of them."""
     for number, kind in enumerate(islice(cycle(kinds()), count), 1):
         kind(**CALL, generator=Generator().manual_seed(number))
         if number % every == 0:
@@ -102,7 +101,7 @@ def steer_for_long(count: int, every: int, folder: Path) -> Iterator[Level]:
 
 
 def train_for_long(count: int, every: int, folder: Path) -> Iterator[Level]:
-    """So many updates of PRDP, with checkpoints, held-out prompts and averaged weights."""
+    """Make `count` updates of PRDP, with checkpoints, held-out prompts and averaged weights."""
     levels: list[Level] = []
 
     class Look:
@@ -110,7 +109,7 @@ def train_for_long(count: int, every: int, folder: Path) -> Iterator[Level]:
             if state.global_step % every == 0:
                 levels.append(level(state.global_step))
 
-    pipe = PIPELINES["sd"]()  # its own: a training leaves a pipeline changed
+    pipe = PIPELINES["sd"]()  # not the cached one: training changes a pipeline
     pipe.set_progress_bar_config(disable=True)
     config = config_of("prdp", max_steps=count, save_steps=4, eval_steps=4)
     train("prdp", pipe, folder / "run", config, callbacks=[Look()])

@@ -1,7 +1,7 @@
-"""Everything of steer that reads what others wrote, as functions of bytes: what the fuzzers and their corpus run.
+"""All parsers of untrusted data as functions of bytes, for the fuzzers and their corpus.
 
-Whatever the bytes are, a parser ends with a value or with an InputError of one line; the value, written as steer writes
-it, is read again as the same. It needs less than 2 seconds of CPU, and reaches for no network and no program.
+For any bytes, a parser returns a value or raises an InputError of one line; the value is equal after it is written and
+read again. Parsers take less than 2 seconds of CPU, use no network and start no program.
 """
 
 import json
@@ -26,7 +26,7 @@ from folder_parsers import (
     report,
     report_again,
 )
-from held import Finding, check_line, held
+from parser_checks import Finding, check_line, checked
 from PIL import Image
 from pyarrow import parquet
 
@@ -45,9 +45,9 @@ SMALL = {"scene", "jpeg", "jpeg-incompressible", "colour", "brightness"}  # the 
 
 @dataclass(frozen=True)
 class Parser:
-    """read: bytes → a value, in a folder of its own; again: the value, written and read once more, if it is written.
+    """A parser: `read` maps bytes to a value, in a given folder; `again` writes the value and reads it.
 
-    modules  whose branches a coverage-guided fuzzer follows
+    modules  instrumented by the coverage-guided fuzzer
     """
 
     read: Callable[[bytes, Path], Any]
@@ -56,16 +56,16 @@ class Parser:
 
 
 def run(name: str, data: bytes, folder: Path) -> str:
-    """Whether the bytes are read or refused; raises Finding, or whatever a parser raised, for what may not be."""
+    """Return "read" or "refused"; raise Finding, or the exception of the parser, for a violation."""
     parser = PARSERS[name]
-    with held():
+    with checked():
         try:
-            found = parser.read(data, folder)
+            value = parser.read(data, folder)
         except InputError as error:
             check_line(str(error))
             return "refused"
-        if (again := parser.again(found, folder)) != found:
-            raise Finding(f"read as {found!r}, and written and read again as {again!r}")
+        if (again := parser.again(value, folder)) != value:
+            raise Finding(f"read as {value!r}, and written and read again as {again!r}")
     return "read"
 
 
@@ -78,17 +78,17 @@ def _config(data: bytes, folder: Path) -> Any:
 
 
 def _words(data: bytes, folder: Path) -> Any:
-    """What a person writes behind the name of a configuration, a word a line."""
+    """Parse command-line overrides of a configuration, one word per line."""
     return read_config("d3po-scenes", parse_overrides(_text(data).split("\n"))).plain()
 
 
-def _config_again(told: Any, folder: Path) -> Any:
-    return _config(yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=120).encode(), folder)
+def _config_again(config: Any, folder: Path) -> Any:
+    return _config(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120).encode(), folder)
 
 
 @contextmanager
 def _small_rewards() -> Iterator[None]:
-    """The table without what takes seconds to load, and without plugins, which are looked up on the disk each time."""
+    """Restrict the registry to rewards that load no weights, without plugins, which are looked up on disk each time."""
     whole, plugins = dict(rewards.REWARDS), vars(reward)["entry_points"]
     for name in whole.keys() - SMALL:
         del rewards.REWARDS[name]
@@ -96,7 +96,7 @@ def _small_rewards() -> Iterator[None]:
     try:
         yield
     finally:
-        rewards.REWARDS.clear()  # the order is the table's too
+        rewards.REWARDS.clear()  # restores the order, too
         rewards.REWARDS.update(whole)
         vars(reward)["entry_points"] = plugins
 
@@ -111,7 +111,7 @@ def _reward(data: bytes, folder: Path) -> str:
 
 
 def _reward_again(name: str, folder: Path) -> str:
-    """The name of what is made of rewards that have one is a text that reads as it, but for what a file told."""
+    """Parse the name of a composed reward: it must give the same name, unless a file defined a component."""
     with _small_rewards():
         whole = only_named_rewards(name) and "logsigmoid" not in name
     return _reward(name.encode(), folder) if whole else name
@@ -122,20 +122,20 @@ def _reward_file(data: bytes, folder: Path) -> str:
 
 
 def _prompts(data: bytes, folder: Path) -> list[list[str]]:
-    """The same bytes as each kind of text: what is one of them is seldom another."""
-    found = []
+    """Parse the bytes as each text format."""
+    read = []
     for suffix in ("txt", "tsv", "jsonl"):
         try:
-            found.append(read_prompts(put(folder / f"p.{suffix}", data)))
+            read.append(read_prompts(put(folder / f"p.{suffix}", data)))
         except InputError as error:
             check_line(str(error))
-    if not found:
+    if not read:
         raise InputError("neither text nor table nor JSON lines")
-    return found
+    return read
 
 
-def _prompts_again(found: list[list[str]], folder: Path) -> list[list[str]]:
-    lines = ("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts) for prompts in found)
+def _prompts_again(read: list[list[str]], folder: Path) -> list[list[str]]:
+    lines = ("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts) for prompts in read)
     return [read_prompts(put(folder / "q.jsonl", text)) for text in lines]
 
 
@@ -153,15 +153,15 @@ def _png(data: bytes, folder: Path) -> Any:
     return recipe, image.mode, image.size, image.tobytes()
 
 
-def _png_again(found: Any, folder: Path) -> Any:
-    recipe, mode, size, pixels = found
+def _png_again(png: Any, folder: Path) -> Any:
+    recipe, mode, size, pixels = png
     write_png(Image.frombytes(mode, size, pixels), folder / "a.png", recipe)
     read, image = read_png(folder / "a.png")
-    return read, mode, image.size, pixels  # a palette's pixels are written as their numbers
+    return read, mode, image.size, pixels  # a palette image is written as indices
 
 
 def _recipe(data: bytes, folder: Path) -> Any:
-    """The bytes as the text in a PNG."""
+    """Parse the bytes as the recipe in a PNG."""
     return read_metadata(png_saying(data))
 
 
@@ -180,10 +180,10 @@ def png_saying(text: bytes) -> bytes:
         (b"IDAT", zlib.compress(bytes(4))),
         (b"IEND", b""),
     ]
-    told = (
+    encoded = (
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(told)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(encoded)
 
 
 _YAML = ("yaml.reader", "yaml.scanner", "yaml.parser", "yaml.composer", "yaml.constructor", "yaml.resolver")

@@ -1,4 +1,4 @@
-"""`steer sample` and `steer finetune` that are killed, interrupted or refused something: one line, and they go on."""
+"""`steer sample` and `steer finetune`, killed, interrupted or without resources: a one-line message, then resumed."""
 
 import os
 import random
@@ -12,26 +12,27 @@ from typing import Any
 
 import pytest
 import yaml
+from child_processes import Ended, as_nobody, few_files, forked, killed_at, limited, open_to_all, started, steps_of
 from commands import CONFIG, WORDS, Command, all_whole, finetuned, nothing_amiss, sampled
 from conftest import cached_pipe
-from figures import Tally
-from forks import Ended, as_nobody, few_files, forked, killed_at, limited, open_to_all, started, steps_of
+from reliability import Tally
 
 from steer.apps import finetune_report
 from steer.apps import sampling as sample
 
 FULL = pytest.mark.hard
+ENDS = {0: "had finished", 130: "ended with a message"}  # by exit code
 NAMES = ["sample", pytest.param("finetune", marks=FULL)]
 
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Command]:
-    """Both, with a tiny model of their own."""
+    """Both commands, with a tiny model of their own."""
     home = tmp_path_factory.mktemp("commands")
     cached_pipe("sd").save_pretrained(home / "tiny")
     (home / "prompts.txt").write_text("a red circle\na blue star\n")
-    told = CONFIG | {"model": str(home / "tiny"), "prompts": str(home / "prompts.txt")}
-    (home / "config.yaml").write_text(yaml.safe_dump(told))
+    config = CONFIG | {"model": str(home / "tiny"), "prompts": str(home / "prompts.txt")}
+    (home / "config.yaml").write_text(yaml.safe_dump(config))
     words = ("sample", "a red circle", "a blue star", "--model", str(home / "tiny"), *WORDS, "--out")
     return {
         "sample": Command(words, sampled, nothing_amiss),
@@ -41,26 +42,26 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Command]:
 
 @pytest.fixture(scope="module")
 def done(commands: dict[str, Command], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run that nobody disturbs leaves."""
-    found = {}
+    """Output of undisturbed runs."""
+    outputs = {}
     for name, command in commands.items():
         out = tmp_path_factory.mktemp("done") / name
         ended = command.forked(out)
-        assert ended.code == 0, ended.said
-        found[name] = command.left(out)
-    return found
+        assert ended.code == 0, ended.output
+        outputs[name] = command.left(out)
+    return outputs
 
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than a tiny model."""
+    """Disable plots: they take longer than a tiny model."""
     monkeypatch.setattr(finetune_report, "write_grid", lambda *given: None)
     monkeypatch.setattr(finetune_report, "write_report", lambda *given: None)
     monkeypatch.setattr(sample, "_draw", lambda *given: None)
 
 
-def resume_hint(command: Command, out: Path, expected: Any) -> bool:
-    """Whether the same command, undisturbed, leaves what a run leaves that never was disturbed."""
+def resumes_to(command: Command, out: Path, expected: Any) -> bool:
+    """Return whether the same command, run again, completes the output of an undisturbed run."""
     command.check(out)
     ended = command.forked(out)
     return ended.code == 0 and command.left(out) == expected
@@ -70,7 +71,7 @@ def resume_hint(command: Command, out: Path, expected: Any) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("kills", [2, pytest.param(16, marks=FULL)])
-def test_a_run_that_is_killed_ends_as_one_that_was_not(
+def test_a_killed_run_resumes_to_the_result_of_an_undisturbed_run(
     commands: dict[str, Command],
     done: dict[str, Any],
     tmp_path: Path,
@@ -82,18 +83,18 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(
     for number in range(kills):
         out = tmp_path / f"{number}"
         ended = killed_at(number * count // kills, lambda out=out: command.run(out), out)
-        assert ended.code == -signal.SIGKILL, ended.said
-        tally.count("kills", resume_hint(command, out, done[name]))
+        assert ended.code == -signal.SIGKILL, ended.output
+        tally.count("kills", resumes_to(command, out, done[name]))
         shutil.rmtree(out, ignore_errors=True)
     assert count > kills and tally.lost == 0
     if kills >= 16:
-        tally.note(f"steer {name}, kill -9, then the same command")
+        tally.note(f"steer {name}, kill -9, then resumed")
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("times", [pytest.param(8, marks=FULL)])
-def test_a_run_that_is_interrupted_ends_as_one_that_was_not(
+def test_an_interrupted_run_resumes_to_the_result_of_an_undisturbed_run(
     commands: dict[str, Command],
     done: dict[str, Any],
     tmp_path: Path,
@@ -107,17 +108,17 @@ def test_a_run_that_is_interrupted_ends_as_one_that_was_not(
     for number in range(times):
         kind = (signal.SIGINT, signal.SIGTERM)[number % 2]
         out = tmp_path / f"{number}"
-        child = started(lambda out=out: command.run(out), tmp_path / "said")
+        child = started(lambda out=out: command.run(out), tmp_path / "output")
         time.sleep(rng.uniform(0.1, 1) * length)
         os.kill(child, kind)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said = (tmp_path / "said").read_text()
-        assert code in (0, 130, -signal.SIGTERM) and "Traceback" not in said, said
-        assert code != 130 or said.strip().splitlines()[-1].startswith("steer: interrupted"), said
-        tally.count({0: "was done", 130: "ended with a word"}.get(code, "ended"), resume_hint(command, out, done[name]))
+        output = (tmp_path / "output").read_text()
+        assert code in (0, 130, -signal.SIGTERM) and "Traceback" not in output, output
+        assert code != 130 or output.strip().splitlines()[-1].startswith("steer: interrupted"), output
+        tally.count(ENDS.get(code, "ended"), resumes_to(command, out, done[name]))
     assert tally.lost == 0
     if times >= 8:
-        tally.note(f"steer {name}, Ctrl-C and SIGTERM, then the same command")
+        tally.note(f"steer {name}, Ctrl-C and SIGTERM, then resumed")
 
 
 def on_a_full_disk(number: int) -> Callable[[Callable[[], Any]], Any]:
@@ -136,14 +137,14 @@ def with_few_files(number: int) -> Callable[[Callable[[], Any]], Any]:
     return run
 
 
-LIMITS = {"a full disk": on_a_full_disk, "too few files": with_few_files}
+LIMITS = {"a full disk": on_a_full_disk, "too few file handles": with_few_files}
 
 
 @pytest.mark.hard
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", LIMITS)
 @pytest.mark.parametrize("times", [2, pytest.param(8, marks=FULL)])
-def test_a_run_that_is_refused_something_says_so_in_a_line_and_goes_on(
+def test_a_run_without_resources_fails_with_one_line_and_resumes(
     commands: dict[str, Command],
     done: dict[str, Any],
     tmp_path: Path,
@@ -157,14 +158,14 @@ def test_a_run_that_is_refused_something_says_so_in_a_line_and_goes_on(
         limit = LIMITS[kind](number)
         ended = forked(lambda limit=limit, out=out: limit(lambda: command.run(out)), out)
         single_line(ended)
-        tally.count("done" if ended.code == 0 else "refused", resume_hint(command, out, done[name]))
+        tally.count("done" if ended.code == 0 else "refused", resumes_to(command, out, done[name]))
     assert tally.lost == 0 and tally.outcomes["refused"]
     if times >= 8:
-        tally.note(f"steer {name}, {kind}, then the same command")
+        tally.note(f"steer {name}, {kind}, then resumed")
 
 
-@pytest.mark.parametrize("name", ["sample"])  # of finetune tests/test_finetune_cli.py has the line
-def test_a_folder_that_may_not_be_written_is_told_in_a_line(
+@pytest.mark.parametrize("name", ["sample"])  # finetune: tests/test_finetune_cli.py
+def test_a_read_only_folder_is_reported_in_one_line(
     commands: dict[str, Command],
     tmp_path: Path,
     name: str,
@@ -181,10 +182,10 @@ def test_a_folder_that_may_not_be_written_is_told_in_a_line(
         command.run(out)
 
     ended = forked(refused, out)
-    assert ended.code == 2 and "cannot write there (Permission denied)" in ended.said, ended.said
+    assert ended.code == 2 and "cannot write there (Permission denied)" in ended.output, ended.output
     single_line(ended)
 
 
 def single_line(ended: Ended) -> None:
-    """No traceback: done, or exit code 2 and a last line of steer's own."""
-    assert ended.clean() and ended.code in (0, 2), (ended.code, ended.said)
+    """Assert exit code 0, or exit code 2 with a message of steer as last line, and no traceback."""
+    assert ended.clean() and ended.code in (0, 2), (ended.code, ended.output)

@@ -1,4 +1,4 @@
-"""Files cut off and with bits turned over: what is read is what was written, or it is refused in a line."""
+"""Truncated files and flipped bits: what is read equals what was written, or it is refused in one line."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import cached_pipe
-from figures import Tally
+from reliability import Tally
 from rollouts import fresh_pipe
 from test_checkpoint import save
 from test_recipes import RECIPE, picture
@@ -41,7 +41,7 @@ GOOD = ("refused", "read unchanged")
 
 @dataclass(frozen=True)
 class Kind:
-    """make: writes it into a folder; read: all that it says, in a form that can be compared; but: no part of it."""
+    """make: writes files; read: returns all their contents, to be compared; but: files that are not tested."""
 
     make: Callable[[Path], Any]
     read: Callable[[Path], Any]
@@ -53,9 +53,9 @@ def bits(named: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
 
 
 def checkpoint_in(folder: Path) -> Any:
-    found = Checkpoint.open(folder / "step-00000001")
-    weights = {name: value.float() for name, value in found.tensors("weights").items()}
-    return found.step, found.json("state"), bits(weights)
+    checkpoint = Checkpoint.open(folder / "step-00000001")
+    weights = {name: value.float() for name, value in checkpoint.tensors("weights").items()}
+    return checkpoint.step, checkpoint.json("state"), bits(weights)
 
 
 def exported(family: str, rank: int) -> Callable[[Path], None]:
@@ -68,7 +68,7 @@ def exported(family: str, rank: int) -> Callable[[Path], None]:
     return make
 
 
-def worn(family: str) -> Callable[[Path], Any]:
+def applied(family: str) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
         pipe = cached_pipe(family)
         with find_adapter(str(folder / "final")).applied_to(pipe):
@@ -96,10 +96,8 @@ def noise_in(folder: Path) -> Any:
 
 def report_in(folder: Path) -> Any:
     record = open_report(folder, ["a star", "a circle"], SETTINGS)
-    told = {
-        name: record.header[name] for name in ("model", "method", "settings")
-    }  # and perhaps a key that nobody reads
-    return told, record.entries, images_with_prompts(folder)
+    header = {name: record.header[name] for name in ("model", "method", "settings")}  # unknown keys are ignored
+    return header, record.entries, images_with_prompts(folder)
 
 
 def png_in(folder: Path) -> Any:
@@ -108,9 +106,9 @@ def png_in(folder: Path) -> Any:
 
 KINDS = {
     "checkpoint": Kind(lambda f: save(f, 1), checkpoint_in),
-    "LoRA": Kind(exported("sd", 2), worn("sd")),
-    "LoRA of peft": Kind(exported("pixart", 2), worn("pixart")),
-    "whole denoiser": Kind(exported("sd", 0), worn("sd")),
+    "LoRA": Kind(exported("sd", 2), applied("sd")),
+    "LoRA of peft": Kind(exported("pixart", 2), applied("pixart")),
+    "whole denoiser": Kind(exported("sd", 0), applied("sd")),
     "learned reward": Kind(reward, reward_in),
     "noise search": Kind(lambda f: search_file(f).save(*found_noise(2)), noise_in),
     "report.json": Kind(lambda f: report(f, 0), report_in, ("0.png",)),
@@ -123,8 +121,8 @@ KINDS = {
 }
 
 
-def spoilt(whole: bytes, cuts: int, flips: int, rng: random.Random) -> Iterator[tuple[str, bytes]]:
-    """A file cut off at every so many hundredths, and with single bits turned over."""
+def corrupted(whole: bytes, cuts: int, flips: int, rng: random.Random) -> Iterator[tuple[str, bytes]]:
+    """Truncate a file at `cuts` evenly spaced lengths, and flip `flips` single bits of it."""
     for number in range(cuts):
         yield "truncated", whole[: len(whole) * number // cuts]
     for _ in range(flips):
@@ -133,26 +131,26 @@ def spoilt(whole: bytes, cuts: int, flips: int, rng: random.Random) -> Iterator[
 
 
 def verdict(kind: Kind, folder: Path, original: Any) -> str:
-    """What comes of reading; anything but an InputError is raised."""
+    """Outcome of reading; exceptions other than InputError are raised."""
     try:
-        found = kind.read(folder)
+        value = kind.read(folder)
     except InputError as error:
         return "refused" if "\n" not in str(error) else "more than a line"
-    return "read unchanged" if found == original else "read wrong"
+    return "read unchanged" if value == original else "read wrong"
 
 
-def tried(kind: Kind, folder: Path, cuts: int, flips: int, good: tuple[str, ...] = GOOD) -> Tally:
-    """Spoils every file of a folder, one after the other, and reads."""
+def corrupt_each_file(kind: Kind, folder: Path, cuts: int, flips: int, good: tuple[str, ...] = GOOD) -> Tally:
+    """Corrupt every file of a folder in turn, and read the folder."""
     original, tally = kind.read(folder), Tally()
     assert kind.read(folder) == original
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in kind.but):
         whole = path.read_bytes()
-        few = 1 + 9 * (path.name != CHECKSUMS)  # of ten: where sums are spoilt, all that they tell of is loaded
-        for what, data in spoilt(whole, cuts, flips * few // 10, random.Random(path.name)):
+        few = 1 + 9 * (path.name != CHECKSUMS)  # of ten; without valid checksums all files are loaded
+        for what, data in corrupted(whole, cuts, flips * few // 10, random.Random(path.name)):
             path.write_bytes(data)
-            told = verdict(kind, folder, original)
-            tally.count(f"{what}, {told}", told in good)
-            assert told in good, (path, what, data)
+            outcome = verdict(kind, folder, original)
+            tally.count(f"{what}, {outcome}", outcome in good)
+            assert outcome in good, (path, what, data)
         path.write_bytes(whole)
     assert kind.read(folder) == original
     return tally
@@ -161,17 +159,17 @@ def tried(kind: Kind, folder: Path, cuts: int, flips: int, good: tuple[str, ...]
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(("cuts", "flips"), [(3, 6), pytest.param(CUTS, FLIPS, marks=FULL)])
-def test_nothing_that_is_spoilt_is_read_wrong(tmp_path: Path, name: str, cuts: int, flips: int) -> None:
+def test_no_corrupt_file_is_read_with_wrong_content(tmp_path: Path, name: str, cuts: int, flips: int) -> None:
     kind, folder = KINDS[name], tmp_path / "folder"
     kind.make(folder)
-    tally = tried(kind, folder, cuts, flips)
+    tally = corrupt_each_file(kind, folder, cuts, flips)
     assert tally.lost == 0 and tally.outcomes["flip, refused"], tally
     if flips == FLIPS:
         tally.note(f"{name}, every file truncated at each 1 % and 1,000 bits flipped")
 
 
-def without_sums(kind: Kind) -> Kind:
-    """As others write it, and as older versions of steer did."""
+def without_checksums(kind: Kind) -> Kind:
+    """Files without checksums, as other programs and older versions of steer write them."""
 
     def make(folder: Path) -> None:
         kind.make(folder)
@@ -181,27 +179,29 @@ def without_sums(kind: Kind) -> Kind:
     return Kind(make, kind.read)
 
 
-def choices(folder: Path) -> None:
-    WRITERS["choices"].before(folder)
-    WRITERS["choices"].write(folder)
+def preferences(folder: Path) -> None:
+    WRITERS["preferences"].before(folder)
+    WRITERS["preferences"].write(folder)
 
 
-UNSUMMED = {
-    "LoRA without sums": without_sums(KINDS["LoRA"]),
-    "LoRA of peft without sums": without_sums(KINDS["LoRA of peft"]),
-    "learned reward without sums": without_sums(KINDS["learned reward"]),
-    "folder of choices": Kind(choices, read_preferences),
+WITHOUT_CHECKSUMS = {
+    "LoRA without checksums": without_checksums(KINDS["LoRA"]),
+    "LoRA of peft without checksums": without_checksums(KINDS["LoRA of peft"]),
+    "learned reward without checksums": without_checksums(KINDS["learned reward"]),
+    "preference folder": Kind(preferences, read_preferences),
 }
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize("name", UNSUMMED)
+@pytest.mark.parametrize("name", WITHOUT_CHECKSUMS)
 @pytest.mark.parametrize(("cuts", "flips"), [(2, 4), pytest.param(CUTS, 150, marks=FULL)])
-def test_what_has_no_sums_is_read_or_refused_in_a_line(tmp_path: Path, name: str, cuts: int, flips: int) -> None:
-    """A bit of a weight that is another is not noticed: docs/reliability.md says so."""
-    kind, folder = UNSUMMED[name], tmp_path / "folder"
+def test_without_checksums_files_are_read_or_refused_in_one_line(
+    tmp_path: Path, name: str, cuts: int, flips: int
+) -> None:
+    """A flipped bit of a weight is not detected: see docs/reliability.md, Limits."""
+    kind, folder = WITHOUT_CHECKSUMS[name], tmp_path / "folder"
     kind.make(folder)
-    tally = tried(kind, folder, cuts, flips, (*GOOD, "read wrong"))
+    tally = corrupt_each_file(kind, folder, cuts, flips, (*GOOD, "read wrong"))
     assert tally.outcomes["truncated, refused"], tally
     if flips == 150:
         tally.lost = sum(count for outcome, count in tally.outcomes.items() if "read wrong" in outcome)

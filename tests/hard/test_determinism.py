@@ -1,4 +1,4 @@
-"""The same seeds give the same: in other processes, in batches of other sizes, in threads that share a pipeline."""
+"""Equal seeds give equal results: in other processes, with other micro-batches, in threads that share a pipeline."""
 
 import os
 import subprocess
@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from child_processes import forked
 from conftest import PIPELINES, cached_pipe, call_kwargs, with_scheduler
 from diffusers import LCMScheduler
-from figures import Tally
-from forks import forked
-from same import left, make, prepare
+from reliability import Tally
+from seeded_runs import left, make, prepare
 from soft_rewards import Soft, redness
 from torch import Generator, Tensor
 
@@ -24,38 +24,38 @@ from steer.diffusion.batching import micro_batched
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 
 FULL = pytest.mark.hard
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 K = 4
-SOME = ["sd", "pixart", "flux"]  # a UNet, a DiT, and one of flow matching
+SOME = ["sd", "pixart", "flux"]  # a UNet, a DiT, and a flow-matching model
 FAMILIES = [name if name in SOME else pytest.param(name, marks=FULL) for name in PIPELINES]
 
 
-def anew(home: Path, out: Path, hash_seed: int) -> None:
-    """In a new Python, whose sets and dictionaries of texts have another order."""
-    places = os.pathsep.join([str(HERE.parent), str(HERE), *sys.path])  # the steer of this process comes with it
+def in_new_interpreter(home: Path, out: Path, hash_seed: int) -> None:
+    """Make the outputs in a new interpreter with another PYTHONHASHSEED, which changes the order of sets."""
+    places = os.pathsep.join([str(FOLDER.parent), str(FOLDER), *sys.path])  # including the path of this steer
     given = {"PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
-    command = [sys.executable, str(HERE / "same.py"), str(home), str(out)]
+    command = [sys.executable, str(FOLDER / "seeded_runs.py"), str(home), str(out)]
     done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.hard
 @pytest.mark.parametrize(("new", "others"), [(4, 6)])
-def test_other_processes_make_the_same_bytes(tmp_path: Path, new: int, others: int) -> None:
-    """`steer sample`, a steered call and a finetuning; the others are forked from this one."""
+def test_other_processes_give_the_same_bytes(tmp_path: Path, new: int, others: int) -> None:
+    """`steer sample`, a steered call and a finetuning, in new interpreters and in forks of this process."""
     prepare(tmp_path)
-    tally, found = Tally(), []
+    tally, results = Tally(), []
     for number in range(new + others):
         out = tmp_path / f"{number}"
         if number < new:
-            anew(tmp_path, out, number)
+            in_new_interpreter(tmp_path, out, number)
         else:
             ended = forked(lambda out=out: make(tmp_path, out), out)
-            assert ended.code == 0, ended.said
-        found.append(left(tmp_path, out))
-        tally.count("a new Python" if number < new else "a fork", found[-1] == found[0])
-    assert tally.lost == 0, {name for one in found for name in one if one[name] != found[0][name]}
-    ancestors = [value for name, value in found[0]["steered"].items() if name.startswith("ancestors")]
+            assert ended.code == 0, ended.output
+        results.append(left(tmp_path, out))
+        tally.count("a new Python" if number < new else "a fork", results[-1] == results[0])
+    assert tally.lost == 0, {name for one in results for name in one if one[name] != results[0][name]}
+    ancestors = [value for name, value in results[0]["steered"].items() if name.startswith("ancestors")]
     assert len(ancestors) > 1 and any(value != torch.arange(K).numpy().tobytes() for value in ancestors)
     if new > 1:
         tally.note("the same seed in other processes: steer sample, a steered call, steer finetune")
@@ -67,15 +67,15 @@ def call_of(family: str, particles: int, seed: int, steps: int = 5) -> dict[str,
     return {name: value for name, value in call.items() if name not in IMAGES_PER_PROMPT} | own
 
 
-def bits(found: SteeringOutput) -> list[Tensor]:
-    return [found.images, found.rewards, found.log_weights, found.latents, *found.ancestors]
+def bits(output: SteeringOutput) -> list[Tensor]:
+    return [output.images, output.rewards, output.log_weights, output.latents, *output.ancestors]
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seeds", [1, pytest.param(5, marks=FULL)])
-def test_micro_batches_of_any_size_leave_images_and_ancestors(family: str, seeds: int) -> None:
-    """Rows of the denoiser at a time, and images that are decoded and scored at a time."""
+def test_images_and_ancestors_do_not_depend_on_micro_batches(family: str, seeds: int) -> None:
+    """Micro-batches of denoiser rows, and of images that are decoded and scored."""
     pipe, tally, moved = cached_pipe(family), Tally(), False
 
     def run(rows: int | None, chunk: int, seed: int) -> SteeringOutput:
@@ -87,9 +87,9 @@ def test_micro_batches_of_any_size_leave_images_and_ancestors(family: str, seeds
         whole = run(None, 2 * K, seed)
         moved = moved or any((one != torch.arange(K)).any() for one in whole.ancestors)
         for rows, chunk in [(1, K), (2, K), (3, K), (K, K), (None, 1), (None, 2), (None, 3), (3, 2)]:
-            found = run(rows, chunk, seed)
-            same = len(found.ancestors) == 3 and all(map(torch.equal, found.ancestors, whole.ancestors))
-            near = bool((found.images - whole.images).abs().max() <= 1e-5)
+            output = run(rows, chunk, seed)
+            same = len(output.ancestors) == 3 and all(map(torch.equal, output.ancestors, whole.ancestors))
+            near = bool((output.images - whole.images).abs().max() <= 1e-5)
             tally.count("denoiser" if chunk == K else "decoder and reward", same and near)
     assert moved and tally.lost == 0
     if seeds > 1:
@@ -102,9 +102,9 @@ PROMPTS = ["a red circle", "a blue star", "two stars", "a star left of a circle"
 
 def fk(family: str, **options: Any) -> Run:
     def run(pipe: Any, seed: int) -> SteeringOutput:
-        told = {"lam": 500.0, "ess_threshold": 1.0} | options
+        settings = {"lam": 500.0, "ess_threshold": 1.0} | options
         return FKSteeringPipeline(pipe, Soft(redness))(
-            **call_of(family, 3, seed) | {"prompt": PROMPTS[seed % 4]} | told
+            **call_of(family, 3, seed) | {"prompt": PROMPTS[seed % 4]} | settings
         )
 
     return run
@@ -124,7 +124,7 @@ DIFFERENT: list[Run] = [fk("sd"), fk("sd", reward_guidance=0.1), fk("sd", partic
 SHARED: dict[str, list[Run]] = {name: [fk(name)] for name in PIPELINES} | {"different methods": DIFFERENT}
 
 
-# Not Wan: its VAE keeps what it decodes on itself, so that threads need a VAE each.
+# Not Wan: its VAE stores decoding state in the module.
 IN_THREADS = [
     pytest.param(one, marks=[] if one in (*SOME, "sd3", "different methods") else FULL)
     for one in (*PIPELINES, "different methods")
@@ -135,8 +135,8 @@ IN_THREADS = [
 @pytest.mark.few(1)
 @pytest.mark.parametrize("shared", IN_THREADS)
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=FULL)])
-def test_threads_that_share_a_pipeline_make_what_they_make_in_turn(shared: str, times: int) -> None:
-    """Four that begin at once, with seeds and prompts of their own, and that change places as often as can be."""
+def test_threads_that_share_a_pipeline_give_the_results_of_calls_in_sequence(shared: str, times: int) -> None:
+    """Four threads start at once, with their own seeds and prompts, and the shortest switch interval."""
     pipe, runs, tally = cached_pipe("sd" if shared not in PIPELINES else shared), SHARED[shared], Tally()
     together, before = Barrier(4), sys.getswitchinterval()
 

@@ -1,6 +1,6 @@
-"""What fuzzers found and kept, through the parsers once more; and, with the mark `hard`, changed at random.
+"""Inputs that the fuzzers kept, parsed again; with the mark `hard`, their random mutations.
 
-The fuzzers themselves, which follow the branches: `make fuzz`.
+`make fuzz` runs the coverage-guided fuzzers.
 """
 
 import random
@@ -8,13 +8,13 @@ import socket
 from pathlib import Path
 
 import pytest
-from figures import Tally
-from held import Finding
+from parser_checks import Finding
 from parsers import PARSERS, Parser, run
+from reliability import Tally
 
 from steer.errors import InputError
 
-TRIES = {"config": 2000, "config-words": 2000, "report": 2000}  # of others: 4,000
+TRIES = {"config": 2000, "config-words": 2000, "report": 2000}  # others: 4,000
 CORPUS = Path(__file__).resolve().parent / "corpus"
 PIECES = [
     b"\0",
@@ -54,10 +54,10 @@ def kept(parser: str) -> list[bytes]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("parser", PARSERS)
-def test_what_fuzzers_kept_is_read_or_refused(parser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_corpus_is_read_or_refused(parser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    told = [run(parser, data, tmp_path) for data in kept(parser)]
-    assert {*told} == {"read", "refused"}, "both are in the corpus"
+    results = [run(parser, data, tmp_path) for data in kept(parser)]
+    assert {*results} == {"read", "refused"}, "the corpus has both"
 
 
 def test_the_corpus_is_small() -> None:
@@ -66,25 +66,25 @@ def test_the_corpus_is_small() -> None:
 
 
 def changed(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    """A few changes, as fuzzers make them."""
+    """Mutate bytes a few times."""
     for _ in range(chance.choice((1, 1, 1, 2, 5))):
         place, end = sorted((chance.randint(0, len(data)), chance.randint(0, len(data))))
         match chance.randrange(7):
-            case 0 if data:  # a bit
+            case 0 if data:  # flip a bit
                 byte = chance.randrange(len(data))
                 data = data[:byte] + bytes([data[byte] ^ 1 << chance.randrange(8)]) + data[byte + 1 :]
-            case 1:  # a piece of what parsers look for
+            case 1:  # insert a token
                 data = data[:place] + chance.choice(PIECES) + data[place:]
-            case 2:  # it goes
+            case 2:  # delete a part
                 data = data[:place] + data[min(end, place + 20) :]
-            case 3:  # twice
+            case 3:  # repeat a part
                 data = data[:end] + data[place:end] + data[end:]
-            case 4:  # the end of another
+            case 4:  # the end of another input
                 data = data[:place] + other[chance.randint(0, len(other)) :]
-            case 5:  # a part of another
+            case 5:  # insert a part of another input
                 start = chance.randint(0, len(other))
                 data = data[:place] + other[start : start + chance.randint(1, 30)] + data[place:]
-            case _:  # a digit, a letter
+            case _:  # another character
                 data = data[:place] + bytes([chance.randrange(32, 127)]) + data[place + 1 :]
     return data[:20_000]
 
@@ -92,9 +92,7 @@ def changed(data: bytes, other: bytes, chance: random.Random) -> bytes:
 @pytest.mark.hard
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("parser", PARSERS)
-def test_what_is_changed_at_random_is_read_or_refused(
-    parser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_random_mutations_are_read_or_refused(parser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     chance, tally, corpus = random.Random(parser), Tally(), kept(parser)
     sound = [data for data in corpus if run(parser, data, tmp_path) == "read"]
@@ -104,10 +102,10 @@ def test_what_is_changed_at_random_is_read_or_refused(
             tally.count(run(parser, data, tmp_path))
         except Exception as error:
             raise AssertionError(f"{parser}: {data!r}") from error
-    tally.note(f"parser of {parser}, changed at random")
+    tally.note(f"parser of {parser}, random mutations")
 
 
-def reaches_out(data: bytes, folder: Path) -> str:
+def uses_the_network(data: bytes, folder: Path) -> str:
     try:
         socket.create_connection(("127.0.0.1", 9), timeout=1)
     except OSError as error:
@@ -115,36 +113,40 @@ def reaches_out(data: bytes, folder: Path) -> str:
     return "somebody"
 
 
-def lasts(data: bytes, folder: Path) -> str:
+def loops_forever(data: bytes, folder: Path) -> str:
     while True:
         pass
 
 
-def says_more_than_a_line(data: bytes, folder: Path) -> str:
-    raise OneLine("a\nb")
+def raises_two_lines(data: bytes, folder: Path) -> str:
+    raise TwoLines("a\nb")
 
 
-class OneLine(InputError):
-    """As InputError was when fuzzing began."""
+class TwoLines(InputError):
+    """An InputError that keeps line breaks in its message."""
 
-    def __init__(self, told: str) -> None:
-        ValueError.__init__(self, told)
+    def __init__(self, message: str) -> None:
+        ValueError.__init__(self, message)
 
 
-SAME = {"again": lambda found, folder: found, "modules": ()}
+SAME = {"again": lambda value, folder: value, "modules": ()}
 WRONG = {
-    "of another kind": (Parser(lambda data, folder: {}[data], **SAME), KeyError, "b''"),
-    "not the same again": (Parser(lambda data, folder: 1, lambda found, folder: 2, ()), Finding, "read again as 2"),
-    "more than a line": (Parser(says_more_than_a_line, **SAME), Finding, "no line of text"),
-    "for ever": (Parser(lasts, **SAME), Finding, "seconds of CPU"),
-    "to the network": (Parser(reaches_out, **SAME), Finding, "reached for .*socket"),
+    "another exception": (Parser(lambda data, folder: {}[data], **SAME), KeyError, "b''"),
+    "another value again": (
+        Parser(lambda data, folder: 1, lambda value, folder: 2, ()),
+        Finding,
+        "read again as 2",
+    ),
+    "two lines": (Parser(raises_two_lines, **SAME), Finding, "no line of text"),
+    "endless loop": (Parser(loops_forever, **SAME), Finding, "seconds of CPU"),
+    "network": (Parser(uses_the_network, **SAME), Finding, "reached for .*socket"),
 }
 
 
 @pytest.mark.hard
 @pytest.mark.parametrize("name", WRONG)
-def test_a_parser_that_does_what_none_may_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parser, kind, told = WRONG[name]
+def test_a_violation_by_a_parser_is_detected(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser, kind, message = WRONG[name]
     monkeypatch.setitem(PARSERS, name, parser)
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         run(name, b"", tmp_path)

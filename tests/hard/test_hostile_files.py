@@ -1,4 +1,4 @@
-"""Files from strangers that hold code, or ask for all memory: nothing of theirs runs, they are refused in a line."""
+"""Untrusted files with code, or that request huge memory: no code runs, and they are refused in one line."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import cached_pipe
-from figures import Tally
 from pyarrow import parquet
+from reliability import Tally
 from test_imagereward import Writes
 from writers import WRITERS, export, reward, search_file
 
@@ -27,11 +27,11 @@ from steer.rewards.preference_pairs import read_pairs
 from steer.training.supervised import read_state
 
 FULL = pytest.mark.hard
-Spoil = Callable[[Path, Path], Any]  # a folder that is sound, and the canary: a file that only code would make
+Corrupt = Callable[[Path, Path], Any]  # of a valid folder, and of the canary: a file that only executed code makes
 
 
 def evil(folder: Path, canary: Path) -> None:
-    """A module that makes the canary when it is imported."""
+    """Write a module that creates the canary when it is imported."""
     names = "from diffusers import StableDiffusionPipeline as P, UNet2DConditionModel as U"
     code = (
         f"from pathlib import Path\nPath({str(canary)!r}).touch()\n{names}\nfrom transformers import CLIPTextModel as T"
@@ -39,12 +39,12 @@ def evil(folder: Path, canary: Path) -> None:
     (folder / "evil.py").write_text(code)
 
 
-def told(path: Path, **changes: Any) -> None:
+def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def pickled(path: Path, canary: Path, by_torch: bool = True) -> None:
-    """A file of code in place of the tensors of its folder."""
+    """Replace the safetensors files of a folder by a pickle with code."""
     for old in path.parent.glob("*.safetensors"):
         old.unlink()
     with path.open("wb") as file:
@@ -52,20 +52,20 @@ def pickled(path: Path, canary: Path, by_torch: bool = True) -> None:
 
 
 def index(m: Path, **changes: Any) -> None:
-    told(m / "model_index.json", **changes)
+    change_json(m / "model_index.json", **changes)
 
 
-MODELS: dict[str, Spoil] = {
-    "a pipeline of its own": lambda m, c: (index(m, _class_name=["evil", "P"]), evil(m, c)),
-    "a component of its own": lambda m, c: (index(m, unet=["evil", "U"]), evil(m / "unet", c), evil(m, c)),
+MODELS: dict[str, Corrupt] = {
+    "pipeline class in the folder": lambda m, c: (index(m, _class_name=["evil", "P"]), evil(m, c)),
+    "component class in the folder": lambda m, c: (index(m, unet=["evil", "U"]), evil(m / "unet", c), evil(m, c)),
     "os.system": lambda m, c: index(m, unet=["os", "system"]),
     "subprocess.Popen": lambda m, c: index(m, unet=["subprocess", "Popen"]),
     "builtins.exec": lambda m, c: index(m, unet=["builtins", "exec"]),
-    "another class": lambda m, c: index(m, _class_name="__import__"),
-    "a number for a class": lambda m, c: index(m, _class_name=3),
+    "builtin function as class": lambda m, c: index(m, _class_name="__import__"),
+    "number for a class": lambda m, c: index(m, _class_name=3),
     "numbers for a component": lambda m, c: index(m, unet=[1, 2]),
-    "a list": lambda m, c: (m / "model_index.json").write_text("[]"),
-    "deep brackets": lambda m, c: (m / "model_index.json").write_text("[" * 100_000),
+    "list": lambda m, c: (m / "model_index.json").write_text("[]"),
+    "deeply nested": lambda m, c: (m / "model_index.json").write_text("[" * 100_000),
     "unet .bin": lambda m, c: pickled(m / "unet/diffusion_pytorch_model.bin", c),
     "unet .bin, plain pickle": lambda m, c: pickled(m / "unet/diffusion_pytorch_model.bin", c, by_torch=False),
     "text encoder .bin": lambda m, c: pickled(m / "text_encoder/pytorch_model.bin", c),
@@ -75,51 +75,53 @@ MODELS: dict[str, Spoil] = {
     "vae .pt alone": lambda m, c: pickled(m / "vae/diffusion_pytorch_model.pt", c),
     "automatic model": lambda m, c: (
         index(m, text_encoder=["transformers", "AutoModel"]),
-        told(
+        change_json(
             m / "text_encoder/config.json", model_type="evil", auto_map={"AutoModel": "evil.T", "AutoConfig": "evil.T"}
         ),
         evil(m / "text_encoder", c),
     ),
     "automatic tokenizer": lambda m, c: (
         index(m, tokenizer=["transformers", "AutoTokenizer"]),
-        told(m / "tokenizer/tokenizer_config.json", tokenizer_class="X", auto_map={"AutoTokenizer": ["evil.T", None]}),
+        change_json(
+            m / "tokenizer/tokenizer_config.json", tokenizer_class="X", auto_map={"AutoTokenizer": ["evil.T", None]}
+        ),
         evil(m / "tokenizer", c),
     ),
-    "all memory": lambda m, c: told(m / "unet/config.json", block_out_channels=[10**6, 10**6]),
-    "a text for a number": lambda m, c: told(m / "scheduler/scheduler_config.json", num_train_timesteps="many"),
-    "weights cut": lambda m, c: os.truncate(m / "unet/diffusion_pytorch_model.safetensors", 1000),
+    "huge memory": lambda m, c: change_json(m / "unet/config.json", block_out_channels=[10**6, 10**6]),
+    "text for a number": lambda m, c: change_json(m / "scheduler/scheduler_config.json", num_train_timesteps="many"),
+    "truncated weights": lambda m, c: os.truncate(m / "unet/diffusion_pytorch_model.safetensors", 1000),
 }
-# The class is named in model_index.json; what a configuration asks for beside it is not heeded: it loads, and plain.
-PASSED_OVER: dict[str, Spoil] = {
+# The class is given by model_index.json; classes named in other configurations are ignored, and the model loads.
+IGNORED: dict[str, Corrupt] = {
     "auto_map": lambda m, c: (
-        told(m / "text_encoder/config.json", auto_map={"AutoModel": "evil.T", "AutoConfig": "evil.T"}),
+        change_json(m / "text_encoder/config.json", auto_map={"AutoModel": "evil.T", "AutoConfig": "evil.T"}),
         evil(m / "text_encoder", c),
     ),
-    "a class in the configuration": lambda m, c: (
-        told(m / "unet/config.json", _class_name=["evil", "U"]),
+    "class in a configuration": lambda m, c: (
+        change_json(m / "unet/config.json", _class_name=["evil", "U"]),
         evil(m / "unet", c),
     ),
 }
 
 
 @pytest.mark.parametrize(
-    "names", [[*MODELS][3:14:5], pytest.param([*MODELS, *PASSED_OVER], marks=FULL)], ids=["some", "all"]
+    "names", [[*MODELS][3:14:5], pytest.param([*MODELS, *IGNORED], marks=FULL)], ids=["some", "all"]
 )
 def test_no_code_of_a_model_folder_runs(tmp_path: Path, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    cached_pipe("sd").save_pretrained(tmp_path / "sound")
+    cached_pipe("sd").save_pretrained(tmp_path / "valid")
     monkeypatch.chdir(tmp_path)
     tally, canary = Tally(), tmp_path / "canary"
     for name in names:
-        model = Path(shutil.copytree(tmp_path / "sound", tmp_path / name.replace(" ", "-")))
-        (MODELS | PASSED_OVER)[name](model, canary)
+        model = Path(shutil.copytree(tmp_path / "valid", tmp_path / name.replace(" ", "-")))
+        (MODELS | IGNORED)[name](model, canary)
         try:
             load_pipeline(str(model))
-            found = "loaded without it"
+            outcome = "loaded without it"
         except InputError as error:
             assert "\n" not in str(error), name
-            found = "refused"
-        tally.count(found, not canary.exists() and (found == "refused") == (name in MODELS))
-        assert tally.lost == 0, (name, found)
+            outcome = "refused"
+        tally.count(outcome, not canary.exists() and (outcome == "refused") == (name in MODELS))
+        assert tally.lost == 0, (name, outcome)
     if len(names) > len(MODELS):
         tally.note("model folders that hold code")
 
@@ -143,26 +145,26 @@ def adapter_with(home: Path, canary: Path, **changes: Any) -> str:
     return str(place)
 
 
-def wear(path: Path | str) -> None:
+def load_adapter(path: Path | str) -> None:
     with adapter_applied(cached_pipe("sd"), str(path)):
-        raise AssertionError("it was put on")
+        raise AssertionError("it was applied")
 
 
 def card(home: Path, canary: Path, **changes: Any) -> str:
     reward(home, 1)
     (home / "SHA256SUMS").unlink()
-    told(home / "reward.json", **changes)
+    change_json(home / "reward.json", **changes)
     return str(home)
 
 
-def choices(home: Path, file: str, content: bytes) -> Path:
-    WRITERS["choices"].before(home)
+def preferences(home: Path, file: str, content: bytes) -> Path:
+    WRITERS["preferences"].before(home)
     put(next(home.glob(file)), content)
     return home
 
 
 class Extended(pa.ExtensionType):
-    """What older versions of pyarrow unpickled on reading."""
+    """An extension type that older versions of pyarrow unpickled."""
 
     def __init__(self) -> None:
         super().__init__(pa.string(), "arrow.py_extension_type")
@@ -186,44 +188,48 @@ def extended(path: Path, canary: Path) -> Path:
 
 
 TAG = "!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{canary}]]"
-LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12))])
+ALIASES = "\n".join(["a0: &a0 [x]", *(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12))])
 FILES: dict[str, Callable[[Path, Path], Any]] = {
-    "LoRA, pickle": lambda h, c: wear(put(h / "lora.safetensors", code(c))),
-    "LoRA .bin": lambda h, c: wear(put(h / "lora.bin", code(c))),
-    "LoRA .ckpt": lambda h, c: wear(put(h / "lora.ckpt", code(c))),
-    "LoRA folder of .bin": lambda h, c: wear(put(h / "pytorch_lora_weights.bin", code(c)).parent),
-    "peft folder of .bin": lambda h, c: wear(put(h / "adapter_model.bin", code(c)).parent),
-    "peft of another type": lambda h, c: wear(adapter_with(h, c, peft_type="PROMPT_TUNING")),
-    "peft that imports": lambda h, c: wear(adapter_with(h, c, auto_mapping={"parent_library": "evil"})),
-    "peft, megatron": lambda h, c: wear(adapter_with(h, c, megatron_config={}, megatron_core="evil")),
-    "peft of no numbers": lambda h, c: wear(adapter_with(h, c, r="two")),
-    "peft, a list": lambda h, c: wear(
+    "LoRA, pickle": lambda h, c: load_adapter(put(h / "lora.safetensors", code(c))),
+    "LoRA .bin": lambda h, c: load_adapter(put(h / "lora.bin", code(c))),
+    "LoRA .ckpt": lambda h, c: load_adapter(put(h / "lora.ckpt", code(c))),
+    "LoRA folder of .bin": lambda h, c: load_adapter(put(h / "pytorch_lora_weights.bin", code(c)).parent),
+    "peft folder of .bin": lambda h, c: load_adapter(put(h / "adapter_model.bin", code(c)).parent),
+    "peft of another type": lambda h, c: load_adapter(adapter_with(h, c, peft_type="PROMPT_TUNING")),
+    "peft that imports a module": lambda h, c: load_adapter(
+        adapter_with(h, c, auto_mapping={"parent_library": "evil"})
+    ),
+    "peft, megatron": lambda h, c: load_adapter(adapter_with(h, c, megatron_config={}, megatron_core="evil")),
+    "peft with a text for a number": lambda h, c: load_adapter(adapter_with(h, c, r="two")),
+    "peft, a list": lambda h, c: load_adapter(
         put(h / "adapter_config.json", "[]") and put(h / "adapter_model.safetensors", b"").parent
     ),
-    "sums, too large": lambda h, c: wear((export(h, 1), put(h / "final/SHA256SUMS", b"x" * (1 << 21)).parent)[1]),
-    "sums, no text": lambda h, c: wear((export(h, 1), put(h / "final/SHA256SUMS", b"\0\xff\n").parent)[1]),
+    "checksums, too large": lambda h, c: load_adapter(
+        (export(h, 1), put(h / "final/SHA256SUMS", b"x" * (1 << 21)).parent)[1]
+    ),
+    "checksums, no text": lambda h, c: load_adapter((export(h, 1), put(h / "final/SHA256SUMS", b"\0\xff\n").parent)[1]),
     "reward head, pickle": lambda h, c: load_reward(
         str(put(Path(card(h, c)) / "member-0.safetensors", code(c)).parent)
     ),
-    "reward head of a name": lambda h, c: load_reward(card(h, c, head="os.system")),
-    "reward of a backbone in a module": lambda h, c: load_reward(card(h, c, backbone="evil:P")),
-    "reward that is wide": lambda h, c: load_reward(card(h, c, width=10**9)),
+    "reward head named as a function": lambda h, c: load_reward(card(h, c, head="os.system")),
+    "reward with a backbone in a module": lambda h, c: load_reward(card(h, c, backbone="evil:P")),
+    "reward with a huge width": lambda h, c: load_reward(card(h, c, width=10**9)),
     "training state, pickle": lambda h, c: read_state(put(h / "state.pt", code(c)), torch.device("cpu")),
     "noise search, pickle": lambda h, c: search_file(put(h / "state", code(c)).parent).load(torch.device("cpu"), 3),
-    "trajectories, pickle": lambda h, c: read_preferences(choices(h, "trajectories/*", code(c))),
-    "choices, deep": lambda h, c: read_preferences(choices(h, "choices.jsonl", b"[" * 10**5 + b"\n[")),
-    "choices, image": lambda h, c: read_preferences(choices(h, "images/*", code(c))),
+    "trajectories, pickle": lambda h, c: read_preferences(preferences(h, "trajectories/*", code(c))),
+    "preferences, nested": lambda h, c: read_preferences(preferences(h, "choices.jsonl", b"[" * 10**5 + b"\n[")),
+    "preferences, image": lambda h, c: read_preferences(preferences(h, "images/*", code(c))),
     "prompts, pickle": lambda h, c: read_prompts(put(h / "p.parquet", code(c))),
-    "prompts, deep": lambda h, c: read_prompts(put(h / "p.jsonl", "[" * 10**5)),
+    "prompts, nested": lambda h, c: read_prompts(put(h / "p.jsonl", "[" * 10**5)),
     "prompts, no text": lambda h, c: read_prompts(put(h / "p.jsonl", '{"prompt": {"py/reduce": ["os.system"]}}')),
     "prompts, binary": lambda h, c: read_prompts(put(h / "p.txt", b"\xff\xfe\x00")),
     "pairs, pickle": lambda h, c: read_pairs(put(h / "p.parquet", code(c))),
     "configuration, tag": lambda h, c: read_config(
         str(put(h / "c.yaml", f"method: prdp\nx: {TAG.format(canary=c)}\n"))
     ),
-    "configuration, laughs": lambda h, c: read_config(str(put(h / "c.yaml", f"method: prdp\n{LAUGHS}\n"))),
+    "configuration, aliases": lambda h, c: read_config(str(put(h / "c.yaml", f"method: prdp\n{ALIASES}\n"))),
     "reward file, tag": lambda h, c: load_reward(str(put(h / "r.yaml", f"rewards: [{TAG.format(canary=c)}]\n"))),
-    "reward file, laughs": lambda h, c: load_reward(str(put(h / "r.yaml", f"{LAUGHS}\nrewards: *a11\n"))),
+    "reward file, aliases": lambda h, c: load_reward(str(put(h / "r.yaml", f"{ALIASES}\nrewards: *a11\n"))),
 }
 
 

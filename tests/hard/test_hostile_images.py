@@ -1,4 +1,4 @@
-"""Images of every kind: what is read is what is seen, or it is refused in a line, by every reader of images."""
+"""Images of every kind: each reader of images gives the correct pixels, or refuses the file in one line."""
 
 import io
 import random
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from figures import Tally
 from PIL import Image, ImageCms, ImageOps
+from reliability import Tally
 
 from steer.apps.demo.rewards_tab import read_upload
 from steer.errors import InputError
@@ -38,7 +38,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *more: bytes) -> bytes:
-    """A PNG by hand."""
+    """Encode a PNG by hand."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -49,14 +49,14 @@ def lines(pixels: np.ndarray[Any, Any]) -> bytes:
 
 
 def turned(orientation: int, kind: str) -> bytes:
-    """A picture as a camera saves it that was held another way; it lacks no loss where the format has none."""
+    """Encode an image with an EXIF orientation, without loss."""
     exif = Image.Exif()
     exif[274] = orientation
     return packed(PICTURE, kind, exif=exif.tobytes(), **({"lossless": True} if kind == "WEBP" else {}))
 
 
 def upright(orientation: int) -> np.ndarray[Any, Any]:
-    """By hand, from the table of the EXIF standard: where row 0 and column 0 of what is stored are seen."""
+    """Expected pixels for an EXIF orientation, from the table of the standard."""
     changes: dict[int, Callable[[Any], Any]] = {
         2: lambda a: a[:, ::-1],
         3: lambda a: a[::-1, ::-1],
@@ -69,7 +69,7 @@ def upright(orientation: int) -> np.ndarray[Any, Any]:
     return changes.get(orientation, lambda a: a)(RAMP)
 
 
-def seen_through(alpha: int) -> np.ndarray[Any, Any]:
+def over_white(alpha: int) -> np.ndarray[Any, Any]:
     return RAMP * (alpha / 255) + 255 * (1 - alpha / 255)
 
 
@@ -85,7 +85,7 @@ def with_alpha(alpha: int) -> Image.Image:
 
 
 SECOND = [ImageOps.invert(PICTURE)]
-# Bytes, what is seen, and how far from it a format's loss may lead, of 255.
+# Bytes, expected pixels, and the tolerance (of 255) for lossy formats.
 RIGHT: dict[str, tuple[bytes, Any, float]] = {
     "PNG": (packed(PICTURE, "PNG"), RAMP, 0.5),
     "CMYK JPEG": (packed(PICTURE.convert("CMYK"), "JPEG", quality=100, subsampling=0), RAMP, 12),
@@ -100,9 +100,9 @@ RIGHT: dict[str, tuple[bytes, Any, float]] = {
         np.where((np.arange(HEIGHT * WIDTH) == 0).reshape(HEIGHT, WIDTH, 1), 255, GREY),
         0.5,
     ),
-    "half transparent": (packed(with_alpha(128), "PNG"), seen_through(128), 1),
-    "transparent": (packed(with_alpha(0), "PNG"), seen_through(0), 0.5),
-    "half transparent WebP": (packed(with_alpha(128), "WEBP", lossless=True), seen_through(128), 1),
+    "half transparent": (packed(with_alpha(128), "PNG"), over_white(128), 1),
+    "transparent": (packed(with_alpha(0), "PNG"), over_white(0), 0.5),
+    "half transparent WebP": (packed(with_alpha(128), "WEBP", lossless=True), over_white(128), 1),
     **{f"EXIF {one} {kind}": (turned(one, kind), upright(one), 0.5) for one in range(10) for kind in ("PNG", "WEBP")},
     "animated WebP": (packed(PICTURE, "WEBP", save_all=True, append_images=SECOND, lossless=True), RAMP, 0.5),
     "animated PNG": (packed(PICTURE, "PNG", save_all=True, append_images=SECOND), RAMP, 0.5),
@@ -150,13 +150,13 @@ READERS: dict[str, Callable[[Path], torch.Tensor]] = {
 
 @pytest.mark.parametrize("noted", [False, pytest.param(True, marks=FULL)])
 @pytest.mark.parametrize("reader", READERS)
-def test_every_reader_sees_what_is_there_or_refuses(tmp_path: Path, reader: str, noted: bool) -> None:
+def test_every_reader_gives_correct_pixels_or_refuses(tmp_path: Path, reader: str, noted: bool) -> None:
     tally, read, path = Tally(), READERS[reader], tmp_path / "image"
     for name, (data, expected, loss) in RIGHT.items():
         path.write_bytes(data)
-        found = read(path).permute(1, 2, 0).numpy() * 255
-        assert found.shape[:2] == expected.shape[:2], name
-        assert np.abs(found - expected).max() <= loss, (name, np.abs(found - expected).max())
+        pixels = read(path).permute(1, 2, 0).numpy() * 255
+        assert pixels.shape[:2] == expected.shape[:2], name
+        assert np.abs(pixels - expected).max() <= loss, (name, np.abs(pixels - expected).max())
         tally.count("right")
     for name, data in WRONG.items():
         path.write_bytes(data)
@@ -173,9 +173,9 @@ SEEDS = [data for data, _, _ in RIGHT.values()][::2] + [
 ]
 
 
-@pytest.mark.filterwarnings("ignore")  # what Pillow says of them
+@pytest.mark.filterwarnings("ignore")  # warnings of Pillow
 @pytest.mark.parametrize("flips", [15, pytest.param(400, marks=FULL)])
-def test_images_of_bits_turned_over_are_read_or_refused(flips: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_images_with_flipped_bits_are_read_or_refused(flips: int, capfd: pytest.CaptureFixture[str]) -> None:
     tally, rng = Tally(), random.Random(0)
     for whole in SEEDS:
         for _ in range(flips):
@@ -191,7 +191,7 @@ def test_images_of_bits_turned_over_are_read_or_refused(flips: int, capfd: pytes
                 continue
             assert image.dim() == 3 and len(image) == 3 and image.numel() and image.min() >= 0 and image.max() <= 1
             tally.count("read")
-    capfd.readouterr()  # what libtiff says of them
+    capfd.readouterr()  # messages of libtiff
     assert tally.outcomes["refused"] and tally.outcomes["read"]
     if flips == 400:
         tally.note("images, bits flipped")

@@ -1,4 +1,4 @@
-"""Long runs in one process: memory, open files, threads, tensors and temporary files stay where they are."""
+"""Long runs in one process: memory, open files, threads, tensors and temporary files do not grow."""
 
 import json
 import os
@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from figures import note
 from long_run import RUNS, Level, kinds, steer_for_long, train_for_long
+from reliability import note
 
 SCRIPT = Path(__file__).with_name("long_run.py")
-MOST = 4.0  # kilobytes a call: of twice as many calls as here, some megabytes; a leaked tensor is seen by its number
+MOST = 4.0  # kilobytes per call: a few megabytes in a long run; a leaked tensor is detected by its count
 COUNTS = {"steering": 2000, "training": 500}
 
 
-def in_a_process(what: str, count: int, folder: Path) -> list[Level]:
-    """What a process of its own held meanwhile, of which a fifth is for warming up."""
+def resources_of_process(what: str, count: int, folder: Path) -> list[Level]:
+    """Run in a new process, and return its resources after a warm-up of one fifth."""
     (folder / "temporary").mkdir()
     environment = os.environ | {"TMPDIR": str(folder / "temporary"), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, SCRIPT, what, str(count), str(folder)], env=environment, check=True, timeout=3000)
@@ -27,16 +27,16 @@ def in_a_process(what: str, count: int, folder: Path) -> list[Level]:
 
 
 def spans(levels: list[Level]) -> dict[str, tuple[int, int]]:
-    """The least and the most of each figure."""
+    """Minimum and maximum of each resource."""
     values = {name: [getattr(one, name) for one in levels] for name in ("handles", "threads", "tensors", "temporary")}
-    return {name: (min(found), max(found)) for name, found in values.items()}
+    return {name: (min(series), max(series)) for name, series in values.items()}
 
 
 @pytest.mark.hard
 @pytest.mark.parametrize("what", RUNS)
 def test_nothing_grows_in_a_long_run(what: str, tmp_path: Path) -> None:
     count = COUNTS[what]
-    levels = in_a_process(what, count, tmp_path)
+    levels = resources_of_process(what, count, tmp_path)
     slope = float(np.polyfit([one.done for one in levels], [one.resident for one in levels], 1)[0])
     half = len(levels) // 2
     early, late = spans(levels[:half]), spans(levels[half:])
@@ -48,21 +48,21 @@ def test_nothing_grows_in_a_long_run(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.hard
-def test_a_round_of_calls_leaves_what_the_round_before_left(tmp_path: Path) -> None:
-    """The same in small: from the second round on nothing is kept."""
+def test_repeated_calls_do_not_grow(tmp_path: Path) -> None:
+    """A short version: each kind of call three times, the first as a warm-up."""
     size = len(kinds())
     _, second, third = steer_for_long(3 * size, size, tmp_path)
     assert third.done == 3 * size and not grown(second, third)
 
 
 @pytest.mark.hard
-def test_updates_leave_what_the_updates_before_left(tmp_path: Path) -> None:
-    _, second, third = train_for_long(12, 4, tmp_path)  # a round is two updates, gone over twice
+def test_repeated_updates_do_not_grow(tmp_path: Path) -> None:
+    _, second, third = train_for_long(12, 4, tmp_path)  # a rollout serves two updates, in two iterations
     assert not grown(second, third)
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) <= 3
 
 
 def grown(before: Level, after: Level) -> dict[str, tuple[int, int]]:
-    """What there is more of. There may be less: other tests in this process leave things that end later."""
+    """Resources that grew. They may shrink: threads of other tests in this process may end."""
     pairs = {name: (getattr(before, name), getattr(after, name)) for name in ("handles", "threads", "tensors")}
     return {name: (early, late) for name, (early, late) in pairs.items() if late > early}

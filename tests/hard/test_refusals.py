@@ -1,4 +1,4 @@
-"""A full disk, a folder that may not be written, too few files: one line, and what was there before stays."""
+"""Full disk, read-only folder, too few file handles: a one-line message, and earlier files stay."""
 
 import os
 import resource
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from figures import Tally
-from forks import Ended, as_nobody, few_files, forked, limited, open_to_all, small_disk
+from child_processes import Ended, as_nobody, few_files, forked, limited, open_to_all, small_disk
+from reliability import Tally
 from test_checkpoint import content
-from writers import NEW, OLD, WRITERS, held
+from writers import NEW, OLD, WRITERS, form_in
 
 from steer.errors import InputError
 from steer.training.checkpoint import Checkpoints
@@ -27,8 +27,8 @@ def checkpoint(folder: Path, step: int) -> None:
 
 
 def checkpoint_in(folder: Path) -> str:
-    found, skipped = Checkpoints(folder).latest()
-    return {1: OLD, 2: NEW}[found.step] if found and not skipped else "lost"
+    newest, skipped = Checkpoints(folder).latest()
+    return {1: OLD, 2: NEW}[newest.step] if newest and not skipped else "lost"
 
 
 def state(folder: Path, step: int) -> None:
@@ -42,13 +42,13 @@ def state_in(folder: Path) -> str:
 ACTIONS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any], Callable[[Path], str]]] = {
     "checkpoint": (lambda f: checkpoint(f, 1), lambda f: checkpoint(f, 2), checkpoint_in),
     "training state": (lambda f: state(f, 1), lambda f: state(f, 2), state_in),
-    **{name: (one.before, one.write, lambda f, one=one: held(one, f)) for name, one in WRITERS.items()},
+    **{name: (one.before, one.write, lambda f, one=one: form_in(one, f)) for name, one in WRITERS.items()},
 }
-# At its own expense the calibration raises OSError, for the command line to tell: see test_refused_commands.
+# These raise OSError, which the command line reports in one line.
 RAISES_OS_ERROR = ("calibration", "report")
 
 
-def as_in_a_line(name: str, write: Callable[[], Any]) -> Callable[[], Any]:
+def as_input_error(name: str, write: Callable[[], Any]) -> Callable[[], Any]:
     def run() -> None:
         try:
             write()
@@ -60,18 +60,18 @@ def as_in_a_line(name: str, write: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def judged(tally: Tally, kind: str, ended: Ended, found: str) -> None:
-    """Done, and the new is there; or refused in a line, and the old is, or the new where it was whole by then."""
+def count_outcome(tally: Tally, kind: str, ended: Ended, form: str) -> None:
+    """Count a success with the new form, or a one-line refusal with the old form or the complete new one."""
     right = (NEW,) if ended.code == 0 else (OLD, NEW)
-    assert ended.clean(), (kind, ended.code, ended.said)
-    tally.count(f"{kind}, {'done' if ended.code == 0 else 'refused'}", found in right)
+    assert ended.clean(), (kind, ended.code, ended.output)
+    tally.count(f"{kind}, {'done' if ended.code == 0 else 'refused'}", form in right)
 
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", ACTIONS)
 @pytest.mark.parametrize("count", [2, pytest.param(40, marks=FULL)])
-def test_on_a_disk_that_is_full_the_old_stays(tmp_path: Path, name: str, count: int) -> None:
-    """No file may grow beyond a size; and, where this machine lets a process have one, a disk of a few pages."""
+def test_on_a_full_disk_earlier_files_stay(tmp_path: Path, name: str, count: int) -> None:
+    """Under a limit of file size and, where mounting is permitted, on a tmpfs with few free pages."""
     before, write, read = ACTIONS[name]
     tally = Tally()
     for number in range(count):
@@ -82,51 +82,51 @@ def test_on_a_disk_that_is_full_the_old_stays(tmp_path: Path, name: str, count: 
 
         def within(folder: Path = folder, size: int = size) -> None:
             with limited(resource.RLIMIT_FSIZE, size):
-                as_in_a_line(name, lambda: write(folder))()
+                as_input_error(name, lambda: write(folder))()
 
-        judged(tally, "largest file", forked(within, folder), read(folder))
+        count_outcome(tally, "largest file", forked(within, folder), read(folder))
     for pages in range(count // 2):
         folder = tmp_path / f"disk-{pages}"
         folder.mkdir()
-        (tmp_path / "verdict").write_text("no disk of one's own")
+        (tmp_path / "verdict").write_text("mounting is not permitted")
 
         def on_it(folder: Path = folder, pages: int = pages) -> None:
             if not small_disk(folder, 1 << 24):
                 return
             before(folder)
             (folder / "other").write_bytes(b"")
-            with (folder / "other").open("wb", buffering=0) as file:  # all but some pages are another's
+            with (folder / "other").open("wb", buffering=0) as file:  # leaves only some pages free
                 file.write(b"\0" * max(_free(folder) - 4096 * pages, 0))
             code = 0
             try:
-                as_in_a_line(name, lambda: write(folder))()
+                as_input_error(name, lambda: write(folder))()
             except InputError as error:
                 code = 70 if "\n" not in str(error) else 71
             (folder / "other").unlink()
             (tmp_path / "verdict").write_text(f"{code} {read(folder)}")
 
         ended = forked(on_it, folder)
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.output
         verdict = (tmp_path / "verdict").read_text()
-        if verdict == "no disk of one's own":
-            tally.outcomes["small disks that could not be had here"] = count // 2
+        if verdict == "mounting is not permitted":
+            tally.outcomes["small disks that could not be mounted"] = count // 2
             break
-        code, _, found = verdict.partition(" ")
-        judged(tally, "small disk", Ended(int(code), ""), found)
+        code, _, form = verdict.partition(" ")
+        count_outcome(tally, "small disk", Ended(int(code), ""), form)
     assert tally.lost == 0 and any("refused" in kind for kind in tally.outcomes), tally
     if count >= 40:
         tally.note(f"{name}, full disk")
 
 
 def _free(folder: Path) -> int:
-    told = os.statvfs(folder)
-    return told.f_bavail * told.f_bsize
+    usage = os.statvfs(folder)
+    return usage.f_bavail * usage.f_bsize
 
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", ACTIONS)
 @pytest.mark.parametrize("noted", [False, pytest.param(True, marks=FULL)])
-def test_in_a_folder_that_may_not_be_written_the_old_stays(tmp_path: Path, name: str, noted: bool) -> None:
+def test_in_a_read_only_folder_earlier_files_stay(tmp_path: Path, name: str, noted: bool) -> None:
     before, write, read = ACTIONS[name]
     folder, tally = tmp_path / "folder", Tally()
     before(folder)
@@ -136,11 +136,11 @@ def test_in_a_folder_that_may_not_be_written_the_old_stays(tmp_path: Path, name:
 
     def refused() -> None:
         as_nobody()
-        as_in_a_line(name, lambda: write(folder))()
+        as_input_error(name, lambda: write(folder))()
 
     ended = forked(refused, folder)
-    assert ended.code == 70, ended.said
-    judged(tally, "read-only", ended, read(folder))
+    assert ended.code == 70, ended.output
+    count_outcome(tally, "read-only", ended, read(folder))
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o755)
     write(folder)
@@ -152,7 +152,7 @@ def test_in_a_folder_that_may_not_be_written_the_old_stays(tmp_path: Path, name:
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", ACTIONS)
 @pytest.mark.parametrize("most", [3, pytest.param(8, marks=FULL)])
-def test_with_too_few_files_the_old_stays(tmp_path: Path, name: str, most: int) -> None:
+def test_with_too_few_file_handles_earlier_files_stay(tmp_path: Path, name: str, most: int) -> None:
     before, write, read = ACTIONS[name]
     tally = Tally()
     for more in range(most):
@@ -161,9 +161,9 @@ def test_with_too_few_files_the_old_stays(tmp_path: Path, name: str, most: int) 
 
         def few(folder: Path = folder, more: int = more) -> None:
             with few_files(more):
-                as_in_a_line(name, lambda: write(folder))()
+                as_input_error(name, lambda: write(folder))()
 
-        judged(tally, "files", forked(few, folder), read(folder))
+        count_outcome(tally, "files", forked(few, folder), read(folder))
     assert tally.lost == 0 and "files, refused" in tally.outcomes and "files, done" in tally.outcomes, tally
     if most == 8:
-        tally.note(f"{name}, too few files")
+        tally.note(f"{name}, too few file handles")

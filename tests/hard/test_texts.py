@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from conftest import Steer, cached_pipe
-from figures import Tally
 from pyarrow import parquet
+from reliability import Tally
 
 from steer.apps.prompts import MAX_PROMPT_LENGTH, read_prompts
 from steer.apps.recipes import read_png
@@ -36,7 +36,7 @@ TEXTS = {
     "right to left": "שלום عالم ‏star‏",
     "override": "\u202egnp.exe",
     "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪",
-    "nothing to see": "\u200b\u2060",
+    "invisible": "\u200b\u2060",
     "combining": "Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢L̠ͨͧͩ͘G̴̻͈͍͔̹̑͗̎̅͛́Ǫ̵̹̻̝̳͂̌̌͘",
     "HTML": "<script>alert(1)</script>&lt;img src=x onerror=alert(2)>",
     "shell": "$(touch canary); `touch canary` | touch canary && touch canary # ' \"",
@@ -68,17 +68,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def comes_back(out: Path, prompt: str) -> bool:
-    """Whether report and images tell the prompt, to the letter, and everything lies in the folder."""
+def is_recorded(out: Path, prompt: str) -> bool:
+    """Return whether report and images contain the exact prompt, and all files lie in the folder."""
     entry = loads_with_checksum((out / "report.json").read_text())["prompts"][0]
-    found = [read_png(out / name)[0].prompt for name in entry["images"]]
+    prompts = [read_png(out / name)[0].prompt for name in entry["images"]]
     inside = all((out / name).resolve().is_relative_to(out.resolve()) for name in entry["images"])
-    return bool(inside and [entry["prompt"], *found] == [prompt.strip()] * 3)
+    return bool(inside and [entry["prompt"], *prompts] == [prompt.strip()] * 3)
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("names", [["lines"], pytest.param([*TEXTS], marks=FULL)], ids=["some", "all"])
-def test_every_text_comes_back_to_the_letter(
+def test_every_text_is_recorded_exactly(
     steer: Steer, tiny: Path, tmp_path: Path, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tally = Tally()
@@ -87,23 +87,23 @@ def test_every_text_comes_back_to_the_letter(
     monkeypatch.chdir(home)
     for number, name in enumerate(names):
         prompt, out = TEXTS[name], tmp_path / f"{number}"
-        code, said, err = steer("sample", prompt, "--model", tiny, *WORDS, "--out", out)
+        code, printed, err = steer("sample", prompt, "--model", tiny, *WORDS, "--out", out)
         assert code == 0, (name, err)
-        tally.count("as a word", comes_back(out, prompt))
+        tally.count("as an argument", is_recorded(out, prompt))
         (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": prompt}))
         again = steer("sample", "--prompts", tmp_path / "prompts.jsonl", "--model", tiny, *WORDS, "--out", out)
-        assert again[0] == 0 and "1 prompts" in again[1], "the same run: nothing is missing"
-        tally.count("from a file, to the same run", comes_back(out, prompt))
+        assert again[0] == 0 and "1 prompts" in again[1], "the same run: nothing is sampled again"
+        tally.count("from a file, to the same run", is_recorded(out, prompt))
         image = out / loads_with_checksum((out / "report.json").read_text())["prompts"][0]["images"][0]
-        code, said, err = steer("sample", "--replay", image, "--out", out)
-        tally.count("replayed from its PNG", code == 0 and "the same pixels" in said)
+        code, printed, err = steer("sample", "--replay", image, "--out", out)
+        tally.count("replayed from its PNG", code == 0 and "the same pixels" in printed)
         assert tally.lost == 0 and not [*home.iterdir()], name
     if len(names) == len(TEXTS):
         tally.note("texts as prompts")
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_text_is_refused_in_a_line(steer: Steer, tiny: Path, tmp_path: Path, name: str) -> None:
+def test_an_invalid_prompt_is_refused_in_one_line(steer: Steer, tiny: Path, tmp_path: Path, name: str) -> None:
     words = ["--model", tiny, *WORDS, "--out", tmp_path / "out"]
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": REFUSED[name]}))
     for given in ([REFUSED[name]], ["--prompts", tmp_path / "prompts.jsonl"]):
@@ -113,7 +113,7 @@ def test_what_is_no_text_is_refused_in_a_line(steer: Steer, tiny: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_text_is_refused_in_every_format(tmp_path: Path) -> None:
+def test_an_invalid_prompt_is_refused_in_every_file_format(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"a star\na\0b\n")
     (tmp_path / "p.tsv").write_bytes(b"prompt\na\0b\n")
     parquet.write_table(pa.table({"prompt": ["a star", "a\0b"]}), tmp_path / "p.parquet")
@@ -122,7 +122,7 @@ def test_what_is_no_text_is_refused_in_every_format(tmp_path: Path) -> None:
             read_prompts(tmp_path / f"p.{suffix}")
 
 
-def test_prompts_of_one_slug_do_not_overwrite_each_other(steer: Steer, tiny: Path, tmp_path: Path) -> None:
+def test_prompts_with_the_same_slug_do_not_overwrite_each_other(steer: Steer, tiny: Path, tmp_path: Path) -> None:
     prompts = ["A star!", "a star", "a * star?", "a star", "星", "☆"]
     code, _, err = steer("sample", *prompts, "--model", tiny, *WORDS, "--out", tmp_path)
     assert code == 0, err
@@ -137,16 +137,16 @@ FOLDERS = ["two\nlines", "not\udcfftext", "a b$(touch canary);'\"", "<b>&amp;", 
 
 
 @pytest.mark.parametrize("names", [FOLDERS[1:2], pytest.param(FOLDERS, marks=FULL)], ids=["some", "all"])
-def test_folders_may_be_called_anything(steer: Steer, tiny: Path, tmp_path: Path, names: list[str]) -> None:
+def test_folders_may_have_any_name(steer: Steer, tiny: Path, tmp_path: Path, names: list[str]) -> None:
     tally = Tally()
     for name in names:
         out = tmp_path / name
-        code, said, err = steer("sample", "a star", "--model", tiny, *WORDS, "--out", out)
-        assert code == 0 and "1 prompts" in said, (shlex.quote(ascii(name)), err)
-        code, said, _ = steer("score", out / "000-a-star" / "00.png", "--prompt", "a star", "--reward", "brightness")
-        tally.count("written and scored", code == 0 and json.loads(said)["scores"][0]["image"].startswith(str(out)))
+        code, printed, err = steer("sample", "a star", "--model", tiny, *WORDS, "--out", out)
+        assert code == 0 and "1 prompts" in printed, (shlex.quote(ascii(name)), err)
+        code, printed, _ = steer("score", out / "000-a-star" / "00.png", "--prompt", "a star", "--reward", "brightness")
+        tally.count("written and scored", code == 0 and json.loads(printed)["scores"][0]["image"].startswith(str(out)))
         code, _, err = steer("sample", "--prompts", out / "none.txt", "--model", tiny, *WORDS, "--out", out)
-        tally.count("named in a line", code == 2 and len(err.splitlines()) == 1)
+        tally.count("reported in a line", code == 2 and len(err.splitlines()) == 1)
     assert tally.lost == 0 and not [*Path.cwd().glob("canary")]
     if len(names) == len(FOLDERS):
         tally.note("texts as names of folders")

@@ -1,4 +1,4 @@
-"""What steer writes beside checkpoints, each in an old and in a new form, and which of both a folder holds."""
+"""Writers of files other than checkpoints: each writes an old and a new form, and detects the form in a folder."""
 
 import functools
 from collections.abc import Callable
@@ -37,7 +37,7 @@ CALL = call_of("sd")
 
 @dataclass(frozen=True)
 class Writer:
-    """before: puts the old form in a folder; write: the new one in its place; read: OLD or NEW, or InputError."""
+    """before: writes the old form; write: replaces it by the new one; read: OLD or NEW, or raises InputError."""
 
     before: Callable[[Path], Any]
     write: Callable[[Path], Any]
@@ -45,8 +45,8 @@ class Writer:
     expected: tuple[str, ...] = (OLD, NEW)
 
 
-def which(found: Any, old: Any, new: Any) -> str:
-    return OLD if found == old else NEW if found == new else "lost"
+def which(value: Any, old: Any, new: Any) -> str:
+    return OLD if value == old else NEW if value == new else "lost"
 
 
 @functools.cache
@@ -55,12 +55,12 @@ def drew(seed: int) -> Any:
 
 
 @functools.cache
-def drawn_with() -> SampleProvenance:
+def provenance() -> SampleProvenance:
     return SampleProvenance.of(fresh_pipe("sd"), CALL, 1.0, "float32")
 
 
 def choices(folder: Path, seed: int) -> None:
-    recorded = PreferenceFolder.create_as(folder, drawn_with())
+    recorded = PreferenceFolder.create_as(folder, provenance())
     recorded.write_preference(recorded.write_group(*drew(seed)), 0, 1)
 
 
@@ -106,7 +106,7 @@ def reward_in(folder: Path) -> str:
 
 def found_noise(seed: int) -> tuple[Search, list[Iteration]]:
     start = Search.start(torch.full((2, 4, 2, 2), float(seed))).record(torch.ones(2))
-    start = replace(start, best_noise=start.noise.clone(), peak=start.peak.clone())  # safetensors shares none
+    start = replace(start, best_noise=start.noise.clone(), peak=start.peak.clone())  # safetensors refuses shared memory
     rows = torch.full((1, 2), float(seed))
     return start, [Iteration(n, 3, rows, {"red": rows}, rows, rows) for n in range(seed)]
 
@@ -116,11 +116,11 @@ def search_file(folder: Path) -> SearchCheckpoint:
 
 
 def noise_in(folder: Path) -> str:
-    found = search_file(folder).load(torch.device("cpu"), 3)
-    if found is None:
+    loaded = search_file(folder).load(torch.device("cpu"), 3)
+    if loaded is None:
         return "lost"
-    right = torch.equal(found[0].noise, found_noise(len(found[1]))[0].noise)
-    return which(len(found[1]) * right, 1, 2)
+    right = torch.equal(loaded[0].noise, found_noise(len(loaded[1]))[0].noise)
+    return which(len(loaded[1]) * right, 1, 2)
 
 
 @functools.cache
@@ -163,13 +163,13 @@ def calibration(folder: Path, mean: float) -> None:
 
 
 WRITERS = {
-    "choices": Writer(lambda f: choices(f, 1), lambda f: choices(f, 2), choices_in),
-    # While one file after the other takes its place the sums tell of a mixture, and it is not read.
+    "preferences": Writer(lambda f: choices(f, 1), lambda f: choices(f, 2), choices_in),
+    # While its files are replaced one by one the checksums do not match, and reading is refused.
     "learned reward": Writer(lambda f: reward(f, 1), lambda f: reward(f, 2), reward_in, (OLD, NEW, REFUSED)),
     "noise search": Writer(
         lambda f: search_file(f).save(*found_noise(1)), lambda f: search_file(f).save(*found_noise(2)), noise_in
     ),
-    # Between two renames the folder has another name.
+    # Between the two renames the folder has a temporary name.
     "exported weights": Writer(lambda f: export(f, 1), lambda f: export(f, 2), export_in, (OLD, NEW, REFUSED)),
     "report": Writer(lambda f: report(f, 0), lambda f: report(f, 1), report_in),
     "calibration": Writer(
@@ -180,8 +180,8 @@ WRITERS = {
 }
 
 
-def held(writer: Writer, folder: Path) -> str:
-    """Which form a folder holds, or that it is refused."""
+def form_in(writer: Writer, folder: Path) -> str:
+    """Form that a folder holds, or that it is refused."""
     try:
         return writer.read(folder)
     except InputError as error:

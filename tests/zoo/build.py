@@ -37,7 +37,7 @@ def build(name: str) -> Any:
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(True)
                 _fill_zeros(part)
-                _narrow_posterior(part)
+                _reduce_posterior_noise(part)
     _share_tokens(parts)
     pipe = imported(case["module"], case["pipeline"])(**parts)
     pipe.set_progress_bar_config(disable=True)
@@ -184,7 +184,7 @@ def tokens_of(part: Any) -> Any:
 
 
 @torch.no_grad()
-def _narrow_posterior(module: nn.Module) -> None:
+def _reduce_posterior_noise(module: nn.Module) -> None:
     """Encode images almost without noise, as trained autoencoders do: σ = e^−15."""
     if not (hasattr(module, "encode") and hasattr(module, "decode") and hasattr(module, "encoder")):
         return

@@ -5,8 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-PAGE = HERE.parent.parent / "docs" / "pipelines.md"
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent.parent / "docs" / "pipelines.md"
 COLUMNS = {
     "steps": "steps",
     "swap": "particles",
@@ -58,7 +58,7 @@ def page(text: str, rows: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(page(PAGE.read_text(), json.loads((HERE / "matrix.json").read_text())))
+    PAGE.write_text(page(PAGE.read_text(), json.loads((FOLDER / "matrix.json").read_text())))
 
 
 if __name__ == "__main__":

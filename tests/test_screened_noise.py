@@ -58,7 +58,7 @@ def test_the_best_of_the_candidates_are_kept(name: str, scheduler: Any) -> None:
     best = sorted(range(7), key=lambda c: -result.rewards[0, c].item())[:3]
     assert result.chosen.tolist() == [sorted(best)]
     everything = screened(name, scheduler, keep=7)
-    if scheduler is None or scheduler is EulerDiscreteScheduler:  # what solvers add on the way is not the noise
+    if scheduler is None or scheduler is EulerDiscreteScheduler:  # other solvers add random noise
         call = own_kwargs(name, 2) | {"latents": result.noise, "generator": seeded(9)}
         count = {key: 3 for key in call_kwargs(name, 3) if key.startswith("num_") and key.endswith("_per_prompt")}
         images = images_of(pipeline(name, scheduler), **call, **count)

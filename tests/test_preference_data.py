@@ -37,7 +37,7 @@ CHOICES = [(0, 2, 1), (1, 0, 1), (0, 0, 1)]
 
 
 def record(path: Path, keep: bool, preferences: list[tuple[int, int, int]] = CHOICES) -> list[str]:
-    """A folder as the app would write it; the lots' names."""
+    """Write a folder as the app would; return the names of the groups."""
     pipe = fresh_pipe("sd")
     folder = PreferenceFolder.create(path, pipe, CALL)
     sampler = Sampler(pipe, CALL)
@@ -192,7 +192,7 @@ def test_a_batch_of_micro_batches_is_the_batch(recorded: dict[str, Path], tmp_pa
 
 
 @pytest.mark.hard
-def test_stopped_amid_a_round_and_resumed_it_ends_the_same(recorded: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_resumed_inside_a_rollout_buffer_ends_the_same(recorded: dict[str, Path], tmp_path: Path) -> None:
     folder = recorded["seeds"]
     config = tiny(folder, save_steps=9, steps_per_generation=2)
     train(folder, tmp_path / "whole", config)
@@ -201,7 +201,7 @@ def test_stopped_amid_a_round_and_resumed_it_ends_the_same(recorded: dict[str, P
     assert_same_weights(tmp_path / "whole", tmp_path / "components")
 
 
-def test_resuming_draws_nothing_anew_that_was_drawn(recorded: dict[str, Path], tmp_path: Path) -> None:
+def test_resuming_reuses_regenerated_trajectories(recorded: dict[str, Path], tmp_path: Path) -> None:
     config = tiny(recorded["seeds"], max_steps=3)
     pipe = fresh_pipe("sd")
     dataset(recorded["seeds"], pipe, config, tmp_path)
@@ -210,7 +210,7 @@ def test_resuming_draws_nothing_anew_that_was_drawn(recorded: dict[str, Path], t
     assert all(group.trajectories for group in dataset(recorded["seeds"], pipe, config, tmp_path).groups.values())
 
 
-def test_what_another_folder_had_drawn_anew_is_not_taken(recorded: dict[str, Path], tmp_path: Path) -> None:
+def test_regenerated_trajectories_of_another_folder_are_not_used(recorded: dict[str, Path], tmp_path: Path) -> None:
     config, pipe = tiny(recorded["seeds"]), fresh_pipe("sd")
     dataset(recorded["seeds"], pipe, config, tmp_path / "run")
     other = fresh_pipe("sd")
@@ -231,7 +231,7 @@ def test_in_mixed_precision_what_was_chosen_from_is_drawn_as_it_was(recorded: di
     assert_same_weights(tmp_path / "stored", tmp_path / "seeds")
 
 
-def test_only_the_lots_that_a_run_needs_are_drawn_anew(recorded: dict[str, Path], tmp_path: Path) -> None:
+def test_only_the_groups_that_a_run_needs_are_regenerated(recorded: dict[str, Path], tmp_path: Path) -> None:
     config = tiny(recorded["seeds"], max_steps=1, train_batch_size=1)
     source = dataset(recorded["seeds"], fresh_pipe("sd"), config, tmp_path)
     assert len(source.groups) == len(PreferenceFolder(tmp_path / "regenerated").groups) == 1
@@ -268,7 +268,7 @@ def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path,
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"num_inference_steps": 5}, "num_inference_steps is 5 in this run and was 4"),
         ({"guidance_scale": None}, "guidance_scale is not given in this run and was 3.0"),
@@ -280,9 +280,9 @@ def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path,
     ],
 )
 def test_other_settings_are_refused(
-    changed: dict[str, Any], said: str, recorded: dict[str, Path], tmp_path: Path
+    changed: dict[str, Any], message: str, recorded: dict[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         train(recorded["stored"], tmp_path, tiny(recorded["stored"], **changed))
 
 
@@ -387,9 +387,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "unknown group": (
         lambda folder: lines_of(folder, {"lot": "x", "chosen": 0, "rejected": 1}),
-        "group 'x' is not in lots",
+        "group 'x' is not in lots.jsonl",
     ),
-    "no group": (lambda folder: lines_of(folder, {"chosen": 0, "rejected": 1}), "line 1: group None is not in lots"),
+    "no group": (
+        lambda folder: lines_of(folder, {"chosen": 0, "rejected": 1}),
+        r"line 1: group None is not in lots\.jsonl",
+    ),
     "one image": (
         lambda folder: lines_of(folder, {"lot": first_group(folder), "chosen": 1, "rejected": 1}),
         "chosen and rejected are both 1",
@@ -438,7 +441,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: change_line(folder / "lots.jsonl", 0, trajectories={"file": "a", "sha256": "b"}),
         "trajectories must be null or",
     ),
-    "told twice": (
+    "another group's files": (
         lambda folder: change_line(
             folder / "lots.jsonl", 1, group=first_group(folder), images=3 * [{"file": "", "sha256": ""}]
         ),
@@ -450,14 +453,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_folder_is_refused(case: str, stored: Path) -> None:
     read_preferences(stored)
-    spoil, said = REFUSED[case]
-    spoil(stored)
-    with pytest.raises(InputError, match=said) as refused:
+    corrupt, message = REFUSED[case]
+    corrupt(stored)
+    with pytest.raises(InputError, match=message) as refused:
         read_preferences(stored)
     assert "\n" not in str(refused.value)
 
 
-def test_a_lot_told_twice_and_otherwise_is_refused(stored: Path) -> None:
+def test_a_group_with_two_different_entries_is_refused(stored: Path) -> None:
     lines = (stored / "lots.jsonl").read_text().splitlines()
     (stored / "lots.jsonl").write_text("\n".join([*lines, lines[0]]))
     read_preferences(stored)
@@ -494,24 +497,24 @@ def test_what_is_written_twice_is_there_once_and_other_images_are_refused(tmp_pa
 
 def test_what_no_training_could_learn_from_is_not_written(tmp_path: Path) -> None:
     pipe = fresh_pipe("sd")
-    for call, said in (
+    for call, message in (
         ({}, "num_inference_steps must be among"),
         (CALL | {"image": torch.zeros(1)}, "image is not a plain value"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             PreferenceFolder.create(tmp_path / "x", pipe, call)
     with pytest.raises(InputError, match="latents_dtype must be one of"):
         PreferenceFolder.create(tmp_path / "x", pipe, CALL, latents_dtype="int8")
     assert not (tmp_path / "x").exists()
     folder = PreferenceFolder.create(tmp_path / "x", pipe, CALL)
     sampled, images = Sampler(pipe, CALL).rollout(GROUPS[0])
-    for rows, said in (
+    for rows, message in (
         (Rows((PROMPT,) * 3, (7, 7, 8), (1, 2, 3)), "one prompt from one x_T"),
         (Rows((PROMPT, PROMPT, "a"), (7,) * 3, (1, 2, 3)), "one prompt from one x_T"),
         (Rows((PROMPT,) * 3, (7,) * 3, (1, 2, 2)), "the same noise"),
         (Rows((PROMPT,), (7,), (1,)), "two or more samples"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             folder.write_group(replace(sampled, rows=rows), images)
     with pytest.raises(InputError, match="images of shape"):
         folder.write_group(sampled, images[:2])

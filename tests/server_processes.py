@@ -67,13 +67,13 @@ def alone(images, prompts):
 
 @dataclass
 class Served:
-    """A process that listens, and the first line that it said."""
+    """A server process, and the first line that it printed."""
 
     process: Forked
     url: str
 
     def end(self, number: int) -> tuple[int, str, str]:
-        """(exit code, what else it said, its errors) after a signal."""
+        """Send a signal; return exit code, the rest of stdout, and stderr."""
         self.process.send_signal(number)
         out, err = self.process.communicate(timeout=60)
         return self.process.wait(), out, err

@@ -37,8 +37,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 )
 def test_switches_change_no_image(steer: Steer, tmp_path: Path, plain: Path, words: list[Any]) -> None:
     assert steer(*WORDS, "--out", plain)[0] == 0
-    code, _, said = steer(*WORDS, *words, "--out", tmp_path)
-    assert code == 0, said
+    code, _, err = steer(*WORDS, *words, "--out", tmp_path)
+    assert code == 0, err
     assert abs(pixels(tmp_path) - pixels(plain)).max() <= 1  # rounding of batches of other shapes, in 255 levels
     before, after = (json.loads((folder / "report.json").read_text()) for folder in (plain, tmp_path))
     assert before["settings"] == after["settings"]
@@ -91,35 +91,35 @@ def test_the_pipeline_is_as_it_was_and_compiled_views_are_given() -> None:
     ],
 )
 def test_what_cannot_be_is_one_line(steer: Steer, tmp_path: Path, words: list[Any], message: str) -> None:
-    code, _, said = steer(*WORDS, *words, "--out", tmp_path)
-    assert code == 2 and message in said and len(said.strip().splitlines()) == 1
+    code, _, err = steer(*WORDS, *words, "--out", tmp_path)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
 
 
 @pytest.mark.hard
 def test_particles_get_fewer_and_the_image_says_so(steer: Steer, tmp_path: Path) -> None:
-    code, _, said = steer(*WORDS, "--particle-schedule", "1:3,2:1", "--out", tmp_path / "o")
-    assert code == 0, said
+    code, _, err = steer(*WORDS, "--particle-schedule", "1:3,2:1", "--out", tmp_path / "o")
+    assert code == 0, err
     report = json.loads((tmp_path / "o" / "report.json").read_text())
     entry = report["prompts"][0]
     assert [len(rewards) for rewards in entry["step_rewards"]] == [4, 3] and len(entry["images"]) == 1
     assert entry["cost"]["nfe"] == 4 + 4 + 3 + 1 and report["settings"]["particle_schedule"] == "1:3,2:1"
-    code, told, _ = steer("sample", "--replay", tmp_path / "o" / entry["images"][0], "--out", tmp_path / "again")
-    assert code == 0 and "the same pixels" in told
+    code, out, _ = steer("sample", "--replay", tmp_path / "o" / entry["images"][0], "--out", tmp_path / "again")
+    assert code == 0 and "the same pixels" in out
 
 
 def test_rewards_are_read_beside_the_denoiser_and_the_image_says_so(steer: Steer, tmp_path: Path) -> None:
-    code, _, said = steer(
+    code, _, err = steer(
         *replaced(WORDS, "--lam", 200), "--asynchronous-rewards", "--ess-threshold", 1, "--out", tmp_path / "o"
     )
-    assert code == 0, said
+    assert code == 0, err
     report = json.loads((tmp_path / "o" / "report.json").read_text())
     entry = report["prompts"][0]
     assert entry["steps"] == [1] and report["settings"]["asynchronous_rewards"]
-    code, told, _ = steer("sample", "--replay", tmp_path / "o" / entry["images"][0], "--out", tmp_path / "again")
-    assert code == 0 and "the same pixels" in told
+    code, out, _ = steer("sample", "--replay", tmp_path / "o" / entry["images"][0], "--out", tmp_path / "again")
+    assert code == 0 and "the same pixels" in out
 
 
-def test_a_target_ends_the_reading(steer: Steer, tmp_path: Path) -> None:
+def test_a_target_reward_ends_the_evaluations(steer: Steer, tmp_path: Path) -> None:
     assert steer(*WORDS, "--target-reward", -100, "--out", tmp_path)[0] == 0
     entry = json.loads((tmp_path / "report.json").read_text())["prompts"][0]
     assert len(entry["steps"]) == 1 and len(entry["images"]) == 1 and len(entry["base"]["images"]) == 4
@@ -129,13 +129,13 @@ def test_an_evaluation_takes_runs_of_fewer_images(steer: Steer, tmp_path: Path) 
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
     words = ["evaluate", "--prompts", tmp_path / "prompts.txt", "--method", "fk", "--reward", "scene-soft"]
     words += ["--steps", 4, "--particles", 4, "--kl-prompts", 0, "--seeds", 2, "--out", tmp_path / "e"]
-    code, _, said = steer(*words, "--particle-schedule", "1:2", "--target-reward", 0.45)
-    assert code == 0, said
-    found = json.loads((tmp_path / "e" / "evaluation.json").read_text())["contenders"][0]
-    counts = {len(run["rewards"]["scene-soft"]) for run in found["runs"]}
-    assert counts <= {1, 2} and len(found["runs"]) == 4
-    picked = [run["rewards"]["scene-soft"][0] for run in found["runs"]]
-    assert found["rewards"]["scene-soft"]["picked"][0] == pytest.approx(sum(picked) / 4, abs=1e-6)
+    code, _, err = steer(*words, "--particle-schedule", "1:2", "--target-reward", 0.45)
+    assert code == 0, err
+    contender = json.loads((tmp_path / "e" / "evaluation.json").read_text())["contenders"][0]
+    counts = {len(run["rewards"]["scene-soft"]) for run in contender["runs"]}
+    assert counts <= {1, 2} and len(contender["runs"]) == 4
+    picked = [run["rewards"]["scene-soft"][0] for run in contender["runs"]]
+    assert contender["rewards"]["scene-soft"]["picked"][0] == pytest.approx(sum(picked) / 4, abs=1e-6)
 
 
 def test_settings_are_words_that_are_numbers() -> None:

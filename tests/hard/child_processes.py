@@ -1,5 +1,4 @@
-"""Children of this process that are killed, or that the machine refuses something: forked, so that one costs
-milliseconds and not a Python's start."""
+"""Child processes that are killed, or run with limited resources: forked, which takes milliseconds."""
 
 import ctypes
 import io
@@ -20,7 +19,7 @@ import torch
 from steer.errors import InputError
 
 REFUSED, BROKE = 70, 71  # exit codes of a child: an InputError; any other exception
-# What Python tells of before it does it, and fsync, which is told of here.
+# Audit events that Python raises before it changes files; `Steps` counts them, and calls of fsync.
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "shutil.copyfile"}
 NOBODY = 65534
 Action = Callable[[], Any]
@@ -28,34 +27,34 @@ Action = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code, or the signal below zero, and what it said."""
+    """How a child ended: exit code, or minus the signal, and its output."""
 
     code: int
-    said: str
+    output: str
 
     def clean(self) -> bool:
-        """Whether it did its work, or refused in one line."""
-        last = self.said.strip().splitlines()[-1:] or [""]
+        """Return whether it succeeded or refused with a one-line message."""
+        last = self.output.strip().splitlines()[-1:] or [""]
         line = self.code == REFUSED or last[0].startswith("steer: ")
-        return self.code == 0 or (self.code in (REFUSED, 2) and line and "Traceback" not in self.said)
+        return self.code == 0 or (self.code in (REFUSED, 2) and line and "Traceback" not in self.output)
 
 
 def forked(action: Action, folder: Path, timeout: float = 300) -> Ended:
-    """Runs an action in a child, about `folder`, and listens to what it says."""
+    """Run an action in a child and collect its output; `folder` is named if it hangs."""
     reading, writing = os.pipe()
     child = _begun(action, writing)
     os.set_blocking(reading, False)
-    said, until = b"", time.monotonic() + timeout
+    output, until = b"", time.monotonic() + timeout
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        said += _heard(reading)
+        output += _heard(reading)
         if time.monotonic() > until:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            raise AssertionError(f"a child hangs at {folder}: {said.decode(errors='replace')[-2000:]}")
+            raise AssertionError(f"a child hangs at {folder}: {output.decode(errors='replace')[-2000:]}")
         time.sleep(0.002)
-    said += _heard(reading)
+    output += _heard(reading)
     os.close(reading)
-    return Ended(os.waitstatus_to_exitcode(ended[1]), said.decode(errors="replace"))
+    return Ended(os.waitstatus_to_exitcode(ended[1]), output.decode(errors="replace"))
 
 
 def _heard(reading: int) -> bytes:
@@ -66,24 +65,24 @@ def _heard(reading: int) -> bytes:
 
 
 def started(action: Action, log: Path) -> int:
-    """The number of a child that runs an action; its words go to a file."""
+    """Start a child that runs an action and prints to a file; return its process id."""
     return _begun(action, os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY))
 
 
-def _begun(action: Action, said: int) -> int:
-    """Forks, with what the child says going to a file that is open here, and is closed here."""
+def _begun(action: Action, output: int) -> int:
+    """Fork with stdout and stderr redirected to an open file descriptor, which is then closed here."""
     sys.stdout.flush()
     sys.stderr.flush()
     if (child := os.fork()) == 0:
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         os._exit(_ran(action))
-    os.close(said)
+    os.close(output)
     return child
 
 
 def _ran(action: Action) -> int:
-    """Runs an action in the child, which never comes back to the tests."""
+    """Run an action in the child, and return its exit code."""
     sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w", closefd=False)) for number in (1, 2))
     code = 0
     try:
@@ -103,16 +102,16 @@ def _ran(action: Action) -> int:
 
 
 class Steps:
-    """Counts what this process does to files below a folder; before number `fatal` it is killed.
+    """Count file operations of this process below a folder; it is killed before operation number `fatal`.
 
-    Nothing is brought to the disk: a kill loses nothing that a power cut would.
+    fsync does nothing: after SIGKILL, unlike a power cut, written data is there.
     """
 
     def __init__(self, folder: Path, fatal: int = -1) -> None:
         self.folder, self.fatal, self.count = str(folder), fatal, 0
 
     def __enter__(self) -> "Steps":
-        sys.addaudithook(self._told)
+        sys.addaudithook(self._on_event)
         os.fsync = self._synced  # type: ignore[assignment]
         return self
 
@@ -121,9 +120,9 @@ class Steps:
             self._step()
 
     def __exit__(self, *error: object) -> None:
-        self.folder = "\0"  # a hook stays
+        self.folder = "\0"  # an audit hook cannot be removed
 
-    def _told(self, event: str, given: tuple[Any, ...]) -> None:
+    def _on_event(self, event: str, given: tuple[Any, ...]) -> None:
         if event in EVENTS and any(isinstance(one, str | Path) and self.folder in str(one) for one in given):
             self._step()
 
@@ -134,7 +133,7 @@ class Steps:
 
 
 def steps_of(action: Action, folder: Path) -> int:
-    """How many steps an action takes below a folder, in a child."""
+    """Count the file operations of an action below a folder, in a child."""
     count = folder.parent / f"{folder.name}.count"
 
     def counted() -> None:
@@ -143,12 +142,12 @@ def steps_of(action: Action, folder: Path) -> int:
         count.write_text(str(steps.count))
 
     ended = forked(counted, folder)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     return int(count.read_text())
 
 
 def killed_at(step: int, action: Action, folder: Path) -> Ended:
-    """Runs an action in a child that is killed at one of its steps."""
+    """Run an action in a child that is killed before one of its file operations."""
 
     def dying() -> None:
         with Steps(folder, step):
@@ -159,7 +158,7 @@ def killed_at(step: int, action: Action, folder: Path) -> Ended:
 
 @contextmanager
 def limited(kind: int, most: int) -> Iterator[None]:
-    """A limit of this process (in a child: its parent has none)."""
+    """Set a resource limit of this process; called in a child, it does not affect the parent."""
     before = resource.getrlimit(kind)
     resource.setrlimit(kind, (most, before[1]))
     try:
@@ -170,7 +169,7 @@ def limited(kind: int, most: int) -> Iterator[None]:
 
 @contextmanager
 def few_files(more: int) -> Iterator[None]:
-    """Only so many more files may be open in this process."""
+    """Let this process open only so many more files."""
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
     with limited(resource.RLIMIT_NOFILE, highest + 9):
         taken = []
@@ -186,7 +185,7 @@ def few_files(more: int) -> Iterator[None]:
 
 
 def as_nobody() -> None:
-    """Permissions count for this process: root has none to heed."""
+    """Drop root privileges, so that file permissions apply to this process."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)
@@ -194,7 +193,7 @@ def as_nobody() -> None:
 
 
 def open_to_all(place: Path) -> None:
-    """Lets others look into pytest's own folders above a place, and read what is in it."""
+    """Make a path, all below it and pytest's folders above it readable for all users."""
     for path in [place, *place.parents, *place.rglob("*")]:
         mode = path.stat().st_mode
         if path.is_dir() and not mode & 0o001:
@@ -204,7 +203,7 @@ def open_to_all(place: Path) -> None:
 
 
 def small_disk(folder: Path, size: int) -> bool:
-    """Puts a file system of `size` bytes in the place of a folder, for this process alone; False where it may not."""
+    """Mount a tmpfs of `size` bytes on a folder, for this process alone; return False without permission."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(0x00020000) != 0 or libc.mount(b"none", b"/", None, 0x44000, None) != 0:
         return False

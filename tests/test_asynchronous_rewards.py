@@ -11,7 +11,7 @@ import torch
 from conftest import PIPELINES
 from gaussian import GaussianPipeline, check_tilted, steered_gaussians
 from soft_rewards import redness, seeded
-from test_narrow import K, ModularGaussian, steer_kwargs
+from test_particle_schedule import K, ModularGaussian, steer_kwargs
 from torch import Tensor
 
 from steer import FKSteeringPipeline, StepReport
@@ -110,7 +110,7 @@ def test_a_gaussian_steered_a_step_later_is_the_tilted_gaussian(potential: str) 
     check_tilted(list(steered_gaussians(pipe, 4, **options)), *pipe.distribution(steps, eta=1.0))
 
 
-def test_narrowed_too() -> None:
+def test_with_a_particle_schedule() -> None:
     pipe, steps = ModularGaussian(), 8
     options = {
         "particle_schedule": {3: 5, 4: 2},
@@ -178,7 +178,7 @@ def test_a_reward_is_that_of_the_step_before_and_the_weights_are_that_of_a_run_i
     assert now.cost.nfe == later.cost.nfe and now.cost.decodes == later.cost.decodes
 
 
-def test_at_two_steps_running_the_second_reading_is_of_those_that_go_on(pipe_of: Callable[[str], Any]) -> None:
+def test_consecutive_evaluations_are_of_the_resampled_particles(pipe_of: Callable[[str], Any]) -> None:
     """Copies that were made in between have one x̂0, that of their parent, which nobody has steered yet."""
     steer, call = FKSteeringPipeline(pipe_of("sd"), redness), steer_kwargs("sd") | {"resample_steps": [1, 2]}
     free, resampled = (
@@ -189,8 +189,8 @@ def test_at_two_steps_running_the_second_reading_is_of_those_that_go_on(pipe_of:
     torch.testing.assert_close(resampled.history[1].rewards, free.history[1].rewards[:, parent].expand(1, K))
 
 
-def test_the_denoiser_goes_on_while_a_reward_is_read(pipe_of: Callable[[str], Any]) -> None:
-    """Each reading waits for a denoiser's call that comes after it was begun: in turn that would never come."""
+def test_the_denoiser_runs_while_a_reward_is_computed(pipe_of: Callable[[str], Any]) -> None:
+    """Each reward waits for a later denoiser call: computed synchronously, it would wait forever."""
     pipe, calls, before, met = pipe_of("sd"), [], [], []
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -211,7 +211,7 @@ def test_the_denoiser_goes_on_while_a_reward_is_read(pipe_of: Callable[[str], An
     assert len(met) == 2
 
 
-def test_a_target_ends_the_readings(pipe_of: Callable[[str], Any]) -> None:
+def test_a_target_reward_ends_the_evaluations(pipe_of: Callable[[str], Any]) -> None:
     out = FKSteeringPipeline(pipe_of("sd"), redness)(
         num_particles=K,
         asynchronous_rewards=True,
@@ -223,7 +223,7 @@ def test_a_target_ends_the_readings(pipe_of: Callable[[str], Any]) -> None:
     assert [one.step for one in out.history] == [1] and out.cost.nfe == 3 * K + 3 and len(out.images) == 1
 
 
-def test_a_reward_that_breaks_its_contract_is_told(pipe_of: Callable[[str], Any]) -> None:
+def test_a_reward_that_breaks_its_contract_is_refused(pipe_of: Callable[[str], Any]) -> None:
     with pytest.raises(RewardError, match="must be finite"):
         FKSteeringPipeline(pipe_of("sd"), lambda images, prompts: images.mean((1, 2, 3)) / 0)(
             num_particles=2, asynchronous_rewards=True, **steer_kwargs("sd")

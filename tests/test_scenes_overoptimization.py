@@ -46,13 +46,13 @@ def test_curves_of_an_evaluation_by_hand() -> None:
     report = {"rewards": ["scene", "ensemble", "other"], "contenders": [{"runs": runs}]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(analyses, "SIZES", (1, 2))
-        found = analyses.curves(report, "ensemble")
-    gold = {name: [mean for mean, _, _ in kinds["gold"]] for name, kinds in found["proxies"].items()}
+        curves = analyses.curves(report, "ensemble")
+    gold = {name: [mean for mean, _, _ in kinds["gold"]] for name, kinds in curves["proxies"].items()}
     assert gold["picked by the exact reward"] == [0.5, 0.75] and gold["other"] == [0.5, 0.75]
     assert gold["one member"] == [0.5, 0.5] and gold["mean of 2"] == [0.5, 0.5]
     assert gold["worst of 2"] == gold["robust of 2"] == [0.5, 0.5]
-    assert found["prompts"] == found["images"] == 2
-    assert found["against_one_member"]["other"][1][0] == 0.25
+    assert curves["prompts"] == curves["images"] == 2
+    assert curves["against_one_member"]["other"][1][0] == 0.25
 
 
 @pytest.mark.hard

@@ -1,4 +1,4 @@
-"""The structure of the project: layers, packages, promises of the front page."""
+"""The structure of the project: layers, packages, claims of the README."""
 
 import ast
 import itertools
@@ -111,11 +111,11 @@ def test_no_untrusted_file_can_run_code() -> None:
 
 
 def snippets() -> list[tuple[str, str]]:
-    found = []
+    codes = []
     for page in PAGES:
         for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), start=1):
-            found.append((f"{page.name}-{number}", code))
-    return found
+            codes.append((f"{page.name}-{number}", code))
+    return codes
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_a_batch_that_is_no_multiple_is_refused(pipe_of: Callable[[str], Any]) -
         unet(torch.zeros(6, 4, 8, 8), 5, encoder_hidden_states=torch.zeros(6, 4, 8))
 
 
-def test_latents_that_are_no_one_tensor_are_told_in_a_line(pipe_of: Callable[[str], Any]) -> None:
+def test_latents_in_several_tensors_are_refused_in_one_line(pipe_of: Callable[[str], Any]) -> None:
     live = ActiveRows()
     unet = live.view(pipe_of("sd")).unet
     live.keep(torch.tensor([0]), 2)
@@ -104,7 +104,7 @@ def test_latents_that_are_no_one_tensor_are_told_in_a_line(pipe_of: Callable[[st
         unet([torch.zeros(4, 8, 8)] * 2, 5, encoder_hidden_states=torch.zeros(2, 4, 8))
 
 
-# Which go on
+# Survivors
 
 
 @pytest.mark.few(1)
@@ -158,7 +158,7 @@ class ModularGaussian(GaussianPipeline):
 @pytest.mark.few(3)
 @pytest.mark.parametrize("potential", POTENTIALS)
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
-def test_a_narrowed_gaussian_is_the_tilted_gaussian(potential: str, guidance: float) -> None:
+def test_with_a_particle_schedule_a_gaussian_is_the_tilted_gaussian(potential: str, guidance: float) -> None:
     pipe, steps = ModularGaussian(), 8
     options = {"potential": potential, "reward_guidance": guidance, "num_inference_steps": steps}
     outs = list(steered_gaussians(pipe, 8, particle_schedule={3: 5, 5: 2}, resample_steps=[3, 4], **options))
@@ -173,7 +173,7 @@ def test_a_narrowed_gaussian_is_the_tilted_gaussian(potential: str, guidance: fl
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_family_narrows(pipe_of: Callable[[str], Any], name: str) -> None:
+def test_every_family_takes_a_particle_schedule(pipe_of: Callable[[str], Any], name: str) -> None:
     pipe, call, observed = pipe_of(name), steer_kwargs(name), []
     options = {
         "num_particles": K,
@@ -200,7 +200,7 @@ def test_every_family_narrows(pipe_of: Callable[[str], Any], name: str) -> None:
     torch.testing.assert_close(mean, out.rewards[0], rtol=0, atol=1e-5)
 
 
-def test_one_who_goes_on_alone_goes_its_own_way(pipe_of: Callable[[str], Any]) -> None:
+def test_the_only_survivor_follows_the_solver(pipe_of: Callable[[str], Any]) -> None:
     """The first child of a particle takes the solver's own steps: its image is one of the plain batch."""
     pipe, call = pipe_of("sd"), steer_kwargs("sd")
     plain = pipe(**call, num_images_per_prompt=K, generator=seeded(), output_type="pt").images
@@ -210,7 +210,7 @@ def test_one_who_goes_on_alone_goes_its_own_way(pipe_of: Callable[[str], Any]) -
     torch.testing.assert_close(out.images[0], plain[out.ancestors[0][0, 0]], rtol=0, atol=1e-5)
 
 
-def test_prompts_narrow_each_for_itself(pipe_of: Callable[[str], Any]) -> None:
+def test_each_prompt_has_its_own_survivors(pipe_of: Callable[[str], Any]) -> None:
     call = steer_kwargs("sd") | {"prompt": ["a red circle", "a blue star"]}
     recorded: list[list[str]] = []
 
@@ -225,7 +225,7 @@ def test_prompts_narrow_each_for_itself(pipe_of: Callable[[str], Any]) -> None:
     assert out.rewards.shape == (2, 2) and torch.allclose(redness(out.images, []).view(2, 2), out.rewards, atol=1e-6)
 
 
-def test_the_best_go_on_where_that_is_asked_for(pipe_of: Callable[[str], Any]) -> None:
+def test_top_k_keeps_the_best(pipe_of: Callable[[str], Any]) -> None:
     steer, call = (
         FKSteeringPipeline(pipe_of("sd"), redness),
         steer_kwargs("sd") | {"prompt": ["a red circle", "a star"]},
@@ -247,7 +247,7 @@ def test_the_best_go_on_where_that_is_asked_for(pipe_of: Callable[[str], Any]) -
 # The target
 
 
-def test_once_a_particle_is_good_enough_it_goes_on_alone(pipe_of: Callable[[str], Any]) -> None:
+def test_a_particle_that_meets_the_target_reward_survives_alone(pipe_of: Callable[[str], Any]) -> None:
     pipe, call = pipe_of("sd"), steer_kwargs("sd")
     steer, options = FKSteeringPipeline(pipe, redness), {"num_particles": K, "resample_steps": [1, 3], "lam": 0.0}
     free = steer(**options, generator=seeded(), **call)

@@ -1,4 +1,4 @@
-"""What every parser is held to while it is tried."""
+"""Checks of every parser during fuzzing: one-line messages, CPU time, no network and no programs."""
 
 import re
 import signal
@@ -11,15 +11,15 @@ SECONDS = 2  # of CPU, for one input
 
 
 class Finding(AssertionError):
-    """A parser did what none may do."""
+    """A parser violated one of these rules."""
 
 
-def check_line(told: str) -> None:
-    """Raises Finding for a message that is not one line, or could not be shown."""
-    if len(told.splitlines()) != 1 or re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", told):
-        raise Finding(f"no line of text: {told!r}")
-    if len(told) > 2000:
-        raise Finding(f"a line of {len(told)} characters: {told!r:.400}")
+def check_line(message: str) -> None:
+    """Raise Finding for a message that is not one printable line."""
+    if len(message.splitlines()) != 1 or re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", message):
+        raise Finding(f"no line of text: {message!r}")
+    if len(message) > 2000:
+        raise Finding(f"a line of {len(message)} characters: {message!r:.400}")
 
 
 _reached: list[str] = []
@@ -27,11 +27,11 @@ _watching: list[bool] = []
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    """Python's own audit: nothing else sees all that a process opens, imports and starts."""
+    """Audit hook: block imports, network connections and programs."""
     if not _watching:
         return
     if event == "import" and arguments[0].partition(".")[0] not in sys.modules:
-        raise ImportError(f"{arguments[0]} is not there while parsers are tried")  # code that a text names
+        raise ImportError(f"{arguments[0]} must not be imported by a parser")  # a module named in the input
     if event in ("socket.connect", "socket.getaddrinfo", "os.system", "subprocess.Popen", "os.exec", "os.fork"):
         _reached.append(f"{event} {arguments}")
         raise PermissionError(event)
@@ -45,8 +45,8 @@ def _late(number: int, frame: Any) -> None:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """Ends what takes too long; raises Finding where a program or the network was reached for."""
+def checked() -> Iterator[None]:
+    """Raise Finding if the block takes too long, starts a program or uses the network."""
     _reached.clear()
     before = signal.signal(signal.SIGVTALRM, _late)
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)

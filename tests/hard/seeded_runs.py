@@ -1,4 +1,4 @@
-"""The same words and seeds once more: python same.py HOME OUT"""
+"""Commands and a steered call with fixed seeds: python seeded_runs.py HOME OUT"""
 
 import json
 import sys
@@ -18,11 +18,11 @@ from steer.apps import sampling as sample
 
 
 def prepare(home: Path) -> None:
-    """A tiny model, and a configuration of a short finetuning."""
+    """Write a tiny model and the configuration of a short finetuning."""
     cached_pipe("sd").save_pretrained(home / "tiny")
     (home / "prompts.txt").write_text("a red circle\na blue star\n")
-    told = CONFIG | {"model": str(home / "tiny"), "prompts": str(home / "prompts.txt"), "ema_decay": 0.9}
-    (home / "config.yaml").write_text(yaml.safe_dump(told))
+    config = CONFIG | {"model": str(home / "tiny"), "prompts": str(home / "prompts.txt"), "ema_decay": 0.9}
+    (home / "config.yaml").write_text(yaml.safe_dump(config))
 
 
 def commands(home: Path) -> dict[str, Command]:
@@ -35,21 +35,21 @@ def commands(home: Path) -> dict[str, Command]:
 
 
 def steered(home: Path, out: Path) -> None:
-    """One steered call from Python, which resamples."""
+    """Make one steered call from Python, which resamples."""
     pipe = StableDiffusionPipeline.from_pretrained(home / "tiny", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": 6, "guidance_scale": 3.0, "height": 8, "width": 8, "generator": Generator()}
     call["generator"].manual_seed(3)
-    found = FKSteeringPipeline(pipe, "brightness")(
+    output = FKSteeringPipeline(pipe, "brightness")(
         PROMPT, num_particles=4, lam=300.0, ess_threshold=1.0, output_type="pt", **call
     )
-    kept = {f"ancestors-{number}": one.contiguous() for number, one in enumerate(found.ancestors)}
-    kept |= {name: getattr(found, name).contiguous() for name in ("images", "rewards", "log_weights", "latents")}
+    kept = {f"ancestors-{number}": one.contiguous() for number, one in enumerate(output.ancestors)}
+    kept |= {name: getattr(output, name).contiguous() for name in ("images", "rewards", "log_weights", "latents")}
     save_file(kept, out / "steered.safetensors")
 
 
 def make(home: Path, out: Path) -> None:
-    """All of it, but for the pictures, which take longer; the process is used up afterwards."""
+    """Run all of them without plots, which take longer; plotting stays disabled in this process."""
     finetune_report.write_grid = finetune_report.write_report = sample._draw = lambda *given: None  # type: ignore[assignment]
     out.mkdir()
     steered(home, out)
@@ -58,18 +58,18 @@ def make(home: Path, out: Path) -> None:
 
 
 def left(home: Path, out: Path) -> dict[str, Any]:
-    """What they left, but for the seconds."""
-    found = {name: command.left(out / name) for name, command in commands(home).items()}
-    found["steered"] = {name: one.numpy().tobytes() for name, one in load_file(out / "steered.safetensors").items()}
+    """Contents of the outputs, without durations."""
+    files = {name: command.left(out / name) for name, command in commands(home).items()}
+    files["steered"] = {name: one.numpy().tobytes() for name, one in load_file(out / "steered.safetensors").items()}
     lines = [json.loads(line) for line in (out / "finetune/metrics.jsonl").read_text().splitlines()]
-    found["records"] = [
+    files["records"] = [
         {name: value for name, value in one.items() if not name.endswith(("second", "seconds", "share"))}
         for one in lines
     ]
     [newest] = (out / "finetune/checkpoints").iterdir()
     names = ("weights", "optimiser", "average", "random")
-    found["checkpoint"] = {name: (newest / f"{name}.safetensors").read_bytes() for name in names}
-    return found
+    files["checkpoint"] = {name: (newest / f"{name}.safetensors").read_bytes() for name in names}
+    return files
 
 
 if __name__ == "__main__":

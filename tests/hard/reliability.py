@@ -1,6 +1,6 @@
 """Figures of the hard tests: out/reliability.json, from which docs/reliability.md is filled.
 
-python tests/hard/figures.py    prints the table
+python tests/hard/reliability.py    prints the table
 """
 
 import fcntl
@@ -15,10 +15,10 @@ FILE = Path(__file__).resolve().parents[2] / "out" / "reliability.json"
 
 @dataclass
 class Tally:
-    """How often something was tried, and what came of it.
+    """Counts of trials and of their outcomes.
 
-    survived  what was there before, or what was being written, is read as it was; or the input was refused in a line
-    lost      what was there before is gone, or something wrong is read
+    survived  the earlier or the new content is read unchanged, or the input is refused with a one-line message
+    lost      the earlier content is gone, or a wrong value is read
     outcomes  counts by kind
     """
 
@@ -28,19 +28,19 @@ class Tally:
     outcomes: dict[str, int] = field(default_factory=dict)
 
     def count(self, kind: str, good: bool = True) -> None:
-        """One more try."""
+        """Add one trial."""
         self.tries += 1
         self.survived += good
         self.lost += not good
         self.outcomes[kind] = self.outcomes.get(kind, 0) + 1
 
     def note(self, name: str) -> None:
-        """Writes it among the figures of the other tests."""
+        """Add the counts to out/reliability.json."""
         note(name, asdict(self))
 
 
 def note(name: str, figures: dict[str, Any]) -> None:
-    """Writes figures among those of the other tests."""
+    """Add figures to out/reliability.json."""
     FILE.parent.mkdir(parents=True, exist_ok=True)
     with FILE.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of the other workers; released when the file is closed
@@ -49,7 +49,7 @@ def note(name: str, figures: dict[str, Any]) -> None:
 
 
 def table() -> str:
-    """The figures as the page shows them: what was tried, and then what was measured."""
+    """Figures as two Markdown tables: counts of trials, then measurements."""
     tried = ["| what | tries | survived | lost | how |", "|---|---|---|---|---|"]
     measured = ["| what | figures |", "|---|---|"]
     for name, one in json.loads(FILE.read_text()).items():
