@@ -294,6 +294,7 @@ FIGURES: dict[str, tuple[Callable[[Json, Path], None], str]] = {
     "foresight.png": (foresight.draw, "studies/foresight.json"),
     "benchmark.png": (draw_bench, "studies/bench.json"),
     "finetuning-methods.png": (draw_finetuning_curves, "studies/finetuning-methods.json"),
+    "finetuning-prompts.png": (draw_finetuning_curves, "studies/finetuning-prompts.json"),
     "finetuning-guards.png": (draw_finetuning_curves, "studies/finetuning-guards.json"),
 }
 
