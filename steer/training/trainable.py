@@ -363,6 +363,8 @@ def load_token(pipe: Any, vectors: Mapping[str, Tensor]) -> None:
     with torch.random.fork_rng(devices=[]):  # transformers draws rows at random before they are set
         for key, name in encoders.items():
             place = {"text_encoder": getattr(pipe, name), "tokenizer": _tokenizer(pipe, name)}
+            # Else the loader resizes by the covariance of all rows, with a message.
+            place["text_encoder"].resize_token_embeddings(len(place["tokenizer"]) + 1, mean_resizing=False)
             pipe.load_textual_inversion(vectors[key], token=TOKEN, **place)
 
 
