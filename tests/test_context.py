@@ -33,10 +33,8 @@ PREFERRED = torch.tensor([[1.0, 0.0], [0.3, 0.7]])
 
 
 def pipe_of(name: str) -> Any:
-    """A tiny pipeline with tokenizers of its own, and the end token in the configuration of SDXL's second encoder: 2."""
+    """A tiny pipeline with tokenizers of its own, as each of a real pipeline's encoders has one."""
     pipe = fresh_pipe(name)
-    if name == "sdxl":  # the pooled output is then taken at the highest number, which is the token's
-        pipe.text_encoder_2.text_model.eos_token_id = 2
     for part in ("tokenizer", "tokenizer_2"):
         if hasattr(pipe, part):
             setattr(pipe, part, copy.deepcopy(getattr(pipe, part)))
@@ -58,7 +56,7 @@ def moved(pipe: Any, far: float = 3.0) -> ContextToken:
 
 @pytest.mark.parametrize("name", KEYS)
 def test_a_token_begins_at_the_reference_and_all_else_is_frozen(name: str) -> None:
-    base = image(pipe_of(name), name, "")
+    base, comma = (image(pipe_of(name), name, suffix) for suffix in ("", " ,"))
     pipe = pipe_of(name)
     before = {key: copy.deepcopy(model.state_dict()) for key, model in models_of(pipe).items()}
     expected = torch.rand(3, generator=seeded())
@@ -68,8 +66,8 @@ def test_a_token_begins_at_the_reference_and_all_else_is_frozen(name: str) -> No
     assert list(trained.parameters) == KEYS[name]
     there = image(pipe, name)
     with trained.reference():
-        assert torch.equal(image(pipe, name), base), "the end token is the padding"
-    assert torch.equal(image(pipe, name), there) and (there - base).abs().max() > 1e-4
+        assert torch.equal(image(pipe, name), comma)
+    assert torch.equal(image(pipe, name), there) and (there - comma).abs().max() > 1e-4
     assert torch.equal(image(pipe, name, ""), base), "prompts without the token"
     for key, model in models_of(pipe).items():
         assert not any(parameter.requires_grad for parameter in model.parameters()) and not model.training
@@ -138,9 +136,9 @@ def test_an_exported_token_loads_in_a_fresh_pipeline(name: str, tmp_path: Path) 
 
 def test_a_token_in_half_precision_learns_in_fp32() -> None:
     pipe = pipe_of("sd").to(torch.bfloat16)
-    base = image(pipe, suffix="")
+    comma = image(pipe, suffix=" ,")
     trained = ContextToken(pipe)
-    assert torch.equal(image(pipe), base)
+    assert torch.equal(image(pipe), comma)
     assert all(one.dtype == torch.float32 for one in trained.parameters.values())
     sampler = Sampler(pipe, call_of("sd", steps=2), precision="model", prompt_suffix=SUFFIX)
     stored, _ = sampler.sample(TWO_PROMPTS)
@@ -222,8 +220,6 @@ def test_a_token_learns_to_rank_as_labelled(pairs: Path, tmp_path: Path) -> None
     learned = dpo(pairs, tmp_path, max_steps=30, train_batch_size=4, micro_batch=8, eval_steps=30).train()
     last = learned.records[-5:]
     assert sum(record["loss"] for record in last) / 5 < 0.6 and sum(record["accuracy"] for record in last) / 5 > 0.8
-    red = [one["eval/colour:red"][0] for one in learned.evaluations]
-    assert red[-1] > red[0]
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ class FullFinetuning:
         return folder / self.name
 
 
-TOKEN = "<context>"  # follows every prompt
+TOKEN, NEUTRAL = "<context>", ","  # the token, which follows every prompt, and the text whose embedding it starts at
 EMBEDDINGS = "learned_embeds.safetensors"  # diffusers' name of the file
 ENCODER_KEYS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # names in files of SDXL
 
@@ -414,16 +414,16 @@ class ContextToken:
     """The embeddings z* of one token after every prompt, a vector per CLIP text encoder (OPPO, arXiv 2305.16217).
 
     OPPO learns the context z* of a policy π(a | s, z); here z conditions the denoiser through the frozen encoders. z
-    starts at the embedding of the end token. SD 1.x pads prompts with it, so that there the initial policy, which is
-    the reference, is the base model itself. A token before the prompt would move all words: `scenes` then draws half
-    as many scenes right.
+    starts at a comma: the reference is the base model with a comma after each prompt. Measured with `scenes`: a comma
+    there changes no reward, and any token before the prompt, which moves all words, halves the share of right scenes;
+    at the end token, which pads prompts, gradients are 15 times smaller.
     """
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.denoisers = pipe, get_denoisers(pipe)
         self.denoiser = next(iter(self.denoisers.values()))
         initial = {
-            key: _embeddings(pipe, name).weight[[_tokenizer(pipe, name).eos_token_id]].detach()
+            key: _embeddings(pipe, name).weight[_tokenizer(pipe, name)(NEUTRAL).input_ids[1:2]].detach()
             for key, name in token_encoders(pipe).items()
         }
         load_token(pipe, initial)
