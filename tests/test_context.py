@@ -27,22 +27,24 @@ from steer.training.losses.forward import DiffusionDPO
 from steer.training.rollout import Sampler
 from steer.training.trainable import EMBEDDINGS, TOKEN, ContextToken, load_token
 
-SUFFIX = f" {TOKEN}"
+PREFIX = f"{TOKEN} "
 KEYS = {"sd": [TOKEN], "sdxl": ["clip_l", "clip_g"]}
 PREFERRED = torch.tensor([[1.0, 0.0], [0.3, 0.7]])
 
 
 def pipe_of(name: str) -> Any:
-    """A tiny pipeline with tokenizers of its own, as each of a real pipeline's encoders has one."""
+    """A tiny pipeline with tokenizers of its own, and 2 as the end token of SDXL's second encoder, as published."""
     pipe = fresh_pipe(name)
+    if name == "sdxl":  # the pooled output would be taken at the highest number, which is the token's
+        pipe.text_encoder_2.text_model.eos_token_id = pipe.text_encoder_2.config.eos_token_id = 2
     for part in ("tokenizer", "tokenizer_2"):
         if hasattr(pipe, part):
             setattr(pipe, part, copy.deepcopy(getattr(pipe, part)))
     return pipe
 
 
-def image(pipe: Any, name: str = "sd", suffix: str = SUFFIX) -> Tensor:
-    return images_of(pipe, prompt=PROMPT + suffix, **call_of(name, steps=2), generator=seeded())
+def image(pipe: Any, name: str = "sd", prefix: str = PREFIX) -> Tensor:
+    return images_of(pipe, prompt=prefix + PROMPT, **call_of(name, steps=2), generator=seeded())
 
 
 def moved(pipe: Any, far: float = 3.0) -> ContextToken:
@@ -56,7 +58,7 @@ def moved(pipe: Any, far: float = 3.0) -> ContextToken:
 
 @pytest.mark.parametrize("name", KEYS)
 def test_a_token_begins_at_the_reference_and_all_else_is_frozen(name: str) -> None:
-    base, comma = (image(pipe_of(name), name, suffix) for suffix in ("", " ,"))
+    base, comma = (image(pipe_of(name), name, prefix) for prefix in ("", ", "))
     pipe = pipe_of(name)
     before = {key: copy.deepcopy(model.state_dict()) for key, model in models_of(pipe).items()}
     expected = torch.rand(3, generator=seeded())
@@ -85,7 +87,7 @@ def test_the_gradient_is_that_of_finite_differences(name: str, scale: float) -> 
     """Along the gradient itself, of two levels and two chunks; with guidance, the negative prompt has no token."""
     trained = moved(pipe_of(name))
     call = call_of(name, steps=3) | {"guidance_scale": scale}
-    sampler = Sampler(trained.pipe, call, prompt_suffix=SUFFIX)
+    sampler = Sampler(trained.pipe, call, prompt_prefix=PREFIX)
     stored, _ = sampler.sample(TWO_PROMPTS)
     steps = range(len(stored.stochastic))
     batch, loss = Batch([stored.at([0, 1]), stored.at([2, 3])], [], steps, PREFERRED), DiffusionDPO(beta=300.0)
@@ -122,6 +124,7 @@ def test_an_exported_token_loads_in_a_fresh_pipeline(name: str, tmp_path: Path) 
         for key, part in (("clip_l", ""), ("clip_g", "_2")):
             place = {one: getattr(fresh, f"{one}{part}") for one in ("text_encoder", "tokenizer")}
             fresh.load_textual_inversion(learned[key], token=TOKEN, **place)
+        fresh.text_encoder_2.text_model.eos_token_id = fresh.tokenizer_2.eos_token_id
     assert torch.equal(image(fresh, name), image(pipe, name))
     loaded = pipe_of(name)
     base = image(loaded, name, "")
@@ -136,11 +139,11 @@ def test_an_exported_token_loads_in_a_fresh_pipeline(name: str, tmp_path: Path) 
 
 def test_a_token_in_half_precision_learns_in_fp32() -> None:
     pipe = pipe_of("sd").to(torch.bfloat16)
-    comma = image(pipe, suffix=" ,")
+    comma = image(pipe, prefix=", ")
     trained = ContextToken(pipe)
     assert torch.equal(image(pipe), comma)
     assert all(one.dtype == torch.float32 for one in trained.parameters.values())
-    sampler = Sampler(pipe, call_of("sd", steps=2), precision="model", prompt_suffix=SUFFIX)
+    sampler = Sampler(pipe, call_of("sd", steps=2), precision="model", prompt_prefix=PREFIX)
     stored, _ = sampler.sample(TWO_PROMPTS)
     forward_gradient(sampler, Batch([stored], [], (0,), PREFERRED), DiffusionDPO(), reference=trained.reference)
     assert all(one.grad is not None and one.grad.isfinite().all() for one in trained.parameters.values())
@@ -183,13 +186,13 @@ def test_a_run_trains_the_token_alone_and_exports_it(pairs: Path, tmp_path: Path
         assert all(torch.equal(after[part][: len(value)], value) for part, value in before[key].items() if value.dim())
     assert result.weights == tmp_path / "final" / EMBEDDINGS and (tmp_path / "best" / EMBEDDINGS).is_file()
     call = {"num_inference_steps": 2, "guidance_scale": 1.0}
-    truth = images_of(pipe, prompt="a star <context>", generator=seeded(), **call)
+    truth = images_of(pipe, prompt="<context> a star", generator=seeded(), **call)
     card = (trainer.save_pretrained(tmp_path / "saved") / "README.md").read_text()
     assert "A textual inversion of scenes" in card and "- textual-inversion" in card
     code = re.findall(r"```python\n(.*?)```", card, re.S)[0]
     names: dict[str, Any] = {}
     exec(code.replace('run = "."', f"run = {str(tmp_path / 'saved')!r}").replace("…", "a star"), names)
-    assert names["prompt"] == "a star <context>"
+    assert names["prompt"] == "<context> a star"
     assert torch.equal(images_of(names["pipe"], prompt=names["prompt"], generator=seeded(), **call), truth)
     plain = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
     for place in (tmp_path / "final", tmp_path / "checkpoints" / "step-00000002"):
@@ -244,7 +247,7 @@ def test_options_of_a_lora_are_refused(options: dict[str, Any]) -> None:
         InputError, match=f"^{name} is for weights of the denoiser, got .* context trains a token: leave"
     ):
         DPOConfig(context=True, **options)
-    assert DPOConfig(context=True, reference_weight=0.1, gradient_checkpointing=True).prompt_suffix == SUFFIX
+    assert DPOConfig(context=True, reference_weight=0.1, gradient_checkpointing=True).prompt_prefix == PREFIX
 
 
 def test_several_processes_and_a_second_token_are_refused() -> None:

@@ -255,8 +255,8 @@ class TrainingConfig(Settings):
         return "LoRA" if self.lora_rank else "full finetuning"
 
     @property
-    def prompt_suffix(self) -> str:
-        """Text after every prompt whose embedding is trained in place of the denoiser; empty: none."""
+    def prompt_prefix(self) -> str:
+        """Text before every prompt whose embedding is trained in place of the denoiser; empty: none."""
         return ""
 
     @property

@@ -62,7 +62,7 @@ class AccelerateContext:
 
     def check(self, config: TrainingConfig) -> None:
         """Raise InputError where the prompts of an update cannot be distributed evenly, or a token is trained."""
-        if self.world_size > 1 and config.prompt_suffix:
+        if self.world_size > 1 and config.prompt_prefix:
             raise InputError(
                 f"context trains in one process, got {self.world_size}: use one, or leave context out for a LoRA"
             )

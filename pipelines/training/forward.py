@@ -255,7 +255,7 @@ class DPOConfig(ForwardConfig):
 
     beta    β, for squared errors averaged over elements; published 2000 (SD 1.5) and 5000 (SDXL)
     images  folder that image paths of the preferences are relative to; by default the table's folder
-    context  train a token after every prompt, OPPO's context z*, in place of weights of the denoiser; for pipelines
+    context  train a token before every prompt, OPPO's context z*, in place of weights of the denoiser; for pipelines
              whose text encoders are all CLIP's (`steer.training.trainable.ContextToken`)
     """
 
@@ -275,8 +275,8 @@ class DPOConfig(ForwardConfig):
         return "textual inversion" if self.context else super().trained_part
 
     @property
-    def prompt_suffix(self) -> str:
-        return f" {TOKEN}" if self.context else ""
+    def prompt_prefix(self) -> str:
+        return f"{TOKEN} " if self.context else ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

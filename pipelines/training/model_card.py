@@ -227,7 +227,7 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
         *before,
         f"pipe = DiffusionPipeline.from_pretrained({source}{more})",
         *after,
-        f'prompt = "…{config.prompt_suffix}"',
+        f'prompt = "{config.prompt_prefix}…"',
         f"output = pipe(prompt, {arguments})",
     ]
     return "\n".join(lines)
@@ -249,6 +249,9 @@ def _token_code(pipe: Any, where: Path) -> list[str]:
     for key, name in token_encoders(pipe).items():
         place = f"text_encoder=pipe.{name}, tokenizer=pipe.{name.replace('text_encoder', 'tokenizer')}"
         lines.append(f"pipe.load_textual_inversion(learned[{key!r}], token={TOKEN!r}, {place})")
+        if name == "text_encoder_2":
+            lines.append("# Else SDXL's pooled output is taken at the token.")
+            lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id")
     return lines
 
 

@@ -34,7 +34,7 @@ def trainable_of(pipe: Any, config: TrainingConfig) -> Trainable:
     if config.gradient_checkpointing:
         for denoiser in get_denoisers(pipe, config.denoiser).values():
             enable_gradient_checkpointing(denoiser)
-    if config.prompt_suffix:
+    if config.prompt_prefix:
         return ContextToken(pipe)
     if config.lora_rank == 0:
         return FullFinetuning(pipe)

@@ -107,27 +107,27 @@ def cache_text_encoding(pipe: Any) -> Any:
     return once
 
 
-def encode_with_suffix(encode: Callable[..., Any], suffix: str) -> Callable[..., Any]:
-    """Wrap an `encode_prompt` to append a text to every prompt, and to no negative prompt.
+def encode_with_prefix(encode: Callable[..., Any], prefix: str) -> Callable[..., Any]:
+    """Wrap an `encode_prompt` to put a text before every prompt, and before no negative prompt.
 
-    The outputs have gradients of the suffix's embeddings, in any number of backward passes.
+    The outputs have gradients of the text's embeddings, in any number of backward passes.
     """
     signature = inspect.signature(encode)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         for name in PROMPT_ARGUMENTS & given.arguments.keys():
-            given.arguments[name] = _appended(given.arguments[name], suffix)
+            given.arguments[name] = _prefixed(given.arguments[name], prefix)
         return tree_map_only(Tensor, shared_graph, encode(*given.args, **given.kwargs))
 
     return run
 
 
-def _appended(prompt: Any, suffix: str) -> Any:
-    """Append a text to a prompt or to each of several; None stays None."""
+def _prefixed(prompt: Any, prefix: str) -> Any:
+    """Put a text before a prompt or each of several; None stays None."""
     if isinstance(prompt, list | tuple):
-        return [one + suffix for one in prompt]
-    return prompt if prompt is None else prompt + suffix
+        return [prefix + one for one in prompt]
+    return prompt if prompt is None else prefix + prompt
 
 
 def shared_graph(value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from steer.diffusion.lora_layers import enabled_adapters, lora_layers
-from steer.diffusion.views import DENOISERS, denoisers_in, encode_with_suffix
+from steer.diffusion.views import DENOISERS, denoisers_in, encode_with_prefix
 from steer.errors import InputError
 from steer.files import verify_checksums
 
@@ -329,7 +329,7 @@ class FullFinetuning:
         return folder / self.name
 
 
-TOKEN, NEUTRAL = "<context>", ","  # the token, which follows every prompt, and the text whose embedding it starts at
+TOKEN, NEUTRAL = "<context>", ","  # the token before every prompt, and the text whose embedding it starts at
 EMBEDDINGS = "learned_embeds.safetensors"  # diffusers' name of the file
 ENCODER_KEYS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # names in files of SDXL
 
@@ -366,16 +366,17 @@ def load_token(pipe: Any, vectors: Mapping[str, Tensor]) -> None:
             # Else the loader resizes by the covariance of all rows, with a message.
             place["text_encoder"].resize_token_embeddings(len(place["tokenizer"]) + 1, mean_resizing=False)
             pipe.load_textual_inversion(vectors[key], token=TOKEN, **place)
+            _pool_at_end(**place)
 
 
 @contextmanager
 def token_applied(pipe: Any, file: Path, adapter: str = "") -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Load the token of a file inside the block, after every prompt that is encoded; yields a context without it.
+    """Load the token of a file inside the block, before every prompt that is encoded; yields a context without it.
 
     adapter  unused, an argument of all loaders of weights
     """
     load_token(pipe, load_file(file))
-    encode, with_token = pipe.encode_prompt, encode_with_suffix(pipe.encode_prompt, f" {TOKEN}")
+    encode, with_token = pipe.encode_prompt, encode_with_prefix(pipe.encode_prompt, f"{TOKEN} ")
 
     @contextmanager
     def encoding(inside: Any, after: Any) -> Iterator[None]:
@@ -395,6 +396,13 @@ def token_applied(pipe: Any, file: Path, adapter: str = "") -> Iterator[Callable
             pipe.unload_textual_inversion(TOKEN, **place)
 
 
+def _pool_at_end(text_encoder: Any, tokenizer: Any) -> None:
+    """Set the end token where it is 2, as in SDXL: transformers then pools at the highest number, the new token's."""
+    for part in text_encoder.modules():
+        if getattr(part, "eos_token_id", None) == 2:
+            part.eos_token_id = text_encoder.config.eos_token_id = tokenizer.eos_token_id
+
+
 def _tokenizer(pipe: Any, encoder: str) -> Any:
     return getattr(pipe, encoder.replace("text_encoder", "tokenizer"))
 
@@ -411,12 +419,11 @@ def _with_trained_row(
 
 
 class ContextToken:
-    """The embeddings z* of one token after every prompt, a vector per CLIP text encoder (OPPO, arXiv 2305.16217).
+    """The embeddings z* of one token before every prompt, a vector per CLIP text encoder (OPPO, arXiv 2305.16217).
 
-    OPPO learns the context z* of a policy π(a | s, z); here z conditions the denoiser through the frozen encoders. z
-    starts at a comma: the reference is the base model with a comma after each prompt. Measured with `scenes`: a comma
-    there changes no reward, and any token before the prompt, which moves all words, halves the share of right scenes;
-    at the end token, which pads prompts, gradients are 15 times smaller.
+    OPPO learns the context z* of a policy π(a | s, z); here z conditions the denoiser through the frozen encoders. It
+    comes first since the encoders are causal: every word depends on it. z starts at a comma, so that the reference is
+    the base model with a comma before each prompt.
     """
 
     def __init__(self, pipe: Any) -> None:
