@@ -267,6 +267,7 @@ def _validated(schema: type[BaseModel], config_values: Mapping[str, Any], source
 
 USAGE = {  # how to load exported weights, by the name of their file; other names are folders of a denoiser
     "pytorch_lora_weights.safetensors": "pipe.load_lora_weights({folder!r})",
+    "learned_embeds.safetensors": "diffusers, as README.md in {folder!r} shows",
     "adapter_model.safetensors": "peft, as README.md in {folder!r} shows",
 }
 RESUME_HINT = "checkpoints are kept: resume with --resume"

@@ -39,11 +39,13 @@ from steer.training.checkpoint import MANIFEST, Checkpoint
 from steer.training.trainable import (
     ADAPTER,
     DORA,
+    EMBEDDINGS,
     MAGNITUDE,
     SECOND_DENOISER,
     TOKEN_DENOISER,
     get_denoiser,
     get_denoisers,
+    token_applied,
 )
 
 # Pipelines by prefix of the kind of checkpoint that diffusers infers from a single file.
@@ -396,8 +398,9 @@ def find_adapter(text: str) -> FinetunedWeights | AdapterSum:
     if len(terms) == 1 and terms[0][1] == 1.0:
         return terms[0][0]
     for one, _ in terms:
-        if one.load_adapter in (_full_denoiser, _checkpoint_denoiser):
-            raise InputError(f"{one.path} holds all weights of a denoiser: give it alone, without a weight")
+        if one.load_adapter in (_full_denoiser, _checkpoint_denoiser, token_applied):
+            kind = "a token" if one.load_adapter is token_applied else "all weights of a denoiser"
+            raise InputError(f"{one.path} holds {kind}: give it alone, without a weight")
     return AdapterSum(tuple(terms))
 
 
@@ -413,6 +416,8 @@ def find_weights(path: str) -> FinetunedWeights:
                 raise InputError(f"{path}: a LoRA needs peft: pip install 'steer-diffusion[train]'")
             files = [one for one in (lora, lora.parent / SECOND_DENOISER / LORA) if one.is_file()]
             return FinetunedWeights(path, tuple(files), load_adapter)
+    if (place / EMBEDDINGS).is_file():
+        return FinetunedWeights(path, (place / EMBEDDINGS,), token_applied)
     for folder in (place, *(place / name for name in (*DENOISERS, TOKEN_DENOISER))):
         if (folder / "config.json").is_file() and (files := sorted(folder.glob(FULL_WEIGHTS))):
             return FinetunedWeights(path, tuple(files), _full_denoiser)
@@ -426,7 +431,9 @@ def find_weights(path: str) -> FinetunedWeights:
 def _find_checkpoint(path: str, saved: Checkpoint) -> FinetunedWeights:
     """Return the weights that a run would export at a checkpoint: their moving average where it has one."""
     name = "average" if (saved.path / "average.safetensors").is_file() else "weights"
-    load_adapter = _checkpoint_lora if saved.json("identity").get("lora_rank") else _checkpoint_denoiser
+    identity = saved.json("identity")
+    load_adapter = _checkpoint_lora if identity.get("lora_rank") else _checkpoint_denoiser
+    load_adapter = token_applied if identity.get("context") else load_adapter
     return FinetunedWeights(path, (saved.file(f"{name}.safetensors"), saved.file("identity.json")), load_adapter)
 
 

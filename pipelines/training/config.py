@@ -250,6 +250,16 @@ class TrainingConfig(Settings):
         return self.dynamics != "ddim" or self.step_window(0) is not None
 
     @property
+    def trained_part(self) -> str:
+        """The name of what is trained, in model cards."""
+        return "LoRA" if self.lora_rank else "full finetuning"
+
+    @property
+    def prompt_prefix(self) -> str:
+        """Text before every prompt whose embedding is trained in place of the denoiser; empty: none."""
+        return ""
+
+    @property
     def kept_generations(self) -> int:
         """Samples of a prompt that losses take."""
         return self.num_generations

@@ -61,7 +61,11 @@ class AccelerateContext:
                 raise
 
     def check(self, config: TrainingConfig) -> None:
-        """Raise InputError where the prompts of an update cannot be distributed evenly."""
+        """Raise InputError where the prompts of an update cannot be distributed evenly, or a token is trained."""
+        if self.world_size > 1 and config.prompt_prefix:
+            raise InputError(
+                f"context trains in one process, got {self.world_size}: use one, or leave context out for a LoRA"
+            )
         if config.train_batch_size % self.world_size:
             raise InputError(
                 f"train_batch_size must be a multiple of the {self.world_size} processes, got {config.train_batch_size}"

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Unpack
 
@@ -24,7 +24,11 @@ from steer.training.gradient import Batch, GradientOptions
 from steer.training.losses import Metrics, group_advantages
 from steer.training.losses.forward import AWM, NFT, RAM, DiffusionDPO, ForwardLoss, Weighting
 from steer.training.rollout import Rows, Sampler, StepWindow, Trajectories
+from steer.training.trainable import TOKEN, token_encoders
 
+OF_DENOISERS = (
+    *("lora_rank", "lora_alpha", "lora_target_modules", "init_adapter", "use_dora", "use_rslora", "denoiser"),
+)
 PATH_PENALTIES = ("kl_weight", "kl_target_nats", "kl_budget_nats", "chi_square_weight")
 
 
@@ -251,6 +255,8 @@ class DPOConfig(ForwardConfig):
 
     beta    β, for squared errors averaged over elements; published 2000 (SD 1.5) and 5000 (SDXL)
     images  folder that image paths of the preferences are relative to; by default the table's folder
+    context  train a token before every prompt, OPPO's context z*, in place of weights of the denoiser; for pipelines
+             whose text encoders are all CLIP's (`steer.training.trainable.ContextToken`)
     """
 
     title: ClassVar[str] = "Diffusion-DPO"
@@ -259,12 +265,28 @@ class DPOConfig(ForwardConfig):
     num_generations: int = argument(2, "[2, 2]")
     beta: float = DiffusionDPO.beta
     images: str | None = None
+    context: bool = False
 
     def loss(self) -> DiffusionDPO:
         return DiffusionDPO(beta=self.beta)
 
+    @property
+    def trained_part(self) -> str:
+        return "textual inversion" if self.context else super().trained_part
+
+    @property
+    def prompt_prefix(self) -> str:
+        return f"{TOKEN} " if self.context else ""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        defaults = {one.name: one.default for one in fields(self)}
+        given = [name for name in OF_DENOISERS if getattr(self, name) != defaults[name]]
+        if self.context and given:
+            raise InputError(
+                f"{given[0]} is for weights of the denoiser, got {getattr(self, given[0])!r}, and context trains a "
+                "token: leave one of them out"
+            )
         if self.micro_batch % 2:
             raise InputError(f"micro_batch must be even, got {self.micro_batch}: the images of a pair go together")
 
@@ -281,6 +303,8 @@ class DPOTrainer(ForwardTrainer[DPOConfig]):
     def check(self) -> None:
         if self.preferences is None and not isinstance(self.reward, NoReward):
             raise InputError(f"{self.config.title} learns from pairs of images: give preferences, a table of them")
+        if self.config.context and self.pipe is not None:  # arguments are checked before a model is loaded
+            token_encoders(self.pipe)
 
     @classmethod
     def preference_defaults(cls, preferences: str | Path) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def sampler_of(
     if is_token_scheduler(pipe.scheduler):
         return TokenSampler(pipe, config.call_kwargs, prepared, precision, autocast)
     options = (config.noise_level, latents_dtype, prepared, precision, autocast, config.dynamics)
-    return Sampler(pipe, config.call_kwargs, *options, conditions)
+    return Sampler(pipe, config.call_kwargs, *options, conditions, config.prompt_prefix)
 
 
 def check_tokens(pipe: Any, config: TrainingConfig, trains_tokens: bool) -> None:

@@ -17,7 +17,7 @@ from steer.diffusion.token_hooks import is_token_scheduler
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import TrainingResult
 from steer.training.overoptimization import find_hacking, guaranteed_gain
-from steer.training.trainable import LORA_FILES, SECOND_DENOISER, get_denoiser
+from steer.training.trainable import EMBEDDINGS, LORA_FILES, SECOND_DENOISER, TOKEN, get_denoiser, token_encoders
 
 LORA, PEFT = LORA_FILES
 PACKAGES = ("torch", "diffusers", "peft")
@@ -117,7 +117,7 @@ def model_card(
     about  `model` and `reward` by name, and other plain values that the card lists
     grids  pictures of evaluations in folder/samples; the last one is shown
     """
-    model, kind = escaped(about.get("model") or "a diffusion model"), "LoRA" if config.lora_rank else "full finetuning"
+    model, kind = escaped(about.get("model") or "a diffusion model"), config.trained_part
     pictures = [(text, f"plots/{file}") for file, text in PICTURES.items() if (folder / "plots" / file).exists()]
     pictures += [("Held-out images of the last evaluation", f"samples/{path.name}") for path in grids[-1:]]
     seconds = sum(record.get("seconds", 0.0) for record in result.records)
@@ -172,7 +172,7 @@ def _card_data(pipe: Any, config: TrainingConfig, result: TrainingResult, about:
     """The metadata, with the rewards of the exported weights as evaluation results."""
     task = "text-to-video" if re.search("Video|Wan|LTX|Mochi", type(pipe).__name__) else "text-to-image"
     task = "text-generation" if is_token_scheduler(pipe.scheduler) else task
-    kind, method = "lora" if config.lora_rank else "full-finetuning", type(config).__name__.removesuffix("Config")
+    kind, method = config.trained_part.lower().replace(" ", "-"), type(config).__name__.removesuffix("Config")
     model = str(about.get("model") or "")
     # A path is private, and the hub could not link to it.
     public = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model) and not Path(model).exists()
@@ -204,6 +204,8 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
     after: list[str] = []
     if weights.name == LORA:
         after = _lora_code(weights.parent, where, place)
+    elif weights.name == EMBEDDINGS:
+        imports, after = f"{imports}\nfrom safetensors.torch import load_file", _token_code(pipe, where)
     elif weights.name == PEFT:  # the pipeline loads no LoRAs; names lack PeftModel's prefix
         peft = "PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict"
         imports += f"\nfrom peft import {peft}"
@@ -225,7 +227,7 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
         *before,
         f"pipe = DiffusionPipeline.from_pretrained({source}{more})",
         *after,
-        'prompt = "…"',
+        f'prompt = "{config.prompt_prefix}…"',
         f"output = pipe(prompt, {arguments})",
     ]
     return "\n".join(lines)
@@ -238,6 +240,18 @@ def _lora_code(weights: Path, where: Path, place: str) -> list[str]:
     lines = [f"pipe.load_lora_weights({place}, weight_name={LORA!r}{only})"]
     if (weights / SECOND_DENOISER / LORA).is_file():
         lines.append(f"pipe.load_lora_weights(run, subfolder={second.as_posix()!r}, weight_name={LORA!r}{into})")
+    return lines
+
+
+def _token_code(pipe: Any, where: Path) -> list[str]:
+    """Lines that load the token, into each text encoder by name: diffusers reads files of one encoder alone."""
+    lines = [f'learned = load_file(f"{{run}}/{(where / EMBEDDINGS).as_posix()}")']
+    for key, name in token_encoders(pipe).items():
+        place = f"text_encoder=pipe.{name}, tokenizer=pipe.{name.replace('text_encoder', 'tokenizer')}"
+        lines.append(f"pipe.load_textual_inversion(learned[{key!r}], token={TOKEN!r}, {place})")
+        if name == "text_encoder_2":
+            lines.append("# Else SDXL's pooled output is taken at the token.")
+            lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id")
     return lines
 
 

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 
 from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
-from steer.training.trainable import FullFinetuning, LoRA, Trainable, get_denoisers
+from steer.training.trainable import ContextToken, FullFinetuning, LoRA, Trainable, get_denoisers
 
 
 def accelerator_of(config: TrainingConfig, folder: Path, cpu: bool) -> Accelerator:
@@ -30,10 +30,12 @@ def accelerator_of(config: TrainingConfig, folder: Path, cpu: bool) -> Accelerat
 
 
 def trainable_of(pipe: Any, config: TrainingConfig) -> Trainable:
-    """Return a LoRA in the denoiser, or all of its weights, as trainable parameters; everything else is frozen."""
+    """Return a LoRA in the denoiser, all of its weights, or a token as trainable parameters; all else is frozen."""
     if config.gradient_checkpointing:
         for denoiser in get_denoisers(pipe, config.denoiser).values():
             enable_gradient_checkpointing(denoiser)
+    if config.prompt_prefix:
+        return ContextToken(pipe)
     if config.lora_rank == 0:
         return FullFinetuning(pipe)
     lora = LoRA(

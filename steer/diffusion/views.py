@@ -5,6 +5,7 @@ A view encodes each text once, has no safety checker, or has denoisers that retu
 
 import copy
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -72,6 +73,7 @@ def stages_of(pipe: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)}
 
 
+PROMPT_ARGUMENTS = {"prompt", "prompt_2"}  # of `encode_prompt` in pipelines with CLIP text encoders
 ENCODED_TEXTS = "_encoded_texts"  # attribute of a view: outputs of the text encoders of a modular pipeline, by name
 
 
@@ -103,6 +105,41 @@ def cache_text_encoding(pipe: Any) -> Any:
     else:
         vars(once).setdefault(ENCODED_TEXTS, {})
     return once
+
+
+def encode_with_prefix(encode: Callable[..., Any], prefix: str) -> Callable[..., Any]:
+    """Wrap an `encode_prompt` to put a text before every prompt, and before no negative prompt.
+
+    The outputs have gradients of the text's embeddings, in any number of backward passes.
+    """
+    signature = inspect.signature(encode)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        for name in PROMPT_ARGUMENTS & given.arguments.keys():
+            given.arguments[name] = _prefixed(given.arguments[name], prefix)
+        return tree_map_only(Tensor, shared_graph, encode(*given.args, **given.kwargs))
+
+    return run
+
+
+def _prefixed(prompt: Any, prefix: str) -> Any:
+    """Put a text before a prompt or each of several; None stays None."""
+    if isinstance(prompt, list | tuple):
+        return [prefix + one for one in prompt]
+    return prompt if prompt is None else prefix + prompt
+
+
+def shared_graph(value: Tensor) -> Tensor:
+    """Detach a tensor, but pass each gradient of the copy through the tensor's graph, which is kept.
+
+    Each solver step has a backward pass of its own, which would free the graph of the text encoder.
+    """
+    if not value.requires_grad:
+        return value
+    leaf = value.detach().requires_grad_()
+    leaf.register_hook(lambda gradient: value.backward(gradient, retain_graph=True))
+    return leaf
 
 
 def exclusive(encode: Callable[..., Any]) -> Callable[..., Any]:

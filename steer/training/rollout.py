@@ -28,6 +28,7 @@ from steer.diffusion.views import (
     OutputShapes,
     denoisers_in,
     denoising_modules,
+    encode_with_prefix,
     with_components,
     without_side_effects,
 )
@@ -169,6 +170,7 @@ class Sampler:
     dynamics   the law of the noise; with any other than ddim, `eta` is the noise level a
     conditions  further arguments of the call by prompt, like a source image; rows of one prompt are one batch, rows of
                several prompts have a call each, in lock step
+    prompt_prefix  text before every prompt whose embedding is trained: prompts are then encoded in every run
 
     Raises InputError for a scheduler whose noise levels are unknown or do not fit the dynamics.
     """
@@ -184,6 +186,7 @@ class Sampler:
         autocast: bool = False,
         dynamics: Dynamics = "ddim",
         conditions: Mapping[str, Mapping[str, Any]] | None = None,
+        prompt_prefix: str = "",
     ) -> None:
         if not 0 < eta <= 1:
             raise InputError(f"eta must be above 0 and at most 1, got {eta}: steps without noise have no density")
@@ -199,8 +202,10 @@ class Sampler:
         self._gate = _DenoiserGate(self._precision_context)
         self._conditions = conditions or {}
         self._form = 0  # number of the form of a call for several rows, see `RowsCall`
-        quiet = differentiable_images(without_side_effects(pipe))
-        self._pipe = with_components(quiet, self._gate.around(pipe, prepared or {}))
+        quiet = without_side_effects(pipe)
+        if prompt_prefix:  # a cached encoding would be stale after an update, and has no gradients
+            vars(quiet)["encode_prompt"] = encode_with_prefix(pipe.encode_prompt, prompt_prefix)
+        self._pipe = with_components(differentiable_images(quiet), self._gate.around(pipe, prepared or {}))
 
     def rollout(self, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Tensor]:
         """Draw the rows as one batch; also return their images (N, 3, H, W) or videos (N, F, 3, H, W), in [0, 1].

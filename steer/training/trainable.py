@@ -1,21 +1,22 @@
-"""Trainable parameters of a denoiser (a LoRA or all weights), and the reference policy without their changes."""
+"""Trainable parameters (a LoRA, all weights, or a token of the prompt), and the reference policy without changes."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from steer.diffusion.lora_layers import enabled_adapters, lora_layers
-from steer.diffusion.views import DENOISERS, denoisers_in
+from steer.diffusion.views import DENOISERS, denoisers_in, encode_with_prefix
 from steer.errors import InputError
 from steer.files import verify_checksums
 
@@ -328,4 +329,138 @@ class FullFinetuning:
         return folder / self.name
 
 
-Trainable = LoRA | FullFinetuning  # `parameters` are the denoiser's present ones by name: FSDP replaces them
+TOKEN, NEUTRAL = "<context>", ","  # the token before every prompt, and the text whose embedding it starts at
+EMBEDDINGS = "learned_embeds.safetensors"  # diffusers' name of the file
+ENCODER_KEYS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # names in files of SDXL
+
+
+def token_encoders(pipe: Any) -> dict[str, str]:
+    """Return the names of the text encoders to add a token to, by their keys in files: one is named by its token.
+
+    Raises InputError unless all of them are CLIP's, in a pipeline that loads textual inversions.
+    """
+    parts = getattr(pipe, "components", {})
+    encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder") and part is not None}
+    odd = [name for part in encoders.values() if not (name := type(part).__name__).startswith("CLIPTextModel")]
+    loads = hasattr(pipe, "load_textual_inversion") and hasattr(pipe, "encode_prompt")
+    if odd or not loads or not encoders.keys() <= set(ENCODER_KEYS.values()) or not encoders:
+        reason = f"has the text encoder {odd[0]}" if odd else "loads no textual inversion"
+        raise InputError(
+            f"context trains a token of CLIP text encoders, and {type(pipe).__name__} {reason}: leave context out to "
+            "train a LoRA"
+        )
+    keys = {key: name for key, name in ENCODER_KEYS.items() if name in encoders}
+    return {TOKEN: "text_encoder"} if list(keys) == ["clip_l"] else keys
+
+
+def load_token(pipe: Any, vectors: Mapping[str, Tensor]) -> None:
+    """Add the token to the tokenizers and text encoders of a pipeline, with embeddings by their keys in files."""
+    encoders = token_encoders(pipe)
+    if encoders.keys() != vectors.keys():
+        raise InputError(f"{type(pipe).__name__} needs the embeddings {', '.join(encoders)}, got {', '.join(vectors)}")
+    if present := [name for name in encoders.values() if TOKEN in _tokenizer(pipe, name).get_vocab()]:
+        raise InputError(f"{present[0]} already has a token {TOKEN!r}: reload the pipeline")
+    with torch.random.fork_rng(devices=[]):  # transformers draws rows at random before they are set
+        for key, name in encoders.items():
+            place = {"text_encoder": getattr(pipe, name), "tokenizer": _tokenizer(pipe, name)}
+            # Else the loader resizes by the covariance of all rows, with a message.
+            place["text_encoder"].resize_token_embeddings(len(place["tokenizer"]) + 1, mean_resizing=False)
+            pipe.load_textual_inversion(vectors[key], token=TOKEN, **place)
+            _pool_at_end(**place)
+
+
+@contextmanager
+def token_applied(pipe: Any, file: Path, adapter: str = "") -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Load the token of a file inside the block, before every prompt that is encoded; yields a context without it.
+
+    adapter  unused, an argument of all loaders of weights
+    """
+    load_token(pipe, load_file(file))
+    encode, with_token = pipe.encode_prompt, encode_with_prefix(pipe.encode_prompt, f"{TOKEN} ")
+
+    @contextmanager
+    def encoding(inside: Any, after: Any) -> Iterator[None]:
+        vars(pipe)["encode_prompt"] = inside
+        try:
+            yield
+        finally:
+            vars(pipe)["encode_prompt"] = after
+
+    try:
+        with encoding(with_token, after=encode):
+            yield partial(encoding, encode, after=with_token)
+    finally:
+        del vars(pipe)["encode_prompt"]
+        for name in token_encoders(pipe).values():
+            place = {"text_encoder": getattr(pipe, name), "tokenizer": _tokenizer(pipe, name)}
+            pipe.unload_textual_inversion(TOKEN, **place)
+
+
+def _pool_at_end(text_encoder: Any, tokenizer: Any) -> None:
+    """Set the end token where it is 2, as in SDXL: transformers then pools at the highest number, the new token's."""
+    for part in text_encoder.modules():
+        if getattr(part, "eos_token_id", None) == 2:
+            part.eos_token_id = text_encoder.config.eos_token_id = tokenizer.eos_token_id
+
+
+def _tokenizer(pipe: Any, encoder: str) -> Any:
+    return getattr(pipe, encoder.replace("text_encoder", "tokenizer"))
+
+
+def _embeddings(pipe: Any, encoder: str) -> Any:
+    return getattr(pipe, encoder).get_input_embeddings()
+
+
+def _with_trained_row(
+    number: int, row: nn.Parameter, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """Replace the embedding of one token: a hook, since the table of all tokens is frozen, maybe in half precision."""
+    return torch.where((inputs[0] == number)[..., None], row.to(output), output)
+
+
+class ContextToken:
+    """The embeddings z* of one token before every prompt, a vector per CLIP text encoder (OPPO, arXiv 2305.16217).
+
+    OPPO learns the context z* of a policy π(a | s, z); here z conditions the denoiser through the frozen encoders. It
+    comes first since the encoders are causal: every word depends on it. z starts at a comma, so that the reference is
+    the base model with a comma before each prompt.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.denoisers = pipe, get_denoisers(pipe)
+        self.denoiser = next(iter(self.denoisers.values()))
+        initial = {
+            key: _embeddings(pipe, name).weight[_tokenizer(pipe, name)(NEUTRAL).input_ids[1:2]].detach()
+            for key, name in token_encoders(pipe).items()
+        }
+        load_token(pipe, initial)
+        _freeze(pipe)
+        # Trained in fp32, also in a half-precision encoder.
+        self._initial = {key: value.float() for key, value in initial.items()}
+        self.parameters = {key: nn.Parameter(value.clone()) for key, value in self._initial.items()}
+        for key, name in token_encoders(pipe).items():
+            number = _tokenizer(pipe, name).get_vocab()[TOKEN]
+            _embeddings(pipe, name).register_forward_hook(partial(_with_trained_row, number, self.parameters[key]))
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Use the initial embeddings in the block."""
+        with _swap_parameters(self.parameters, self._initial):
+            yield
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the embeddings (1, d); also write them into the encoders' tables, for `pipe.save_pretrained`."""
+        for key, name in token_encoders(self.pipe).items():
+            number = _tokenizer(self.pipe, name).get_vocab()[TOKEN]
+            set_parameter(_embeddings(self.pipe, name).weight[number], self.parameters[key][0])
+        return {key: value.detach().clone() for key, value in self.parameters.items()}
+
+    def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
+        """Write the file of `pipe.load_textual_inversion(folder)`; with two text encoders it has a key for each."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.cpu().contiguous() for key, value in state.items()}, folder / EMBEDDINGS)
+        return folder / EMBEDDINGS
+
+
+# `parameters` are the denoiser's present ones by name, which FSDP replaces, or the token's.
+Trainable = LoRA | FullFinetuning | ContextToken
