@@ -64,7 +64,7 @@ def test_a_token_begins_at_the_reference_and_all_else_is_frozen(name: str) -> No
     expected = torch.rand(3, generator=seeded())
     torch.manual_seed(0)
     trained = moved(pipe)
-    assert torch.equal(torch.rand(3), expected), "the caller's random numbers go on"
+    assert torch.equal(torch.rand(3), expected), "the caller's random numbers are unchanged"
     assert list(trained.parameters) == KEYS[name]
     there = image(pipe, name)
     with trained.reference():
@@ -98,9 +98,9 @@ def test_the_gradient_is_that_of_finite_differences(name: str, scale: float) -> 
         return forward_gradient(sampler, batch, loss, reference=trained.reference)[0]
 
     assert abs(value() - math.log(2)) > 1e-3
-    found = [parameter.grad.clone() for parameter in trained.parameters.values() if parameter.grad is not None]
-    assert len(found) == len(KEYS[name]) and all(one.any() for one in found)
-    for parameter, gradient in zip(trained.parameters.values(), found, strict=True):
+    gradients = [parameter.grad.clone() for parameter in trained.parameters.values() if parameter.grad is not None]
+    assert len(gradients) == len(KEYS[name]) and all(one.any() for one in gradients)
+    for parameter, gradient in zip(trained.parameters.values(), gradients, strict=True):
         values, there = [], parameter.detach().clone()
         step = 0.05 * gradient / gradient.norm()
         for sign in (1, -1):
