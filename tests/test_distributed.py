@@ -121,6 +121,7 @@ def test_one_process_resumes_a_run_of_two(made: Path, tmp_path: Path) -> None:
         assert here[name] == pytest.approx(there[name], rel=1e-3)
 
 
+@pytest.mark.hard
 def test_a_signal_to_one_process_stops_all_at_the_same_place(made: Path) -> None:
     ends = [json.loads((made / f"interrupted-{n}.json").read_text()) for n in (0, 1)]
     assert ends[0] == ends[1] and ends[0]["stopped"] == "interrupted" and 0 < ends[0]["step"] < 50

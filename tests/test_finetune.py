@@ -140,7 +140,7 @@ def test_the_reward_rises(method: str, model: Path, tmp_path: Path) -> None:
         micro_batch=48,
         steps_per_generation=1,
         num_iterations=1,
-        num_inference_steps=4,
+        num_inference_steps=6,
         lora_rank=0,
         learning_rate=0.002,
         warmup_steps=0,
