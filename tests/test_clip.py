@@ -540,6 +540,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return asked
 
 
+@pytest.mark.hard
 def test_what_lies_in_a_folder_asks_nothing_of_the_network(tmp_path: Path, attempts: list[object]) -> None:
     for spec in tiny_specifications(tmp_path).values():
         score(load_reward(spec), squares(1), PROMPTS[:1])

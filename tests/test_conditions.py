@@ -61,6 +61,7 @@ def train(folder: Path, reward: Any, **options: Any) -> TrainingResult:
     return METHODS["grpo"][0](img2img(), reward, replace(config, output_dir=str(folder)), **options).train()
 
 
+@pytest.mark.hard
 def test_source_image_and_metadata_reach_the_reward(tmp_path: Path) -> None:
     received: set[tuple[str, tuple[int, ...], int]] = set()
 

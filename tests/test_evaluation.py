@@ -329,6 +329,7 @@ def test_an_interrupted_evaluation_resumes_without_repeating_calls(
     assert not list((tmp_path / "twice").rglob("*.safetensors"))
 
 
+@pytest.mark.hard
 def test_weights_are_contenders_and_may_not_change(
     steer: Steer, words: list[object], tiny: Path, tmp_path: Path
 ) -> None:

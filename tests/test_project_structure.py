@@ -27,6 +27,9 @@ SLOW = (
     "dna.md-1",
     "finetuning-reference.md-5",
     "performance.md-4",
+    "written-rewards.md-1",
+    "previews.md-1",
+    "evaluate.md-1",
 )
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 

@@ -138,6 +138,7 @@ def test_the_ends_of_the_uniform_reach_no_particle_without_weight(scheme: str, u
         assert (apart.abs() < 1 + 1e-9).all()
 
 
+@pytest.mark.hard
 @given(
     log_w=hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-30, 3, width=32)), seed=st.integers(0, 999)
 )

@@ -134,6 +134,7 @@ class CountB:
         return torch.tensor([float(text.count("b")) for text in texts])
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("name", CALLS)
 def test_without_strength_the_ids_are_those_of_the_plain_pipeline(name: str) -> None:
     build, call = CALLS[name]

@@ -76,6 +76,7 @@ def test_a_term_names_its_scores_among_the_components() -> None:
 # Several heads
 
 
+@pytest.mark.hard
 @pytest.mark.few(1)
 def test_every_head_is_the_closed_form_of_its_reward(folder: Path) -> None:
     """E[Σ x0 | x_t] and E[x0_1 | x_t] of a linear chain, and their weighted sum."""
