@@ -439,7 +439,7 @@ class ContextToken:
         self._initial = {key: value.float() for key, value in initial.items()}
         self.parameters = {key: nn.Parameter(value.clone()) for key, value in self._initial.items()}
         for key, name in token_encoders(pipe).items():
-            number = _tokenizer(pipe, name).get_vocab()[TOKEN]
+            number = _tokenizer(pipe, name).convert_tokens_to_ids(TOKEN)
             _embeddings(pipe, name).register_forward_hook(partial(_with_trained_row, number, self.parameters[key]))
 
     @contextmanager
@@ -451,7 +451,7 @@ class ContextToken:
     def state(self) -> dict[str, Tensor]:
         """Return the embeddings (1, d); also write them into the encoders' tables, for `pipe.save_pretrained`."""
         for key, name in token_encoders(self.pipe).items():
-            number = _tokenizer(self.pipe, name).get_vocab()[TOKEN]
+            number = _tokenizer(self.pipe, name).convert_tokens_to_ids(TOKEN)
             set_parameter(_embeddings(self.pipe, name).weight[number], self.parameters[key][0])
         return {key: value.detach().clone() for key, value in self.parameters.items()}
 
