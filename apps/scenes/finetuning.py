@@ -19,6 +19,7 @@ from steer.apps.scenes.preferences import write_choices, write_labelled_pairs
 from steer.apps.yaml_text import read_yaml
 from steer.files import write_text
 from steer.pipelines.training.method import Record
+from steer.pipelines.training.trainer import PAUSED
 
 EVALUATIONS = 8  # of a run, evenly spaced in seconds, beside the first one
 PAIRS = 2000  # for runs with `preferences: pairs`
@@ -106,8 +107,9 @@ def train_curve(run: Run, out: Path, grid: Numbers, reward: str) -> dict[str, Nu
     """Train a run, or resume it, and return its curves at the seconds of the grid, after the end those of the end."""
     config, limit = read_run(run, out), out / "seconds.txt"  # that it was given: a guard can end it earlier
     if not limit.exists() or float(limit.read_text()) < grid[-1]:
-        finetune(config, resume=(out / "checkpoints").exists(), callbacks=[TimeLimit(grid[-1])])
-        write_text(limit, f"{grid[-1]}\n")
+        result = finetune(config, resume=(out / "checkpoints").exists(), callbacks=[TimeLimit(grid[-1])])
+        if result.stopped not in PAUSED:  # an interrupted run is resumed by the same command
+            write_text(limit, f"{grid[-1]}\n")
     records, evaluations = _read(out / "metrics.jsonl"), _read(out / "evaluations.jsonl")
     spent = np.cumsum([0.0, *(one["seconds"] for one in records)])
     times = [spent[one["step"]] for one in evaluations]
