@@ -285,6 +285,10 @@ def large_denoiser(name: str) -> DiffusionPipeline:
         if name == "sd3":  # its table of positions is larger, its weights are the same
             config = dict(pipe.transformer.config) | {"sample_size": 64, "pos_embed_max_size": 64}
             pipe.transformer = SD3Transformer2DModel.from_config(config).eval()
+        if name == "sdxl":  # no attention at the highest resolution, as in the released model: 16,384² pairs a head
+            blocks = {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}
+            blocks |= {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}
+            pipe.unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | blocks).eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

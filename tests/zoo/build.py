@@ -41,6 +41,8 @@ def build(name: str) -> Any:
     _share_tokens(parts)
     pipe = imported(case["module"], case["pipeline"])(**parts)
     pipe.set_progress_bar_config(disable=True)
+    for name, given in case.get("attributes", {}).items():  # sizes that the pipeline's code has for released weights
+        setattr(pipe, name, [tuple(one) for one in given] if isinstance(given, list) else given)
     if case.get("tiling"):
         pipe.vae.enable_tiling()
     _shrink_references(case["module"])
