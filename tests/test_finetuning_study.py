@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from steer.apps.scenes.__main__ import main as scenes_main
 from steer.apps.scenes.finetuning import (
     TimeLimit,
     _interval,
@@ -39,7 +40,8 @@ def test_every_run_of_the_plans_is_a_configuration_that_differs_in_its_method_or
     guards = {name: read_run(run, tmp_path) for name, run in GUARDS.items()}
     plain = guards["unguarded"].plain()
     changed = {n: {k for k, v in one.plain().items() if v != plain.get(k)} for n, one in guards.items()}
-    assert changed["kl-target"] == {"kl_weight", "kl_target_nats"} and changed["kl-weight"] == {"kl_weight"}
+    assert changed["kl-target"] == changed["kl-target-1"] == {"kl_weight", "kl_target_nats"}
+    assert changed["kl-weight"] == {"kl_weight"}
     assert changed["kl-budget"] == {"kl_budget_nats"} and changed["multiplier"] == {"constraints", "dual_rate"}
     assert changed["early-stopping"] == {"early_stopping_patience"}
     assert guards["backprop-slope"].plain() == guards["backprop"].plain() | {"max_slope": 3.0}
@@ -54,6 +56,30 @@ def test_prompts_and_the_clip_are_compared_with_all_else_equal(tmp_path: Path) -
     clipped, unclipped = configs["prdp-off-policy"], configs["prdp-off-policy-unclipped"]
     assert replace(unclipped.training, clip=clipped.training.clip) == clipped.training
     assert unclipped.training.clip == 1e9 > clipped.training.clip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plan", "none.yaml"], "none.yaml: No such file or directory"),
+        (["--plan", "list.yaml"], "list.yaml: a plan has two keys, shared and runs"),
+        (["--only", "gpro"], "--only gpro: no run of the plan begins so; there are grpo, grpo-window,"),
+    ],
+)
+def test_a_wrong_plan_is_one_line(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.yaml").write_text("[1]\n")
+    (tmp_path / "docs").symlink_to(STUDIES.parent)
+    monkeypatch.setattr("sys.argv", ["scenes", "finetuning", *options])
+    with pytest.raises(SystemExit) as stop:
+        scenes_main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.hard

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from steer.apps.errors import describe_os_error
 from steer.apps.prompts import evenly_chosen, load_prompts
 from steer.apps.scenes import analyses, distil, flow, preferences, training, world
+from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines.text.masked_diffusion import left_out
 
@@ -52,7 +53,11 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     run, _ = STAGES[options.stage]
-    figures = run(options)
+    try:
+        figures = run(options)
+    except (InputError, OSError) as error:
+        reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        parser.exit(2, f"{parser.prog}: {reason}\n")
     if figures is not None:
         write_text(options.json or options.out / f"{options.stage}.json", json.dumps(figures, indent=1) + "\n")
 
@@ -73,8 +78,7 @@ def _teacher(options: argparse.Namespace) -> Path:
     """Return --model, a folder in diffusers' format."""
     model: Path = options.model
     if not (model / "model_index.json").is_file():
-        click.echo(f"--model {model}: no model_index.json there; give the folder of a pipeline", err=True)
-        raise SystemExit(2)
+        raise InputError(f"--model {model}: no model_index.json there; give the folder of a pipeline")
     return model
 
 

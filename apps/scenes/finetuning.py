@@ -17,6 +17,7 @@ from steer.apps.plots import DPI, FAINT, INK, Numbers, save_figure, set_title, s
 from steer.apps.prompts import load_prompts
 from steer.apps.scenes.preferences import write_choices, write_labelled_pairs
 from steer.apps.yaml_text import read_yaml
+from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines.training.method import Record
 from steer.pipelines.training.trainer import PAUSED
@@ -31,8 +32,10 @@ Run = Mapping[str, str]  # "config", an embedded configuration, and the keys it 
 
 
 def read_plan(path: Path) -> dict[str, Run]:
-    """Read the runs of a plan by name: the keys that all share, and those of each run."""
+    """Read the runs of a plan by name: the keys that all share, and those of each run. Raises InputError, OSError."""
     plan = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(plan, dict) or set(plan) != {"shared", "runs"}:
+        raise InputError(f"{path}: a plan has two keys, shared and runs, as docs/studies/finetuning-methods.yaml")
     return {
         name: {
             key: value if isinstance(value, str) else json.dumps(value) for key, value in (plan["shared"] | run).items()
@@ -78,6 +81,8 @@ def finetuning_study(
     """
     place = folder / re.sub(r"\W+", "-", f"{Path(model).name} {reward}")
     names = [name for name in runs if not only or name.startswith(tuple(only))]
+    if not names:
+        raise InputError(f"--only {' '.join(only)}: no run of the plan begins so; there are {', '.join(runs)}")
     grid = np.linspace(0, seconds, EVALUATIONS + 1)
     figures: Figures = {"model": Path(model).name, "reward": reward, "hold_out": HOLD_OUT, "seeds": seeds}
     figures |= {"seconds": grid.tolist(), "runs": {}}
