@@ -45,7 +45,7 @@ def train_clip(
     if not (folder / CONFIG).is_file():
         raise RewardError(f"--backbone {folder}: no {CONFIG} there; contrastive training needs an open_clip folder")
     config.check()
-    write_run_config(work, config, len(captions.prompts))
+    write_run_config(work, config, captions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone = open_clip_folder(folder, weights=(folder / WEIGHTS).is_file()).to(device)

@@ -31,8 +31,9 @@ from steer.rewards.folders import CARD, Card, are_scales, read_card, write_card
 from steer.rewards.grammar import Call, format_number
 from steer.rewards.images import in_micro_batches, resize_and_crop
 from steer.rewards.inputs import takes_any_images
-from steer.rewards.preference_pairs import Pairs, Ratings, Source, load_images, split_by_prompt
+from steer.rewards.preference_pairs import Captions, Pairs, Ratings, Source, load_images, rows_digest, split_by_prompt
 from steer.rewards.weights import cast, linear_layers, load_weights, read_checkpoint, to_module_device
+from steer.tables import parse_json, read_text
 from steer.training.supervised import TrainingRun, batch_at
 
 logger = logging.getLogger(__name__)
@@ -413,7 +414,7 @@ def train_reward(
         raise RewardError("--objective triplet compares cosines: add --head similarity --train-backbone")
     if config.head == "similarity" and not config.train_backbone:
         raise RewardError("--head similarity trains a scale alone: add --train-backbone, or take --head pair")
-    write_run_config(work, config, len(pairs))
+    write_run_config(work, config, pairs)
     training_rows, held_rows = split_by_prompt(pairs.prompts, config.held_out, config.seed)
     training, held = pairs.select(training_rows), pairs.select(held_rows or training_rows)
     backbone, outputs, members = load_backbone(config.backbone).to(device), [], []
@@ -470,15 +471,19 @@ def save_members(out: Path, card: RewardCard, members: Sequence[Any], config: Re
     save_learned(out, card, [member["head"] for member in members], backbones, own_folder)
 
 
-def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> None:
-    """Write the run's configuration to `work`. Raises RewardError if `work` has another configuration."""
-    serialized = json.dumps(asdict(config) | {"rows": rows}, indent=1)
+def write_run_config(work: Path, config: RewardTrainingConfig, data: Captions | Pairs | Ratings, **others: Any) -> None:
+    """Write the run's configuration, other settings and a digest of its rows to `work`.
+
+    Raises RewardError if `work` has another configuration or other rows. What an older version left out counts as equal.
+    """
+    record = asdict(config) | others | {"rows": len(data.prompts), "digest": rows_digest(data)}
     note = work / "config.json"
-    if note.exists() and note.read_text() != serialized:
+    before = parse_json(read_text(note), str(note)) if note.exists() else {}
+    if not isinstance(before, dict) or record | before != record:
         raise RewardError(
-            f"--work {work} holds a run with another configuration or other pairs; choose another folder, or remove it"
+            f"--work {work} holds a run with another configuration or other data; choose another folder, or remove it"
         )
-    write_text(note, serialized)
+    write_text(note, json.dumps(record, indent=1))
 
 
 def features_of(backbone: Backbone, data: Pairs | Ratings) -> Features:

@@ -1,5 +1,6 @@
 """Preference files: tables of pairs or ratings, data sets of the hub, and the folders that the demo records."""
 
+import hashlib
 import itertools
 import json
 import logging
@@ -196,6 +197,19 @@ class Ratings:
         return Ratings(
             images, tuple(self.prompts[row] for row in rows), self.ratings[torch.tensor(rows, dtype=torch.long)]
         )
+
+
+def rows_digest(data: Captions | Pairs | Ratings) -> str:
+    """Return a digest of all columns. A file counts by name and size, so that a moved data set is the same."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return value.name, value.stat().st_size
+        if isinstance(value, bytes):
+            return hashlib.sha256(value).hexdigest()
+        return value.tolist() if isinstance(value, Tensor) else vars(value)
+
+    return hashlib.sha256(json.dumps(vars(data), default=plain).encode()).hexdigest()
 
 
 def table_files(path: Path) -> Iterator[Path]:

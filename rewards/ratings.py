@@ -38,7 +38,7 @@ def train_on_ratings(
     config.check()
     if config.head == "general" or (config.head == "similarity" and not config.train_backbone):
         raise RewardError(f"--head {config.head} does not learn from ratings: take --head pair or image")
-    write_run_config(work, config, len(ratings))
+    write_run_config(work, config, ratings)
     training_rows, held_rows = split_by_prompt(ratings.prompts, config.held_out, config.seed)
     training, held = ratings.select(training_rows), ratings.select(held_rows or training_rows)
     mean, std = training.ratings.mean().item(), training.ratings.std().item()

@@ -67,7 +67,7 @@ def measure_strength(
         raise RewardError("strength is measured by heads on a frozen CLIP: take --head pair, image or general")
     if not 2 <= folds <= len(pairs):
         raise RewardError(f"--folds must be from 2 to the number of pairs, {len(pairs)}, got {folds}")
-    write_run_config(work, config, len(pairs))
+    write_run_config(work, config, pairs, folds=folds)
     backbone = load_backbone(config.backbone).to(device)
     features, labels = features_of(backbone, pairs), pairs.labels.to(device)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(config.seed))

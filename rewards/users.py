@@ -178,7 +178,7 @@ def train_on_users(
     Raises RewardError if no pair has a user, and for options of other trainings.
     """
     _check(pairs, config, model, size)
-    write_run_config(work, config, len(pairs))
+    write_run_config(work, config, pairs, model=model, size=size)
     names = tuple(dict.fromkeys(str(user) for user in pairs.users))
     training_rows, held_rows = split_by_prompt(pairs.prompts, config.held_out, config.seed)
     backbone = load_backbone(config.backbone).to(device)

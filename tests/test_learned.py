@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,22 @@ def test_another_run_in_the_same_folder_is_refused(recipe: RewardTrainingConfig,
     train_reward(pairs, replace(recipe, steps=2), tmp_path / "r", tmp_path / "work")
     with pytest.raises(RewardError, match="holds a run with another configuration"):
         train_reward(pairs, replace(recipe, steps=3), tmp_path / "r", tmp_path / "work")
+
+
+def test_other_labels_are_another_run(recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path) -> None:
+    """The weights in the folder are those of the first labels; a run without a digest, of an older version, resumes."""
+    again = partial(train_reward, config=replace(recipe, steps=2), out=tmp_path / "r", work=tmp_path / "work")
+    again(pairs)
+    flipped = replace(pairs, labels=replace(pairs.labels, choice=1 - pairs.labels.choice))
+    with pytest.raises(RewardError, match="holds a run with another configuration or other data"):
+        again(flipped)
+    again(pairs)
+    note = tmp_path / "work" / "config.json"
+    record = json.loads(note.read_text())
+    del record["digest"]
+    note.write_text(json.dumps(record))
+    again(pairs)
+    assert "digest" in json.loads(note.read_text())
 
 
 @pytest.mark.parametrize(
