@@ -474,7 +474,7 @@ def save_members(out: Path, card: RewardCard, members: Sequence[Any], config: Re
 def write_run_config(work: Path, config: RewardTrainingConfig, data: Captions | Pairs | Ratings, **others: Any) -> None:
     """Write the run's configuration, other settings and a digest of its rows to `work`.
 
-    Raises RewardError if `work` has another configuration or other rows. What an older version left out counts as equal.
+    Raises RewardError if `work` has another configuration or other rows; what older versions left out is not compared.
     """
     record = asdict(config) | others | {"rows": len(data.prompts), "digest": rows_digest(data)}
     note = work / "config.json"

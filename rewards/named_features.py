@@ -8,6 +8,7 @@ The weights minimise the mean log loss of the pairs + l2/2 ‖w‖², subject to
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -157,9 +158,8 @@ def train_on_features(
     The features are computed once and kept in `work`. Raises RewardError for a feature without spread.
     """
     names, bounds = config.names, config.bounds
-    rewards = _features(names)
     training_rows, held_rows = split_by_prompt(pairs.prompts, config.held_out, config.seed)
-    values = pair_scores(rewards, pairs, work, device)  # (P, 2, F)
+    values = pair_scores(names, pairs, work, device)  # (P, 2, F)
     chosen = values[training_rows].flatten(0, 1)
     means, stds = chosen.mean(0), chosen.std(0)
     if flat := [name for name, std in zip(names, stds.tolist(), strict=True) if not std > 0]:
@@ -233,10 +233,11 @@ def fit_network(z: Tensor, labels: PreferenceLabels, config: FeatureConfig) -> n
 
 
 @torch.no_grad()
-def pair_scores(rewards: Sequence[Reward], pairs: Pairs, work: Path, device: str) -> Tensor:
-    """Score both images of each pair by every reward, once: (P, 2, F) in double; kept in `work`."""
+def pair_scores(names: Sequence[str], pairs: Pairs, work: Path, device: str) -> Tensor:
+    """Score both images of each pair by every named reward, once: (P, 2, F) in double; kept in `work`."""
+    rewards = _features(names)
     cells = list(zip((*pairs.a, *pairs.b), (*pairs.prompts, *pairs.prompts), strict=True))
-    digest = hashlib.sha256(repr([one.name for one in rewards]).encode())
+    digest = hashlib.sha256(repr([(name, _named_files(name)) for name in names]).encode())
     for source, prompt in cells:
         digest.update(hashlib.sha256(source if isinstance(source, bytes) else source.read_bytes()).digest())
         digest.update(prompt.encode())
@@ -249,6 +250,13 @@ def pair_scores(rewards: Sequence[Reward], pairs: Pairs, work: Path, device: str
     with atomic_write(path) as new:
         save_file({"scores": values}, new)
     return values
+
+
+def _named_files(name: str) -> list[tuple[str, int, int]]:
+    """Return path, size and time of change of the files and of the folders' files that the text of a reward names."""
+    paths = [Path(text.strip()) for text in re.split(r"[:,=()]", name)]
+    files = [file for path in paths for file in ([*path.iterdir()] if path.is_dir() else [path]) if file.is_file()]
+    return sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def _scores(reward: Reward, cells: Sequence[tuple[Source, str]], device: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Rewards over named features: planted weights from 300 pairs, signs, intervals, networks, refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,19 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], m
     config = FeatureConfig(**({"features": "brightness, jpeg"} | changes))
     with pytest.raises(RewardError, match=message):
         train_on_features(pairs(20, 6, 0.0), config, tmp_path / "r", tmp_path / "work")
+
+
+def test_scores_are_kept_for_one_reward_alone(tmp_path: Path) -> None:
+    """Two folders of one name, and a folder that is trained again, are other features."""
+    few, made = pairs(40, 7, 0.0), dict[str, list[float]]()
+    for folder, reverse in (("a/r", False), ("b/r", True), ("a/r", True)):
+        choice = 1 - few.labels.choice if reverse else few.labels.choice
+        data = replace(few, labels=replace(few.labels, choice=choice))
+        train_on_features(data, FeatureConfig("brightness, jpeg"), tmp_path / folder, tmp_path / "work")
+        config = FeatureConfig(f"preference:{tmp_path / folder}", held_out=0.0)
+        report = train_on_features(few, config, tmp_path / "r", tmp_path / "work")
+        made.setdefault(folder, []).extend(report["weights"].values())
+    assert made["a/r"][0] > 0 > made["b/r"][0] == made["a/r"][1]
 
 
 def test_a_forged_card_is_refused(tmp_path: Path) -> None:
