@@ -20,7 +20,6 @@ from steer.apps.models import check_device, load_pipeline
 from steer.apps.processes import is_main_process, launch_context
 from steer.apps.prompts import PromptRow, evenly_chosen, load_rows, metadata_of
 from steer.apps.reward_specs import resolve_reward
-from steer.apps.yaml_text import read_yaml
 from steer.arguments import field_help
 from steer.assets import CONFIGS
 from steer.errors import InputError
@@ -33,6 +32,7 @@ from steer.pipelines.training.state import checkpoint_to_resume
 from steer.pipelines.training.trainer import PAUSED, Trainer
 from steer.registry import choose, did_you_mean, nearest
 from steer.training.trainable import SECOND_DENOISER, read_lora
+from steer.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 from torch import Tensor
 
+from steer.errors import InputError
 from steer.reward import RewardError
 from steer.rewards.inputs import rows_by_prompt, takes_any_images
+from steer.tables import read_text
+from steer.yaml_text import read_yaml
 
 QUESTION = 'The image was made from the text "{prompt}".'
 
@@ -58,12 +60,14 @@ class FollowupReward:
         return torch.cat(scores)[torch.tensor(order).argsort()]
 
 
-def read_yaml(option: str, path: Path) -> Any:
+def read_option_file(option: str, path: Path) -> Any:
     """Read the YAML file that an option names. Raises RewardError."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RewardError(f"{option}={path}: cannot be read ({' '.join(str(error).split())[:100]})") from error
+        return read_yaml(read_text(path), f"{option}={path}")
+    except OSError as error:
+        raise RewardError(f"{option}={path}: cannot be read ({error.strerror})") from error
+    except InputError as error:
+        raise RewardError(str(error)) from error
 
 
 def read_followups(path: Path) -> Followups:
@@ -71,7 +75,7 @@ def read_followups(path: Path) -> Followups:
 
     Raises RewardError.
     """
-    data = read_yaml("followups", path)
+    data = read_option_file("followups", path)
     lists: list[Any] = [data.get(name) for name in ("positive", "negative")] if isinstance(data, dict) else []
     valid = len(lists) == 2 and set(data) <= {"positive", "negative", "question"}
     valid = valid and all(isinstance(one, list) and one and all(map(_is_text, one)) for one in lists)

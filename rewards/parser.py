@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from torch import Tensor
 
 from steer.arguments import is_number
+from steer.errors import InputError
 from steer.registry import did_you_mean, nearest
 from steer.reward import Judge, Metadata, Reward, RewardError, as_texts, mean_over_frames
 from steer.reward import score_components as reward_scores
@@ -20,6 +20,8 @@ from steer.rewards.grammar import NUMBER, PLUS, Call, read_call, read_constraint
 from steer.rewards.inputs import as_batch, prompt_of_each
 from steer.rewards.names import LISTED, _as_reward, _make, make_reward, registered_name, reward_names
 from steer.rewards.remote import RemoteReward, is_remote
+from steer.tables import read_text
+from steer.yaml_text import read_yaml
 
 T = TypeVar("T")
 FILES = (".yaml", ".yml")
@@ -259,28 +261,14 @@ FUNCTIONS: dict[str, tuple[Callable[[Call, ParserState], Reward], Sequence[str]]
 
 def _read_file(path: Path, state: ParserState) -> Reward:
     try:
-        text = path.read_text(encoding="utf-8")
-        _check_yaml(path, text)
-        data = yaml.safe_load(text)
+        data = read_yaml(read_text(path), str(path))
     except OSError as error:
         raise RewardError(f"{path}: cannot read the reward file ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RewardError(f"{path}: not YAML ({' '.join(str(error).split())[:100]})") from error
+    except InputError as error:
+        raise RewardError(str(error)) from error
     if not isinstance(data, Mapping):
         raise RewardError(f"{path}: expected a mapping with `rewards:`")
     return read_mapping(data, str(path), state)
-
-
-def _check_yaml(path: Path, text: str) -> None:
-    """Raise RewardError for YAML that expands without bound: aliases, deeply nested brackets."""
-    depth = 0
-    for token in yaml.scan(text):
-        depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
-        depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
-        if isinstance(token, yaml.AliasToken):
-            raise RewardError(f"{path}: aliases (*name) are not supported: write out the values")
-        if depth > 2 * MAX_DEPTH:
-            raise RewardError(f"{path}: brackets more than {2 * MAX_DEPTH} deep are not read")
 
 
 OPTION_KEYS = ("lam", "q", "gamma")

@@ -25,7 +25,7 @@ from steer.registry import choose
 from steer.reward import Metadata, RewardError
 from steer.rewards.chat import CONCURRENCY, MAX_ATTEMPTS, TIMEOUT, ChatClient, ChatMessage, ChatReply, default_cache
 from steer.rewards.clip import loading, reward_name
-from steer.rewards.followups import FollowupReward, read_followups, read_yaml
+from steer.rewards.followups import FollowupReward, read_followups, read_option_file
 from steer.rewards.grammar import NUMBER
 from steer.rewards.images import in_micro_batches
 from steer.rewards.inputs import as_png, as_uint8, rows_by_prompt, takes_any_images
@@ -372,7 +372,7 @@ def read_questions(path: Path) -> Callable[[str], Sequence[Any]]:
         rows = read_rows(path)
         keyed = {row.get("prompt"): next((row[key] for key in QUESTION_KEYS if key in row), None) for row in rows}
         return lambda prompt: keyed.get(prompt) or ()
-    data = read_yaml("questions", path)
+    data = read_option_file("questions", path)
     if isinstance(data, list):
         return lambda prompt: data
     if isinstance(data, dict) and all(isinstance(value, list) for value in data.values()):

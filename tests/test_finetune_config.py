@@ -13,7 +13,6 @@ from steer import GRPOConfig, NFTConfig, PRDPConfig, TrainingConfig
 from steer.apps.cli.finetune import parse_overrides
 from steer.apps.finetuning import METHODS, FinetuneJob, describe_keys, read_config, schema_of
 from steer.apps.prompts import load_prompts
-from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
 from steer.errors import InputError
 from steer.pipelines.training.d3po_prdp import PRDPTrainer
@@ -22,6 +21,7 @@ from steer.reward import with_timeout
 from steer.rewards.compose import RewardStatistics, StandardisedReward
 from steer.rewards.names import reward_names
 from steer.rewards.parser import load_reward
+from steer.yaml_text import read_yaml
 
 LEAST = "method: prdp\nreward: brightness\nprompts: p.txt\noutput_dir: out\n"
 

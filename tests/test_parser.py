@@ -482,6 +482,7 @@ def test_standardised_rewards_take_their_scale_from_a_file(here: Path) -> None:
         ("combine: quantile\nq: 1\nrewards: [a, b]", [0.75, 0.5]),
         ("combine: mean\nrewards:\n- reward: {combine: min, rewards: [a, b]}\n  weight: 3\n- a", [0.75, 0.5]),
         ("rewards: ['brightness:0.435:2', 'min(a, b)']", [2.236, 2.1555]),
+        ("rewards: [{reward: a, weight: 2e+0}, {reward: b, weight: 1e-9}]", [1.5, 0.5]),
         ("rewards:\n- >-\n  min(a,\n  b)", [0.25, 0.25]),
         ('rewards:\n- "label:jack-o\'-lantern"\n- label:tiger cat', [24, 24]),
     ],
@@ -513,9 +514,10 @@ def test_mappings_may_hold_objects() -> None:
         ("", "r.yaml: expected a mapping with `rewards:`"),
         ("- a", "r.yaml: expected a mapping with `rewards:`"),
         ("a + b", "r.yaml: expected a mapping with `rewards:`"),
-        ("rewards: [a", "r.yaml: not YAML (while parsing a flow sequence"),
+        ("rewards: [a", "r.yaml: expected ',' or ']'"),
         ("rewards: [a]\nreward: b", "r.yaml: unknown key 'reward'; did you mean rewards"),
-        ("1: 2", "r.yaml: unknown key '1'; did you mean"),
+        ("1: 2", "r.yaml: a key must be text: put it in quotes"),
+        ("rewards: [a]\nrewards: [b]", "r.yaml, line 2: 'rewards' is repeated: keep one"),
         ("combine: min", "r.yaml: `rewards:` must be a list of rewards"),
         ("rewards: a", "r.yaml: `rewards:` must be a list of rewards"),
         ("rewards: []", "r.yaml: `rewards:` must be a list of rewards"),
@@ -540,13 +542,13 @@ def test_mappings_may_hold_objects() -> None:
         (f"rewards: [{{reward: a, weight: {10**400}}}]", "reward 1: expected a text, or `reward:` and a finite number"),
         ("rewards: [{reward: {rewards: 3}}]", "r.yaml, reward 1: its mapping: `rewards:` must be a list"),
         ("rewards: [r.yaml]", f"a reward nests at most {MAX_DEPTH} functions or files"),
-        ("a: &x [1]\nrewards: *x", "r.yaml: aliases (*name) are not supported: write out the values"),
-        ("rewards: " + "[" * 9000, "r.yaml: brackets more than 40 deep are not read"),
-        ("rewards: " + "{a: " * 9000 + "}" * 9000, "r.yaml: brackets more than 40 deep are not read"),
+        ("a: &x [1]\nrewards: *x", "r.yaml, line 2: aliases (*name) are not supported: write out the values"),
+        ("rewards: " + "[" * 9000, "r.yaml: not YAML (maximum recursion depth exceeded"),
+        ("rewards: " + "{a: " * 9000 + "}" * 9000, "r.yaml: not YAML (maximum recursion depth exceeded"),
         ("\n".join(f"{' ' * k}- " for k in range(900)), "r.yaml"),
-        ("rewards: [a]\n---\nrewards: [b]", "r.yaml: not YAML (expected a single document"),
-        ("rewards: 2001-99-99", "r.yaml: not YAML (month must be in 1..12"),
-        ("? [a]\n: b", "r.yaml: not YAML (while constructing a mapping"),
+        ("rewards: [a]\n---\nrewards: [b]", "r.yaml, line 2: but found another document"),
+        ("rewards: 2001-99-99", "r.yaml: `rewards:` must be a list of rewards"),
+        ("? [a]\n: b", "r.yaml, line 1: a key must be text: put it in quotes"),
     ],
     ids=lambda value: value[:40],
 )
@@ -556,9 +558,9 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(here: Path, text: str
     with pytest.raises(RewardError) as raised:
         load_reward(name)
     assert message in str(raised.value) and "\n" not in str(raised.value)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     (here / name).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RewardError, match=r"r\.yaml: not YAML"):
+    with pytest.raises(RewardError, match=r"r\.yaml: not .*text"):
         load_reward(name)
 
 
@@ -574,7 +576,7 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(here: Path, text: str
     ],
 )
 def test_no_tag_makes_or_runs_anything(here: Path, text: str) -> None:
-    with pytest.raises(RewardError, match=r"r\.yaml: not YAML \(could not determine a constructor for the tag"):
+    with pytest.raises(RewardError, match=r"r\.yaml(, line \d)?: could not determine a constructor for the tag"):
         load_reward(written(here, text))
     assert [path.name for path in here.iterdir()] == ["r.yaml"]
 

@@ -126,7 +126,7 @@ def test_followups_equal_a_loop_over_tokens(folders: dict[str, Path], tmp_path: 
 def test_yes_and_no_as_followups_are_the_log_odds(folders: dict[str, Path], tmp_path: Path) -> None:
     file, images = tmp_path / "f.yaml", bit_images(2)
     question = QUESTION.format("{prompt}")
-    file.write_text(json.dumps({"question": question, "positive": ["Yes"], "negative": ["No"]}))
+    file.write_text(json.dumps({"question": question, "positive": ["Yes"], "negative": ["No"]}).replace('"No"', "No"))
     odds, same = (
         load_reward(f"vqa:{folders['qwen']},{option}")(images, ["a star", "blue"])
         for option in ("unit=log-odds", f"followups={file}")
@@ -135,11 +135,19 @@ def test_yes_and_no_as_followups_are_the_log_odds(folders: dict[str, Path], tmp_
 
 
 @pytest.mark.parametrize(
-    "text", ["[a]", "positive: [a]", "positive: [a]\nnegative: []", "positive: a\nnegative: [b]", "a: ["]
+    "text",
+    [
+        "[a]",
+        "positive: [a]",
+        "positive: [a]\nnegative: []",
+        "positive: a\nnegative: [b]",
+        "a: [",
+        "positive: [a]\nnegative: [b]\npositive: [c]",
+    ],
 )
 def test_files_without_followups_are_refused_in_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "f.yaml").write_text(text)
-    with pytest.raises(RewardError, match=r"followups=.*(expected lists of sentences|cannot be read)") as caught:
+    with pytest.raises(RewardError, match=r"followups=.*(expected |repeated)") as caught:
         read_followups(tmp_path / "f.yaml")
     assert "\n" not in str(caught.value)
 

@@ -32,7 +32,7 @@ class ContenderType(click.ParamType[dict[str, Any]]):
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> dict[str, Any]:
         """Return the mapping. Raises InputError for another value."""
-        from steer.apps.yaml_text import read_yaml
+        from steer.yaml_text import read_yaml
 
         settings = read_yaml(f"{{{value}}}", "--contender") if isinstance(value, str) else value
         if not isinstance(settings, dict):

@@ -87,7 +87,7 @@ def _read_settings(others: Collection[str], context: click.Context, option: clic
     """Use the settings and `others` of a YAML file as a command's defaults. Raises InputError for unknown keys."""
     if path is None:
         return
-    from steer.apps.yaml_text import read_yaml
+    from steer.yaml_text import read_yaml
 
     try:
         values = read_yaml(path.read_text(encoding="utf-8-sig"), str(path))

@@ -16,11 +16,11 @@ from steer.apps.finetuning import FinetuneConfig, finetune, read_config
 from steer.apps.plots import DPI, FAINT, INK, Numbers, save_figure, set_title, style_axes
 from steer.apps.prompts import load_prompts
 from steer.apps.scenes.preferences import write_choices, write_labelled_pairs
-from steer.apps.yaml_text import read_yaml
 from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines.training.method import Record
 from steer.pipelines.training.trainer import PAUSED
+from steer.yaml_text import read_yaml
 
 EVALUATIONS = 8  # of a run, evenly spaced in seconds, beside the first one
 PAIRS = 2000  # for runs with `preferences: pairs`

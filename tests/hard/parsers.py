@@ -196,10 +196,8 @@ _CONFIG = (
 _REWARD = tuple(f"steer.rewards.{name}" for name in ("expression", "grammar", "aggregate", "combine", "transform"))
 _PNG = ("steer.apps.recipes", "steer.apps.methods", "steer.pipelines.fk_steering", "steer.apps.reward_specs")
 PARSERS = {
-    "config": Parser(_config, _config_again, (*_CONFIG, "steer.apps.yaml_text", *_YAML)),
-    "config-words": Parser(
-        _words, _config_again, (*_CONFIG, "steer.apps.cli.finetune", "steer.apps.yaml_text", *_YAML)
-    ),
+    "config": Parser(_config, _config_again, (*_CONFIG, "steer.yaml_text", *_YAML)),
+    "config-words": Parser(_words, _config_again, (*_CONFIG, "steer.apps.cli.finetune", "steer.yaml_text", *_YAML)),
     "reward": Parser(_reward, _reward_again, (*_REWARD, "steer.rewards.names", "steer.apps.reward_specs")),
     "reward-file": Parser(_reward_file, _reward_again, (*_REWARD, "steer.rewards.names", *_YAML)),
     "prompts": Parser(_prompts, _prompts_again, ("steer.apps.prompts", "json.decoder")),
