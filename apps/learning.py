@@ -46,7 +46,8 @@ def run_reward_training(
     if users is not None:
         return train_on_users(read_pairs(data, images, max_rows), config, *users, out, work, device)
     if config.objective == CONTRASTIVE:
-        report = train_clip(read_captions(data, images), clip_folder(config.backbone), out, work, config, device)
+        captions = read_captions(data, images, max_rows)
+        report = train_clip(captions, clip_folder(config.backbone), out, work, config, device)
     elif config.objective == RATING:
         report = train_on_ratings(read_ratings(data, images, max_rows), config, out, work, device)
     else:

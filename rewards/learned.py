@@ -335,6 +335,15 @@ T = TypeVar("T")
 OnStep = Callable[[int, int], object]  # the training step, from 1, and the number of steps
 
 
+OF_PAIRS = ("label_smoothing", "label_noise", "center_rewards_coefficient")
+# Objective → settings that it does not use.
+UNUSED: dict[str, tuple[str, ...]] = {
+    "triplet": OF_PAIRS,
+    "rating": (*OF_PAIRS, "slope_penalty", "slope"),
+    "contrastive": (*OF_PAIRS, "slope_penalty", "slope", "head", "members", "mix_text", "start"),
+}
+
+
 @dataclass(frozen=True)
 class RewardTrainingConfig:
     """Configuration of the training of a reward; published in its reward.json.
@@ -387,10 +396,14 @@ class RewardTrainingConfig:
                 raise RewardError(f"{flag} must be from 0 to below {below[name]}, got {value}")
         if self.margin is not None and not (self.objective == "triplet" and 0 < self.margin < math.inf):
             raise RewardError(f"--margin is above 0, of --objective triplet alone, got {self.margin}; leave it out")
-        if self.slope_penalty and (self.head == "general" or self.objective in ("rating", "contrastive")):
-            raise RewardError("--slope-penalty is for rewards of pairs, not for ratings, captions or --head general")
-        if self.mix_text and (self.head == "image" or self.objective == "contrastive"):
-            raise RewardError("--mix-text is for rewards that read the prompt, not for --head image or captions")
+        if self.slope_penalty and self.head == "general":
+            raise RewardError("--slope-penalty is for rewards of single images, not for --head general")
+        if self.mix_text and self.head == "image":
+            raise RewardError("--mix-text is for rewards that read the prompt, not for --head image")
+        for name in UNUSED.get(self.objective, ()):
+            if getattr(self, name) != getattr(type(self), name):
+                flag = f"--{name.replace('_', '-')}"
+                raise RewardError(f"{flag} is not an option of --objective {self.objective}: leave it out")
 
 
 def train_reward(

@@ -330,12 +330,13 @@ def read_ratings(path: Path, images: Path | None = None, limit: int | None = Non
     return Ratings(files, prompts, torch.tensor([float(row[rating]) for _, row in rated]))
 
 
-def read_captions(path: Path, images: Path | None = None) -> Captions:
+def read_captions(path: Path, images: Path | None = None, limit: int | None = None) -> Captions:
     """Read rows of images and prompts. Raises RewardError that names file and row.
 
     images  the folder that image paths are relative to; by default, and for missing files, the table's folder
+    limit   read only the first rows
     """
-    rows = read_rows(path)
+    rows = read_rows(path, limit)
     folders = _folders(path, images)
     read = [
         (_image(path, n, row.get("image"), "image", folders), _text(path, n, _prompt(row)))

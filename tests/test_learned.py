@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Steer
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -68,6 +69,17 @@ def test_a_trained_clip_keeps_features_of_images_that_it_did_not_learn_from(clip
     (stored,) = load_file(tmp_path / "clip" / BACKGROUND).values()
     report = json.loads((tmp_path / "work" / "report.json").read_text())
     assert len(stored) == report["captions"]["held_out"] >= 8
+
+
+def test_contrastive_training_uses_or_refuses_every_option(clip_folder: Path, tmp_path: Path, steer: Steer) -> None:
+    words = ["rewards", "train", clip_folder / "captions.jsonl", "--objective", "contrastive", "--steps", 1]
+    words += ["--backbone", clip_folder, "--out", tmp_path / "clip", "--work", tmp_path / "work"]
+    code, _, err = steer(*words, "--max-rows", 10)
+    report = json.loads((tmp_path / "work" / "report.json").read_text())
+    assert code == 0 and sum(report["captions"].values()) == 10, err
+    for more in (["--members", 2], ["--head", "image"], ["--start", "x"], ["--label-noise", 0.1], ["--mix-text", 0.1]):
+        code, _, err = steer(*words, *more)
+        assert code == 2 and f"{more[0]} is not an option of --objective contrastive: leave it out" in err
 
 
 @pytest.fixture(scope="session")
@@ -254,7 +266,11 @@ def test_scores_depend_neither_on_batch_nor_on_order(
         ({"objective": "bradley"}, "unknown objective 'bradley'"),
         ({"head": "similarity"}, "add --train-backbone"),
         ({"members": 0}, "--members must be at least 1"),
-        ({"slope_penalty": 1.0, "head": "general"}, "--slope-penalty is for rewards of pairs"),
+        ({"slope_penalty": 1.0, "head": "general"}, "--slope-penalty is for rewards of single"),
+        (
+            {"objective": "triplet", "head": "similarity", "train_backbone": True, "label_smoothing": 0.1},
+            "--label-smoothing is not an option of --objective triplet: leave it out",
+        ),
         ({"center_rewards_coefficient": -1.0}, "--center-rewards-coefficient must be from 0 to below inf"),
         ({"label_noise": 0.5}, "--label-noise must be from 0 to below 0.5"),
         ({"held_out": 1.0}, "--held-out must be from 0"),

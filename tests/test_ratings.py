@@ -141,3 +141,5 @@ def test_the_command_trains_on_ratings(tmp_path: Path, steer: Steer) -> None:
     assert code == 2 and "ratings are read by --objective rating" in err
     code, _, err = steer("rewards", "train", path, "--out", tmp_path / "two", *words, "--head", "general")
     assert code == 2 and "--head general does not learn from ratings" in err
+    code, _, err = steer("rewards", "train", path, "--out", tmp_path / "two", *words, "--label-smoothing", 0.1)
+    assert code == 2 and "--label-smoothing is not an option of --objective rating" in err
