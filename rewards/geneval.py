@@ -20,6 +20,11 @@ CLIP = "ViT-L-14/openai"
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COLOUR_TEXTS = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+# They would else be read as part of a class.
+OTHER_NUMBERS = re.compile(
+    r"\b(?:zero|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|dozen)\b"
+)
 RELATIONS = ("left of", "right of", "above", "below")
 SLACK = 0.1  # margin of a relation, relative to the sum of both boxes' sides
 THRESHOLD, OVERLAP = 0.3, 0.5  # confidence of a box; IoU above which the weaker of two boxes of a class is dropped
@@ -107,6 +112,8 @@ def read_requirements(prompt: str, metadata: Mapping[str, Any]) -> Requirements:
     for k, piece in enumerate(pieces[::2]):
         if not (read := PHRASE.fullmatch(piece)) or (k and pieces[2 * k - 1] != "and" and len(pieces) > 3):
             raise RewardError(f"geneval: cannot read {prompt!r:.80}: write {SYNTAX}, or give GenEval's `include` rows")
+        if OTHER_NUMBERS.search(read[3]):
+            raise RewardError(f"geneval: cannot read {prompt!r:.80}: it counts to six, {', '.join(NUMBERS)}")
         count = NUMBERS[read[1].lower()] if read[1] else 1
         kind = _singular(read[3]) if count > 1 else read[3]
         clauses.append(Clause(kind, count, read[2]))

@@ -15,6 +15,7 @@ from steer.rewards.clip import loading
 from steer.rewards.images import at_least_float32, in_micro_batches
 from steer.rewards.inputs import takes_any_images
 
+# At "main", not at a commit: none was known when this was written, so that the file may change.
 WEIGHTS = weights.HubFile("MizzenAI/HPSv3", "HPSv3.safetensors", "main")
 BASE = "Qwen/Qwen2-VL-7B-Instruct"  # its configuration, tokenizer and processor
 PIXELS, FACTOR = 256 * 28 * 28, 28  # pixels of the resized image, about; both sides are multiples of 28

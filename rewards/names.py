@@ -183,7 +183,14 @@ def _arguments(argument: str) -> tuple[tuple[str, ...], dict[str, str]]:
     first, *rest = re.split(r",(?=[a-z_]+=)", argument)
     named = [first, *rest] if re.match(r"[a-z_]+=", first) else rest
     positional = () if first in named or not first else (first,)
+    check_given_once([option.partition("=")[0] for option in named])
     return positional, dict(option.split("=", 1) for option in named)
+
+
+def check_given_once(options: Sequence[str]) -> None:
+    """Raise RewardError for a repeated option of a reward."""
+    if repeated := [name for name in options if options.count(name) > 1]:
+        raise RewardError(f"{repeated[0]}= is given {options.count(repeated[0])} times: give it once")
 
 
 def _as_reward(made: Any) -> Reward:

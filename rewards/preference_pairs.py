@@ -277,8 +277,10 @@ def _parquet(path: Path) -> list[Row]:
 
 def _cells(path: Path) -> list[Row]:
     """Read a .csv or .tsv file; numbers, lists, true and false are parsed, empty cells are left out."""
-    (_, names), *rows = parse_cells(path, "\t" if path.suffix.lower() == ".tsv" else None) or [("", [])]
+    (place, names), *rows = parse_cells(path, "\t" if path.suffix.lower() == ".tsv" else None) or [("", [])]
     names = [name.strip() for name in names]
+    if repeated := [name for name in names if name and names.count(name) > 1]:
+        raise InputError(f"{place}: column {repeated[0]!r} is repeated: remove one")
     if wrong := [place for place, cells in rows if any(cell.strip() for cell in cells[len(names) :])]:
         raise InputError(
             f"{wrong[0]}: more cells than the {len(names)} columns: quote texts that contain the separator"
@@ -443,15 +445,20 @@ def _decided(path: Path, pairs: Sequence[NumberedPair]) -> list[NumberedPair]:
 def _active_preferences(path: Path, rows: Sequence[NumberedRow]) -> list[NumberedPair]:
     """Return the preferences of a dataset that their annotator did not undo."""
     groups = {row["lot"]: row for row in read_rows(path.parent / GROUPS) if isinstance(row.get("lot"), str)}
-    undone, active = set[str](), list[NumberedPair]()
+    active = [(number, row, *_pair_of_group(path, number, row, groups)) for number, row in drop_undone(rows)]
+    return [(number, ("chosen", "rejected"), prompt, pair, _user(row)) for number, row, prompt, pair in active]
+
+
+def drop_undone(rows: Sequence[NumberedRow]) -> list[NumberedRow]:
+    """Drop the rows of choices.jsonl that were undone, and the undo rows."""
+    undone, kept = set[str](), list[NumberedRow]()
     for number, row in reversed(rows):
         annotation_key = json.dumps([row.get("lot"), row.get("annotator")])
         if row.get("undo") is True:
             undone.add(annotation_key)
         elif annotation_key not in undone:
-            prompt, pair = _pair_of_group(path, number, row, groups)
-            active.append((number, ("chosen", "rejected"), prompt, pair, _user(row)))
-    return active[::-1]
+            kept.append((number, row))
+    return kept[::-1]
 
 
 def _pair_of_group(path: Path, number: int, row: Row, groups: Mapping[Any, Row]) -> tuple[Any, LabelledPair]:
@@ -462,11 +469,13 @@ def _pair_of_group(path: Path, number: int, row: Row, groups: Mapping[Any, Row])
     if row.get("tie") is True:
         return "", (None, None, 0.5, 1.0)
     try:
-        files = [groups[name]["images"][row[key]]["file"] for key in ("chosen", "rejected") if type(row[key]) is int]
-        chosen, rejected = files
-        return groups[name]["prompts"][0], (chosen, rejected, 1.0, 1.0)
+        files = [one["file"] for one in groups[name]["images"]]
+        chosen, rejected = (row[key] for key in ("chosen", "rejected"))
+        if chosen == rejected or not all(type(one) is int and 0 <= one < len(files) for one in (chosen, rejected)):
+            raise ValueError(chosen, rejected)
+        return groups[name]["prompts"][0], (files[chosen], files[rejected], 1.0, 1.0)
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        problem = f"chosen and rejected must be numbers of images of group {name}"
+        problem = f"chosen and rejected must be numbers of two images of group {name}"
         raise RewardError(f"{path}, row {number}: {problem}") from error
 
 

@@ -277,11 +277,13 @@ def checked_url(address: str, token: str = TOKEN) -> SplitResult:
 
 
 def _options(name: str, options: Sequence[str]) -> dict[str, float]:
-    patterns, given = {"tries": r"[1-9]\d?", "timeout": NUMBER}, {}
+    patterns, given = {"tries": r"[1-9]\d?", "timeout": NUMBER}, dict[str, float]()
     for option in options:
         key, _, value = option.partition("=")
         if key not in patterns or not re.fullmatch(patterns[key], value):
             raise RewardError(f"reward {name!r}: takes timeout=SECONDS and tries=1 to 99, got {option!r:.80}")
+        if key in given:
+            raise RewardError(f"reward {name!r}: {key}= is given twice: give it once")
         given[key] = float(value)
     if not given.get("timeout", 1) > 0:
         raise RewardError(f"reward {name!r}: timeout= must be above 0 seconds")

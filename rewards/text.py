@@ -51,7 +51,10 @@ def _is_scene(text: str) -> bool:
 
 
 class Says(TextReward):
-    """1 for a text that contains a word, in any case, else 0; relaxed: 1 − Π_l (1 − p_l[word])."""
+    """1 for a text that contains a word, in any case, else 0; relaxed: 1 − Π_l (1 − p_l[word]).
+
+    p_l[word] is of the token of the word and of the one with a space before it, as GPT-2 has them.
+    """
 
     differentiable = True
 
@@ -66,10 +69,11 @@ class Says(TextReward):
 
     def relaxed(self, p: Tensor, prompts: Sequence[str], tokenizer: Any) -> Tensor:
         """Score relaxed tokens p (N, L, V), rows of probabilities: (N,). RewardError for a word of two tokens."""
-        ids = tokenizer(self.word, add_special_tokens=False).input_ids
-        if len(ids) != 1 or ids[0] >= p.shape[-1]:
+        written = [tokenizer(text, add_special_tokens=False).input_ids for text in (self.word, f" {self.word}")]
+        tokens = sorted({ids[0] for ids in written if len(ids) == 1 and ids[0] < p.shape[-1]})
+        if not tokens:
             raise RewardError(f"{self.name}: no single token of this model, so it has no gradients: use another word")
-        return 1 - (1 - p[..., ids[0]]).prod(1)
+        return 1 - (1 - p[..., tokens].sum(-1)).prod(1)
 
 
 class Matches(TextReward):
@@ -179,8 +183,8 @@ class TextClassifier(ModelReward):
 
     def _log_probs(self, texts: list[str]) -> Tensor:
         logits = self._model(**_encode(self._tokenizer, texts, self._model.device)).logits.float()
-        if logits.shape[1] == 1:  # one output: the logit of label 1
-            logits = torch.cat([-logits, logits], 1) / 2
+        if logits.shape[1] == 1:  # the logit of the only label
+            return torch.nn.functional.logsigmoid(logits[:, 0])
         return logits.log_softmax(-1)[:, self._label]
 
 

@@ -1,4 +1,4 @@
-"""Published checkpoints: downloaded at a pinned revision, verified by sha256, read as tensors only."""
+"""Published checkpoints: downloaded at a revision, a commit where one is known, verified by sha256, read as tensors."""
 
 from _pickle import UnpicklingError  # the error's name only: nothing is unpickled but tensors
 from collections.abc import Collection, Mapping, Sequence

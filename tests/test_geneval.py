@@ -63,6 +63,9 @@ def test_metadata_of_geneval_comes_first() -> None:
     for prompt in ("", "what a day!", "a cat left of a dog above a cup", "7 cats"):
         with pytest.raises(RewardError, match=r"geneval: cannot read .* write 'three red apples'"):
             read_requirements(prompt, {})
+    for prompt in ("seven apples", "a photo of a cat and twelve red dogs", "a dozen eggs"):
+        with pytest.raises(RewardError, match=r"geneval: cannot read .* it counts to six"):
+            read_requirements(prompt, {})
 
 
 def test_relations_of_boxes_by_hand() -> None:

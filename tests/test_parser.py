@@ -228,6 +228,7 @@ def test_texts_by_hand(text: str, expected: list[float] | None) -> None:
         ("quantile(a, q=half)", "quantile(…): q must be a finite number, got 'half'"),
         ("quantile(a, q=)", "quantile(…): q must be a finite number, got ''"),
         ("mean-std(a, lam=1e999)", "mean-std(…): lam must be a finite number, got '1e999'"),
+        ("clip:scenes,unit=cosine,unit=logit", "unit= is given 2 times: give it once"),
         ("mean-std(a, lam=1, lam=2)", "mean-std(…): an option is given twice"),
         ("product(a)", "product(…): 'a' is no constraint; write REWARD > NUMBER or REWARD < NUMBER"),
         ("product(a >= 1)", "product(…): 'a >= 1' is no constraint"),

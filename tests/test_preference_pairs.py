@@ -388,9 +388,10 @@ def test_a_folder_of_choices_as_the_demo_records_it(tmp_path: Path, caplog: pyte
     lines(tmp_path, rows[0] | {"lot": "z"}).rename(tmp_path / "choices.jsonl")
     with pytest.raises(RewardError, match=r"choices\.jsonl, row 1: group 'z' is not in lots\.jsonl"):
         read_pairs(tmp_path)
-    lines(tmp_path, rows[0] | {"chosen": 2}).rename(tmp_path / "choices.jsonl")
-    with pytest.raises(RewardError, match="row 1: chosen and rejected must be numbers of images of group x"):
-        read_pairs(tmp_path)
+    for wrong in ({"chosen": 2}, {"chosen": -1}, {"chosen": 1}, {"rejected": True}, {"chosen": None}):
+        lines(tmp_path, rows[0] | wrong).rename(tmp_path / "choices.jsonl")
+        with pytest.raises(RewardError, match="row 1: chosen and rejected must be numbers of two images of group x"):
+            read_pairs(tmp_path)
 
 
 def test_a_table_of_no_known_kind_lists_columns_found_and_wanted(tmp_path: Path) -> None:
@@ -488,6 +489,9 @@ def test_tables_of_cells_and_of_other_encodings(tmp_path: Path) -> None:
     (tmp_path / "odd.csv").write_text("chosen,rejected,prompt\na,b,a cat, red\n")
     with pytest.raises(RewardError, match=r"odd\.csv, line 2: more cells than the 3 columns: quote texts"):
         read_pairs(tmp_path / "odd.csv")
+    (tmp_path / "twice.csv").write_text("chosen,rejected,prompt,chosen\nlight.png,dark.png,x,dark.png\n")
+    with pytest.raises(RewardError, match=r"twice\.csv, line 1: column 'chosen' is repeated: remove one"):
+        read_pairs(tmp_path / "twice.csv")
 
 
 def test_the_shards_of_a_folder_are_one_table(tmp_path: Path) -> None:

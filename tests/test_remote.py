@@ -114,6 +114,7 @@ def test_nobody_there() -> None:
         ("http://h/,timeout=0", "timeout= must be above 0"),
         ("http://h/,timeout=soon", "takes timeout=SECONDS and tries="),
         ("http://h/,tries=0", "takes timeout=SECONDS and tries="),
+        ("http://h/,timeout=1,timeout=9", "timeout= is given twice: give it once"),
         ("http://h/,retries=2", "takes timeout=SECONDS and tries="),
     ],
 )

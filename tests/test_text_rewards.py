@@ -100,6 +100,28 @@ def test_a_sequence_classifier_scores_one_label(tmp_path: Path) -> None:
         load_reward(f"perplexity:{tmp_path / 'none'}")
 
 
+def test_the_only_label_of_a_classifier_is_the_one_that_its_output_is_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    names = {"id2label": {0: "toxic"}, "label2id": {"toxic": 0}}
+    model = GPT2ForSequenceClassification(config(initializer_range=0.5, **names)).eval()
+    got = score(["a red circle"], "", f"classifier:{saved(tmp_path, model)},label=toxic")
+    with torch.no_grad():
+        logit = model(torch.tensor([[2, 3, 5]])).logits
+    assert logit.shape == (1, 1) and got.item() == pytest.approx(logit.sigmoid().log().item(), abs=1e-5)
+
+
+def test_a_word_after_a_space_is_another_token_and_counts() -> None:
+    """As in GPT-2, whose token of " blue" is not that of "blue"."""
+    vocabulary = {"[UNK]": 0, "a": 1, "Ġblue": 2, "blue": 3, "Ġsky": 4}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]")
+    ids = torch.tensor([[1, 2, 4], [3, 4, 4], [1, 4, 4]])
+    p = torch.nn.functional.one_hot(ids, len(vocabulary)).float()
+    assert tokenizer("a blue sky").input_ids == [1, 2, 4]
+    assert Says("blue").relaxed(p, [""] * 3, tokenizer).tolist() == [1, 1, 0]
+
+
 class Ids:
     """A tokenizer of WORDS."""
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from steer.diffusion.views import plain_values
 from steer.errors import InputError
 from steer.files import read_image
 from steer.pipelines.training.rollouts import trajectories_from_tensors
+from steer.rewards.preference_pairs import drop_undone
 from steer.training.rollout import Rows, Trajectories
 
 logger = logging.getLogger(__name__)
@@ -209,18 +210,6 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise InputError(f"{path}, line {number}: expected an object")
         selected.append((number, row))
     return selected
-
-
-def drop_undone(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
-    """Drop the rows of choices.jsonl that were undone, and the undo rows."""
-    taken, selected = set[str](), []
-    for number, row in reversed(rows):
-        group_key = json.dumps([row.get("lot"), row.get("annotator")])
-        if row.get("undo") is True:
-            taken.add(group_key)
-        elif group_key not in taken:
-            selected.append((number, row))
-    return selected[::-1]
 
 
 IMAGE_PAIR_KEYS = {"image", "images", "image_a", "image_b", "image_0", "image_1", "jpg_0", "jpg_1"}
