@@ -12,11 +12,12 @@ from steer.apps.plots import DPI, FAINT, INK, style_axes
 from steer.rewards.clip import clip_folder
 from steer.rewards.clip_training import train_clip
 from steer.rewards.counts import pairs_of_counts, read_counts
-from steer.rewards.learned import OnStep, RewardTrainingConfig, train_reward
+from steer.rewards.learned import OnStep, train_reward
 from steer.rewards.named_features import FeatureConfig, train_on_features
 from steer.rewards.preference_pairs import check_output, read_captions, read_pairs, read_ratings, write_pairs
 from steer.rewards.ratings import train_on_ratings
 from steer.rewards.strength import FLIPPED, SOFTENED, clean, measure_strength
+from steer.rewards.training_config import RewardTrainingConfig
 from steer.rewards.users import train_on_users
 
 CONTRASTIVE, RATING = "contrastive", "rating"

@@ -15,9 +15,9 @@ from steer.apps.plots import save_figure
 from steer.apps.scoring import images_with_prompts, load_batch, score_all
 from steer.errors import InputError
 from steer.files import make_folder, write_text
-from steer.rewards.learned import RewardTrainingConfig
 from steer.rewards.parser import load_judge
 from steer.rewards.sandbox import SandboxReward
+from steer.rewards.training_config import RewardTrainingConfig
 from steer.rewards.vlm import endpoint
 from steer.rewards.writing import (
     Candidate,

@@ -17,13 +17,13 @@ from steer.rewards.clip import BACKGROUND, CONFIG, WEIGHTS, Backbone, open_clip_
 from steer.rewards.example import MIN_OTHERS, write_background
 from steer.rewards.images import resize_and_crop
 from steer.rewards.learned import (
-    RewardTrainingConfig,
     configuration_files,
     image_features,
     weight_to_save,
     write_run_config,
 )
 from steer.rewards.preference_pairs import Captions, load_images, split_by_prompt
+from steer.rewards.training_config import RewardTrainingConfig
 from steer.training.supervised import TrainingRun, batch_at
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ def train_clip(
     """
     if not (folder / CONFIG).is_file():
         raise RewardError(f"--backbone {folder}: no {CONFIG} there; contrastive training needs an open_clip folder")
-    config.check()
     write_run_config(work, config, captions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

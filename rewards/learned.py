@@ -32,6 +32,7 @@ from steer.rewards.grammar import Call, format_number
 from steer.rewards.images import in_micro_batches, resize_and_crop
 from steer.rewards.inputs import takes_any_images
 from steer.rewards.preference_pairs import Captions, Pairs, Ratings, Source, load_images, rows_digest, split_by_prompt
+from steer.rewards.training_config import RewardTrainingConfig
 from steer.rewards.weights import cast, linear_layers, load_weights, read_checkpoint, to_module_device
 from steer.tables import parse_json, read_text
 from steer.training.supervised import TrainingRun, batch_at
@@ -335,77 +336,6 @@ T = TypeVar("T")
 OnStep = Callable[[int, int], object]  # the training step, from 1, and the number of steps
 
 
-OF_PAIRS = ("label_smoothing", "label_noise", "center_rewards_coefficient")
-# Objective → settings that it does not use.
-UNUSED: dict[str, tuple[str, ...]] = {
-    "triplet": OF_PAIRS,
-    "rating": (*OF_PAIRS, "slope_penalty", "slope"),
-    "contrastive": (*OF_PAIRS, "slope_penalty", "slope", "head", "members", "mix_text", "start"),
-}
-
-
-@dataclass(frozen=True)
-class RewardTrainingConfig:
-    """Configuration of the training of a reward; published in its reward.json.
-
-    backbone   a CLIP, as `steer.rewards.clip.load_backbone` names it
-    head       similarity, image or pair (`steer.rewards.learned`)
-    objective  bradley-terry, scaled-bradley-terry, margin, triplet or regression; for ratings: rating
-    train_backbone  train the CLIP too, not the head alone
-    members    size of the ensemble; each member has its own seed and its own bootstrap sample of the pairs
-    margin     gap of the objective triplet, for no other objective; .3 by default
-    label_smoothing  ε of the labels, 0..½
-    label_noise      assumed share of wrong labels, 0..½
-    center_rewards_coefficient  η of `center_rewards_penalty`, ≥ 0: makes the members of an ensemble comparable
-    slope_penalty    λ ≥ 0 of `objectives.slope_penalty` at a random point between the images of each pair; 10 is usual
-    slope            bound k of that penalty, nats per unit of the norm over the pixels of an image in [0, 1]
-    mix_text         share < 1 of the rows whose prompt is mixed with its nearest other one (`objectives.mixed_texts`)
-    held_out   share of the prompts that accuracy and calibration are measured on
-    start      folder of a reward with the same head and backbone, to train further: ratings first, then preferences
-    """
-
-    backbone: str
-    head: str = "pair"
-    objective: str = "bradley-terry"
-    train_backbone: bool = False
-    members: int = 1
-    steps: int = 500
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    margin: float | None = None
-    label_smoothing: float = 0.0
-    label_noise: float = 0.0
-    center_rewards_coefficient: float = 0.0
-    slope_penalty: float = 0.0
-    slope: float = 1.0
-    mix_text: float = 0.0
-    held_out: float = 0.1
-    seed: int = 0
-    start: str | None = None
-
-    def check(self) -> None:
-        """Raise RewardError for an unknown head or a number out of range, before anything is read."""
-        choose("head", self.head, HEADS)
-        below = {"label_smoothing": 0.5, "label_noise": 0.5, "held_out": 1, "mix_text": 1}
-        below |= dict.fromkeys(("center_rewards_coefficient", "slope_penalty", "slope"), math.inf)
-        for name in ("members", "steps", "batch_size", *below):
-            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
-            if name not in below and value < 1:
-                raise RewardError(f"{flag} must be at least 1, got {value}")
-            if name in below and not 0 <= value < below[name]:
-                raise RewardError(f"{flag} must be from 0 to below {below[name]}, got {value}")
-        if self.margin is not None and not (self.objective == "triplet" and 0 < self.margin < math.inf):
-            raise RewardError(f"--margin is above 0, of --objective triplet alone, got {self.margin}; leave it out")
-        if self.slope_penalty and self.head == "general":
-            raise RewardError("--slope-penalty is for rewards of single images, not for --head general")
-        if self.mix_text and self.head == "image":
-            raise RewardError("--mix-text is for rewards that read the prompt, not for --head image")
-        for name in UNUSED.get(self.objective, ()):
-            if getattr(self, name) != getattr(type(self), name):
-                flag = f"--{name.replace('_', '-')}"
-                raise RewardError(f"{flag} is not an option of --objective {self.objective}: leave it out")
-
-
 def train_reward(
     pairs: Pairs,
     config: RewardTrainingConfig,
@@ -421,7 +351,6 @@ def train_reward(
 
     on_step  called with the step, from 1, and the number of steps of all members; its exceptions end the training
     """
-    config.check()
     objective = choose("objective", config.objective, objectives.OBJECTIVES)
     if objective is objectives.triplet and config.head != "similarity":
         raise RewardError("--objective triplet compares cosines: add --head similarity --train-backbone")

@@ -16,7 +16,6 @@ from steer.rewards.clip import load_backbone
 from steer.rewards.learned import (
     Features,
     RewardCard,
-    RewardTrainingConfig,
     card_backbone,
     features_of,
     save_members,
@@ -24,6 +23,7 @@ from steer.rewards.learned import (
     write_run_config,
 )
 from steer.rewards.preference_pairs import Ratings, split_by_prompt
+from steer.rewards.training_config import RewardTrainingConfig
 
 
 def train_on_ratings(
@@ -35,7 +35,6 @@ def train_on_ratings(
     held-out ratings, R², and the share of image pairs of one prompt in the order of their ratings.
     Raises RewardError if all ratings are equal, and for a head that compares images.
     """
-    config.check()
     if config.head == "general" or (config.head == "similarity" and not config.train_backbone):
         raise RewardError(f"--head {config.head} does not learn from ratings: take --head pair or image")
     write_run_config(work, config, ratings)

@@ -22,7 +22,6 @@ from steer.reward import RewardError
 from steer.rewards import objectives
 from steer.rewards.clip import load_backbone
 from steer.rewards.learned import (
-    RewardTrainingConfig,
     features_of,
     pair_loss,
     raw_pair,
@@ -31,6 +30,7 @@ from steer.rewards.learned import (
     write_run_config,
 )
 from steer.rewards.preference_pairs import Pairs
+from steer.rewards.training_config import RewardTrainingConfig
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ def measure_strength(
 
     Raises RewardError for a configuration that trains more than heads.
     """
-    config.check()
     objective = choose("objective", config.objective, objectives.OBJECTIVES)
     if config.train_backbone or config.head == "similarity" or config.start:
         raise RewardError("strength is measured by heads on a frozen CLIP: take --head pair, image or general")

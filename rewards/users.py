@@ -28,7 +28,6 @@ from steer.rewards.images import in_micro_batches
 from steer.rewards.inputs import takes_any_images
 from steer.rewards.learned import (
     MAX_WIDTH,
-    RewardTrainingConfig,
     features_of,
     joined,
     mlp,
@@ -39,6 +38,7 @@ from steer.rewards.learned import (
 )
 from steer.rewards.objectives import PreferenceLabels
 from steer.rewards.preference_pairs import Pairs, read_pairs, split_by_prompt
+from steer.rewards.training_config import RewardTrainingConfig
 from steer.rewards.weights import cast, load_weights, read_checkpoint, to_module_device
 from steer.training.supervised import TrainingRun, batch_at
 
@@ -210,7 +210,6 @@ def train_on_users(
 
 def _check(pairs: Pairs, config: RewardTrainingConfig, model: str, size: int) -> None:
     """Raise RewardError for options or pairs that do not match."""
-    config.check()
     if not 1 < size <= MAX_GROUPS and not (model == "latent" and size == 1):
         raise RewardError(f"--{'groups' if model == 'groups' else 'latent'} must be from 2 to {MAX_GROUPS}, got {size}")
     if config.members > 1 or config.train_backbone or config.start:

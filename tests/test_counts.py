@@ -10,6 +10,7 @@ import torch
 from conftest import Steer
 from synthetic_preferences import images, tensors, tiny_clip, truth
 
+from steer.errors import InputError
 from steer.reward import RewardError
 from steer.rewards.counts import pairs_of_counts, probability_better, read_counts
 from steer.rewards.learned import RewardTrainingConfig, train_reward
@@ -79,9 +80,12 @@ def test_triplets_train_a_similarity(tmp_path: Path) -> None:
     assert report["ensemble"]["accuracy"] > 0.8
     wide = replace(config, margin=5.0)  # above 2 Δcos: every pair has a loss
     assert train_reward(pairs, wide, tmp_path / "w", tmp_path / "work-w")["ensemble"] != report["ensemble"]
-    for wrong in ({"margin": 0.0}, {"margin": 0.3, "objective": "margin"}):
-        with pytest.raises(RewardError, match="--margin is above 0, of --objective triplet alone, got 0"):
-            replace(config, **wrong).check()
+    for wrong, message in (
+        ({"margin": 0.0}, "margin must be above 0"),
+        ({"margin": 0.3, "objective": "margin"}, "alone"),
+    ):
+        with pytest.raises(InputError, match=message):
+            replace(config, **wrong)
     with pytest.raises(RewardError, match="compares cosines: add --head similarity"):
         train_reward(pairs, replace(config, head="pair"), tmp_path / "p", tmp_path / "work-p")
 

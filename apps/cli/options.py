@@ -19,7 +19,7 @@ from steer.apps.settings import (
     methods_with,
     within_of,
 )
-from steer.arguments import Settings, plain_value
+from steer.arguments import Settings, plain_kinds, plain_value
 from steer.errors import InputError
 from steer.registry import did_you_mean
 
@@ -216,16 +216,21 @@ def setting_options(without: Collection[str] = (), others: Collection[str] = ())
     return decorate
 
 
-def options_of(settings: type[Settings]) -> Callable[[F], F]:
-    """Decorate a command with an option for each number of a settings dataclass, with its range, default and help."""
+def options_of(settings: type[Settings], *names: str, **defaults: Any) -> Callable[[F], F]:
+    """Decorate a command with an option for each field of a settings dataclass, with its range, default and help.
+
+    names     the fields; all by default
+    defaults  other defaults than those of the fields
+    """
 
     def decorate(command: F) -> F:
-        for one in reversed(fields(settings)):
-            flags = one.metadata["flags"] or (f"--{one.name.replace('_', '-')}",)
-            text = settings.help()[one.name]
-            kind = range_of(settings.hints()[one.name], one.metadata["within"])
-            help_text = text[0].upper() + text[1:] + "."
-            command = click.option(*flags, one.name, default=one.default, type=kind, help=help_text)(command)
+        for one in reversed([one for one in fields(settings) if one.name in (names or settings.hints())]):
+            flags = one.metadata.get("flags") or (f"--{one.name.replace('_', '-')}",)
+            text, (kind, *_) = settings.help()[one.name], plain_kinds(settings.hints()[one.name])
+            typed: Any = range_of(kind, one.metadata["within"]) if one.metadata["within"] else kind
+            given = {"is_flag": True} if kind is bool else {"type": typed}
+            default, help_text = defaults.get(one.name, one.default), text[0].upper() + text[1:] + "."
+            command = click.option(*flags, one.name, default=default, help=help_text, **given)(command)
         return command
 
     return decorate

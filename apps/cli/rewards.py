@@ -9,7 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from steer.apps.cli.options import DEVICE, Group
+from steer.apps.cli.options import DEVICE, Group, options_of
+from steer.rewards.training_config import RewardTrainingConfig
 
 FOLDER = click.Path(path_type=Path)
 IMAGES = click.option(
@@ -316,6 +317,9 @@ def counts(data: Path, out: Path, images: Path | None, certainty: float, pairs_p
     _report_pairs(label_counts(data, out, certainty, pairs_per_prompt, seed, images), out)
 
 
+OF_STRENGTH = ("backbone", "head", "members", "steps", "batch_size", "learning_rate", "seed")
+
+
 @rewards.command()
 @click.argument("data", type=FOLDER)
 @OUT_PAIRS
@@ -332,13 +336,7 @@ def counts(data: Path, out: Path, images: Path | None, certainty: float, pairs_p
 @click.option(
     "--soften", default=0.1, type=click.FloatRange(0, 1), help="Share of the labels that become probabilities."
 )
-@click.option("--backbone", default="scenes", help="A CLIP, as in `steer rewards train`.")
-@click.option("--head", default="pair", help="Head on the CLIP: pair, image or general.")
-@click.option("--members", default=3, type=click.IntRange(1), help="Ensemble members per part.")
-@click.option("--steps", default=300)
-@click.option("--batch-size", default=64)
-@click.option("--learning-rate", default=1e-3)
-@SEED
+@options_of(RewardTrainingConfig, *OF_STRENGTH, members=3, steps=300)
 @DEVICE
 def strength(
     data: Path,
@@ -359,7 +357,6 @@ def strength(
     """
     from steer.apps.learning import clean_pairs
     from steer.apps.models import default_device
-    from steer.rewards.learned import RewardTrainingConfig
 
     config, work = RewardTrainingConfig(**options), work or Path("runs") / out.stem
     click.echo(clean_pairs(data, config, folds, (flip, soften), out, work, default_device(device), images, max_rows))
@@ -403,38 +400,7 @@ def write(out: Path, work: Path | None, distil: Path | None, backbone: str, devi
 @DATA
 @MAX_ROWS
 @WORK
-@click.option("--backbone", default="scenes", help="A CLIP: scenes, ARCHITECTURE/TAG, ORGANISATION/NAME, or a folder.")
-@click.option(
-    "--head", default="pair", help="similarity, image, pair, or general (preferences that need not be transitive)."
-)
-@click.option(
-    "--objective",
-    default="bradley-terry",
-    help="bradley-terry, scaled-bradley-terry, margin, triplet, regression; rating; contrastive (for captions).",
-)
-@click.option("--start", help="Folder of a trained reward to train further, such as a reward from ratings.")
-@click.option("--train-backbone", is_flag=True, help="Train the CLIP too, not only the head.")
-@click.option(
-    "--members", default=1, help="Size of the ensemble; each member has its own seed and sample of the pairs."
-)
-@click.option("--steps", default=500)
-@click.option("--batch-size", default=64)
-@click.option("--learning-rate", default=1e-3)
-@click.option("--margin", type=float, help="Margin of --objective triplet, above 0.  [default: 0.3]")
-@click.option("--label-smoothing", default=0.0, help="Label smoothing, 0 to 0.5.")
-@click.option("--label-noise", default=0.0, help="Assumed share of wrong labels, 0 to 0.5.")
-@click.option(
-    "--center-rewards-coefficient",
-    default=0.0,
-    help="Weight of the penalty that centers each prompt's rewards at 0; for ensembles 0.01 to 0.1.",
-)
-@click.option("--slope-penalty", default=0.0, help="Weight of a penalty on slopes above --slope; 10 is usual.")
-@click.option("--slope", default=1.0, help="Bound on ‖∇r‖ with respect to an image in [0, 1], nats per unit norm.")
-@click.option(
-    "--mix-text", default=0.0, help="Share of the rows whose prompt is mixed with the nearest other one, below 1."
-)
-@click.option("--held-out", default=0.1, help="Share of the prompts for evaluation.")
-@SEED
+@options_of(RewardTrainingConfig)
 @click.option(
     "--features", help='Fit weights of named rewards, such as "clip:scenes, brightness", in place of a CLIP head.'
 )
@@ -469,7 +435,6 @@ def train(
     from steer.apps.learning import run_reward_training, summary
     from steer.apps.models import default_device
     from steer.errors import InputError
-    from steer.rewards.learned import RewardTrainingConfig
     from steer.rewards.named_features import FeatureConfig
 
     features, kind = options["features"], "a reward of CLIP features"

@@ -18,7 +18,7 @@ from steer.apps.models import default_device
 from steer.errors import InputError
 from steer.pipelines.training.preference_files import PREFERENCES
 from steer.rewards.folders import name_reward
-from steer.rewards.learned import RewardTrainingConfig
+from steer.rewards.training_config import RewardTrainingConfig
 
 CLIP = "scenes"
 CONFIG = RewardTrainingConfig(CLIP, steps=300, batch_size=32, members=2)
