@@ -68,6 +68,11 @@ class ChatReply:
     text: str
     first: tuple[tuple[str, float], ...] = ()
 
+    def probability(self, *answers: str) -> float:
+        """Return the probability that the first token is one of the answers, in any case; 0 if none is listed."""
+        wanted = {answer.lower() for answer in answers}
+        return sum(math.exp(p) for token, p in self.first if token.strip().lower() in wanted)
+
 
 def default_cache() -> Path:
     """Return this user's folder of cached replies."""

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from steer.diverse import pixel_features
-from steer.reward import RewardError
 from steer.rewards.clip import reward_name
 from steer.rewards.inputs import rows_by_prompt, takes_any_images
 from steer.rewards.names import option_number
@@ -34,9 +33,7 @@ class Diversity:
     compares_images = True
 
     def __init__(self, *, width: str | float = WIDTH) -> None:
-        self._width = option_number("width", width)
-        if not self._width > 0:
-            raise RewardError(f"diversity: width={width}: use a number above 0")
+        self._width = option_number("width", width, above=0)
         self.name = reward_name("diversity", width=(str(width), str(WIDTH)))
 
     @takes_any_images

@@ -40,9 +40,7 @@ class RewardJudge:
         )
 
 
-def as_judge(reward: Reward, temperature: float = 1.0) -> Judge:
-    """Make a judge of a reward: P(a ≻ b) = σ((r(a) − r(b)) / temperature)."""
-    return RewardJudge(reward, temperature)
+as_judge = RewardJudge
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class EndpointJudge:
 
     def _read(self, reply: ChatReply) -> float:
         """Return P(A) / (P(A) + P(B)). Raises RewardError if neither token is listed."""
-        a, b = (sum(math.exp(p) for token, p in reply.first if token.strip().upper() == name) for name in ("A", "B"))
+        a, b = reply.probability("A"), reply.probability("B")
         if a + b == 0:
             raise self.client.error(
                 f"answers with neither A nor B: {reply.text[:40]!r}, {len(reply.first)} log-probabilities"

@@ -117,14 +117,14 @@ def takes_number(name: str) -> bool:
     return bool(getattr(_factory(name), "takes_number", False))
 
 
-def option_number(name: str, given: str | float) -> float:
-    """Read an option of a reward as a finite number. Raises RewardError."""
+def option_number(name: str, given: str | float, above: float = -math.inf) -> float:
+    """Read an option of a reward as a finite number above a bound. Raises RewardError."""
     try:
         number = float(given)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
-        raise RewardError(f"{name}={given}: use a number")
+    if not above < number < math.inf:
+        raise RewardError(f"{name}={given}: use a number" + (f" above {above:g}" if math.isfinite(above) else ""))
     return number
 
 

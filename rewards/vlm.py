@@ -29,6 +29,7 @@ from steer.rewards.followups import FollowupReward, read_followups, read_option_
 from steer.rewards.grammar import NUMBER
 from steer.rewards.images import in_micro_batches
 from steer.rewards.inputs import as_png, as_uint8, rows_by_prompt, takes_any_images
+from steer.rewards.names import option_count, option_number
 from steer.rewards.preference_pairs import read_rows
 from steer.rewards.weights import NO_NETWORK, cast, check_dtype, to_module_device
 
@@ -268,9 +269,8 @@ class EndpointModel:
         least = min(p for _, p in reply.first)
 
         def log_p(*answers: str) -> float:
-            wanted = {answer.lower() for answer in answers}
-            listed = [math.exp(p) for token, p in reply.first if token.strip().lower() in wanted]
-            return math.log(sum(listed)) if sum(listed) > 0 else -math.inf
+            p = reply.probability(*answers)
+            return math.log(p) if p > 0 else -math.inf
 
         chosen, other = log_p(*query.answers), log_p(query.other) if query.other else math.nan
         if max(chosen, other) == -math.inf:
@@ -427,7 +427,7 @@ def vqa(
     answering: Answering
     if target.startswith(("http://", "https://")):
         client = endpoint(target, model=model, timeout=timeout, tries=tries, concurrency=concurrency, cache=cache)
-        answering = EndpointModel(client, int(_number("top_logprobs", top_logprobs)))
+        answering = EndpointModel(client, option_count("top_logprobs", top_logprobs))
     elif model:
         raise RewardError(f"vqa:{target}: model= names the model of an endpoint; a local one is written vqa:{model}")
     else:
@@ -450,10 +450,9 @@ def endpoint(
     if not model:
         raise RewardError(f"{url}: name the server's model: {url},model=NAME")
     folder = None if cache == "off" else Path(cache) if cache else default_cache()
-    attempts, threads = int(_number("tries", tries)), int(_number("concurrency", concurrency))
-    return ChatClient(
-        url, model, timeout=_number("timeout", timeout), tries=attempts, concurrency=threads, cache=folder
-    )
+    seconds = option_number("timeout", timeout, above=0)
+    attempts, threads = option_count("tries", tries), option_count("concurrency", concurrency)
+    return ChatClient(url, model, timeout=seconds, tries=attempts, concurrency=threads, cache=folder)
 
 
 def _template(path: Path) -> str:
@@ -464,11 +463,3 @@ def _template(path: Path) -> str:
     if "{prompt}" not in text and "{question}" not in text:
         raise RewardError(f"template={path}: the text must contain {{prompt}}, or {{question}} of soft-tifa")
     return text
-
-
-def _number(name: str, given: str | float) -> float:
-    """Read a positive number, whole except for the timeout. Raises RewardError."""
-    pattern = NUMBER if name == "timeout" else r"[1-9]\d{0,2}"
-    if not re.fullmatch(pattern, str(given)) or not 0 < float(given) < math.inf:
-        raise RewardError(f"{name}={given}: use a {'' if name == 'timeout' else 'whole '}number above 0")
-    return float(given)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 from finetune_runs import config_of, train
 from test_finetune_config import LEAST, written
 from test_finetune_run import SHORT, fresh
@@ -27,7 +28,7 @@ from steer.pipelines.training.preparation import enable_gradient_checkpointing
 from steer.pipelines.training.tracking import log_samples
 from steer.pipelines.training.trainer import throughput
 from steer.training.checkpoint import Checkpoint, Checkpoints, load_optimiser, optimiser_tensors
-from steer.training.optimisers import BITSANDBYTES, create_optimiser, create_schedule
+from steer.training.optimisers import BITSANDBYTES, optimiser_class
 from steer.training.rollout import Sampler
 from steer.training.trainable import LoRA
 
@@ -44,16 +45,16 @@ def half_cosine(share: float) -> float:
     ("name", "options", "expected"),
     [
         ("constant", {}, [1, 1, 1, 1, 1]),
-        ("constant_with_warmup", {"warmup_steps": 2}, [0, 0.5, 1, 1, 1]),
-        ("linear", {"warmup_steps": 1}, [0, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("constant_with_warmup", {"num_warmup_steps": 2}, [0, 0.5, 1, 1, 1]),
+        ("linear", {"num_warmup_steps": 1}, [0, 1, 3 / 4, 2 / 4, 1 / 4]),
         ("cosine", {}, [half_cosine(k / 5) for k in range(5)]),
         ("cosine_with_restarts", {"num_cycles": 2}, [half_cosine(2 * k / 5 % 1) for k in range(5)]),
         ("polynomial", {"power": 2.0}, [(1 - k / 5) ** 2 for k in range(5)]),
     ],
 )
 def test_a_schedule_follows_its_closed_form(name: Any, options: dict[str, Any], expected: list[float]) -> None:
-    optimiser = create_optimiser("sgd", [nn.Parameter(torch.ones(1))], 0.1, 0.0)
-    schedule = create_schedule(name, optimiser, **{"warmup_steps": 0, "max_steps": 5} | options)
+    optimiser = optimiser_class("sgd")([nn.Parameter(torch.ones(1))], lr=0.1)
+    schedule = get_scheduler(name, optimiser, **{"num_warmup_steps": 0, "num_training_steps": 5} | options)
     rates = []
     for _ in range(5):
         rates.append(schedule.get_last_lr()[0])
@@ -98,7 +99,7 @@ def test_optimisers_of_8_bits_name_the_missing_package(name: Any, monkeypatch: p
 def test_sgd_is_an_optimiser_too(tmp_path: Path) -> None:
     """One step of it by hand: w ← w − rate (g + decay w)."""
     weight = nn.Parameter(torch.tensor([2.0, -1.0]))
-    optimiser = create_optimiser("sgd", [weight], 0.1, 0.5)
+    optimiser = optimiser_class("sgd")([weight], lr=0.1, weight_decay=0.5)
     (weight * torch.tensor([3.0, 4.0])).sum().backward()
     optimiser.step()
     assert weight.tolist() == pytest.approx([2 - 0.1 * (3 + 1), -1 - 0.1 * (4 - 0.5)])
@@ -121,7 +122,7 @@ def test_moments_in_8_bits_are_restored_bit_for_bit(name: Any, tmp_path: Path) -
         optimiser.step()
 
     first, second = weight(), weight()
-    whole, resumed = (create_optimiser(name, [one], 1e-2, 0.1) for one in (first, second))
+    whole, resumed = (optimiser_class(name)([one], lr=1e-2, weight_decay=0.1) for one in (first, second))
     for number in range(3):
         step(first, whole, number)
     tensors, values = optimiser_tensors(whole)

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar, Unpack
 
 import torch
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -54,7 +55,7 @@ from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
 from steer.training.guards import EarlyStopping, check_replay, check_rounding, chi_square, kl
 from steer.training.losses import Metrics
-from steer.training.optimisers import create_optimiser, create_schedule
+from steer.training.optimisers import optimiser_class
 from steer.training.rollout import Sampler, Trajectories, blocks
 from steer.training.signals import kept_samples
 from steer.training.trainable import Trainable, whole
@@ -399,8 +400,8 @@ class FinetuningRun:
 
     def _create_state(self, trainable: Trainable) -> RunState:
         config = self.config
-        given = trainable.parameters.values()
-        optimiser = create_optimiser(config.optim, given, config.learning_rate, config.weight_decay)
+        given = list(trainable.parameters.values())
+        optimiser = optimiser_class(config.optim)(given, lr=config.learning_rate, weight_decay=config.weight_decay)
         if len(trainable.denoisers) > 1 and self.context.world_size > 1:
             raise InputError("several processes train one denoiser, not two: use one process, or name one as denoiser")
         *prepared, self.optimiser = self.accelerator.prepare(*trainable.denoisers.values(), optimiser)
@@ -413,7 +414,7 @@ class FinetuningRun:
             method=self.trainer,
             trainable=trainable,
             optimiser=optimiser,
-            schedule=create_schedule(config.lr_scheduler_type, optimiser, *lengths),
+            schedule=get_scheduler(config.lr_scheduler_type, optimiser, None, *lengths),
             scaler=self.accelerator.scaler,
             ema=ema,
             old=old,

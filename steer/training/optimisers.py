@@ -1,13 +1,10 @@
 """Optimisers and learning-rate schedules, by their names in transformers and diffusers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Literal, get_args
 
-from diffusers.optimization import get_scheduler
-from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from steer.errors import InputError
 
@@ -29,31 +26,6 @@ def optimiser_class(name: OptimiserName) -> Callable[..., Optimizer]:
         return getattr(import_module("bitsandbytes.optim"), BITSANDBYTES[name])
     except ImportError as error:
         raise InputError(f"optim {name} needs bitsandbytes: pip install bitsandbytes, or use adamw_torch") from error
-
-
-def create_optimiser(
-    name: OptimiserName, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float
-) -> Optimizer:
-    """Create the optimiser with this name. Raises InputError as `optimiser_class` does."""
-    return optimiser_class(name)(list(parameters), lr=learning_rate, weight_decay=weight_decay)
-
-
-def create_schedule(
-    name: ScheduleName, optimiser: Optimizer, warmup_steps: int, max_steps: int, num_cycles: int = 1, power: float = 1.0
-) -> LambdaLR:
-    """Create diffusers' learning-rate schedule with this name.
-
-    num_cycles  for cosine_with_restarts: number of restarts from the highest rate
-    power       for polynomial; 1 is linear
-    """
-    return get_scheduler(
-        name,
-        optimiser,
-        num_warmup_steps=warmup_steps,
-        num_training_steps=max_steps,
-        num_cycles=num_cycles,
-        power=power,
-    )
 
 
 def set_learning_rate(schedule: Any, learning_rate: float) -> None:

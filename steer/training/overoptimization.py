@@ -126,10 +126,7 @@ def fit_reward_curve(kl: Tensor, gain: Tensor, law: Law = "finetuning", resample
     bend = distance.log() if law == "finetuning" else distance
     design = torch.stack([distance, -distance * bend], 1)
 
-    def solve(rows: Tensor) -> Tensor:
-        return torch.linalg.pinv(design[rows]) @ values[rows, None]
-
-    alpha, beta = solve(torch.arange(len(values))).flatten().tolist()
+    alpha, beta = (torch.linalg.pinv(design) @ values).tolist()
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(values), (resamples, len(values)), generator=generator)
     drawn = (torch.linalg.pinv(design[rows]) @ values[rows][..., None])[..., 0]
