@@ -182,6 +182,7 @@ class RunFolder:
                 "schedule": run.schedule.state_dict(),
                 "kl_weight": run.control.weight,
                 "kl_highest": run.control.highest,
+                "kl_stalled": run.control.stalled,
                 "early_stopping": run.early_stopping.state(),
                 "method": run.method.state_dict(),
                 "scaler": run.scaler.state_dict() if run.scaler else None,
@@ -206,7 +207,8 @@ class RunFolder:
         run.set_parameter(saved.tensors("weights"))
         load_optimiser(run.optimiser, saved.tensors("optimiser"), state["optimiser"])
         run.schedule.load_state_dict(state["schedule"])
-        run.control = replace(run.control, weight=state["kl_weight"], highest=state["kl_highest"])
+        kept = {name: state[f"kl_{name}"] for name in ("weight", "highest", "stalled")}
+        run.control = replace(run.control, **kept)
         run.early_stopping = run.early_stopping.load_state(state["early_stopping"])
         run.method.load_state_dict(state["method"])
         run.step, run.num_rollouts = state["step"], state["num_rollouts"]
