@@ -40,11 +40,11 @@ class KLControl:
     """Weight and budget of the KL penalty. KL is in nats, summed over the elements and steps of a trajectory.
 
     weight  β of the penalty, per nat
-    target  KL in nats that β is adapted to: log β ← log β + rate · clip(log(KL/target), ± log 100). (The controller of
-            arXiv 1909.08593, sec. 2.2, moves β by 2 % per update: it corrects a factor of 10⁴ in 460 updates.) β is
-            lowered only after PATIENCE updates in which KL, which is noisy, did not grow by a fifth over its highest
-            value (anti-windup): a run starts at a KL of 0, far below the target, and a β lowered in each update would
-            not be back when KL passes the target
+    target  KL in nats that β is adapted to: log β ← log β + rate · clip(log(KL/target), log ⅓, log 100). (The
+            controller of arXiv 1909.08593, sec. 2.2, moves β by 2 % per update: it corrects a factor of 10⁴ in 460
+            updates.) β is lowered in smaller steps than it is raised, and only after PATIENCE updates in which KL,
+            which is noisy, did not grow by a fifth over its highest value (anti-windup): a run starts at a KL of 0, far
+            below the target, and follows β some updates later. A β lowered all the while would not be back in time
     budget  KL in nats at which training stops
     highest the highest KL so far, in nats
     stalled updates since it grew
@@ -70,7 +70,7 @@ class KLControl:
         """Return the control for the next update, given the `measured` KL of this update."""
         if self.target is None or not measured > 0:  # the KL is 0 before the first step
             return self
-        ratio = min(max(measured / self.target, 0.01), 100.0)
+        ratio = min(max(measured / self.target, 1 / 3), 100.0)
         stalled = 0 if measured > GROWTH * self.highest else self.stalled + 1
         if stalled < PATIENCE:
             ratio = max(ratio, 1.0)
