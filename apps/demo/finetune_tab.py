@@ -15,8 +15,9 @@ from PIL import Image
 from steer.apps.demo.fields import REWARDS, Defaults, training_field
 from steer.apps.demo.labels import label_folder
 from steer.apps.demo.markup import RUN_SCRIPT, folded, gallery, table
+from steer.apps.demo.pictures import data_uri
 from steer.apps.demo.progress import Progress
-from steer.apps.demo.steering import Loading, data_uri
+from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, Waiting, Weights, line, plural, whole
 from steer.apps.demo.training import (
     ANSWER_TIMEOUT,

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import threading
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -31,6 +30,7 @@ from steer.apps.demo.labels import (
     storage_notice,
     write_label_zip,
 )
+from steer.apps.demo.pictures import data_uri
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import (
     PRIVATE,
@@ -235,9 +235,9 @@ def empty_view(turn: int, text: str = IDLE_TEXT, undo: bool = False) -> str:
 def _figure(number: int, count: int, prompt: str, picture: bytes) -> str:
     name = name_of(number, count).capitalize()
     alt = escape(f"{name}, of: {prompt}", quote=True)
-    source = f"data:image/png;base64,{b64encode(picture).decode()}"
     key = ARROWS[number] if count == 2 else str(number + 1)
-    return f'<figure><img src="{source}" alt="{alt}" data-image="{number}">{_button(str(number), name, key)}</figure>'
+    image = f'<img src="{data_uri(picture)}" alt="{alt}" data-image="{number}">'
+    return f"<figure>{image}{_button(str(number), name, key)}</figure>"
 
 
 def _button(answer: str, text: str, key: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steer.apps.demo.fields import EXAMPLE
 from steer.apps.demo.markup import RUN_SCRIPT, Html, folded, table
-from steer.apps.demo.steering import data_uri
+from steer.apps.demo.pictures import data_uri
 from steer.apps.demo.studio import (
     MAX_PROMPT_CHARACTERS,
     PRIVATE,

@@ -10,8 +10,9 @@ import gradio as gr
 
 from steer.apps.demo.estimate import Paces
 from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, Defaults, check_limits, label_of, setting_field
-from steer.apps.demo.history import STOPPED, as_png
+from steer.apps.demo.history import STOPPED
 from steer.apps.demo.markup import RUN_SCRIPT, table
+from steer.apps.demo.pictures import as_png
 from steer.apps.demo.run_view import RunView, run_view
 from steer.apps.demo.steer_options import RewardChips, image_fields, image_settings, lora_fields, uploaded_loras
 from steer.apps.demo.steering import Frame, PromptResult, as_command, as_python, steering

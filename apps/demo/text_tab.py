@@ -12,8 +12,9 @@ import gradio as gr
 from PIL import Image, ImageDraw, ImageFont
 
 from steer.apps.demo.fields import check_limits, setting_field
-from steer.apps.demo.history import TEXTS, as_png
+from steer.apps.demo.history import TEXTS
 from steer.apps.demo.markup import RUN_SCRIPT, gallery, table
+from steer.apps.demo.pictures import as_png
 from steer.apps.demo.steering import Step, as_command
 from steer.apps.demo.studio import (
     PRIVATE,
