@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ from typing import Any
 from PIL import Image
 
 from steer.apps.demo.labels import OVERLAP_EVERY, LabelRequest, Progress, now
+from steer.apps.demo.pictures import as_png
 from steer.apps.scoring import images_with_prompts
 from steer.errors import InputError
-from steer.files import DECODE_ERRORS, atomic_write, write_errors, write_text
+from steer.files import atomic_write, read_image, write_errors, write_text
+from steer.pipelines.training.preference_files import pixels_of
 
 TABLE = "pairs.jsonl"
 PAIRS_PER_PROMPT = 200  # maximum number, drawn without repetition
@@ -41,15 +42,13 @@ class ImagePair:
 
 
 def _png(file: Path) -> bytes:
+    """Read an image as the training of a reward does: rotated by its EXIF entry, transparency on white."""
     try:
-        with Image.open(file) as opened:
-            picture = opened.convert("RGB")
-    except DECODE_ERRORS as error:
+        picture = Image.fromarray(pixels_of(read_image(file)))
+    except InputError as error:
         raise InputError(f"{file.name} cannot be read as an image: move it away and start the app again") from error
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    buffer = BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return as_png(picture)
 
 
 def pairs_of(folder: Path) -> list[ImagePair]:

@@ -329,6 +329,7 @@ def as_command(prompt: str, settings: SamplingConfig, axes: Sequence[Axis] = ())
     varied = {axis.name for axis in axes}
     for name, value in given_options(settings, (*OPTIONS, *CALL)).items():
         if name not in varied:
-            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+            text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
     dashed = ["--", prompt] if prompt.startswith("-") else [prompt]
     return shlex.join(["steer", *words, *dashed])
