@@ -45,6 +45,7 @@ from steer.apps.demo.studio import (
     prompts_in,
     public,
 )
+from steer.apps.errors import wrap_errors
 from steer.apps.prompts import load_prompts
 from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.assets import MODELS
@@ -135,7 +136,8 @@ class LabelSession:
     def _draw(self, ticket: Ticket) -> None:
         ticket.say(Loading(self.model))
         assert isinstance(self.store, LabelStore), "it samples"
-        with self._lend(self.model) as pipe:
+        kept, hint = "the answers are kept", "fewer images at a time need less"
+        with wrap_errors("sampling", kept, hint), self._lend(self.model) as pipe:
             ticket.say(Drawing(self.label_request.images))
             group = self.store.draw(pipe, self.label_request, ticket.check)
         with self._lock:
@@ -388,10 +390,11 @@ class LabelTab(JobTab):
         )
         # Blur the field in which Enter was pressed: otherwise shortcuts would be typed there.
         leave = "(...given) => { document.activeElement?.blur(); return given; }"
-        for begin in (self.start.click, self.name.submit):
-            begin(self.begin, asked, live, js=leave, **RUNS)
+        events = [begin(self.begin, asked, live, js=leave, **RUNS) for begin in (self.start.click, self.name.submit)]
         # Several events at a time allow an undo while a group is sampled: an answer names its group.
-        self.view.answer(self.answer, None, live, trigger_mode="multiple", **RUNS)
+        events.append(self.view.answer(self.answer, None, live, trigger_mode="multiple", **RUNS))
+        for event in events:
+            event.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
         self.stop.click(self.end, None, live, queue=False, **PRIVATE)
         if self.studio.labels is None:
             self.zip.click(self.download, None, [self.file, self.status], **PRIVATE)
@@ -450,7 +453,7 @@ class LabelTab(JobTab):
                     return
                 yield self._now(session, line(f"{message} {event}".strip()))
         except InputError as error:
-            status, empty = line(f"{message} {error}".strip(), "alert"), "Press Start to try again."
+            status, empty = line(f"{message} {public(str(error))}".strip(), "alert"), "Press Start to try again."
         if not session.ended:
             yield self._now(session, status, empty)
 
