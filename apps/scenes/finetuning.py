@@ -16,6 +16,7 @@ from steer.apps.finetuning import FinetuneConfig, finetune, read_config
 from steer.apps.plots import DPI, FAINT, INK, Numbers, save_figure, set_title, style_axes
 from steer.apps.prompts import load_prompts
 from steer.apps.scenes.preferences import write_choices, write_labelled_pairs
+from steer.apps.scenes.training import beginning_with
 from steer.apps.yaml_text import read_yaml
 from steer.errors import InputError
 from steer.files import write_text
@@ -80,9 +81,7 @@ def finetuning_study(
     curve of each. Rewards are gains since the base model.
     """
     place = folder / re.sub(r"\W+", "-", f"{Path(model).name} {reward}")
-    names = [name for name in runs if not only or name.startswith(tuple(only))]
-    if not names:
-        raise InputError(f"--only {' '.join(only)}: no run of the plan begins so; there are {', '.join(runs)}")
+    names = beginning_with(runs, only, "run of the plan")
     grid = np.linspace(0, seconds, EVALUATIONS + 1)
     figures: Figures = {"model": Path(model).name, "reward": reward, "hold_out": HOLD_OUT, "seeds": seeds}
     figures |= {"seconds": grid.tolist(), "runs": {}}
