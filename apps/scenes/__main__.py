@@ -52,16 +52,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="copy of the figures; by default --out/STAGE.json")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run, _ = STAGES[options.stage]
     try:
-        if options.device is not None and options.stage not in ON_A_DEVICE:
-            raise InputError(f"{options.stage} takes no --device, only {' and '.join(ON_A_DEVICE)} do: leave it out")
         figures = run(options)
     except (InputError, OSError) as error:
         reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
         parser.exit(2, f"{parser.prog}: {reason}\n")
     if isinstance(figures, dict):
         write_text(options.json or options.out / f"{options.stage}.json", json.dumps(figures, indent=1) + "\n")
+
+
+def run(options: argparse.Namespace) -> Any:
+    """Run a stage, and return its figures or what else its function returns. Raises InputError, OSError."""
+    if options.device is not None and options.stage not in ON_A_DEVICE:
+        raise InputError(f"{options.stage} takes no --device, only {' and '.join(ON_A_DEVICE)} do: leave it out")
+    return STAGES[options.stage][0](options)
 
 
 def prompts_of(options: argparse.Namespace) -> list[str]:
