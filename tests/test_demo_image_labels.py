@@ -110,8 +110,8 @@ def test_a_table_of_other_images_is_refused(store: ImageLabelStore, images: Path
     for changed, message in (
         (json.dumps(rows[0] | {"prompt": "another"}), "is of other images"),
         (json.dumps(rows[0] | {"pair": "99"}), "is of other images"),
-        ("[]", "is of other images"),
-        ("{", "cannot be read as JSON lines"),
+        ("[]", "line 1: expected an object"),
+        ("{", "line 1: not JSON"),
     ):
         table.write_text(changed + "\n")
         with pytest.raises(InputError, match=message):

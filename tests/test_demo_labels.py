@@ -226,7 +226,7 @@ def test_on_a_full_disk_nothing_is_recorded_and_one_line_reports_it(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(store._folder), "write_preference", full)
-    with pytest.raises(InputError, match=r"cannot be written there .No space left on device.: make room"):
+    with pytest.raises(InputError, match=r"cannot write there .No space left on device.; make room, then try again"):
         store.choose("Ada", group, 0)
     monkeypatch.undo()
     assert store.judgements() == {} and store.choose("Ada", group, 0)

@@ -22,6 +22,7 @@ from steer.apps.demo.labels import (
     IMAGES,
     LONGEST_NAME,
     RUN,
+    AnswerStore,
     LabelRequest,
     LabelStore,
     command_of,
@@ -78,7 +79,7 @@ class LabelSession:
 
     def __init__(
         self,
-        store: LabelStore | ImageLabelStore,
+        store: AnswerStore,
         label_request: LabelRequest,
         model: str,
         submit: Callable[[Callable[[Ticket], None]], Ticket],
@@ -329,7 +330,7 @@ class LabelTab(JobTab):
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.model = studio, studio.models[0]
-        self.store: LabelStore | ImageLabelStore
+        self.store: AnswerStore
         if studio.label_images is not None:
             self.store = ImageLabelStore(studio.label_images, label_folder(studio))
         else:
