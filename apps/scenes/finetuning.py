@@ -20,7 +20,7 @@ from steer.apps.scenes.training import beginning_with
 from steer.apps.yaml_text import read_yaml
 from steer.errors import InputError
 from steer.files import write_text
-from steer.pipelines.training.method import Record
+from steer.pipelines.training.state import read_logs
 from steer.pipelines.training.trainer import PAUSED
 
 EVALUATIONS = 8  # of a run, evenly spaced in seconds, beside the first one
@@ -114,7 +114,7 @@ def train_curve(run: Run, out: Path, grid: Numbers, reward: str) -> dict[str, Nu
         result = finetune(config, resume=(out / "checkpoints").exists(), callbacks=[TimeLimit(grid[-1])])
         if result.stopped not in PAUSED:  # an interrupted run is resumed by the same command
             write_text(limit, f"{grid[-1]}\n")
-    records, evaluations = _read(out / "metrics.jsonl"), _read(out / "evaluations.jsonl")
+    records, evaluations = read_logs(out)
     spent = np.cumsum([0.0, *(one["seconds"] for one in records)])
     times = [spent[one["step"]] for one in evaluations]
     images = config.training.train_batch_size * config.training.num_generations
@@ -125,10 +125,6 @@ def train_curve(run: Run, out: Path, grid: Numbers, reward: str) -> dict[str, Nu
         "images": [one["step"] * images for one in evaluations],
     }
     return {name: np.interp(grid, times, series) for name, series in values.items()}
-
-
-def _read(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _interval(series: Sequence[Numbers]) -> list[list[float]]:

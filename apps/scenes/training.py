@@ -20,6 +20,7 @@ from diffusers.training_utils import EMAModel, compute_snr
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from steer.apps.evaluation.run import evaluate
 from steer.apps.evaluation.spec import Contender
@@ -47,13 +48,6 @@ def training_scenes(count: int, first: int = 0) -> tuple[Tensor, list[str]]:
 
 WORDS = sorted({"and", *NUMBERS, *COLOURS, *SHAPES, *PLURALS, *" ".join(RELATIONS).split()})
 LENGTH = 24  # tokens, start and end included
-
-
-def _byte_alphabet() -> list[str]:
-    """GPT-2's 256 printable characters for bytes: printable bytes as they are, the others from U+0100."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    shifted = [256 + k for k in range(256 - len(printable))]
-    return [chr(code) for code in (*printable, *shifted)]
 
 
 def _merges(word: str) -> list[tuple[str, str]]:
@@ -90,7 +84,7 @@ def build_tokenizer(folder: Path, whole_words: bool = False) -> CLIPTokenizer:
 
     whole_words  one token a word; without it the merges of the first models, which split some words
     """
-    alphabet = _byte_alphabet()
+    alphabet = bytes_to_unicode().values()  # GPT-2's 256 printable characters for bytes
     spelled = list(dict.fromkeys(merge for word in WORDS for merge in _merges(word)))
     merges = whole_word_merges(WORDS) if whole_words else spelled
     tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(merge) for merge in merges)]
