@@ -33,6 +33,14 @@ SCHEDULE_FIELDS = {"learning_rate", "max_steps", "lr_scheduler_type", "lr_num_cy
 LOG_FILES = {"records": "metrics.jsonl", "evaluations": "evaluations.jsonl"}
 
 
+def read_logs(folder: Path) -> tuple[list[Record], list[Record]]:
+    """Return the records of updates and of evaluations so far in the folder of a run. Raises OSError."""
+    paths = [folder / name for name in LOG_FILES.values()]
+    lines = [path.read_text(encoding="utf-8").splitlines() if path.exists() else [] for path in paths]
+    updates, evaluations = ([json.loads(line) for line in some] for some in lines)
+    return updates, evaluations
+
+
 @dataclass
 class RunState:
     """The state of a training, as a checkpoint holds it.
