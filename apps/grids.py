@@ -11,6 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from steer.apps.errors import check_writable, wrap_errors
+from steer.apps.expansion import is_text_model
 from steer.apps.methods import METHODS, DisableAdapter, Job
 from steer.apps.models import adapter_applied, load_pipeline, pipeline_type
 from steer.apps.plots import BELOW, GAP, SIDE, TOP, Canvas, fit, open_image, plain_text, save_figure
@@ -107,6 +108,8 @@ def plan_cells(prompt: str | None, x: Axis, y: Axis | None, given: Mapping[str, 
     if len(cells) > MAX_CELLS:
         raise InputError(f"{len(cells)} images: a grid has at most {MAX_CELLS}; give fewer values")
     for cell in cells:
+        if is_text_model(cell.settings.model):
+            raise InputError(f"model {cell.settings.model!r} makes texts, and a grid shows images: leave it out")
         check_model_settings(cell.settings)
     return cells
 

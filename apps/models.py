@@ -32,7 +32,7 @@ from steer.diffusion.lora_layers import adapter_disabler, lora_layers
 from steer.diffusion.views import DENOISERS
 from steer.errors import InputError
 from steer.files import verify_checksums
-from steer.pipelines.text.masked_diffusion import INDEX, left_out, pipeline_class
+from steer.pipelines.text.masked_diffusion import INDEX, left_out, pipeline_class, read_index
 from steer.registry import nearest
 from steer.tables import one_line
 from steer.training.checkpoint import MANIFEST, Checkpoint
@@ -131,7 +131,7 @@ def load_pipeline(
 
 
 def _check_offload(offload: str | None, device: str) -> None:
-    if offload is not None and device.startswith("cpu"):
+    if offload is not None and is_cpu(device):
         raise InputError(f"--offload {offload}: it moves the model between GPU and CPU, and the device is {device}")
 
 
@@ -143,15 +143,14 @@ def _offloaded(pipe: Any, offload: str, device: str) -> Any:
 def pipeline_type(model: str) -> type[Any] | None:
     """Return the class of a model's pipeline without loading it; None for a single file, or one on the hub.
 
-    Raises InputError for a model that is missing.
+    Raises InputError for a model that is missing or damaged.
     """
     import diffusers
 
     source = _source(model)
     if not isinstance(source, Path) or source.is_file():
         return None
-    name = json.loads((source / INDEX).read_text(encoding="utf-8")).get("_class_name")
-    kind: type[Any] | None = getattr(diffusers, str(name), None)
+    kind: type[Any] | None = getattr(diffusers, str(read_index(source).get("_class_name")), None)
     return kind
 
 
@@ -198,7 +197,7 @@ def _from_single_file(model: str, file: Path, dtype: torch.dtype, given: str | N
     places = (file.with_suffix(""), file.parent) if given is None else (Path(given),)
     beside = [folder for folder in places if (folder / INDEX).is_file()]
     if beside:
-        name = str(json.loads((beside[0] / INDEX).read_text(encoding="utf-8")).get("_class_name"))
+        name = str(read_index(beside[0]).get("_class_name"))
         config: dict[str, Any] = {"config": str(beside[0])}
         missing = ""
     else:
@@ -218,8 +217,13 @@ def _from_single_file(model: str, file: Path, dtype: torch.dtype, given: str | N
 
 def resolve_dtype(device: str, dtype: str | None) -> torch.dtype:
     """Resolve a dtype: by default float32 on the CPU and bfloat16 elsewhere."""
-    number: torch.dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    number: torch.dtype = getattr(torch, dtype or ("float32" if is_cpu(device) else "bfloat16"))
     return number
+
+
+def is_cpu(device: str | None) -> bool:
+    """Return whether a device is the CPU, such as cpu or cpu:0; None is not."""
+    return device is not None and torch.device(device).type == "cpu"
 
 
 def default_device(device: str | None = None) -> str:

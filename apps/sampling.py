@@ -40,7 +40,7 @@ from steer.apps.reward_specs import resolve_reward
 from steer.apps.settings import SHARED, SamplingConfig
 from steer.diffusion.two_prompts import two_prompts
 from steer.errors import InputError
-from steer.files import dumps_with_checksum, loads_with_checksum, read_image, write_text
+from steer.files import dumps_with_checksum, read_image, read_json, write_text
 from steer.pipelines.base import Cost, Iteration, SteeringOutput
 
 
@@ -170,7 +170,7 @@ def open_report(
     header: Report = {"model": settings.model, "method": settings.method}
     entries: dict[int, Entry] = {}
     if (out / REPORT).exists():
-        old = _read(out / REPORT, out, config)
+        old = _read(out / REPORT, config)
         header |= {name: value for name, value in old.items() if name not in ("prompts", "cost")}
         entries.update(enumerate(old["prompts"]))
     entries.update(_unmerged_entries(out, config))
@@ -202,26 +202,18 @@ def _unmerged_entries(out: Path, config: Mapping[str, Any]) -> dict[int, Entry]:
     """Read the entries that are not merged yet. Raises InputError for entries of another run."""
     entries_by_number: dict[int, Entry] = {}
     for path in sorted((out / FINISHED).glob("*.json")):
-        part = _read(path, out, config)
+        part = _read(path, config)
         if type(number := part.get("number")) is not int or len(part["prompts"]) != 1:
             raise InputError(f"{path} is not a report of steer; choose another --out")
         entries_by_number[number] = part["prompts"][0]
     return entries_by_number
 
 
-def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
-    """Read a report in `out`, or the report of a single prompt. Raises InputError for other files or settings."""
-    foreign = f"{path} is not a report of steer"
-    try:
-        old = loads_with_checksum(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot read {path.name} ({error.strerror})") from error
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{foreign} ({error}); choose another --out") from error
-    if not (isinstance(old, dict) and isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
-        raise InputError(f"{foreign}; choose another --out")
+def _read(path: Path, config: Mapping[str, Any]) -> Report:
+    """Read a report, or the report of a single prompt. Raises InputError for other files or settings."""
+    old = read_json(path, "a report of steer", "; choose another --out")
+    if not (isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
+        raise InputError(f"{path} is not a report of steer; choose another --out")
     stored = SamplingConfig.of(method=config["method"]).plain() | old["settings"]  # older reports lack some settings
     for name, value in config.items():
         if stored.get(name) != value:

@@ -56,10 +56,10 @@ def bench(
 
     from steer.apps.bench.comparisons import EMBEDDED, BenchOptions, subjects_of
     from steer.apps.bench.report import Bench, draw, table
-    from steer.apps.models import default_device
+    from steer.apps.models import default_device, is_cpu
 
     where = default_device(device)
-    chosen = models or ((EMBEDDED,) if where == "cpu" else (EMBEDDED, "sd15", "sdxl", "sd3", "flux"))
+    chosen = models or ((EMBEDDED,) if is_cpu(where) else (EMBEDDED, "sd15", "sdxl", "sd3", "flux"))
     subjects = subjects_of(chosen, BenchOptions(where, dtype, particles, steps, resolution, quick))
     run = Bench(file, seconds or (QUICK if quick else LONG), quick, lambda line: click.echo(line, err=True))
     try:
