@@ -322,18 +322,8 @@ def _check_texts(
     """Raise InputError for options that do not apply to texts, and for several processes."""
     if METHODS[settings.method].is_iterative:
         raise InputError(f"--method {settings.method} optimises the noise of images: use fk, svdd, beam or best-of-n")
-    names = (
-        "expand",
-        "original",
-        "noise_candidates",
-        "guidance",
-        "negative_prompt",
-        "height",
-        "width",
-        "vae",
-        "best_of",
-    )
-    given = {flags_of(name)[0]: getattr(settings, name) is not None for name in names}
+    of_images = ("expand", "original", "noise_candidates", "guidance", "negative_prompt", "height", "width", "vae")
+    given = {flags_of(name)[0]: getattr(settings, name) is not None for name in (*of_images, "best_of")}
     given |= {"--animation": animation, "--checklist": checklist is not None}
     given |= {"--attention": compute_options.attention != "auto", "--compile": compute_options.compiled}
     given |= {"--micro-batch": compute_options.micro_batch is not None, "--offload": bool(compute_options.offload)}
