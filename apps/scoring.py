@@ -464,8 +464,6 @@ def render_check_results(check_results: Sequence[CheckResult]) -> str:
 
 def render_consistency(consistency: Mapping[str, Consistency]) -> str:
     """Render a table: how often the prompt scores higher than a changed one, by the kind of change."""
-    if not consistency:
-        return "no prompt has a colour, a number or a relation to change"
     rows = [f"{'changed':8}  {'prompt preferred':>16}  {'pairs':>6}  {'mean margin':>11}"]
     for kind, cell in consistency.items():
         rows.append(f"{kind:8}  {cell.share:>16.1%}  {cell.pairs:>6}  {cell.margin:>11.3g}")

@@ -42,13 +42,13 @@ class ModelRuns:
 
     def load(self) -> "tuple[Any, Reward, list[str]]":
         """Load the pipeline, the reward and the prompts, evenly spaced if only some are wanted."""
-        from steer.apps.models import default_device, load_pipeline
+        from steer.apps.models import load_pipeline
         from steer.apps.prompts import evenly_chosen, load_prompts
         from steer.apps.reward_specs import resolve_reward
 
         texts = evenly_chosen(load_prompts(self.prompts, self.prompt_column), self.num_prompts)
         reward = resolve_reward(self.reward, self.reward_timeout)
-        pipe = load_pipeline(self.model, default_device(self.device))
+        pipe = load_pipeline(self.model, self.device)
         pipe.set_progress_bar_config(disable=True)
         return pipe, reward, texts
 

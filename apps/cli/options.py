@@ -76,10 +76,22 @@ def _checked(context: click.Context, option: click.Parameter, device: str | None
     return device
 
 
-DEVICE = click.option(
-    "--device",
-    callback=_checked,
-    help="Device of models and rewards, such as cpu, cuda or cuda:1; by default the GPU if there is one.",
+def _resolved(context: click.Context, option: click.Parameter, device: str | None) -> str | None:
+    """Check a device, and resolve None."""
+    if context.resilient_parsing:  # a shell completes words: nothing is imported
+        return device
+    from steer.apps.models import default_device
+
+    return default_device(_checked(context, option, device))
+
+
+DEVICE, RESOLVED_DEVICE = (
+    click.option(
+        "--device",
+        callback=callback,
+        help="Device of models and rewards, such as cpu, cuda or cuda:1; by default the GPU if there is one.",
+    )
+    for callback in (_checked, _resolved)
 )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
-from steer.apps.cli.options import DEVICE, Command
+from steer.apps.cli.options import DEVICE, RESOLVED_DEVICE, Command
 from steer.apps.cli.sample import SPEC, TIMEOUT
 from steer.errors import InputError
 
@@ -22,7 +22,7 @@ from steer.errors import InputError
 @click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
 @click.option("--reward", required=True, help=SPEC)
 @TIMEOUT
-@DEVICE
+@RESOLVED_DEVICE
 def score(
     images: tuple[Path, ...],
     texts: tuple[str, ...],
@@ -30,7 +30,7 @@ def score(
     prompt_column: str | None,
     reward: str,
     reward_timeout: float | None,
-    device: str | None,
+    device: str,
 ) -> None:
     """Score IMAGEs and print JSON, with the components of a composed reward.
 
@@ -38,14 +38,13 @@ def score(
     with columns of images and prompts. Rewards that read prompts require them. Images that cannot be scored are listed
     in the error, the other images are scored, and the exit code is 2.
     """
-    from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import collect_images, score_images
     from steer.reward import attribute
 
     samples = collect_images(images, texts, file, prompt_column)
     loaded = resolve_reward(reward, reward_timeout)
-    rows, errors = score_images(loaded, samples, default_device(device))
+    rows, errors = score_images(loaded, samples, device)
     if cost := attribute(loaded, "cost", None):  # only chat endpoints have it
         click.echo(f"steer: {cost}", err=True)
     prompts = {one.prompt for one in samples}
@@ -69,7 +68,7 @@ def score(
 @click.option("--features", help="CLIP whose features measure diversity, such as scenes; by default pixels.")
 @click.option("--represent", is_flag=True, help="Choose an image of high rank for each reward, not for their mean.")
 @click.option("--at-least", type=click.IntRange(1), help="Minimum number of images of each prompt.")
-@DEVICE
+@RESOLVED_DEVICE
 def pick(
     images: tuple[Path, ...],
     rewards: tuple[str, ...],
@@ -78,7 +77,7 @@ def pick(
     texts: tuple[str, ...],
     file: Path | None,
     features: str | None,
-    device: str | None,
+    device: str,
     represent: bool,
     at_least: int | None,
 ) -> None:
@@ -86,12 +85,11 @@ def pick(
 
     IMAGE is a file, a folder or a table, as for `steer score`.
     """
-    from steer.apps.models import default_device
     from steer.apps.picking import pick as pick_images
     from steer.apps.scoring import collect_images
 
-    shown, place = collect_images(images, texts, file), default_device(device)
-    chosen = pick_images(shown, rewards, keep, diverse, features, place, represent, at_least)
+    shown = collect_images(images, texts, file)
+    chosen = pick_images(shown, rewards, keep, diverse, features, device, represent, at_least)
     click.echo(json.dumps({"diverse": diverse, "picked": chosen}, indent=1))
 
 
@@ -131,7 +129,7 @@ def check_pipeline(
     Prints one line per check: ok, refused (with the reason), differs (a wrong result) or traceback. Exit code 1: a
     result differs, or a traceback.
     """
-    from steer.apps.models import default_device, load_pipeline
+    from steer.apps.models import load_pipeline
     from steer.pipelines.compatibility import PipelineCheck, example_call, load_object
 
     try:
@@ -140,7 +138,7 @@ def check_pipeline(
         raise InputError(f"--call {arguments!r} is no JSON ({error})") from error
     if not isinstance(given, dict):
         raise InputError(f"--call must be a JSON object, got {arguments!r}")
-    pipe = load_object(model) if ":" in model else load_pipeline(model, default_device(device))
+    pipe = load_object(model) if ":" in model else load_pipeline(model, device)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     row = PipelineCheck(pipe, example_call(pipe, prompt, steps, size) | given).row()
