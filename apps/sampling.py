@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from steer.apps.archives import write_archive
 from steer.apps.components import check_components
 from steer.apps.errors import check_writable, describe_os_error, wrap_errors
 from steer.apps.expansion import is_text_model, load_expander
-from steer.apps.methods import METHODS, ComputeOptions, Job
+from steer.apps.methods import METHODS, ComputeOptions, DisableAdapter, Job
 from steer.apps.models import adapter_applied, find_adapter, load_pipeline, pipeline_type
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress
 from steer.apps.processes import LaunchContext, launch_context
@@ -291,10 +291,9 @@ def sample(
         check_model_settings(settings)
     record, pending = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
     if pending:
-        pipe, expand = _load_models(settings, device, compute_options, context)
-        requests = sample_requests(rows, settings, pipe)
-        note_unused("prompts", unused_columns(rows, [*SETTINGS, *argument_names(type(pipe))]))
-        with adapter_applied(pipe, settings.lora) as adapter_disabled:
+        with _opened_models(settings, device, compute_options, context) as (pipe, adapter_disabled, expand):
+            requests = sample_requests(rows, settings, pipe)
+            note_unused("prompts", unused_columns(rows, [*SETTINGS, *argument_names(type(pipe))]))
             for n in _local_prompts(pending, context, settings.method, len(rows)):
                 request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
                 job = replace(
@@ -362,17 +361,32 @@ def with_checklists(report: Report, out: Path, check: Checklist | None) -> Repor
     return report | {"prompts": entries}
 
 
-def _load_models(
+@contextmanager
+def opened_model(
+    settings: SamplingConfig, device: str | None = None, show_progress: bool = True, **loading: str
+) -> Iterator[tuple[Any, DisableAdapter]]:
+    """Load the pipeline of settings, with their adapter inside the block; yields it and a context without the adapter.
+
+    show_progress  whether the pipeline shows its steps
+    loading        further arguments of `load_pipeline`
+    """
+    pipe = load_pipeline(settings.model, device, settings.dtype, **settings.loading, **loading)
+    pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if show_progress else True)
+    with adapter_applied(pipe, settings.lora) as off:
+        yield pipe, off
+
+
+@contextmanager
+def _opened_models(
     settings: SamplingConfig, device: str | None, compute_options: ComputeOptions, context: LaunchContext
-) -> tuple[Any, Expander | None]:
-    """Load the pipeline and the text model that expands prompts, if any, first in one process of each machine."""
-    with context.local_main_process_first():
-        pipe = load_pipeline(
-            settings.model, context.device(device), settings.dtype, **compute_options.loading | settings.loading
-        )
-        expand = load_expander(settings.expand, device) if settings.expand is not None else None
-    pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if context.is_main_process else True)
-    return pipe, expand
+) -> Iterator[tuple[Any, DisableAdapter, Expander | None]]:
+    """Open the model, and the text model that expands prompts, if any, first in one process of each machine."""
+    with ExitStack() as stack:
+        with context.local_main_process_first():
+            opened = opened_model(settings, context.device(device), context.is_main_process, **compute_options.loading)
+            pipe, off = stack.enter_context(opened)
+            expand = load_expander(settings.expand, device) if settings.expand is not None else None
+        yield pipe, off, expand
 
 
 def check_model_settings(settings: SamplingConfig) -> None:

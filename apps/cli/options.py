@@ -10,13 +10,11 @@ import click
 
 from steer.apps.settings import (
     ALL_OPTIONS,
-    METHOD_OPTIONS,
     SHARED,
-    SamplingConfig,
     flags_of,
     help_of,
     kinds_of,
-    methods_with,
+    owner_of,
     within_of,
 )
 from steer.arguments import Settings, plain_value
@@ -185,8 +183,7 @@ def complete_setting(context: click.Context, option: click.Parameter, incomplete
 
         names = [*SCHEDULERS]
     else:
-        owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
-        choices = owner.field(name).metadata["choices"]
+        choices = owner_of(name).field(name).metadata["choices"]
         names = [*choices] if isinstance(choices, tuple) else []
     return [one for one in names if one.startswith(incomplete)]
 
