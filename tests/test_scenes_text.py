@@ -113,6 +113,13 @@ def test_steer_sample_writes_texts_report_and_ancestry(steer: Steer, tmp_path: P
         (["--method", "reno"], "optimises the noise of images"),
         (["--reward", "brightness"], "reward of texts"),
         (["--guidance", "3"], "--guidance"),
+        (["--animation"], "--animation: model 'scenes-text' makes texts: leave it out"),
+        (["--compile"], "--compile: model 'scenes-text' makes texts"),
+        (["--micro-batch", "0"], "--micro-batch: model 'scenes-text' makes texts"),
+        (["--offload", "model"], "--offload: model 'scenes-text' makes texts"),
+        (["--attention", "sdpa"], "--attention: model 'scenes-text' makes texts"),
+        (["--keep", "2"], "--keep: model 'scenes-text' makes texts"),
+        (["--checklist", "scene"], "--checklist: model 'scenes-text' makes texts"),
     ],
 )
 def test_options_of_images_are_refused(steer: Steer, words: list[str], message: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from steer.apps.settings import METHOD_OPTIONS, SHARED, SamplingConfig, kinds_of, methods_with, option_names
+from steer.apps.settings import SHARED, SamplingConfig, kinds_of, option_names, owner_of
 from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
 
@@ -39,8 +39,7 @@ LIMITED = ("particles", "steps", "iterations")  # at most their slider's end: vi
 
 def _setting(name: str) -> "tuple[Field[Any], str]":
     """Return the dataclass field of a setting, and its help."""
-    owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
-    return owner.field(name), owner.help()[name]
+    return owner_of(name).field(name), owner_of(name).help()[name]
 
 
 def _hint(text: str) -> str:
