@@ -89,7 +89,7 @@ def measure_herding(
 
 
 def benchmark_rewards(
-    rewards: Sequence[str], gold: str | None, images: Path, prompt: str | None, device: str
+    rewards: Sequence[str], gold: str | None, paths: Sequence[Path], prompts: Sequence[str], device: str
 ) -> Iterator[str]:
     """Yield a table of the one-to-many accuracy of rewards, over changed prompts and over wrong images of a prompt.
 
@@ -97,7 +97,6 @@ def benchmark_rewards(
           prompts are changed, and there is no gain of best-of-n.
     Raises InputError if there are no wrong candidates of either kind.
     """
-    paths, prompts = images_with_prompts(images, prompt)
     truth = None if gold is None else score_all(resolve_reward(gold), paths, prompts, device=device)
     changed, questions = contrast_pairs(prompts), list[tuple[int, list[int]]]()
     if truth is not None:
@@ -105,7 +104,7 @@ def benchmark_rewards(
         changed = [(row, contrast) for row, contrast in changed if row in right]
     if not changed and not questions:
         raise InputError(
-            f"{images}: no right image has a prompt with a colour, a count or a relation to change, and no prompt has "
+            f"--images: no right image has a prompt with a colour, a count or a relation to change, and no prompt has "
             f"{WRONG_IMAGES} wrong images by --gold"
         )
     yield HEAD + ("  best-of-n" if gold else "")

@@ -37,7 +37,8 @@ SCHEDULERS = {
 FEW_STEP = ("LCMScheduler", "TCDScheduler")  # for noise models; diffusers lists no compatible schedulers for them
 MAX_VALUE = 100_000  # largest value of an option: the text may come from an image
 FLOW_OPTION = "use_flow_sigmas"  # makes solvers of noise models accept flow models
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+# Raised by diffusers, peft and safetensors for files that do not match.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
 
 
 def read_scheduler(text: str) -> tuple[type[Any], dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Expansion of prompts by a text model before images are sampled from them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,20 +9,16 @@ from steer.apps.errors import wrap_errors
 from steer.apps.models import load_pipeline
 from steer.assets import TEXT_MODELS
 from steer.errors import InputError
-from steer.pipelines.text.masked_diffusion import INDEX
+from steer.pipelines.text.masked_diffusion import read_index
 
 PIPELINES = ("MaskedDiffusionPipeline", "LLaDA2Pipeline", "DiffusionGemmaPipeline")
 
 
 def is_text_model(model: str) -> bool:
-    """Return whether an embedded model, or the model in a folder, generates texts."""
+    """Return whether an embedded model, or the model in a folder, generates texts. Raises InputError."""
     if model in TEXT_MODELS:
         return True
-    try:
-        index = json.loads((Path(model).expanduser() / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # a model on the hub, or an error that loading reports
-    return isinstance(index, dict) and index.get("_class_name") in PIPELINES
+    return read_index(Path(model).expanduser()).get("_class_name") in PIPELINES  # {} for a model on the hub
 
 
 def load_expander(model: str, device: str | None = None) -> Callable[[str, int], str]:

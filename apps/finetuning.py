@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from steer.apps.asking import TerminalAnswers
 from steer.apps.errors import check_writable, named, wrap_errors
 from steer.apps.expansion import is_text_model
-from steer.apps.models import check_device, load_pipeline
+from steer.apps.models import check_device, is_cpu, load_pipeline
 from steer.apps.processes import is_main_process, launch_context
 from steer.apps.prompts import PromptRow, evenly_chosen, load_rows, metadata_of
 from steer.apps.reward_specs import resolve_reward
@@ -288,7 +288,7 @@ def finetune(
     from steer.apps import finetune_report
 
     job, out = config.job, Path(config.training.output_dir)
-    here = launch_context(cpu=job.device == "cpu")
+    here = launch_context(cpu=is_cpu(job.device))
     with here.local_main_process_first():
         data = load_data(config, resume)
         pipe = load_pipeline(

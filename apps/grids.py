@@ -1,9 +1,10 @@
 """The job behind `steer grid`: one prompt and seed with every pair of values of two settings, as one picture."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from steer.apps.errors import check_writable, wrap_errors
+from steer.apps.expansion import is_text_model
 from steer.apps.methods import METHODS, DisableAdapter, Job
-from steer.apps.models import adapter_applied, load_pipeline, pipeline_type
+from steer.apps.models import pipeline_type
 from steer.apps.plots import BELOW, GAP, SIDE, TOP, Canvas, fit, open_image, plain_text, save_figure
 from steer.apps.prompts import argument_names, check_prompt
 from steer.apps.recipes import Recipe, make_recipe, read_metadata, write_png
 from steer.apps.reward_specs import resolve_reward
-from steer.apps.sampling import MEMORY_HINT, check_model_settings, output_errors
+from steer.apps.sampling import MEMORY_HINT, check_model_settings, opened_model, output_errors
 from steer.apps.settings import ALL_OPTIONS, METHOD_OPTIONS, SHARED, SamplingConfig, kinds_of
 from steer.errors import InputError
 from steer.files import write_text
@@ -107,6 +109,8 @@ def plan_cells(prompt: str | None, x: Axis, y: Axis | None, given: Mapping[str, 
     if len(cells) > MAX_CELLS:
         raise InputError(f"{len(cells)} images: a grid has at most {MAX_CELLS}; give fewer values")
     for cell in cells:
+        if is_text_model(cell.settings.model):
+            raise InputError(f"model {cell.settings.model!r} makes texts, and a grid shows images: leave it out")
         check_model_settings(cell.settings)
     return cells
 
@@ -157,14 +161,8 @@ def sample_grid(
     cells = plan_cells(prompt, x, y, given, out)
     rewards = rewards_of(cells, lambda spec: resolve_reward(spec, reward_timeout))
 
-    @contextmanager
-    def opened(settings: SamplingConfig) -> Iterator[tuple[Any, DisableAdapter]]:
-        pipe = load_pipeline(settings.model, device, settings.dtype, **settings.loading)
-        pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
-        with adapter_applied(pipe, settings.lora) as off:
-            yield pipe, off
-
     with tqdm(desc="grid", total=len(cells), unit="image", disable=None) as bar:
+        opened = partial(opened_model, device=device)
         return write_grid(x, y, cells, rewards, opened, out, on_image=lambda: bar.update())
 
 

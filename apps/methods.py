@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
-from safetensors import SafetensorError
 
+from steer.apps.components import LOAD_ERRORS
 from steer.apps.prompts import call_arguments
 from steer.apps.settings import SamplingConfig
 from steer.assets import TINY_VAES
@@ -59,7 +59,7 @@ def _load_tiny_vae(word: str, source: str | Path, dtype: torch.dtype) -> Autoenc
         loaded, about = AutoencoderTiny.from_pretrained(
             source, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         raise InputError(f"preview {word!r} cannot be loaded as an AutoencoderTiny: {one_line(error)}") from error
     if missing := about["missing_keys"]:  # diffusers fills them with random numbers
         raise InputError(f"preview {word!r} is not an AutoencoderTiny: its weights have no {sorted(missing)[0]}")

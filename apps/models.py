@@ -21,18 +21,18 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from steer.apps.components import set_scheduler, set_vae
+from steer.apps.components import LOAD_ERRORS, set_scheduler, set_vae
 from steer.apps.methods import DisableAdapter
 from steer.assets import ADAPTERS, MODELS, TEXT_MODELS
 from steer.diffusion.lora_layers import adapter_disabler, lora_layers
 from steer.diffusion.views import DENOISERS
 from steer.errors import InputError
 from steer.files import verify_checksums
-from steer.pipelines.text.masked_diffusion import INDEX, left_out, pipeline_class
+from steer.pipelines.text.masked_diffusion import INDEX, left_out, pipeline_class, read_index
 from steer.registry import nearest
 from steer.tables import one_line
 from steer.training.checkpoint import MANIFEST, Checkpoint
@@ -97,22 +97,38 @@ def load_pipeline(
     transformers_logging.disable_progress_bar()
     check_device(device)
     source = _source(model)
-    single = isinstance(source, Path) and source.is_file()
+    single = source if isinstance(source, Path) and source.is_file() else None
     if single and variant is not None:
         raise InputError(f"--variant {variant}: model {model!r} is a single file, which has none: leave it out")
     if config is not None and not (single and (Path(config) / INDEX).is_file()):
         problem = f"no {INDEX} in this folder" if single else f"model {model!r} is no single file: leave it out"
         raise InputError(f"--config {config}: {problem}")
     device = default_device(device)
-    _check_offload(offload, device)
-    try:
-        if isinstance(source, Path) and source.is_file():
-            pipe = _from_single_file(model, source, resolve_dtype(device, dtype), config)
+    if offload is not None and is_cpu(device):
+        raise InputError(f"--offload {offload}: it moves the model between GPU and CPU, and the device is {device}")
+    with _load_errors(model):
+        if single:
+            pipe = _from_single_file(model, single, resolve_dtype(device, dtype), config)
         else:
-            variant = _variant(source) if variant is None and isinstance(source, Path) else variant
+            variant = _variant(source) if variant is None else variant
             pipe = pipeline_class(source).from_pretrained(
                 source, dtype=resolve_dtype(device, dtype), variant=variant, **left_out(source)
             )
+    if vae is not None:
+        set_vae(pipe, vae)
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
+    if offload is None:
+        return pipe.to(device)
+    (pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
+    return pipe
+
+
+@contextmanager
+def _load_errors(model: str) -> Iterator[None]:
+    """Turn any error in the loading of a model into an InputError that names the model."""
+    try:
+        yield
     except InputError:
         raise
     except UnpicklingError as error:
@@ -123,35 +139,19 @@ def load_pipeline(
     except Exception as error:  # two libraries on untrusted files: their exceptions are not documented
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {model!r} cannot be loaded: {reason}") from error
-    if vae is not None:
-        set_vae(pipe, vae)
-    if scheduler is not None:
-        set_scheduler(pipe, scheduler)
-    return pipe.to(device) if offload is None else _offloaded(pipe, offload, device)
-
-
-def _check_offload(offload: str | None, device: str) -> None:
-    if offload is not None and device.startswith("cpu"):
-        raise InputError(f"--offload {offload}: it moves the model between GPU and CPU, and the device is {device}")
-
-
-def _offloaded(pipe: Any, offload: str, device: str) -> Any:
-    (pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
-    return pipe
 
 
 def pipeline_type(model: str) -> type[Any] | None:
     """Return the class of a model's pipeline without loading it; None for a single file, or one on the hub.
 
-    Raises InputError for a model that is missing.
+    Raises InputError for a model that is missing or damaged.
     """
     import diffusers
 
     source = _source(model)
     if not isinstance(source, Path) or source.is_file():
         return None
-    name = json.loads((source / INDEX).read_text(encoding="utf-8")).get("_class_name")
-    kind: type[Any] | None = getattr(diffusers, str(name), None)
+    kind: type[Any] | None = getattr(diffusers, str(read_index(source).get("_class_name")), None)
     return kind
 
 
@@ -177,9 +177,9 @@ def _source(model: str) -> str | Path:
     return model
 
 
-def _variant(folder: Path) -> str | None:
-    """Return the variant of a component that has no plain weights, such as fp16; None if all have plain ones."""
-    for component in sorted(path for path in folder.iterdir() if path.is_dir()):
+def _variant(source: str | Path) -> str | None:
+    """Return the variant of a component that has no plain weights, such as fp16; None if all have, or on the hub."""
+    for component in sorted(path for path in source.iterdir() if path.is_dir()) if isinstance(source, Path) else ():
         result = [match["variant"] for path in component.iterdir() if (match := FILE.fullmatch(path.name))]
         if result and all(result):
             return str(sorted(set(result))[0])
@@ -198,7 +198,7 @@ def _from_single_file(model: str, file: Path, dtype: torch.dtype, given: str | N
     places = (file.with_suffix(""), file.parent) if given is None else (Path(given),)
     beside = [folder for folder in places if (folder / INDEX).is_file()]
     if beside:
-        name = str(json.loads((beside[0] / INDEX).read_text(encoding="utf-8")).get("_class_name"))
+        name = str(read_index(beside[0]).get("_class_name"))
         config: dict[str, Any] = {"config": str(beside[0])}
         missing = ""
     else:
@@ -218,8 +218,13 @@ def _from_single_file(model: str, file: Path, dtype: torch.dtype, given: str | N
 
 def resolve_dtype(device: str, dtype: str | None) -> torch.dtype:
     """Resolve a dtype: by default float32 on the CPU and bfloat16 elsewhere."""
-    number: torch.dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    number: torch.dtype = getattr(torch, dtype or ("float32" if is_cpu(device) else "bfloat16"))
     return number
+
+
+def is_cpu(device: str | None) -> bool:
+    """Return whether a device is the CPU, such as cpu or cpu:0; None is not."""
+    return device is not None and torch.device(device).type == "cpu"
 
 
 def default_device(device: str | None = None) -> str:
@@ -241,11 +246,8 @@ def check_device(device: str | None) -> None:
 logger = logging.getLogger(__name__)
 
 # Files that `steer finetune` writes: a LoRA of diffusers, one of peft, or all weights of the denoiser.
-LORA, PEFT, FULL_WEIGHTS = (
-    "pytorch_lora_weights.safetensors",
-    "adapter_model.safetensors",
-    "diffusion_pytorch_model*.safetensors",
-)
+LORA, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
+FULL_WEIGHTS = "diffusion_pytorch_model*.safetensors"
 CONFIGS = ("adapter_config.json", "config.json")
 ADAPTER_NAME = "steer_finetuned"
 # Keys of peft's configuration that the loader applies, and keys without effect on loaded tensors.
@@ -275,8 +277,6 @@ KINDS = {  # part of a key: kind of adapter
     "lora_embedding": "a LoRA of an embedding",
 }
 MAX_SHOWN = 3  # keys listed in a message
-# Raised by diffusers, peft and safetensors for files that do not match.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
 
 
 @dataclass(frozen=True)

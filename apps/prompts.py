@@ -235,7 +235,7 @@ MAX_PROMPT_LENGTH = 100_000  # characters: far more than any text encoder reads
 
 
 def load_prompts(source: str, column: str | None = None) -> list[str]:
-    """Load prompts from an embedded list, a file (`read_prompts`) or a data set of the hub.
+    """Load prompts from an embedded list, a file (`read_rows`) or a data set of the hub.
 
     source  a name in `steer.assets.PROMPTS`; a file; ORGANISATION/NAME or ORGANISATION/NAME:SPLIT (by default train;
             FOLDER/SPLIT for a configuration or another folder). An existing file comes first.
@@ -316,11 +316,6 @@ def _locate(source: str) -> list[Path]:
             f"({', '.join(READERS)}), or a data set of the hub, ORGANISATION/NAME[:SPLIT]"
         )
     return list(data_files(named[1], named[2] or "train", HUB))
-
-
-def read_prompts(path: Path, column: str | None = None) -> list[str]:
-    """Read the prompts of a file, in order: `read_rows` without the other columns."""
-    return [row.prompt for row in read_rows(path, column)]
 
 
 def read_rows(path: Path, column: str | None = None) -> list[PromptRow]:

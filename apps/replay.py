@@ -3,7 +3,7 @@
 The image is untrusted. `steer.apps.recipes` checks its recipe; code of a reward is imported only if the user names it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from PIL import Image
 
 from steer.apps.errors import check_writable, wrap_errors
 from steer.apps.methods import METHODS, TINY, Job
-from steer.apps.models import adapter_applied, check_device, load_pipeline
+from steer.apps.models import check_device
 from steer.apps.prompts import argument_names, call_arguments, cell, check_arguments
 from steer.apps.recipes import Recipe, image_hash, make_recipe, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
-from steer.apps.sampling import READ, guided_by_original
+from steer.apps.sampling import READ, guided_by_original, opened_model
 from steer.apps.settings import SamplingConfig, default_of
 from steer.diffusion.preview import PREVIEWS
 from steer.errors import InputError
@@ -67,12 +67,10 @@ def replay(
     check_device(device)
     check_writable(out)
     path, state = out / f"{image.stem}-replay.png", out / f".{image.stem}-replay.safetensors"
-    pipe = load_pipeline(settings.model, device, settings.dtype, **settings.loading)
-    pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
-    lora_path = None if recipe.base else settings.lora
+    loaded_settings = replace(settings, lora=None) if recipe.base else settings
     with (
         wrap_errors(str(image), "nothing was written", "use a device with more memory"),
-        adapter_applied(pipe, lora_path),
+        opened_model(loaded_settings, device) as (pipe, _),
     ):
         arguments = _arguments(recipe, pipe)
         view = guided_by_original(pipe, settings, recipe.prompt, arguments.get(READ, recipe.prompt))

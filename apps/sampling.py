@@ -1,11 +1,11 @@
-"""The job behind `steer sample`: prompts in, a folder of images and a report out. Interrupted runs resume."""
+"""The job behind `steer sample`: prompts in, images or texts and a report out. Interrupted runs resume."""
 
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from steer.apps.archives import write_archive
 from steer.apps.components import check_components
 from steer.apps.errors import check_writable, describe_os_error, wrap_errors
-from steer.apps.expansion import load_expander
-from steer.apps.methods import METHODS, ComputeOptions, Job
+from steer.apps.expansion import is_text_model, load_expander
+from steer.apps.methods import METHODS, ComputeOptions, DisableAdapter, Job
 from steer.apps.models import adapter_applied, find_adapter, load_pipeline, pipeline_type
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress
 from steer.apps.processes import LaunchContext, launch_context
@@ -37,11 +37,12 @@ from steer.apps.prompts import (
 )
 from steer.apps.recipes import Recipe, make_recipe, write_png
 from steer.apps.reward_specs import resolve_reward
-from steer.apps.settings import SHARED, SamplingConfig
+from steer.apps.settings import SHARED, SamplingConfig, flags_of
 from steer.diffusion.two_prompts import two_prompts
 from steer.errors import InputError
-from steer.files import dumps_with_checksum, loads_with_checksum, read_image, write_text
+from steer.files import dumps_with_checksum, read_image, read_json, write_text
 from steer.pipelines.base import Cost, Iteration, SteeringOutput
+from steer.reward import as_texts
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def open_report(
     header: Report = {"model": settings.model, "method": settings.method}
     entries: dict[int, Entry] = {}
     if (out / REPORT).exists():
-        old = _read(out / REPORT, out, config)
+        old = _read(out / REPORT, config)
         header |= {name: value for name, value in old.items() if name not in ("prompts", "cost")}
         entries.update(enumerate(old["prompts"]))
     entries.update(_unmerged_entries(out, config))
@@ -202,26 +203,18 @@ def _unmerged_entries(out: Path, config: Mapping[str, Any]) -> dict[int, Entry]:
     """Read the entries that are not merged yet. Raises InputError for entries of another run."""
     entries_by_number: dict[int, Entry] = {}
     for path in sorted((out / FINISHED).glob("*.json")):
-        part = _read(path, out, config)
+        part = _read(path, config)
         if type(number := part.get("number")) is not int or len(part["prompts"]) != 1:
             raise InputError(f"{path} is not a report of steer; choose another --out")
         entries_by_number[number] = part["prompts"][0]
     return entries_by_number
 
 
-def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
-    """Read a report in `out`, or the report of a single prompt. Raises InputError for other files or settings."""
-    foreign = f"{path} is not a report of steer"
-    try:
-        old = loads_with_checksum(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot read {path.name} ({error.strerror})") from error
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{foreign} ({error}); choose another --out") from error
-    if not (isinstance(old, dict) and isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
-        raise InputError(f"{foreign}; choose another --out")
+def _read(path: Path, config: Mapping[str, Any]) -> Report:
+    """Read a report, or the report of a single prompt. Raises InputError for other files or settings."""
+    old = read_json(path, "a report of steer", "; choose another --out")
+    if not (isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
+        raise InputError(f"{path} is not a report of steer; choose another --out")
     stored = SamplingConfig.of(method=config["method"]).plain() | old["settings"]  # older reports lack some settings
     for name, value in config.items():
         if stored.get(name) != value:
@@ -243,7 +236,7 @@ def _is_valid_entry(entry: Entry) -> bool:
 
 def _is_complete(entry: Entry, out: Path, animation: bool) -> bool:
     """Return whether all files of an entry are in the output folder, and PNGs are not truncated as by a power cut."""
-    names = [*entry.get("images", [None])]
+    names = [*entry.get("images", [] if "texts" in entry else [None])]
     names += [name for side in CONTROLS for name in entry.get(side, {}).get("images", [])]
     names += [entry["noise"]] if "noise" in entry else []
     names += [entry.get("animation")] if animation else []
@@ -258,6 +251,7 @@ def _is_complete(entry: Entry, out: Path, animation: bool) -> bool:
     return True
 
 
+TEXTS = "texts.jsonl"
 SEARCH, FRAMES = "search.safetensors", "frames"  # files of an unfinished prompt
 READ = "reward_prompt"  # argument with the original of an expanded prompt, for the reward
 MEMORY_HINT = "fewer particles need less"
@@ -279,12 +273,15 @@ def sample(
     so that images depend neither on the order of prompts nor on the process; the n-th of equal prompts has seed + n.
     Columns of a row that are named after arguments of the pipeline set these arguments. Processes split the missing
     prompts; the main process merges and draws. `animation` writes a GIF of each noise optimisation; `checklist` is a
-    reward that lists the requirements of a prompt, ticked or crossed below each image of grid.png.
+    reward that lists the requirements of a prompt, ticked or crossed below each image of grid.png. A text model writes
+    texts.jsonl in place of images; options of images are refused.
     """
     context = launch_context()
     with context.local_main_process_first():
         compute_options = compute_options or ComputeOptions()
         compute_options.check()
+        if is_text_model(settings.model):
+            _check_texts(settings, animation, compute_options, checklist)
         rows = [_checked(row, settings) for row in prompts]
         if animation and not METHODS[settings.method].is_iterative:
             raise InputError(f"--animation shows iterations and --method {settings.method} has none: leave it out")
@@ -294,10 +291,9 @@ def sample(
         check_model_settings(settings)
     record, pending = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
     if pending:
-        pipe, expand = _load_models(settings, device, compute_options, context)
-        requests = sample_requests(rows, settings, pipe)
-        note_unused("prompts", unused_columns(rows, [*SETTINGS, *argument_names(type(pipe))]))
-        with adapter_applied(pipe, settings.lora) as adapter_disabled:
+        with _opened_models(settings, device, compute_options, context) as (pipe, adapter_disabled, expand):
+            requests = sample_requests(rows, settings, pipe)
+            note_unused("prompts", unused_columns(rows, [*SETTINGS, *argument_names(type(pipe))]))
             for n in _local_prompts(pending, context, settings.method, len(rows)):
                 request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
                 job = replace(
@@ -317,6 +313,23 @@ def sample(
         if context.is_main_process:
             _draw(report, out, check)
     return report
+
+
+def _check_texts(
+    settings: SamplingConfig, animation: bool, compute_options: ComputeOptions, checklist: str | None
+) -> None:
+    """Raise InputError for options that do not apply to texts, and for several processes."""
+    if METHODS[settings.method].is_iterative:
+        raise InputError(f"--method {settings.method} optimises the noise of images: use fk, svdd, beam or best-of-n")
+    of_images = ("expand", "original", "noise_candidates", "guidance", "negative_prompt", "height", "width", "vae")
+    given = {flags_of(name)[0]: getattr(settings, name) is not None for name in (*of_images, "best_of")}
+    given |= {"--animation": animation, "--checklist": checklist is not None}
+    given |= {"--attention": compute_options.attention != "auto", "--compile": compute_options.compiled}
+    given |= {"--micro-batch": compute_options.micro_batch is not None, "--offload": bool(compute_options.offload)}
+    if unused := [flag for flag, is_given in given.items() if is_given]:
+        raise InputError(f"{unused[0]}: model {settings.model!r} makes texts: leave it out")
+    if launch_context().world_size > 1:
+        raise InputError(f"model {settings.model!r} makes texts: sample them in a single process")
 
 
 Checklist = Callable[[torch.Tensor, Sequence[str]], list[dict[str, bool]]]
@@ -348,17 +361,32 @@ def with_checklists(report: Report, out: Path, check: Checklist | None) -> Repor
     return report | {"prompts": entries}
 
 
-def _load_models(
+@contextmanager
+def opened_model(
+    settings: SamplingConfig, device: str | None = None, show_progress: bool = True, **loading: str
+) -> Iterator[tuple[Any, DisableAdapter]]:
+    """Load the pipeline of settings, with their adapter inside the block; yields it and a context without the adapter.
+
+    show_progress  whether the pipeline shows its steps
+    loading        further arguments of `load_pipeline`
+    """
+    pipe = load_pipeline(settings.model, device, settings.dtype, **settings.loading, **loading)
+    pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if show_progress else True)
+    with adapter_applied(pipe, settings.lora) as off:
+        yield pipe, off
+
+
+@contextmanager
+def _opened_models(
     settings: SamplingConfig, device: str | None, compute_options: ComputeOptions, context: LaunchContext
-) -> tuple[Any, Expander | None]:
-    """Load the pipeline and the text model that expands prompts, if any, first in one process of each machine."""
-    with context.local_main_process_first():
-        pipe = load_pipeline(
-            settings.model, context.device(device), settings.dtype, **compute_options.loading | settings.loading
-        )
-        expand = load_expander(settings.expand, device) if settings.expand is not None else None
-    pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if context.is_main_process else True)
-    return pipe, expand
+) -> Iterator[tuple[Any, DisableAdapter, Expander | None]]:
+    """Open the model, and the text model that expands prompts, if any, first in one process of each machine."""
+    with ExitStack() as stack:
+        with context.local_main_process_first():
+            opened = opened_model(settings, context.device(device), context.is_main_process, **compute_options.loading)
+            pipe, off = stack.enter_context(opened)
+            expand = load_expander(settings.expand, device) if settings.expand is not None else None
+        yield pipe, off, expand
 
 
 def check_model_settings(settings: SamplingConfig) -> None:
@@ -414,8 +442,19 @@ def _local_prompts(pending: Sequence[int], context: LaunchContext, method: str, 
 
 
 def _draw(report: Report, out: Path, check: Checklist | None = None) -> None:
-    draw_grid(with_checklists(report, out, check), out)
+    if is_text_model(report["model"]):
+        lines = [json.dumps(line) + "\n" for entry in report["prompts"] for line in _text_lines(entry)]
+        write_text(out / TEXTS, "".join(lines))
+    else:
+        draw_grid(with_checklists(report, out, check), out)
     (draw_progress if METHODS[report["method"]].is_iterative else draw_ancestry)(report, out)
+
+
+def _text_lines(entry: Entry) -> Iterator[dict[str, Any]]:
+    """Yield a line for each text of a prompt, best first; texts without steering come last."""
+    for side, steered in ((entry, True), (entry.get("base", {"texts": [], "rewards": []}), False)):
+        for text, reward in zip(side["texts"], side["rewards"], strict=True):
+            yield {"prompt": entry["prompt"], "text": text, "reward": reward, "steered": steered}
 
 
 def _raise_if_stopped(entry: Entry, record: PartialReport, context: LaunchContext) -> None:
@@ -430,13 +469,13 @@ def _raise_if_stopped(entry: Entry, record: PartialReport, context: LaunchContex
 
 
 def _sample_prompt(job: Job, row: PromptRow, folder: Path, animation: bool) -> Entry:
-    """Sample one prompt, write its images, return its entry of the report. Raises InputError with the prompt."""
+    """Sample one prompt, write its samples, return its entry of the report. Raises InputError with the prompt."""
     frames = Frames(folder / FRAMES)
     with wrap_errors(f"prompt {job.prompt!r}", "finished prompts are kept", MEMORY_HINT):
         output = (replace(job, on_iteration=frames.keep) if animation else job).run()
         entry: Entry = {"prompt": job.arguments.get(READ, job.prompt)}
         entry |= {"expanded": job.prompt} if READ in job.arguments else {}
-        entry |= {"images": _save_images(output, job, folder)} | describe(output)
+        entry |= _save_samples(output, job, folder) | describe(output)
         entry |= {} if output.lam is None else {"lam": output.lam}
         entry |= _nsfw_flags(output)
         if output.start is not None:
@@ -456,9 +495,9 @@ def _sample_prompt(job: Job, row: PromptRow, folder: Path, animation: bool) -> E
 
 
 def _control(job: Job, output: SteeringOutput, folder: Path, prefix: str, base: bool = False) -> Entry:
-    """Write the images of a control, and return its entry."""
-    images = _save_images(output, job, folder, prefix, base)
-    return {"images": images, "rewards": output.rewards[0].tolist()} | _nsfw_flags(output)
+    """Write the samples of a control, and return its entry."""
+    saved = _save_samples(output, job, folder, prefix, base)
+    return saved | {"rewards": output.rewards[0].tolist()} | _nsfw_flags(output)
 
 
 def describe(output: SteeringOutput) -> Entry:
@@ -519,10 +558,12 @@ def _clean(folder: Path) -> None:
     shutil.rmtree(folder / FRAMES, ignore_errors=True)
 
 
-def _save_images(output: SteeringOutput, job: Job, folder: Path, prefix: str = "", base: bool = False) -> list[str]:
-    """Save images in order, each with its recipe; return their paths relative to the output folder."""
+def _save_samples(output: SteeringOutput, job: Job, folder: Path, prefix: str = "", base: bool = False) -> Entry:
+    """Save images in order, each with its recipe; return their paths relative to the output folder, or the texts."""
+    if (texts := as_texts(output.images)) is not None:
+        return {"texts": list(texts)}
     saved = write_images(job, output, folder, prefix, base)
-    return [f"{folder.name}/{one.path.name}" for one in saved]
+    return {"images": [f"{folder.name}/{one.path.name}" for one in saved]}
 
 
 def _slug(prompt: str) -> str:

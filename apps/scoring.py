@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, overload
@@ -15,8 +16,18 @@ from tqdm.auto import tqdm
 from steer.apps.plots import FAINT, INK, plain_text, save_figure, style_axes
 from steer.apps.prompts import read_rows
 from steer.errors import InputError
-from steer.files import IMAGE_SUFFIXES, loads_with_checksum, read_image
-from steer.reward import Judge, Reward, RewardError, compare, score, score_components
+from steer.files import IMAGE_SUFFIXES, read_image, read_json
+from steer.reward import (
+    Judge,
+    Reward,
+    RewardError,
+    Scores,
+    compare,
+    compares_images,
+    mean_over_frames,
+    score,
+    score_components,
+)
 from steer.rewards.analysis import Agreement, CheckResult, Consistency, Contrast, consistency_by_kind, contrast_pairs
 from steer.rewards.inputs import file_batches, rows_by_prompt
 from steer.rewards.objectives import PreferenceLabels
@@ -25,6 +36,7 @@ from steer.tables import numbered_lines, read_text
 from steer.training.overoptimization import Usefulness
 
 T = TypeVar("T")
+REPORT_HINT = "; prompts can be given in prompts.jsonl"
 REPORT, LISTS = "report.json", ("prompts.jsonl", "metadata.jsonl")
 IMAGE_KEYS, PROMPT_KEYS = ("image", "file_name", "image_path"), ("prompt", "text", "caption")
 PROMPT_SOURCES = (
@@ -100,18 +112,9 @@ def _read(read: Callable[[Path], T], path: Path) -> T:
         raise InputError(f"{path}: cannot read it ({error.strerror})") from error
 
 
-def _json(text: str, where: str) -> Any:
-    try:
-        return loads_with_checksum(text)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
-
-
 def _read_report(path: Path) -> list[tuple[str, str]]:
     """Return the names and prompts of all images that `steer sample` wrote."""
-    report = _json(_read(read_text, path), str(path))
+    report = read_json(path, "a report of `steer sample`", REPORT_HINT)
     listed: list[tuple[str, str]] = []
     try:
         for entry in report["prompts"]:
@@ -120,7 +123,7 @@ def _read_report(path: Path) -> list[tuple[str, str]]:
         if not all(isinstance(prompt, str) for _, prompt in listed):
             raise TypeError("a prompt that is no text")
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: not a report of `steer sample`; prompts can be given in prompts.jsonl") from error
+        raise InputError(f"{path} is not a report of `steer sample`{REPORT_HINT}") from error
     return listed
 
 
@@ -129,7 +132,10 @@ def _read_lines(path: Path) -> list[tuple[str, str]]:
     for where, line in _read(numbered_lines, path):
         if not line.strip():
             continue
-        record = _json(line, where)
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error})") from error
         known = record if isinstance(record, dict) else {}
         image, prompt = (next((known[key] for key in keys if key in known), None) for keys in (IMAGE_KEYS, PROMPT_KEYS))
         if not (isinstance(image, str) and isinstance(prompt, str)):
@@ -271,8 +277,9 @@ def score_all(
 ) -> Tensor:
     """Score N image files, each with its prompt, with a progress bar: (N,) fp32.
 
-    Images of any sizes; at most `batch` consecutive ones of one size are loaded and scored together on `device`.
-    Raises InputError for a file that is not an image, RewardError if the reward fails.
+    Images of any sizes; at most `batch` consecutive ones of one size are loaded and scored together on `device`; all of
+    them, of one size, if the reward compares images. Raises InputError for a file that is not an image, RewardError if
+    the reward fails.
     """
     if batch < 1:
         raise InputError(f"the batch must be at least 1 image, got {batch}")
@@ -280,10 +287,31 @@ def score_all(
         raise InputError(f"images are scored with one prompt each, got {len(prompts)} for {len(paths)} images")
     scores = [torch.zeros(0)]
     with torch.no_grad(), tqdm(total=len(paths), desc=reward.name, unit="image", disable=None) as progress:
-        for images, texts in file_batches(paths, prompts, batch):
+        whole = compares_images(reward)
+        for images, texts in file_batches(paths, prompts, len(paths) if whole else batch):
+            if whole and len(texts) < len(paths):
+                raise InputError(f"{reward.name} compares images, and these have several sizes: make them equal")
             scores.append(score(reward, images.to(device), texts))
             progress.update(len(texts))
     return torch.cat(scores)
+
+
+SCORE_BATCH = 8  # images of a tensor that are scored at a time
+
+
+@torch.no_grad()
+def score_in_batches(reward: Reward, images: Tensor, prompts: Sequence[str], device: str | None = None) -> Scores:
+    """Score images (N, 3, H, W) or videos (N, F, 3, H, W) by a reward and its components: (N,) each.
+
+    In batches, moved to `device`; images that the reward compares are in one batch.
+    """
+    scored, size = [], len(images) if compares_images(reward) else SCORE_BATCH
+    for start in range(0, len(images), size):
+        cut = slice(start, start + size)
+        score_frames: Callable[[Tensor], Scores] = partial(score_components, reward, prompts=prompts[cut])
+        scored.append(mean_over_frames(images[cut].to(device).float().clamp(0, 1), score_frames, reward))
+    totals, components = zip(*scored, strict=True)
+    return torch.cat(totals), {name: torch.cat([one[name] for one in components]) for name in components[0]}
 
 
 def score_each(rewards: Iterable[Reward], paths: Sequence[Path], prompts: Sequence[str], device: str) -> Tensor:
@@ -436,8 +464,6 @@ def render_check_results(check_results: Sequence[CheckResult]) -> str:
 
 def render_consistency(consistency: Mapping[str, Consistency]) -> str:
     """Render a table: how often the prompt scores higher than a changed one, by the kind of change."""
-    if not consistency:
-        return "no prompt has a colour, a number or a relation to change"
     rows = [f"{'changed':8}  {'prompt preferred':>16}  {'pairs':>6}  {'mean margin':>11}"]
     for kind, cell in consistency.items():
         rows.append(f"{kind:8}  {cell.share:>16.1%}  {cell.pairs:>6}  {cell.margin:>11.3g}")

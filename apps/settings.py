@@ -239,6 +239,11 @@ def methods_with(name: str) -> list[str]:
     return [method for method, options in METHOD_OPTIONS.items() if name in options.names]
 
 
+def owner_of(name: str) -> type[Settings]:
+    """Return the dataclass of a setting; of an option of several methods, the first method's."""
+    return SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
+
+
 def default_of(method: str, name: str) -> Any:
     """Return the default of a method's option."""
     settings, defaults, _ = METHOD_OPTIONS[method]
@@ -262,8 +267,7 @@ def within_of(name: str) -> str | None:
 
 def flags_of(name: str) -> tuple[str, ...]:
     """Return the flags of a setting on the command line."""
-    owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
-    flags: tuple[str, ...] = owner.field(name).metadata["flags"]
+    flags: tuple[str, ...] = owner_of(name).field(name).metadata["flags"]
     return flags or (f"--{name.replace('_', '-')}",)
 
 

@@ -135,16 +135,6 @@ def accuracy(study: Json, rows: Sequence[str] = ()) -> str:
     return table(lines)
 
 
-def agreement(figures: Json) -> str:
-    """Tabulate a foresight.json."""
-    return foresight.table(figures)
-
-
-def curves(figures: Json, reached: bool = True) -> str:
-    """Tabulate the JSON of `apps.scenes finetuning`; `reached`: with the seconds to the end of the first run."""
-    return curves_table(figures, reached)
-
-
 def ratios(report: Json) -> str:
     """Tabulate the ratios of a bench.json: seconds, with the quartiles over turns, FLOPs and peak memory."""
     lines = [["ratio", "seconds", "quartiles", "FLOPs", "peak memory"]]
@@ -157,7 +147,10 @@ def ratios(report: Json) -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    one.__name__: one for one in (search, equal_cost, seconds, accuracy, agreement, curves, ratios)
+    one.__name__: one for one in (search, equal_cost, seconds, accuracy, ratios)
+} | {
+    "agreement": foresight.table,  # of a foresight.json
+    "curves": curves_table,  # of the JSON of `apps.scenes finetuning`
 }
 
 

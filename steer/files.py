@@ -181,6 +181,25 @@ def loads_with_checksum(text: str) -> Any:
     return {name: value for name, value in stored.items() if name != CHECKSUM_KEY}
 
 
+def read_json(path: Path, kind: str = "JSON", hint: str = "") -> dict[str, Any]:
+    """Read a JSON object, and verify and remove its checksum, where there is one.
+
+    kind, hint  "a report of steer" and the remedy, for the message
+    Raises InputError for a file that cannot be read, a checksum mismatch, and anything but a JSON object.
+    """
+    try:
+        stored = loads_with_checksum(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it ({error.strerror})") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not {kind} ({error}){hint}") from error
+    if not isinstance(stored, dict):
+        raise InputError(f"{path} is not {kind} (no object by name){hint}")
+    return stored
+
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others: Pillow runs external programs for some
 MAX_PIXELS = 1 << 26  # 8192 x 8192: a small file can decode to more than fits in memory
 DECODE_ERRORS = (  # raised by Pillow; IndexError for a truncated colour profile, TypeError for TIFF tags

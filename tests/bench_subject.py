@@ -73,4 +73,4 @@ def tiny_subject() -> Subject:
     """Measured in a tenth of a second."""
     call = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
     shared = {"one_step": fresh(), "make_trainable": fresh, "pairs": 3, "update_steps": 3}
-    return Subject("tiny", cached_pipe("sd"), call, PARTICLES, (PROMPT,), Colourful(), **shared)
+    return Subject("tiny", cached_pipe("sd"), call, PARTICLES, PROMPT, Colourful(), **shared)

@@ -200,12 +200,12 @@ def test_a_bad_prompt_file_is_named_with_its_line(
 
 
 def test_prompts_from_every_format(tmp_path: Path) -> None:
-    from steer.apps.prompts import read_prompts
+    from steer.apps.prompts import load_prompts
 
     (tmp_path / "a.txt").write_text("\ufeffa circle\n\n a star \n", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text('{"tag": "x\u2028", "prompt": "a circle"}\r\n\n{"prompt": "a star"}\n')
     (tmp_path / "a.tsv").write_text("Prompt\tCategory\na circle\tx\na star\ty\n")
-    assert all(read_prompts(tmp_path / f"a.{kind}") == ["a circle", "a star"] for kind in ("txt", "jsonl", "tsv"))
+    assert all(load_prompts(str(tmp_path / f"a.{kind}")) == ["a circle", "a star"] for kind in ("txt", "jsonl", "tsv"))
 
 
 def test_prompts_come_from_one_place(steer: Steer, tmp_path: Path) -> None:

@@ -151,6 +151,12 @@ def test_wrong_images_are_named() -> None:
             score_batch(torch.zeros(shape), "", "brightness")
 
 
+def test_images_that_are_compared_are_scored_in_one_call() -> None:
+    grey = torch.linspace(0, 1, 9).view(9, 1, 1, 1).expand(9, 4, 4, 3)
+    totals = score_batch(grey, "", "tournament(brightness)").totals
+    assert len(totals.unique()) == 9 and totals.argsort().tolist() == list(range(9))
+
+
 @pytest.mark.parametrize("kohya", [False, True])
 def test_an_adapter_changes_the_weights_as_diffusers_does(nodes: dict[str, Any], tmp_path: Path, kohya: bool) -> None:
     """At half strength, against diffusers' own fusion of the same file."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("gradio")
@@ -17,6 +18,7 @@ from steer.apps.demo.image_labels import ImageLabelStore, pairs_of
 from steer.apps.demo.label_tab import LabelSession, group_view
 from steer.apps.demo.labels import LabelRequest, Progress, goal_text
 from steer.errors import InputError
+from steer.files import read_image
 from steer.rewards.preference_pairs import read_pairs
 
 ADA, BEN, CLEO = (LabelRequest(name, ("own images",), 2, 6) for name in ("Ada", "Ben", "Cleo"))
@@ -54,6 +56,20 @@ def test_pairs_are_all_pairs_of_a_prompt_in_the_same_order(images: Path) -> None
     assert pairs == pairs_of(images) and [pair.shared for pair in pairs] == [True, False, False] * 3
     assert {pair.prompt for pair in pairs if pair.files[0].stem < "4"} == {"a star"}
     assert all(picture.startswith(b"\x89PNG") for picture in pairs[0].pictures())
+
+
+def test_annotators_see_the_pixels_that_a_reward_learns_from(tmp_path: Path) -> None:
+    """The sensor of a phone lies on its side, and a transparent pixel has any colour."""
+    phone, exif = Image.new("RGB", (40, 20), "red"), Image.Exif()
+    phone.paste("blue", (20, 0, 40, 20))
+    exif[0x0112] = 6
+    phone.save(tmp_path / "phone.png", exif=exif)
+    Image.new("RGBA", (20, 40), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    for name in ("phone", "clear"):
+        (tmp_path / f"{name}.txt").write_text("a star")
+    (pair,) = pairs_of(tmp_path)
+    for path, picture in zip(pair.files, pair.pictures(), strict=True):
+        assert torch.equal(read_image(picture), read_image(path))
 
 
 def test_shared_pairs_come_to_everyone_and_the_others_to_one(store: ImageLabelStore) -> None:
@@ -94,8 +110,8 @@ def test_a_table_of_other_images_is_refused(store: ImageLabelStore, images: Path
     for changed, message in (
         (json.dumps(rows[0] | {"prompt": "another"}), "is of other images"),
         (json.dumps(rows[0] | {"pair": "99"}), "is of other images"),
-        ("[]", "is of other images"),
-        ("{", "cannot be read as JSON lines"),
+        ("[]", "line 1: expected an object"),
+        ("{", "line 1: not JSON"),
     ):
         table.write_text(changed + "\n")
         with pytest.raises(InputError, match=message):

@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 pytest.importorskip("gradio")
 
@@ -224,7 +226,7 @@ def test_on_a_full_disk_nothing_is_recorded_and_one_line_reports_it(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(store._folder), "write_preference", full)
-    with pytest.raises(InputError, match=r"cannot be written there .No space left on device.: make room"):
+    with pytest.raises(InputError, match=r"cannot write there .No space left on device.; make room, then try again"):
         store.choose("Ada", group, 0)
     monkeypatch.undo()
     assert store.judgements() == {} and store.choose("Ada", group, 0)
@@ -527,11 +529,26 @@ def test_a_new_start_replaces_the_earlier_one(tab: LabelTab) -> None:
     tab.forget(who)
 
 
-def test_a_sampling_error_is_reported_and_start_works_again(tab: LabelTab) -> None:
+def test_a_sampling_error_is_reported_and_start_works_again(tab: LabelTab, monkeypatch: pytest.MonkeyPatch) -> None:
     who, tab.model = visitor("a"), "nowhere"
     *_, last = tab.begin("Ada", "a star", 2, who)
     assert "not one of this app" in last[tab.status] and "Press Start to try again" in last[tab.view]
     tab.model = "scenes"
+    with monkeypatch.context() as patched:
+        for error, message in (
+            (torch.OutOfMemoryError(), "memory is full: fewer images at a time need less"),
+            (OSError(28, "No space left on device", str(tab.studio.home / "x")), "No space left on device"),
+        ):
+            patched.setattr(tab.store, "draw", Mock(side_effect=error))
+            *_, last = tab.begin("Ada", "a star", 2, who)
+            assert message in last[tab.status] and str(tab.studio.home) not in last[tab.status]
+        patched.setattr(tab.store, "draw", Mock(side_effect=RuntimeError("of another kind")))
+        with pytest.raises(RuntimeError, match="of another kind"):
+            list(tab.begin("Ada", "a star", 2, who))
+    context = gr.context.Context.root_block
+    assert context is not None
+    events = {number for number, event in context.fns.items() if event.fn in (tab.begin, tab.answer)}
+    assert {event.trigger_after for event in context.fns.values() if event.trigger_only_on_failure} >= events
     assert [*tab.begin("Ada", "", 2, who)][-1][tab.view].count("<img") == 2
     tab.forget(who)
 

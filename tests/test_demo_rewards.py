@@ -132,13 +132,15 @@ def test_best_first_by_any_reward_with_what_it_did_not_score_last() -> None:
         ("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image that can be read"),
         ("print.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image that can be read"),
         ("heavy.png", bytes(MAX_BYTES + 1), "10.0 MB: at most 10 MB an image"),
+        ("gone.png", None, "not an image that can be read"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.endswith((".png", ".svg")) else "",
 )
 def test_a_bad_file_has_a_line_and_the_others_are_scored(
-    studio: Studio, images: list[Path], tmp_path: Path, name: str, content: bytes, message: str
+    studio: Studio, images: list[Path], tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
-    (tmp_path / name).write_bytes(content)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     rows_found = scored(studio, [images[0], tmp_path / name, images[1]], "brightness")
     assert [row.name for row in rows_found.rows] == ["a.png", "b.jpg"]
     (note,) = rows_found.notes

@@ -203,7 +203,7 @@ def test_the_command_asks_for_the_same_settings(monkeypatch: pytest.MonkeyPatch)
     for change in (
         {},
         {"method": "reno", "model": "scenes-turbo", "compare": False},
-        {"lam": 0.1, "guidance": 7.25},
+        {"lam": 0.1234567, "guidance": 1234567.5},
         {"adapter": True},
     ):
         settings = settings_of(ASKED | change, ADAPTER)

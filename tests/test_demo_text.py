@@ -119,6 +119,8 @@ def test_the_tab_shows_a_run_and_refuses_what_it_cannot_do(studio: Studio) -> No
     assert "reward of texts" in run(reward="brightness")[tab.status]
     assert "rewards have names" in run(reward="bigram:/etc/passwd")[tab.status]
     assert "at most" in run(particles=100)[tab.status]
+    assert "reward: the field is empty, give a name" in run(reward=None)[tab.status]
+    assert "steps: the field is empty, give a number" in run(steps=None)[tab.status]
     assert tab.fit("base") == [gr.update(visible=False)] * 2  # the strength, and its choice
 
 

@@ -22,7 +22,6 @@ from steer.apps.demo.finetune_tab import (
     Run,
     TrainingView,
     charts_view,
-    records_of,
     samples_view,
     training_request,
 )
@@ -36,6 +35,7 @@ from steer.apps.models import find_adapter, load_pipeline
 from steer.errors import InputError
 from steer.pipelines.training.evaluation import Evaluator
 from steer.pipelines.training.model_card import held_out_names
+from steer.pipelines.training.state import read_logs
 from steer.rewards.parser import load_reward
 from steer.training.distributed import SINGLE_PROCESS
 
@@ -125,7 +125,7 @@ def test_a_run_reports_every_update_and_ends_with_weights(straight: tuple[list[A
     assert [event.record["step"] for event in of(Evaluation, events)] == [0, 3]
     (trained,) = of(Trained, events)
     assert trained.result.step == 3 and trained.result.stopped is None
-    assert [list(records) for records in (trained.result.records, trained.result.evaluations)] == [*records_of(folder)]
+    assert [list(records) for records in (trained.result.records, trained.result.evaluations)] == [*read_logs(folder)]
     assert any(value.abs().max() > 0 for name, value in tensors(trained.weights.folder).items() if "lora_B" in name)
 
 
@@ -167,9 +167,9 @@ def test_a_run_stopped_twice_and_finished_early_resumes_to_the_same_weights(
 ) -> None:
     folder = tmp_path / "run-1"
     assert not of(Trained, run(studio, ASKED, folder, stop=lambda event: isinstance(event, Evaluation)))
-    assert records_of(folder)[0] == [] and (folder / "checkpoints").exists()
+    assert read_logs(folder)[0] == [] and (folder / "checkpoints").exists()
     run(studio, ASKED, folder, resume=True, stop=lambda event: isinstance(event, Update))
-    made = len(records_of(folder)[0])
+    made = len(read_logs(folder)[0])
     assert made in (1, 2)
     (here,) = of(Trained, run(studio, replace(ASKED, updates=made), folder, resume=True))
     assert here.result.weights_step == made and here.weights.folder.name == f"final-{made}"
@@ -210,7 +210,7 @@ def test_a_visitor_who_leaves_stops_the_run_and_keeps_its_checkpoint(studio: Stu
         pass
     events.close()  # type: ignore[attr-defined]
     until(lambda: studio.worker.pending == 0)
-    assert list((folder / "checkpoints").glob("step-*")) and len(records_of(folder)[0]) < 10
+    assert list((folder / "checkpoints").glob("step-*")) and len(read_logs(folder)[0]) < 10
 
 
 @pytest.mark.hard

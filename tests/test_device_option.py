@@ -30,6 +30,12 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
             yield (*path, name), command
 
 
+def test_the_first_cpu_is_a_cpu() -> None:
+    assert models.resolve_dtype("cpu:0", None) == torch.float32
+    assert models.resolve_dtype("cuda:1", None) == torch.bfloat16
+    assert models.is_cpu("cpu:0") and not models.is_cpu("cuda") and not models.is_cpu(None)
+
+
 WITHOUT = {("completion",), ("convert-lora",), ("rewards", "counts"), ("rewards", "write")}  # which run no model
 COMMANDS = {path: command for path, command in commands(cli.steer) if path not in WITHOUT}
 NEEDED: dict[tuple[str, ...], Sequence[str]] = {

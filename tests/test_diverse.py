@@ -145,7 +145,7 @@ def test_the_grid_shows_the_kept_images_with_their_checklists(
     assert len(cells) == len(ticks) == 3 + 1 and cells[-1] == [entry["rewards"][rank]]
     assert ticks[-1] == ticks[rank]
     code, _, err = steer("sample", "a red", "--model", "scenes-text", "--checklist", "scene", "--out", tmp_path / "t")
-    assert code == 2 and "--checklist is for images" in err
+    assert code == 2 and "--checklist: model 'scenes-text' makes texts" in err
 
 
 @pytest.mark.hard

@@ -11,7 +11,7 @@ from rollouts import fresh_pipe
 from torch import Tensor
 
 from steer import GRPOConfig, GRPOTrainer, TrainingConfig, load_reward, score
-from steer.apps.evaluation.spec import score_in_batches
+from steer.apps.scoring import score_in_batches
 from steer.errors import InputError
 from steer.pipelines.training.evaluation import Evaluator
 from steer.reward import RewardError, compares_images

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer.apps.prompts import read_prompts
+from steer.apps.prompts import load_prompts
 from steer.errors import MAX_LENGTH, InputError
 from steer.reward import RewardError
 
@@ -46,5 +46,5 @@ def test_a_column_of_a_untrusted_table_does_not_speak_to_the_terminal(tmp_path_f
     table = tmp_path_factory.mktemp("table") / "p.tsv"
     table.write_bytes(b"a\x1b]0;title\x07\x7f\tb\n")
     with pytest.raises(InputError) as error:
-        read_prompts(table)
+        load_prompts(str(table))
     assert str(error.value).endswith("there are a\\x1b]0;title\\x07\\x7f, b")

@@ -21,7 +21,7 @@ from steer.apps.cli.evaluate import evaluate as command
 from steer.apps.evaluation import report as evaluation_report
 from steer.apps.evaluation.report import figures, format_interval
 from steer.apps.evaluation.run import Contender, evaluate, trajectory_kl
-from steer.apps.evaluation.spec import DEFAULTS, ContenderResults, EvaluationSpec, ResultStore
+from steer.apps.evaluation.spec import DEFAULTS, ContenderResults, EvaluationSpec, ResultStore, prepare_contenders
 from steer.apps.models import find_adapter, load_pipeline
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
@@ -246,6 +246,22 @@ def test_invalid_arguments_are_refused_before_a_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_methods_that_are_not_compared_are_not_checked(caplog: pytest.LogCaptureFixture) -> None:
+    """Limits of other methods do not apply; an option that no compared method has is reported."""
+    rewards = {"brightness": load_reward("brightness")}
+    for method, options in (
+        ("best-of-n", {"particles": 32}),
+        ("fk", {"noise_candidates": 8}),
+        ("race", {"lookahead": "auto"}),
+    ):
+        prepare_contenders([Contender(method=method)], EvaluationSpec(("a",), None, rewards, 1, options))
+    assert not caplog.records
+    spec = EvaluationSpec(("a",), None, rewards, 1, {"lam": 5.0, "branches": 2})
+    prepare_contenders([Contender(), Contender(method="fk")], spec)
+    (record,) = caplog.records
+    assert record.getMessage() == "steer: --branches belongs to --method race: not used here"
+
+
 # The command line.
 
 
@@ -363,7 +379,7 @@ def test_weights_are_contenders_and_may_not_change(
         (["--tag-column", "task"], 'text under "task"'),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--batch", "0"], "--batch at least 1"),
-        (["--particles", "0"], "--particles must be at least 1"),
+        (["--particles", "0"], "'--particles': 0 is not in the range"),
         (["--lora", "nothing"], "nothing: no such folder"),
         (["--lora", "{tmp}"], "{tmp}: no finetuned weights here; expected pytorch_lora_weights.safetensors"),
         (["--lora", "{tmp}/run"], "did you mean {tmp}/run/best or {tmp}/run/final?"),

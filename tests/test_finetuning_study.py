@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from steer.apps.scenes import training
 from steer.apps.scenes.__main__ import main as scenes_main
 from steer.apps.scenes.finetuning import (
     TimeLimit,
@@ -21,7 +22,9 @@ from steer.apps.scenes.finetuning import (
     read_run,
 )
 from steer.apps.scenes.preferences import CHOICES_CALL, write_choices
+from steer.apps.scenes.training import Recipe
 from steer.assets import PROMPTS
+from steer.errors import InputError
 from steer.files import read_image
 from steer.pipelines.training.preference_data import PreferenceFolder
 from steer.rewards.aesthetic import aesthetic
@@ -61,12 +64,13 @@ def test_prompts_and_the_clip_are_compared_with_all_else_equal(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--plan", "none.yaml"], "none.yaml: No such file or directory"),
-        (["--plan", "list.yaml"], "list.yaml: a plan has two keys, shared and runs"),
-        (["--only", "gpro"], "--only gpro: no run of the plan begins so; there are grpo, grpo-window,"),
+        (["finetuning", "--plan", "none.yaml"], "none.yaml: No such file or directory"),
+        (["finetuning", "--plan", "list.yaml"], "list.yaml: a plan has two keys, shared and runs"),
+        (["finetuning", "--only", "gpro"], "--only gpro: no run of the plan begins so; there are grpo, grpo-window,"),
+        (["large", "--device", "cuda"], "large takes no --device, only autoencoder and check do: leave it out"),
     ],
 )
-def test_a_wrong_plan_is_one_line(
+def test_wrong_options_are_one_line(
     options: list[str],
     message: str,
     tmp_path: Path,
@@ -76,10 +80,27 @@ def test_a_wrong_plan_is_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list.yaml").write_text("[1]\n")
     (tmp_path / "docs").symlink_to(STUDIES.parent)
-    monkeypatch.setattr("sys.argv", ["scenes", "finetuning", *options])
+    monkeypatch.setattr("sys.argv", ["scenes", *options])
     with pytest.raises(SystemExit) as stop:
         scenes_main()
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_recipes_are_named_by_their_beginnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Trained(Exception):
+        pass
+
+    def train(folder: Path, vae: Any, recipe: Recipe, *args: Any, **options: Any) -> None:
+        raise Trained(folder.name)
+
+    monkeypatch.setattr(training, "train_denoiser", train)
+    monkeypatch.setattr(training, "development_requests", list)
+    with pytest.raises(Trained, match="text-4"):
+        training.pilot(tmp_path, None, 1.0, ["text"])  # type: ignore[arg-type]
+    with pytest.raises(
+        InputError, match="--only tex-4: no recipe begins so; there are base, fixed, split-words, text-4,"
+    ):
+        training.pilot(tmp_path, None, 1.0, ["tex-4"])  # type: ignore[arg-type]
 
 
 @pytest.mark.hard

@@ -45,9 +45,9 @@ def test_noise_of_later_steps_is_not_foreseen() -> None:
 
 def test_the_command_writes_a_table_and_a_figure(steer: Steer, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red star\ntwo blue circles\n")
-    arguments = ["--reward", "scene-soft", "--judge", "scene-soft", "--steps", 6, "--at", "1,2", "--lookahead", 2]
+    arguments = ["--reward", "scene-soft", "--judge", "scene-soft", "--steps", 6, "--at", "2,1,2", "--lookahead", 2]
     code, out, _ = steer("foresight", "scenes", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path, *arguments)
     assert code == 0 and "| m = 2 |" in out
     figures = json.loads((tmp_path / "foresight.json").read_text())
-    assert len(figures["agreement"]["2"]) == 2 and figures["nfe"] == {"2": 8.0}
+    assert figures["steps"] == [1, 2] and len(figures["agreement"]["2"]) == 2 and figures["nfe"] == {"2": 8.0}
     assert (tmp_path / "foresight.png").stat().st_size > 1000

@@ -72,6 +72,7 @@ def test_prompts_methods_and_arguments_of_the_call_are_axes(tmp_path: Path) -> N
         (("seed=1,2",), "seed is an axis and an option"),
         (("method=fk,fkk",), "unknown method 'fkk'"),
         (("scheduler=ddim,eulr",), "unknown scheduler 'eulr'"),
+        (("model=scenes,scenes-text",), "model 'scenes-text' makes texts"),
         ((f"seed={','.join(map(str, range(401)))}",), "at most 400"),
     ],
 )

@@ -95,14 +95,14 @@ def test_penalties_pull_to_the_reference_but_do_not_move_it() -> None:
         (500.0, 2.0 * 100**0.4),
         (1e9, 2.0 * 100**0.4),  # at most a hundredfold counts
         (math.inf, 2.0 * 100**0.4),
-        (1e-9, 2.0 / 100**0.4),
+        (1e-9, 2.0 / 3**0.4),
         (0.0, 2.0),  # before the first step
         (-0.1, 2.0),  # an estimate
         (math.nan, 2.0),
     ],
 )
 def test_a_weight_that_follows_its_target(kl: float, weight: float) -> None:
-    after = KLControl(2.0, target=5.0, budget=50.0, highest=5.0).after(kl)
+    after = KLControl(2.0, target=5.0, budget=50.0, highest=5.0, stalled=1).after(kl)
     assert after.weight == pytest.approx(weight)
     assert (after.target, after.budget, after.rate) == (5.0, 50.0, 0.4)
 
@@ -113,17 +113,19 @@ def test_another_rate() -> None:
 
 @given(st.floats(0.001, 1e3), st.floats(0.01, 1e3), st.floats(0, 1e6))
 def test_a_weight_moves_by_the_log_and_never_below_zero(weight: float, target: float, kl: float) -> None:
-    after = KLControl(weight, target, highest=kl).after(kl).weight
+    after = KLControl(weight, target, highest=kl, stalled=1).after(kl).weight
     assert weight / 6.4 <= after <= weight * 6.4
     assert kl == 0 or (after > weight) == (kl > target) or after == pytest.approx(weight)
 
 
-@pytest.mark.parametrize("start", [1e4, 1e-4])
+@pytest.mark.parametrize(("start", "updates"), [(1e4, 70), (1e-4, 20)])
 @pytest.mark.parametrize(("power", "memory"), [(1.0, 0.0), (0.5, 0.0), (2.0, 0.0), (1.0, 0.5), (0.7, 0.3)])
-def test_a_weight_reaches_its_target_within_thirty_updates(start: float, power: float, memory: float) -> None:
+def test_a_weight_is_raised_to_its_target_sooner_than_lowered(
+    start: float, updates: int, power: float, memory: float
+) -> None:
     """KL = target · β^−power, so that β = 1 is right; with memory, log KL also depends on that of the update before."""
     control, log_kl = KLControl(start, target=4.0), math.log(4.0 * start**-power)
-    for _ in range(30):
+    for _ in range(updates):
         control = control.after(math.exp(log_kl))
         log_kl = memory * log_kl + (1 - memory) * math.log(4.0 * control.weight**-power)
     assert math.exp(log_kl) == pytest.approx(4.0, rel=0.1)
@@ -138,20 +140,23 @@ def test_a_weight_is_not_lowered_while_the_kl_of_a_new_run_grows() -> None:
         for _ in range(100):
             x = (x + 1) / (1 + control.weight)
             control = control.after(x**2 / 2)
-            control = replace(control, highest=math.inf) if in_each_update else control
+            control = replace(control, stalled=9, highest=math.inf) if in_each_update else control
             path.append((x**2 / 2, control.weight))
         return path
 
     held, lowered = (run(KLControl(0.1, target=20.0), in_each_update) for in_each_update in (False, True))
     assert max(nats for nats, _ in held) < 30 and min(weight for _, weight in held) > 0.08
-    assert max(nats for nats, _ in lowered) > 60 and min(weight for _, weight in lowered) < 0.02
+    assert max(nats for nats, _ in lowered) > 50 and min(weight for _, weight in lowered) < 0.02
     assert held[-1][0] == pytest.approx(20, rel=0.05)
 
 
 def test_a_weight_is_lowered_where_the_kl_does_not_grow() -> None:
-    control = KLControl(2.0, target=5.0, highest=1.0)
+    control = KLControl(2.0, target=5.0, highest=1.0, stalled=1)
     assert control.after(1.3).weight == 2.0 and control.after(1.3).highest == 1.3
     assert control.after(1.1).weight < 2.0 and control.after(0.5).highest == 1.0
+    grown = control.after(1.3)
+    weights = [(grown := grown.after(1.0)).weight for _ in range(2)]
+    assert weights[0] == 2.0 and weights[1] < 2.0
 
 
 def test_a_weight_without_a_target_stays() -> None:

@@ -115,7 +115,8 @@ def test_the_tokenizer_knows_every_word_and_any_byte(tmp_path: Path) -> None:
         assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
 
 
-def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("average", [None, 0.9])
+def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path, average: float | None) -> None:
     data = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
 
     class Killed(Exception):
@@ -130,7 +131,8 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
                 raise Killed
             return (layer(data[step : step + 8]) - data[step : step + 8]).square().mean()
 
-        TrainingRun(folder, steps=6, learning_rate=1e-2, log_every=2, save_every=2).train([layer], loss_at)
+        run = TrainingRun(folder, steps=6, learning_rate=1e-2, log_every=2, save_every=2, average=average)
+        run.train([layer], loss_at)
         return layer.weight.detach().clone()
 
     whole = train(tmp_path / "whole", None)
@@ -142,6 +144,9 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
         4,
         6,
     ]
+    last, *_, averaged = read_state(tmp_path / "whole/state.pt", torch.device("cpu"))["states"]
+    assert torch.equal(last["weight"], whole) == (average is None)
+    assert average is None or torch.equal(averaged["shadow_params"][0], whole), "checkpoints are made from the last one"
 
 
 def test_the_denoiser_takes_the_autoencoders_latents() -> None:

@@ -15,8 +15,10 @@ from rollouts import fresh_pipe, random_lora
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
-from steer.apps.models import adapter_applied, find_adapter, load_pipeline
+from steer.apps.expansion import is_text_model
+from steer.apps.models import adapter_applied, find_adapter, load_pipeline, pipeline_type
 from steer.errors import InputError
+from steer.pipelines.text.masked_diffusion import left_out, pipeline_class
 from steer.training.trainable import LoRA, get_denoiser
 
 RESNET = {
@@ -115,6 +117,24 @@ def test_a_single_file_without_a_configuration_is_one_line(tmp_path: Path, monke
     ) as raised:
         load_pipeline(str(tmp_path / "model.safetensors"), "cpu")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\udcff"])
+def test_a_damaged_index_is_one_line(tmp_path: Path, text: str) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / "one.safetensors")
+    (tmp_path / "model_index.json").write_text(text, errors="surrogateescape")
+    folder = str(tmp_path)
+    for read in (
+        lambda: pipeline_type(folder),
+        lambda: is_text_model(folder),
+        lambda: load_pipeline(folder, "cpu"),
+        lambda: load_pipeline(str(tmp_path / "one.safetensors"), "cpu"),
+        lambda: pipeline_class(folder),
+        lambda: left_out(folder),
+    ):
+        with pytest.raises(InputError, match=r"model_index\.json is no") as raised:
+            read()
+        assert "\n" not in str(raised.value)
 
 
 def test_a_variant_and_a_configuration_that_do_not_belong_are_refused(tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ from steer.apps.prompts import (
     check_arguments,
     load_prompts,
     load_tagged_prompts,
-    read_prompts,
     read_rows,
     sample_requests,
 )
@@ -58,7 +57,7 @@ def write(path: Path, prompts: list[str], column: str = "prompt") -> Path:
 
 def refused(source: str | Path, column: str | None = None) -> str:
     with pytest.raises(InputError) as raised:
-        read_prompts(source, column) if isinstance(source, Path) else load_prompts(source, column)
+        load_prompts(str(source), column)
     message = str(raised.value)
     assert "\n" not in message and len(message) < 500
     return message
@@ -68,14 +67,14 @@ def refused(source: str | Path, column: str | None = None) -> str:
 def test_every_format_holds_the_same_prompts(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"p{suffix.lower()}", [TWO[0], "  ", f" {TWO[1]} "])
     path = path.rename(path.with_suffix(suffix))
-    assert read_prompts(path) == load_prompts(str(path)) == TWO
+    assert load_prompts(str(path)) == TWO
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".tsv", ".parquet"])
 def test_a_column_is_selected_by_name_and_the_error_lists_the_existing_ones(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"p{suffix}", TWO, "Words")
-    assert read_prompts(path, "Words") == read_prompts(path, "words") == TWO
-    assert read_prompts(write(tmp_path / f"q{suffix}", TWO, "Prompt")) == TWO  # as PartiPrompts has it
+    assert load_prompts(str(path), "Words") == load_prompts(str(path), "words") == TWO
+    assert load_prompts(str(write(tmp_path / f"q{suffix}", TWO, "Prompt"))) == TWO  # as PartiPrompts has it
     message, of_another = refused(path), refused(path, "text")
     assert message.startswith(str(path)) and 'under "prompt"' in message.replace("column named", "under")
     assert message.endswith(f"choose the column, there are {'image' if suffix == '.parquet' else 'n'}, Words")
@@ -85,7 +84,7 @@ def test_a_column_is_selected_by_name_and_the_error_lists_the_existing_ones(tmp_
 def test_the_exact_column_comes_before_one_in_other_letters(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     parquet.write_table(pa.table({"PROMPT": ["no"], "prompt": ["yes"]}), path)
-    assert read_prompts(path) == ["yes"] and read_prompts(path, "PROMPT") == ["no"]
+    assert load_prompts(str(path)) == ["yes"] and load_prompts(str(path), "PROMPT") == ["no"]
 
 
 def test_text_has_no_column(tmp_path: Path) -> None:
@@ -101,7 +100,7 @@ def test_parquet_gives_back_any_text(prompts: list[str], tmp_path_factory: pytes
         parquet.write_table(pa.table({"prompt": column}), path, row_group_size=2)
         expected = [prompt.strip() for prompt in prompts if prompt.strip()]
         if expected:
-            assert read_prompts(path) == expected
+            assert load_prompts(str(path)) == expected
         else:
             assert "no prompts in this file" in refused(path)
 
@@ -128,7 +127,7 @@ def test_cells_that_are_not_text_are_reported_with_their_row(
 
 def test_a_table_with_too_many_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet.write_table(pa.table({"prompt": pa.array(["a"] * 3).dictionary_encode()}), tmp_path / "p.parquet")
-    assert read_prompts(tmp_path / "p.parquet") == ["a"] * 3
+    assert load_prompts(str(tmp_path / "p.parquet")) == ["a"] * 3
     monkeypatch.setattr("steer.apps.prompts.MAX_ROWS", 2)
     assert refused(tmp_path / "p.parquet").endswith("p.parquet: 3 rows; at most 2 are read")
 
@@ -138,7 +137,7 @@ def test_some_bytes_that_stand_for_many_are_not_read_to_the_end(
 ) -> None:
     path = tmp_path / "p.parquet"
     parquet.write_table(pa.table({"prompt": ["a star"] * 5000}), path)
-    assert read_prompts(path) == ["a star"] * 5000
+    assert load_prompts(str(path)) == ["a star"] * 5000
     monkeypatch.setattr("steer.apps.prompts.MAX_CHARACTERS", 29_999)
     assert refused(path).endswith("p.parquet: more than 29999 characters of text")
     forged = (Path(__file__).parent / "hard/corpus/parquet/values").read_bytes()  # it says −20 values, which took 7 GB
@@ -187,7 +186,7 @@ def test_reading_prompts_imports_nothing_heavy(tmp_path: Path) -> None:
 
 def test_embedded_lists_are_found_by_name_and_near_ones_are_reported() -> None:
     for name, path in PROMPTS.items():
-        assert load_prompts(name) == read_prompts(path)
+        assert load_prompts(name) == load_prompts(str(path))
     assert "unknown prompts 'scenes-trainning': use scenes-training" in refused("scenes-trainning")
     assert "or a data set of the hub, ORGANISATION/NAME[:SPLIT]" in refused("nothing like it")
     for source in ("", "a/b/c", "/nowhere", "org/name:", "x" * 5000, "a\0b"):
@@ -438,14 +437,14 @@ FILES: dict[str, tuple[str, str]] = {
 def test_every_form_in_every_encoding_gives_its_prompts(tmp_path: Path, kind: str, encoding: str) -> None:
     name, text = FILES[kind]
     (tmp_path / name).write_bytes(text.encode(encoding))
-    assert read_prompts(tmp_path / name) == load_prompts(str(tmp_path / name)) == STARS
+    assert load_prompts(str(tmp_path / name)) == STARS
 
 
 def test_quotes_commas_and_line_breaks_inside_a_cell_belong_to_the_prompt(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text('prompt,n\n"a ""big"", red\nstar",1\n\n,2\n')
     assert read_rows(tmp_path / "p.csv") == [PromptRow('a "big", red\nstar', {"n": "1"})]
     (tmp_path / "p.tsv").write_text('prompt\tn\n"big" stars\t1\nan 8" disc\t2\n')  # written without quoting
-    assert read_prompts(tmp_path / "p.tsv") == ['"big" stars', 'an 8" disc']
+    assert load_prompts(str(tmp_path / "p.tsv")) == ['"big" stars', 'an 8" disc']
 
 
 @pytest.mark.parametrize(
@@ -467,7 +466,7 @@ def test_quotes_commas_and_line_breaks_inside_a_cell_belong_to_the_prompt(tmp_pa
 def test_unreadable_files_are_reported_in_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError) as raised:
-        read_prompts(tmp_path / name)
+        load_prompts(str(tmp_path / name))
     assert str(raised.value).startswith(str(tmp_path / name)) and message in str(raised.value)
 
 
@@ -481,7 +480,7 @@ def test_columns_stay_with_their_prompts(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(FILES["json, lists by tag"][1])
     assert load_tagged_prompts(str(tmp_path / "p.json")) == (STARS, ["stars", "others"])
     (tmp_path / "p.csv").write_text("text,caption\na,b\n")
-    assert read_prompts(tmp_path / "p.csv", "Caption") == ["b"]
+    assert load_prompts(str(tmp_path / "p.csv"), "Caption") == ["b"]
 
 
 def test_unused_columns_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

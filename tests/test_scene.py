@@ -178,9 +178,9 @@ def test_batches_of_an_epoch_cover_it() -> None:
 
 
 def test_prompt_lists_are_fixed_and_disjoint_and_reach_every_task() -> None:
-    from steer.apps.prompts import read_prompts
+    from steer.apps.prompts import load_prompts
 
-    held_out, tuning = (read_prompts(PROMPTS[name]) for name in ("scenes-heldout", "scenes-tuning"))
+    held_out, tuning = (load_prompts(str(PROMPTS[name])) for name in ("scenes-heldout", "scenes-tuning"))
     assert len(held_out) >= 200 and len(set(held_out)) == len(held_out)
     assert all(is_held_out(parse(prompt)) for prompt in held_out)
     assert not any(is_held_out(parse(prompt)) for prompt in tuning)

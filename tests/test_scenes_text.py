@@ -1,5 +1,6 @@
 """The embedded model of text: its law, its samples, and `steer sample` on it."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ import pytest
 import torch
 from conftest import Steer
 from PIL import Image
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector
+from torch.optim.lr_scheduler import LambdaLR
 
 from steer import TEXT_MODELS, BestOfNPipeline, FKSteeringPipeline, InputError, MaskedDiffusionPipeline
-from steer.apps.scenes.text import caption_law, parse_rate
+from steer.apps.scenes.text import caption_law, parse_rate, random_order_loss, train_text
 from steer.apps.scenes.world import TASKS, random_request
 from steer.rewards.scene import parse
+from steer.training.supervised import TrainingRun
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,26 @@ def test_samples_parse(pipe: Any) -> None:
     assert parse_rate(pipe, 300) >= 0.97
     folder = TEXT_MODELS["scenes-text"]
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 1.5e6
+
+
+def test_a_training_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[Any] = []
+
+    def counted(*given: Any) -> Tensor:
+        steps.append(given)
+        return random_order_loss(*given)
+
+    def weights(folder: Path, *ends: int) -> Tensor:
+        pipes = [train_text(folder, end) for end in ends]
+        saved = MaskedDiffusionPipeline.from_pretrained(folder / "pipeline").denoiser
+        assert all(map(torch.equal, saved.half().parameters(), copy.deepcopy(pipes[-1].denoiser).half().parameters()))
+        return parameters_to_vector(pipes[-1].denoiser.parameters())
+
+    monkeypatch.setattr("steer.apps.scenes.text.random_order_loss", counted)
+    monkeypatch.setattr(TrainingRun, "_schedule", lambda run, optimiser: LambdaLR(optimiser, lambda step: 1.0))
+    twice = weights(tmp_path / "twice", 2, 4)
+    assert len(steps) == 4, "it began over"
+    assert torch.equal(twice, weights(tmp_path / "once", 4))
 
 
 def test_an_unknown_word_is_named(pipe: Any) -> None:
@@ -88,6 +113,13 @@ def test_steer_sample_writes_texts_report_and_ancestry(steer: Steer, tmp_path: P
         (["--method", "reno"], "optimises the noise of images"),
         (["--reward", "brightness"], "reward of texts"),
         (["--guidance", "3"], "--guidance"),
+        (["--animation"], "--animation: model 'scenes-text' makes texts: leave it out"),
+        (["--compile"], "--compile: model 'scenes-text' makes texts"),
+        (["--micro-batch", "0"], "--micro-batch: model 'scenes-text' makes texts"),
+        (["--offload", "model"], "--offload: model 'scenes-text' makes texts"),
+        (["--attention", "sdpa"], "--attention: model 'scenes-text' makes texts"),
+        (["--keep", "2"], "--keep: model 'scenes-text' makes texts"),
+        (["--checklist", "scene"], "--checklist: model 'scenes-text' makes texts"),
     ],
 )
 def test_options_of_images_are_refused(steer: Steer, words: list[str], message: str, tmp_path: Path) -> None:

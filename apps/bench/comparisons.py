@@ -70,7 +70,7 @@ def steer_whole(subject: Subject, pipe: Any, reward: Any, **options: Any) -> Ste
         "output_type": "pt",
     }
     call = usual | subject.call | options
-    out = FKSteeringPipeline(pipe, reward)(list(subject.prompts), generator=subject.generator(), **call)
+    out = FKSteeringPipeline(pipe, reward)([subject.prompt], generator=subject.generator(), **call)
     as_type(out.images, "pil")
     return out.images, out.rewards, tuple(out.ancestors)
 
@@ -122,28 +122,26 @@ def fk(
     cheaper  our variant makes different images with fewer evaluations
     """
     check_family(subject)
-    one = replace(subject, prompts=subject.prompts[:1])
-    options = fewer(one) if cheaper else {}
-    reward, prompt = EightBits(one.judge()), one.prompts[0]
-    call = one.call | {"generator": one.generator()}
-    numbers = ParticleBatch(one.pipe, reward, prompt, one.size, call).rng.get_state()
+    options = fewer(subject) if cheaper else {}
+    reward, prompt = EightBits(subject.judge()), subject.prompt
+    call = subject.call | {"generator": subject.generator()}
+    numbers = ParticleBatch(subject.pipe, reward, prompt, subject.size, call).rng.get_state()
 
     def naive() -> Steered:
         rng = torch.Generator()
         rng.set_state(numbers)
-        algorithm, guidance = FeynmanKac(STRENGTH), one.call["guidance_scale"]
-        return naive_fk(
-            one.pipe, reward, prompt, one.size, algorithm, one.read_at, one.generator(), rng, one.steps, guidance
-        )
+        algorithm, start, guidance = FeynmanKac(STRENGTH), subject.generator(), subject.call["guidance_scale"]
+        settings = algorithm, subject.read_at, start, rng, subject.steps, guidance
+        return naive_fk(subject.pipe, reward, prompt, subject.size, *settings)
 
-    with entered(one, on, persistent) as context:
+    with entered(subject, on, persistent) as context:
 
         def ours() -> Steered:
-            with context(one.pipe) as pipe:
-                return steer_whole(one, pipe, reward, **options)
+            with context(subject.pipe) as pipe:
+                return steer_whole(subject, pipe, reward, **options)
 
         under = Variant("ours", ours, counted=not persistent)
-        yield PreparedComparison(Variant("naive", naive), under, one.size, None if cheaper else same(one))
+        yield PreparedComparison(Variant("naive", naive), under, subject.size, None if cheaper else same(subject))
 
 
 def reno_variant(subject: Subject, checkpointing: bool) -> Variant:
@@ -173,7 +171,7 @@ def reno(subject: Subject) -> Iterator[PreparedComparison]:
         settings = ascent.regularisation, ascent.max_grad_norm
         return naive_reno(subject.one_step, reward, prompts, chain.start, subject.iterations, Nesterov(), *settings)
 
-    yield PreparedComparison(Variant("naive", naive), ours, subject.images, same(subject))
+    yield PreparedComparison(Variant("naive", naive), ours, subject.size, same(subject))
 
 
 def zero_grad(preference_batch: PreferenceBatch) -> None:
@@ -257,12 +255,12 @@ def overhead(subject: Subject) -> Iterator[PreparedComparison]:
     def check(steered: Denoised, plain: Tensor) -> Check:
         # With λ = 0 nothing is resampled: the steered batch equals the plain batch.
         latents = denoise_steered(subject, subject.pipe, lam=0.0).latents
-        given = subject.call | {"prompt": list(subject.prompts), "num_images_per_prompt": subject.size}
+        given = subject.call | {"prompt": [subject.prompt], "num_images_per_prompt": subject.size}
         images = Preview(subject.pipe, given, len(latents))(latents)
         return Check(difference(images, plain_call(subject, subject.pipe)), limit_of(subject))
 
     steered = Variant("steered", lambda: denoise_steered(subject, subject.pipe))
-    yield PreparedComparison(steered, Variant("plain", lambda: plain_call(subject, view)), subject.images, check)
+    yield PreparedComparison(steered, Variant("plain", lambda: plain_call(subject, view)), subject.size, check)
 
 
 @contextmanager
@@ -275,7 +273,7 @@ def _over_plain(subject: Subject, **options: Any) -> PreparedComparison:
     reward = subject.judge()
     steered = Variant("steered", lambda: steer_whole(subject, subject.pipe, reward, **options))
     plain = Variant("plain", lambda: as_type(plain_call(subject, subject.pipe), "pil"))
-    return PreparedComparison(steered, plain, subject.images)
+    return PreparedComparison(steered, plain, subject.size)
 
 
 @contextmanager
@@ -304,12 +302,12 @@ def race(subject: Subject) -> Iterator[PreparedComparison]:
 
     def search(pipeline: type[RacingPipeline] | type[BestOfNPipeline], **options: Any) -> Any:
         given = call | options | {"generator": subject.generator()}
-        return as_type(pipeline(subject.pipe, reward)(list(subject.prompts), **given).images, "pil")
+        return as_type(pipeline(subject.pipe, reward)([subject.prompt], **given).images, "pil")
 
     yield PreparedComparison(
         Variant("race", partial(search, RacingPipeline, budget=subject.size * subject.steps)),
         Variant("best-of-n", partial(search, BestOfNPipeline, num_particles=subject.size)),
-        subject.images,
+        subject.size,
     )
 
 
@@ -325,7 +323,7 @@ def async_rewards(subject: Subject) -> Iterator[PreparedComparison]:
     yield PreparedComparison(
         Variant("synchronous", partial(steered, False)),
         Variant("asynchronous", partial(steered, True), counted=False),
-        subject.images,
+        subject.size,
     )
 
 
@@ -339,7 +337,7 @@ def switched(subject: Subject, on: On, off: On = DEFAULT, persistent: bool = Fal
 
     with entered(subject, on, persistent) as context:
         under = Variant("on", partial(run, context), counted=not persistent)
-        yield PreparedComparison(Variant("off", partial(run, off)), under, subject.images, same(subject))
+        yield PreparedComparison(Variant("off", partial(run, off)), under, subject.size, same(subject))
 
 
 @dataclass(frozen=True)
@@ -361,7 +359,7 @@ class Comparison:
 def checkpointing(subject: Subject) -> Iterator[PreparedComparison]:
     """Compare ReNO with recomputed activations against ReNO with kept activations."""
     recomputed, kept = reno_variant(subject, checkpointing=True), reno_variant(subject, checkpointing=False)
-    yield PreparedComparison(recomputed, kept, subject.images, same(subject))
+    yield PreparedComparison(recomputed, kept, subject.size, same(subject))
 
 
 COMPARISONS: Mapping[str, Comparison] = {

@@ -1,4 +1,4 @@
-"""Subjects of `steer bench`: a pipeline with prompts, a reward and sizes, and the runs that are timed."""
+"""Subjects of `steer bench`: a pipeline with a prompt, a reward and sizes, and the runs that are timed."""
 
 import copy
 import tempfile
@@ -58,7 +58,7 @@ class EightBits:
 class Subject:
     """A model with the sizes of all its measurements.
 
-    pipe      called with `call` (including num_inference_steps and guidance_scale) for `size` particles of each prompt
+    pipe      called with `call` (including num_inference_steps and guidance_scale) for `size` particles
     one_step  a pipeline for ReNO, called for one step without guidance; None: no ReNO
     make_trainable   makes a pipeline for D3PO, which adds a LoRA to it; None: no D3PO
     iterations  iterations of ReNO
@@ -70,7 +70,7 @@ class Subject:
     pipe: Any
     call: dict[str, Any]
     size: int = 8
-    prompts: tuple[str, ...] = ("a red circle left of a blue star",)
+    prompt: str = "a red circle left of a blue star"
     reward: Any = "scene-soft"
     seed: int = 0
     one_step: Any = None
@@ -99,7 +99,7 @@ class Subject:
         return {
             "call": {name: str(value) for name, value in self.call.items()},
             "particles": self.size,
-            "prompts": list(self.prompts),
+            "prompts": [self.prompt],
             "reward": self.judge().name,
             "dtype": str(self.pipe.dtype).split(".")[-1],
             "reno_iterations": self.iterations,
@@ -107,11 +107,6 @@ class Subject:
             "d3po_steps": self.update_steps,
             "read_at": list(self.read_at),
         }
-
-    @property
-    def images(self) -> int:
-        """Number of images of a run for all prompts."""
-        return self.size * len(self.prompts)
 
     @property
     def steps(self) -> int:
@@ -151,7 +146,7 @@ def without_decoder(pipe: Any) -> Any:
 def plain_call(subject: Subject, pipe: Any) -> Tensor:
     """Call the plain pipeline for a batch of B·K images, and return them as tensors."""
     given = {"num_images_per_prompt": subject.size, "generator": subject.generator(), "output_type": "pt"}
-    return pipe(list(subject.prompts), **filter_call_kwargs(pipe, subject.call | given)).images
+    return pipe([subject.prompt], **filter_call_kwargs(pipe, subject.call | given)).images
 
 
 class Denoised(NamedTuple):
@@ -169,7 +164,7 @@ def denoise_steered(subject: Subject, pipe: Any, lam: float = STRENGTH) -> Denoi
     particle_batch = _FreeRewards(
         without_decoder(pipe),
         subject.judge(),
-        list(subject.prompts),
+        [subject.prompt],
         subject.size,
         subject.call | {"generator": subject.generator()},
     )
@@ -190,7 +185,7 @@ def search_of(subject: Subject) -> NoiseToImage:
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
     call = subject.one_step_call | {"generator": subject.generator("noise")}
-    return NoiseToImage(ParticleBatch(subject.one_step, subject.judge(), list(subject.prompts), 2, call))
+    return NoiseToImage(ParticleBatch(subject.one_step, subject.judge(), [subject.prompt], 2, call))
 
 
 @dataclass(frozen=True)
@@ -225,8 +220,7 @@ def make_preference_batch(subject: Subject, pipe: Any) -> PreferenceBatch:
         for parameter in trained.parameters.values():
             parameter.copy_(LORA_STD * torch.randn(parameter.shape, generator=generator))
     sampler = Sampler(pipe, subject.call | {"num_inference_steps": subject.update_steps}, eta=1.0)
-    prompts = [subject.prompts[n % len(subject.prompts)] for n in range(subject.pairs)]
-    rows = rows_of(prompts, 2, subject.seed, "bench", shared_start=True)
+    rows = rows_of([subject.prompt] * subject.pairs, 2, subject.seed, "bench", shared_start=True)
     chunks = [sampler.rollout(some)[0] for some in rows.split(subject.pairs)]
     winners = tuple(n % 2 for n in range(subject.pairs))
     rewards = torch.tensor([[1.0 - winner, float(winner)] for winner in winners])

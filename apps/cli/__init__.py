@@ -1,1 +1,1 @@
-"""The `steer` command: one file per command."""
+"""The `steer` command: one file per command, or per group of small ones."""

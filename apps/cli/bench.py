@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from steer.apps.cli.options import DEVICE, Command
+from steer.apps.cli.options import RESOLVED_DEVICE, Command
 from steer.errors import InputError
 
 QUICK, LONG = 24.0, 600.0  # seconds of measuring; on two idle cores a quick run is over within 45, loading included
@@ -13,7 +13,7 @@ QUICK, LONG = 24.0, 600.0  # seconds of measuring; on two idle cores a quick run
 
 @click.command(cls=Command)
 @click.option("--quick", is_flag=True, help="Fewer steps and repeats, no compilation: 45 seconds on two cores.")
-@DEVICE
+@RESOLVED_DEVICE
 @click.option("--json", "file", default=Path("out/bench.json"), type=click.Path(path_type=Path), help="Report file.")
 @click.option(
     "--model",
@@ -34,7 +34,7 @@ QUICK, LONG = 24.0, 600.0  # seconds of measuring; on two idle cores a quick run
 )
 def bench(
     quick: bool,
-    device: str | None,
+    device: str,
     file: Path,
     models: tuple[str, ...],
     dtype: str | None,
@@ -56,14 +56,13 @@ def bench(
 
     from steer.apps.bench.comparisons import EMBEDDED, BenchOptions, subjects_of
     from steer.apps.bench.report import Bench, draw, table
-    from steer.apps.models import default_device
+    from steer.apps.models import is_cpu
 
-    where = default_device(device)
-    chosen = models or ((EMBEDDED,) if where == "cpu" else (EMBEDDED, "sd15", "sdxl", "sd3", "flux"))
-    subjects = subjects_of(chosen, BenchOptions(where, dtype, particles, steps, resolution, quick))
+    chosen = models or ((EMBEDDED,) if is_cpu(device) else (EMBEDDED, "sd15", "sdxl", "sd3", "flux"))
+    subjects = subjects_of(chosen, BenchOptions(device, dtype, particles, steps, resolution, quick))
     run = Bench(file, seconds or (QUICK if quick else LONG), quick, lambda line: click.echo(line, err=True))
     try:
-        run.run(subjects, torch.device(where))
+        run.run(subjects, torch.device(device))
     except KeyboardInterrupt:
         click.echo(f"steer: interrupted; all measurements so far are in {file}", err=True)
         sys.exit(130)

@@ -16,7 +16,7 @@ from steer.errors import InputError
 OWN_OPTIONS = ("model", "lora", "method", "reward", "compare", "best_of", "particles", "seed", "expand", "original")
 PARTICLES = click.option(
     "--particles",
-    type=int,
+    type=click.IntRange(1),
     help="K, images per run, from which the best is picked; by default the method's own number, for base 1.",
 )
 # Options of this command that a settings file may contain.

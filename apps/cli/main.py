@@ -1,30 +1,23 @@
 """The `steer` command. Heavy imports are inside the commands: `steer --help` answers at once."""
 
 import io
-import json
 import logging
 import os
 import sys
-from pathlib import Path
 
 import click
 
 from steer import __version__
 from steer.apps.cli.bench import bench
-from steer.apps.cli.check_pipeline import check_pipeline
-from steer.apps.cli.completion import completion
-from steer.apps.cli.convert_lora import convert_lora
 from steer.apps.cli.demo import demo
 from steer.apps.cli.evaluate import evaluate
 from steer.apps.cli.finetune import finetune
-from steer.apps.cli.foresight import foresight
 from steer.apps.cli.grid import grid
-from steer.apps.cli.options import DEVICE, Group
-from steer.apps.cli.pick import pick
+from steer.apps.cli.model_runs import foresight, tune, value
+from steer.apps.cli.options import Group
 from steer.apps.cli.rewards import rewards
-from steer.apps.cli.sample import SPEC, TIMEOUT, sample
-from steer.apps.cli.tune import tune
-from steer.apps.cli.value import value
+from steer.apps.cli.sample import sample
+from steer.apps.cli.tools import check_pipeline, completion, convert_lora, pick, score
 from steer.apps.errors import ExitGuard, describe_os_error
 from steer.apps.processes import is_main_process, shutdown_distributed
 from steer.errors import InputError
@@ -41,51 +34,9 @@ def steer(offline: bool) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import of huggingface_hub, which comes later
 
 
-@steer.command()
-@click.argument("images", nargs=-1, type=click.Path(path_type=Path), metavar="IMAGE...")
-@click.option("--prompt", "texts", multiple=True, help="Prompt of all images, or one per image; repeatable.")
-@click.option("--prompts", "file", type=click.Path(path_type=Path), help="File with one prompt per image.")
-@click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
-@click.option("--reward", required=True, help=SPEC)
-@TIMEOUT
-@DEVICE
-def score(
-    images: tuple[Path, ...],
-    texts: tuple[str, ...],
-    file: Path | None,
-    prompt_column: str | None,
-    reward: str,
-    reward_timeout: float | None,
-    device: str | None,
-) -> None:
-    """Score IMAGEs and print JSON, with the components of a composed reward.
-
-    IMAGE is a file, a folder (of `steer sample`, or with captions), or a table (.csv, .jsonl, .json, .tsv, .parquet)
-    with columns of images and prompts. Rewards that read prompts require them. Images that cannot be scored are listed
-    in the error, the other images are scored, and the exit code is 2.
-    """
-    from steer.apps.models import default_device
-    from steer.apps.reward_specs import resolve_reward
-    from steer.apps.scoring import collect_images, score_images
-    from steer.reward import attribute
-
-    samples = collect_images(images, texts, file, prompt_column)
-    loaded = resolve_reward(reward, reward_timeout)
-    rows, errors = score_images(loaded, samples, default_device(device))
-    if cost := attribute(loaded, "cost", None):  # only chat endpoints have it
-        click.echo(f"steer: {cost}", err=True)
-    prompts = {one.prompt for one in samples}
-    output = {"reward": reward, "prompt": prompts.pop() if len(prompts) == 1 else None}
-    if len(errors) < len(samples):
-        click.echo(json.dumps(output | {"scores": rows}, indent=1))
-    if errors:
-        count = "" if len(samples) == 1 else f"{len(errors)} of {len(samples)} images have no score: "
-        raise InputError(count + "; ".join(errors))
-
-
 COMMANDS = (
     *(bench, check_pipeline, completion, convert_lora, demo, evaluate, finetune),
-    *(foresight, grid, pick, rewards, sample, tune, value),
+    *(foresight, grid, pick, rewards, sample, score, tune, value),
 )
 for command in COMMANDS:
     steer.add_command(command)

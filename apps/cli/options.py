@@ -10,13 +10,11 @@ import click
 
 from steer.apps.settings import (
     ALL_OPTIONS,
-    METHOD_OPTIONS,
     SHARED,
-    SamplingConfig,
     flags_of,
     help_of,
     kinds_of,
-    methods_with,
+    owner_of,
     within_of,
 )
 from steer.arguments import Settings, plain_kinds, plain_value
@@ -76,10 +74,22 @@ def _checked(context: click.Context, option: click.Parameter, device: str | None
     return device
 
 
-DEVICE = click.option(
-    "--device",
-    callback=_checked,
-    help="Device of models and rewards, such as cpu, cuda or cuda:1; by default the GPU if there is one.",
+def _resolved(context: click.Context, option: click.Parameter, device: str | None) -> str | None:
+    """Check a device, and resolve None."""
+    if context.resilient_parsing:  # a shell completes words: nothing is imported
+        return device
+    from steer.apps.models import default_device
+
+    return default_device(_checked(context, option, device))
+
+
+DEVICE, RESOLVED_DEVICE = (
+    click.option(
+        "--device",
+        callback=callback,
+        help="Device of models and rewards, such as cpu, cuda or cuda:1; by default the GPU if there is one.",
+    )
+    for callback in (_checked, _resolved)
 )
 
 
@@ -173,8 +183,7 @@ def complete_setting(context: click.Context, option: click.Parameter, incomplete
 
         names = [*SCHEDULERS]
     else:
-        owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
-        choices = owner.field(name).metadata["choices"]
+        choices = owner_of(name).field(name).metadata["choices"]
         names = [*choices] if isinstance(choices, tuple) else []
     return [one for one in names if one.startswith(incomplete)]
 

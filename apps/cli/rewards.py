@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from steer.apps.cli.options import DEVICE, Group, options_of
+from steer.apps.cli.options import RESOLVED_DEVICE, Group, options_of
 from steer.rewards.training_config import RewardTrainingConfig
 
 FOLDER = click.Path(path_type=Path)
@@ -42,18 +42,17 @@ def rewards(context: click.Context) -> None:
     "--host", default="127.0.0.1", help="Address to listen on; with other than the default, other machines can connect."
 )
 @click.option("--port", default=0, type=click.IntRange(0, 65535), help="Port to listen on; 0: any free port.")
-@DEVICE
-def serve(reward: str, host: str, port: int, device: str | None) -> None:
+@RESOLVED_DEVICE
+def serve(reward: str, host: str, port: int, device: str) -> None:
     """Serve the reward SPEC over HTTP, for `--reward http://…/` elsewhere, until Ctrl-C.
 
     If the environment variable STEER_REWARD_TOKEN is set, requests need this token: set it for the client too.
     """
     from steer.apps.errors import exit_now
-    from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
     from steer.rewards.remote import LOCAL, RewardServer, read_token
 
-    with RewardServer(resolve_reward(reward), host, port, read_token(), default_device(device)) as server:
+    with RewardServer(resolve_reward(reward), host, port, read_token(), device) as server:
         if host not in LOCAL:
             click.echo(
                 f"steer: --host {host}: anyone who can reach this machine can use the reward; there is no encryption",
@@ -69,13 +68,12 @@ def on_images(command: Callable[..., None]) -> Callable[..., None]:
 
     @IMAGES
     @PROMPT
-    @DEVICE
+    @RESOLVED_DEVICE
     @wraps(command)
-    def run(images: Path, prompt: str | None, device: str | None, **options: Any) -> None:
-        from steer.apps.models import default_device
+    def run(images: Path, prompt: str | None, device: str, **options: Any) -> None:
         from steer.apps.scoring import images_with_prompts
 
-        command(*images_with_prompts(images, prompt), default_device(device), **options)
+        command(*images_with_prompts(images, prompt), device, **options)
 
     return run
 
@@ -181,7 +179,7 @@ def contrast(paths: Sequence[Path], prompts: Sequence[str], device: str, reward:
     "--gold", metavar="REWARD", help="The true reward: list images that all members overrate compared with it."
 )
 @click.option("--out", type=FOLDER, help="JSON file for the figures.")
-@DEVICE
+@RESOLVED_DEVICE
 def herding(
     rewards_: tuple[str, ...],
     images: Path,
@@ -189,25 +187,22 @@ def herding(
     optimised: Path | None,
     gold: str | None,
     out: Path | None,
-    device: str | None,
+    device: str,
 ) -> None:
     """Measure whether the members of an ensemble err together: correlations, and gains of each other's best of n."""
     from steer.apps.calibration import measure_herding
-    from steer.apps.models import default_device
 
     folders = [images, *([optimised] if optimised else [])]
-    for text in measure_herding(rewards_, gold, folders, prompt, out, default_device(device)):
+    for text in measure_herding(rewards_, gold, folders, prompt, out, device):
         click.echo(text)
 
 
 @rewards.command()
 @click.argument("rewards_", nargs=-1, required=True, metavar="REWARD...")
-@IMAGES
-@PROMPT
+@on_images
 @click.option("--gold", metavar="REWARD", help="The true reward: its best images of a prompt are the right ones.")
-@DEVICE
 def benchmark(
-    rewards_: tuple[str, ...], images: Path, prompt: str | None, gold: str | None, device: str | None
+    paths: Sequence[Path], prompts: Sequence[str], device: str, rewards_: tuple[str, ...], gold: str | None
 ) -> None:
     """Measure how often each REWARD scores the right candidate above ALL wrong ones.
 
@@ -215,9 +210,8 @@ def benchmark(
     the share of right pairs, and the gain of best-of-n.
     """
     from steer.apps.calibration import benchmark_rewards
-    from steer.apps.models import default_device
 
-    for text in benchmark_rewards(rewards_, gold, images, prompt, default_device(device)):
+    for text in benchmark_rewards(rewards_, gold, paths, prompts, device):
         click.echo(text)
 
 
@@ -233,7 +227,7 @@ def benchmark(
 @click.option(
     "--optimised", type=FOLDER, help="Folder of images that were optimised: also report the bound's share on them."
 )
-@DEVICE
+@RESOLVED_DEVICE
 def calibrate(
     rewards_: tuple[str, ...],
     images: Path,
@@ -242,13 +236,12 @@ def calibrate(
     bound: str | None,
     level: float,
     optimised: Path | None,
-    device: str | None,
+    device: str,
 ) -> None:
     """Measure each REWARD's mean and spread, overall and per prompt, on images of `steer sample --method base`."""
     from steer.apps.calibration import calibrate_bound, calibrate_rewards
-    from steer.apps.models import default_device
 
-    where = images, prompt, out, default_device(device)
+    where = images, prompt, out, device
     lines = (
         calibrate_bound(rewards_, bound, level, optimised, *where)
         if bound is not None
@@ -337,7 +330,7 @@ OF_STRENGTH = ("backbone", "head", "members", "steps", "batch_size", "learning_r
     "--soften", default=0.1, type=click.FloatRange(0, 1), help="Share of the labels that become probabilities."
 )
 @options_of(RewardTrainingConfig, *OF_STRENGTH, members=3, steps=300)
-@DEVICE
+@RESOLVED_DEVICE
 def strength(
     data: Path,
     out: Path,
@@ -347,7 +340,7 @@ def strength(
     folds: int,
     flip: float,
     soften: float,
-    device: str | None,
+    device: str,
     **options: Any,
 ) -> None:
     """Measure the strength of the preferences in DATA by an ensemble, and clean their labels.
@@ -356,10 +349,9 @@ def strength(
     scaled-bradley-terry or margin.
     """
     from steer.apps.learning import clean_pairs
-    from steer.apps.models import default_device
 
     config, work = RewardTrainingConfig(**options), work or Path("runs") / out.stem
-    click.echo(clean_pairs(data, config, folds, (flip, soften), out, work, default_device(device), images, max_rows))
+    click.echo(clean_pairs(data, config, folds, (flip, soften), out, work, device, images, max_rows))
 
 
 @rewards.command()
@@ -376,14 +368,13 @@ def strength(
 @click.option("--work", type=FOLDER, help="Folder of the iterations.  [default: runs/OUT]")
 @click.option("--distil", type=FOLDER, help="Train a head on a CLIP to predict the reward, into this folder.")
 @click.option("--backbone", default="scenes", help="The CLIP of --distil, as in `steer rewards train`.")
-@DEVICE
-def write(out: Path, work: Path | None, distil: Path | None, backbone: str, device: str | None, **options: Any) -> None:
+@RESOLVED_DEVICE
+def write(out: Path, work: Path | None, distil: Path | None, backbone: str, device: str, **options: Any) -> None:
     """Have a language model write a reward for GOAL, rank its versions by the images that they prefer, and refine it.
 
     Written code runs in a child process with limits: not a complete security boundary. Run the command again to resume.
     """
     from steer.apps import writing
-    from steer.apps.models import default_device
     from steer.rewards.writing import WritingSettings
 
     settings = WritingSettings(**{name: options.pop(name) for name in ("candidates", "iterations", "seconds")})
@@ -391,7 +382,7 @@ def write(out: Path, work: Path | None, distil: Path | None, backbone: str, devi
     writing.run_writing(**options, settings=settings, out=out, work=work)
     if distil is not None:
         data = options["images"], options["prompt"]
-        writing.distil(out, *data, backbone, distil, work / "distil", default_device(device))
+        writing.distil(out, *data, backbone, distil, work / "distil", device)
 
 
 @rewards.command()
@@ -414,14 +405,14 @@ def write(out: Path, work: Path | None, distil: Path | None, backbone: str, devi
 @click.option(
     "--latent", type=int, help="For pairs with a column user: size of the latent vector learned for each user."
 )
-@DEVICE
+@RESOLVED_DEVICE
 def train(
     data: Path,
     out: Path,
     images: Path | None,
     max_rows: int | None,
     work: Path | None,
-    device: str | None,
+    device: str,
     groups: int | None,
     latent: int | None,
     **options: Any,
@@ -433,7 +424,6 @@ def train(
     rejected, and preference datasets from the demo; with --objective rating: image, prompt and rating.
     """
     from steer.apps.learning import run_reward_training, summary
-    from steer.apps.models import default_device
     from steer.errors import InputError
     from steer.rewards.named_features import FeatureConfig
 
@@ -445,7 +435,7 @@ def train(
     kind = "--groups and --latent" if users else kind if features is None else "--features"
     _refuse_others(kind, vars(config).keys() - (OF_HEADS if users else set()))
     work = work or Path("runs") / out.name
-    report = run_reward_training(data, config, out, work, default_device(device), images, max_rows, users)
+    report = run_reward_training(data, config, out, work, device, images, max_rows, users)
     click.echo(f"{summary(report)} → {out}")
 
 

@@ -106,8 +106,8 @@ def sample(
     from steer.apps.expansion import is_text_model
     from steer.apps.methods import ComputeOptions
     from steer.apps.picking import check_keep
+    from steer.apps.sampling import TEXTS
     from steer.apps.sampling import sample as run
-    from steer.apps.texts import TEXTS, sample_texts
 
     compute_options = ComputeOptions(attention, compiled, micro_batch, offload)
     texts = is_text_model(str(settings["model"] or SamplingConfig.field("model").default))
@@ -115,15 +115,10 @@ def sample(
         config = SamplingConfig.of(**choose_method(settings, purpose, texts))
     check_keep(keep, diverse, config.particles)
     if texts and keep is not None:
-        raise InputError(f"--keep chooses among images, and {config.model} makes texts: leave it out")
-    if texts and checklist is not None:
-        raise InputError(f"--checklist is for images, and {config.model} makes texts: leave it out")
-    if texts:
-        report = sample_texts(prompts, config, out, device, reward_timeout)
-    else:
-        report = run(prompts, config, out, device, reward_timeout, animation, compute_options, checklist)
-        if keep is not None and is_main_process():
-            report = _keep(report, out, keep, diverse, checklist)
+        raise InputError(f"--keep: model {config.model!r} makes texts: leave it out")
+    report = run(prompts, config, out, device, reward_timeout, animation, compute_options, checklist)
+    if keep is not None and is_main_process():
+        report = _keep(report, out, keep, diverse, checklist)
     written = out / (TEXTS if texts else "grid.png")
     means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]
     best = [max(entry["rewards"]) for entry in report["prompts"]]

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from steer.apps.models import default_device
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
+from steer.apps.scoring import score_in_batches
 from steer.errors import InputError
-from steer.reward import Reward, score_components
+from steer.reward import Reward
 
 ALLOWED = "STEER_COMFYUI_REWARDS"  # environment variable: further rewards, separated by ;
-MAX_BATCH = 8  # images that the reward scores at a time
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ def load_named(text: str) -> Reward:
     return resolve_reward(text)
 
 
-@torch.no_grad()
 def score_batch(images: Tensor, prompt: str, reward: str) -> BatchScores:
     """Score images (N, H, W, C) in [0, 1] with C = 3, or C = 4, of which the last channel is ignored.
 
@@ -67,13 +66,8 @@ def score_batch(images: Tensor, prompt: str, reward: str) -> BatchScores:
         raise InputError(f"images must be (N, H, W, 3), got {tuple(images.shape)}")
     loaded = load_named(reward.strip())
     channels_first = images[..., :3].permute(0, 3, 1, 2).float().clamp(0, 1)
-    scored = []
-    for start in range(0, len(images), MAX_BATCH):
-        batch = channels_first[start : start + MAX_BATCH].to(default_device())
-        scored.append(score_components(loaded, batch, [prompt] * len(batch)))
-    totals, components = zip(*scored, strict=True)
-    joined = {name: torch.cat([one[name] for one in components]).cpu() for name in components[0]}
-    return BatchScores(reward.strip(), torch.cat(totals).cpu(), joined)
+    totals, components = score_in_batches(loaded, channels_first, [prompt] * len(images), default_device())
+    return BatchScores(reward.strip(), totals.cpu(), {name: values.cpu() for name, values in components.items()})
 
 
 def pick(images: Tensor, scores: BatchScores, keep: int = 0) -> tuple[Tensor, list[int]]:

@@ -1,13 +1,13 @@
 """Fields of the tabs; type, range, default, label and help come from the settings dataclasses."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass
 from typing import Any
 
 import gradio as gr
 
-from steer.apps.settings import METHOD_OPTIONS, SHARED, SamplingConfig, kinds_of, methods_with
+from steer.apps.settings import SHARED, SamplingConfig, kinds_of, option_names, owner_of
 from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
 
@@ -39,8 +39,7 @@ LIMITED = ("particles", "steps", "iterations")  # at most their slider's end: vi
 
 def _setting(name: str) -> "tuple[Field[Any], str]":
     """Return the dataclass field of a setting, and its help."""
-    owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
-    return owner.field(name), owner.help()[name]
+    return owner_of(name).field(name), owner_of(name).help()[name]
 
 
 def _hint(text: str) -> str:
@@ -74,6 +73,24 @@ def training_field(name: str, config: TrainingConfig, **look: Any) -> Any:
     if isinstance(look["value"], bool):
         return gr.Checkbox(**look)
     return gr.Slider(minimum=1, step=1, **look) if "maximum" in look else gr.Number(**look)
+
+
+def read_settings(asked: Mapping[str, Any], names: Iterable[str], **more: Any) -> SamplingConfig:
+    """Read those of the named settings that the method has from their fields; `more` are further settings.
+
+    Raises InputError for an empty field, and for numbers beyond the limits of this app.
+    """
+    own = {*SHARED, *option_names(asked["method"])}  # fields of other methods stay as they are
+    own -= set() if asked["method"] == "fk" else {"lam"}  # svdd selects the best candidate
+    given = {name: asked[name] for name in names if name in own} | more
+    if "lam" in given and asked.get("auto"):
+        given["lam"] = "auto"
+    if empty := [name for name in names if name in given and given[name] is None]:
+        kind = "name" if empty[0] in ("reward", "model") else "number"
+        raise InputError(f"{label_of(empty[0])}: the field is empty, give a {kind}")
+    settings = SamplingConfig.of(**given | {"reward": given["reward"].strip()})
+    check_limits(settings)
+    return settings
 
 
 def check_limits(settings: SamplingConfig) -> None:

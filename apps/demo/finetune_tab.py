@@ -1,7 +1,5 @@
 """The Finetune tab: train from a reward or preferences, follow the metrics, load the weights into Steer."""
 
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -15,8 +13,9 @@ from PIL import Image
 from steer.apps.demo.fields import REWARDS, Defaults, training_field
 from steer.apps.demo.labels import label_folder
 from steer.apps.demo.markup import RUN_SCRIPT, folded, gallery, table
-from steer.apps.demo.progress import Progress
-from steer.apps.demo.steering import Loading, data_uri
+from steer.apps.demo.pictures import data_uri
+from steer.apps.demo.progress import Progress, Throttle
+from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, Waiting, Weights, line, plural, whole
 from steer.apps.demo.training import (
     ANSWER_TIMEOUT,
@@ -40,7 +39,7 @@ from steer.pipelines.training.asking import Question
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.model_card import held_out_names
-from steer.pipelines.training.state import LOG_FILES
+from steer.pipelines.training.state import read_logs
 
 METHODS = {
     "Reward backpropagation": "backprop",
@@ -129,12 +128,12 @@ class TrainingView:
     question: Question | None = None
     line: str = "Starting …"
     progress: Progress = field(default_factory=Progress)
-    _last_redraw: float = 0.0
+    _redraws: Throttle = field(default_factory=lambda: Throttle(REDRAW_INTERVAL))
 
     @classmethod
     def of(cls, folder: Path, updates: int) -> "TrainingView":
         """Read the folder of a run."""
-        records, evaluations = records_of(folder)
+        records, evaluations = read_logs(folder)
         return cls(updates, records, evaluations, {path: _frame(path) for path in grids(folder)})
 
     @property
@@ -174,11 +173,7 @@ class TrainingView:
         reward = f", reward {short(record['reward'])}" if "reward" in record else ""
         divergence = f", KL {short(record['kl'])}" if "kl" in record else ""  # not measured in every update
         self.line = f"Update {self.step} of {self.updates}{reward}{divergence}"
-        now = time.monotonic()
-        if now - self._last_redraw < REDRAW_INTERVAL and self.step < self.updates:
-            return False
-        self._last_redraw = now
-        return True
+        return self._redraws.due() or self.step >= self.updates
 
     def conclusion(self) -> str:
         """Return the final status: why the training ended, and its results."""
@@ -190,14 +185,6 @@ class TrainingView:
             f"Stopped after {self.step} of {self.updates} updates. Nothing is lost: Resume continues, Finish here "
             "exports the present weights."
         )
-
-
-def records_of(out: Path) -> tuple[list[Record], list[Record]]:
-    """Return the records of updates and of evaluations so far in the folder of a run."""
-    paths = [out / name for name in LOG_FILES.values()]
-    lines = [path.read_text(encoding="utf-8").splitlines() if path.exists() else [] for path in paths]
-    updates, evaluations = ([json.loads(line) for line in some] for some in lines)
-    return updates, evaluations
 
 
 def _describe_end(result: TrainingResult) -> str:
@@ -406,7 +393,7 @@ class FinetuneTab(JobTab):
 
     def finish_here(self, run: Run, request: gr.Request) -> Iterator[Change]:
         """End the training after the updates made so far."""
-        yield from self.resume(run, len(records_of(run.folder)[0]), request)
+        yield from self.resume(run, len(read_logs(run.folder)[0]), request)
 
     def agree(self, request: gr.Request) -> Change:
         """Let the visitor's run continue after its question."""
@@ -454,7 +441,7 @@ class FinetuneTab(JobTab):
         return self.running(running) | {
             self.run: run,
             self.again: gr.update(visible=not running and (run.folder / "checkpoints").exists()),
-            self.finish: gr.update(visible=trained is None and bool(records_of(run.folder)[0])),
+            self.finish: gr.update(visible=trained is None and bool(read_logs(run.folder)[0])),
             self.results: gr.update(visible=trained is not None and not running),
             self.archive: gr.update(value=str(trained.archive) if trained else None),
         }

@@ -20,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from steer.apps.demo.pictures import as_jpeg
 from steer.apps.recipes import checked_settings
 from steer.apps.sampling import SavedImage
 from steer.apps.settings import SamplingConfig
@@ -275,18 +276,3 @@ def default_path() -> Path:
 def _run(row: Sequence[Any]) -> Run:
     number, when, prompt, settings, rewards, base, seconds, thumbnail = row
     return Run(number, when, prompt, json.loads(settings), tuple(json.loads(rewards)), base, seconds, thumbnail)
-
-
-def as_jpeg(image: Image.Image, side: int) -> bytes:
-    """Encode an image, at most `side` pixels across and down."""
-    small, file = image.convert("RGB"), BytesIO()
-    small.thumbnail((side, side))
-    small.save(file, "JPEG", quality=88, subsampling=0)
-    return file.getvalue()
-
-
-def as_png(image: Image.Image) -> bytes:
-    """Encode an image without metadata."""
-    file = BytesIO()
-    image.convert("RGB").save(file, "PNG")
-    return file.getvalue()

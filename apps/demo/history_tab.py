@@ -1,7 +1,6 @@
 """The History tab: the visitor's finished runs, a comparison of two, and their transfer to the other tabs."""
 
 import time
-from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from io import BytesIO
@@ -12,10 +11,11 @@ import gradio as gr
 from PIL import Image
 
 from steer.apps.demo.grid_panel import GridPanel
-from steer.apps.demo.history import STOPPED, TEXTS, Run, as_jpeg
+from steer.apps.demo.history import STOPPED, TEXTS, Run
 from steer.apps.demo.label_tab import LabelTab
 from steer.apps.demo.links import PARAMETER, link_of, read_link
 from steer.apps.demo.markup import table
+from steer.apps.demo.pictures import data_uri
 from steer.apps.demo.rewards_tab import MAX_FILES, RewardsTab
 from steer.apps.demo.steer_tab import SteerTab, fields_from_settings
 from steer.apps.demo.studio import PRIVATE, Change, Studio, Weights, line, plural, refusing
@@ -90,12 +90,9 @@ def runs_view(runs: Runs) -> str:
 
 def _figure(run: Run, pngs: Sequence[bytes]) -> str:
     with Image.open(BytesIO(pngs[run.best])) as image:
-        source = b64encode(as_jpeg(image, SIDE)).decode()
+        source = data_uri(image, SIDE)
     name = escape(name_of(run), quote=True)
-    return (
-        f'<figure><img src="data:image/jpeg;base64,{source}" alt="best image of {name}"/>'
-        f"<figcaption>{name}</figcaption></figure>"
-    )
+    return f'<figure><img src="{source}" alt="best image of {name}"/><figcaption>{name}</figcaption></figure>'
 
 
 class HistoryTab:

@@ -3,21 +3,20 @@
 import json
 import os
 import random
-import threading
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from steer.apps.demo.labels import OVERLAP_EVERY, LabelRequest, Progress, now
+from steer.apps.demo.labels import OVERLAP_EVERY, AnswerStore, LabelRequest, Verdict, now
+from steer.apps.demo.pictures import as_png
 from steer.apps.scoring import images_with_prompts
 from steer.errors import InputError
-from steer.files import DECODE_ERRORS, atomic_write, write_errors, write_text
+from steer.files import atomic_write, read_image, write_errors, write_text
+from steer.pipelines.training.preference_files import pixels_of, read_lines
 
 TABLE = "pairs.jsonl"
 PAIRS_PER_PROMPT = 200  # maximum number, drawn without repetition
@@ -41,15 +40,13 @@ class ImagePair:
 
 
 def _png(file: Path) -> bytes:
+    """Read an image as the training of a reward does: rotated by its EXIF entry, transparency on white."""
     try:
-        with Image.open(file) as opened:
-            picture = opened.convert("RGB")
-    except DECODE_ERRORS as error:
+        picture = Image.fromarray(pixels_of(read_image(file)))
+    except InputError as error:
         raise InputError(f"{file.name} cannot be read as an image: move it away and start the app again") from error
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    buffer = BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return as_png(picture)
 
 
 def pairs_of(folder: Path) -> list[ImagePair]:
@@ -85,40 +82,47 @@ def write_images(folder: Path, pngs: Sequence[bytes], prompt: str) -> None:
 
 def copy_table(source: Path, to: Path) -> None:
     """Copy the table of a folder, with absolute paths of its images."""
-    rows = [json.loads(line) for line in (source / TABLE).read_text(encoding="utf-8").split("\n") if line]
-    for row in rows:
-        row |= {side: str((source / row[side]).resolve()) for side in ("image_a", "image_b")}
-    write_text(to / TABLE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    sides = ("image_a", "image_b")
+    rows = [row | {side: str((source / row[side]).resolve()) for side in sides} for row in read_table(source)]
+    write_table(to, rows)
 
 
-class ImageLabelStore:
+def read_table(folder: Path) -> list[dict[str, Any]]:
+    """Read the rows of the table of a folder. Raises InputError."""
+    return [row for _, row in read_lines(folder / TABLE)]
+
+
+def write_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the table of a folder. Raises OSError."""
+    write_text(folder / TABLE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+class ImageLabelStore(AnswerStore):
     """Pairs of images and the answers of all annotators, in pairs.jsonl: the rows of `steer rewards train`.
 
     images  folder with prompts (`steer.apps.scoring.images_of_folder`)
     path    folder of the table; existing rows are kept, and must be of these images
-    Thread-safe. An answer is on disk when its method returns. Raises InputError.
     """
 
-    def __init__(self, images: Path, path: Path) -> None:
-        self.path, self.pairs = path, {pair.id: pair for pair in pairs_of(images)}
-        self._lock = threading.RLock()
-        self._undone = Counter[str]()
-        self._assigned: set[tuple[str, str]] = set()
-        self._skipped: set[tuple[str, str]] = set()
-        self._rows: list[dict[str, Any]] = []
-        if (path / TABLE).exists():
-            try:
-                self._rows = [
-                    json.loads(line) for line in (path / TABLE).read_text(encoding="utf-8").split("\n") if line
-                ]
-            except (OSError, ValueError, RecursionError) as error:
-                raise InputError(f"{path / TABLE}: cannot be read as JSON lines ({error})") from error
-            if not all(map(self._is_ours, self._rows)):
-                raise InputError(f"{path / TABLE} is of other images than {images}: give another --labels folder")
+    kind = "pair"
 
-    def _is_ours(self, row: Any) -> bool:
+    def __init__(self, images: Path, path: Path) -> None:
+        super().__init__(path)
+        self.pairs = {pair.id: pair for pair in pairs_of(images)}
+        self._rows = read_table(path) if (path / TABLE).exists() else []
+        if not all(map(self._is_ours, self._rows)):
+            raise InputError(f"{path / TABLE} is of other images than {images}: give another --labels folder")
+        for row in self._rows:
+            chosen = CHOICES.index(row["choice"]) if row["choice"] in CHOICES else None
+            self._verdicts.setdefault(row["annotator"], {})[row["pair"]] = Verdict(chosen, "bad" in row)
+
+    @property
+    def groups(self) -> Mapping[str, ImagePair]:
+        return self.pairs
+
+    def _is_ours(self, row: dict[str, Any]) -> bool:
         """Tell whether a row of the table is of these images, in the form that this class writes."""
-        known = isinstance(row, dict) and row.get("pair") in self.pairs and {"annotator", "choice"} <= row.keys()
+        known = row.get("pair") in self.pairs and isinstance(row.get("annotator"), str) and "choice" in row
         return known and bool(row == row | self._names(row["pair"]))
 
     def _names(self, pair: str) -> dict[str, str]:
@@ -126,78 +130,27 @@ class ImageLabelStore:
         a, b = (os.path.relpath(file, self.path) for file in one.files)
         return {"image_a": a, "image_b": b, "prompt": one.prompt}
 
-    def _of(self, annotator: str) -> list[dict[str, Any]]:
-        return [row for row in self._rows if row["annotator"] == annotator]
-
     def offer(self, request: LabelRequest) -> ImagePair | None:
         """Assign a pair to the annotator: a shared one that they have not answered, or one without answers, or None."""
         with self._lock:
-            mine = {row["pair"] for row in self._of(request.annotator)}
-            mine |= {pair for name, pair in self._assigned | self._skipped if name == request.annotator}
-            taken = {row["pair"] for row in self._rows} | {pair for _, pair in self._assigned}
+            mine = self._of(request.annotator).keys() | {
+                pair for name, pair in self._assigned | self._skipped if name == request.annotator
+            }
+            taken = self.judgements().keys() | {pair for _, pair in self._assigned}
             left = (one for one in self.pairs.values() if one.id not in mine and (one.shared or one.id not in taken))
             if (selected := next(left, None)) is not None:
                 self._assigned.add((request.annotator, selected.id))
             return selected
 
-    def choose(self, annotator: str, pair: str, chosen: int) -> bool:
-        """Record that an image is the better one; False if the annotator has answered already."""
-        return self._judge(annotator, pair, {"choice": CHOICES[chosen]})
+    def _record(self, annotator: str, group: str, verdict: Verdict) -> None:
+        choice = {"choice": "tie" if verdict.chosen is None else CHOICES[verdict.chosen]}
+        answer = choice | ({"bad": True} if verdict.bad else {})
+        row = self._names(group) | answer | {"pair": group, "annotator": annotator, "time": now()}
+        self._write([*self._rows, row])
 
-    def tie(self, annotator: str, pair: str, bad: bool = False) -> bool:
-        """Record a tie; False if the annotator has answered already. bad: both images are bad."""
-        return self._judge(annotator, pair, {"choice": "tie"} | ({"bad": True} if bad else {}))
-
-    def _judge(self, annotator: str, pair: str, answer: dict[str, Any]) -> bool:
-        with self._lock:
-            if pair not in self.pairs:
-                raise InputError(f"there is no pair {pair!r:.70} here: press Start for one")
-            if any(row["pair"] == pair for row in self._of(annotator)):
-                return False
-            row = self._names(pair) | answer | {"pair": pair, "annotator": annotator, "time": now()}
-            self._write([*self._rows, row])
-            self._assigned.discard((annotator, pair))
-            return True
+    def _remove(self, annotator: str, group: str) -> None:
+        self._write([row for row in self._rows if (row["annotator"], row["pair"]) != (annotator, group)])
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        with write_errors(self.path, "make room and answer again"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / TABLE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_table(self.path, rows)
         self._rows = rows
-
-    def skip(self, annotator: str, pair: str) -> None:
-        """Leave a pair to others; it is not offered to this annotator again until the app restarts."""
-        with self._lock:
-            self._assigned.discard((annotator, pair))
-            self._skipped.add((annotator, pair))
-
-    def undo(self, annotator: str) -> ImagePair | None:
-        """Remove the annotator's latest answer and assign its pair again; None if there is no answer."""
-        with self._lock:
-            if not (own := self._of(annotator)):
-                return None
-            self._write([row for row in self._rows if row is not own[-1]])
-            self._undone[annotator] += 1
-            self._assigned.add((annotator, own[-1]["pair"]))
-            return self.pairs[own[-1]["pair"]]
-
-    def release(self, annotator: str, pairs: Collection[Any]) -> None:
-        """Release pairs that the annotator will not answer."""
-        with self._lock:
-            self._assigned -= {(annotator, pair.id) for pair in pairs}
-
-    def progress(self, annotator: str) -> Progress:
-        """Count the annotator's answers so far, and answers undone since the app started."""
-        with self._lock:
-            own = self._of(annotator)
-            ties = [row for row in own if row["choice"] == "tie"]
-            return Progress(len(own) - len(ties), len(ties), sum("bad" in row for row in ties), self._undone[annotator])
-
-    def judgements(self) -> dict[str, dict[str, int | None]]:
-        """Return the answers by pair and annotator: the index of the better image, or None for a tie."""
-        with self._lock:
-            selected: dict[str, dict[str, int | None]] = {}
-            for row in self._rows:
-                chosen = CHOICES.index(row["choice"]) if row["choice"] in CHOICES else None
-                selected.setdefault(row["pair"], {})[row["annotator"]] = chosen
-            return selected

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import threading
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +22,7 @@ from steer.apps.demo.labels import (
     IMAGES,
     LONGEST_NAME,
     RUN,
+    AnswerStore,
     LabelRequest,
     LabelStore,
     command_of,
@@ -31,6 +31,7 @@ from steer.apps.demo.labels import (
     storage_notice,
     write_label_zip,
 )
+from steer.apps.demo.pictures import data_uri
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import (
     PRIVATE,
@@ -45,6 +46,7 @@ from steer.apps.demo.studio import (
     prompts_in,
     public,
 )
+from steer.apps.errors import wrap_errors
 from steer.apps.prompts import load_prompts
 from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.assets import MODELS
@@ -77,7 +79,7 @@ class LabelSession:
 
     def __init__(
         self,
-        store: LabelStore | ImageLabelStore,
+        store: AnswerStore,
         label_request: LabelRequest,
         model: str,
         submit: Callable[[Callable[[Ticket], None]], Ticket],
@@ -135,7 +137,8 @@ class LabelSession:
     def _draw(self, ticket: Ticket) -> None:
         ticket.say(Loading(self.model))
         assert isinstance(self.store, LabelStore), "it samples"
-        with self._lend(self.model) as pipe:
+        kept, hint = "the answers are kept", "fewer images at a time need less"
+        with wrap_errors("sampling", kept, hint), self._lend(self.model) as pipe:
             ticket.say(Drawing(self.label_request.images))
             group = self.store.draw(pipe, self.label_request, ticket.check)
         with self._lock:
@@ -235,9 +238,9 @@ def empty_view(turn: int, text: str = IDLE_TEXT, undo: bool = False) -> str:
 def _figure(number: int, count: int, prompt: str, picture: bytes) -> str:
     name = name_of(number, count).capitalize()
     alt = escape(f"{name}, of: {prompt}", quote=True)
-    source = f"data:image/png;base64,{b64encode(picture).decode()}"
     key = ARROWS[number] if count == 2 else str(number + 1)
-    return f'<figure><img src="{source}" alt="{alt}" data-image="{number}">{_button(str(number), name, key)}</figure>'
+    image = f'<img src="{data_uri(picture)}" alt="{alt}" data-image="{number}">'
+    return f"<figure>{image}{_button(str(number), name, key)}</figure>"
 
 
 def _button(answer: str, text: str, key: str) -> str:
@@ -327,7 +330,7 @@ class LabelTab(JobTab):
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.model = studio, studio.models[0]
-        self.store: LabelStore | ImageLabelStore
+        self.store: AnswerStore
         if studio.label_images is not None:
             self.store = ImageLabelStore(studio.label_images, label_folder(studio))
         else:
@@ -388,10 +391,11 @@ class LabelTab(JobTab):
         )
         # Blur the field in which Enter was pressed: otherwise shortcuts would be typed there.
         leave = "(...given) => { document.activeElement?.blur(); return given; }"
-        for begin in (self.start.click, self.name.submit):
-            begin(self.begin, asked, live, js=leave, **RUNS)
+        events = [begin(self.begin, asked, live, js=leave, **RUNS) for begin in (self.start.click, self.name.submit)]
         # Several events at a time allow an undo while a group is sampled: an answer names its group.
-        self.view.answer(self.answer, None, live, trigger_mode="multiple", **RUNS)
+        events.append(self.view.answer(self.answer, None, live, trigger_mode="multiple", **RUNS))
+        for event in events:
+            event.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
         self.stop.click(self.end, None, live, queue=False, **PRIVATE)
         if self.studio.labels is None:
             self.zip.click(self.download, None, [self.file, self.status], **PRIVATE)
@@ -450,7 +454,7 @@ class LabelTab(JobTab):
                     return
                 yield self._now(session, line(f"{message} {event}".strip()))
         except InputError as error:
-            status, empty = line(f"{message} {error}".strip(), "alert"), "Press Start to try again."
+            status, empty = line(f"{message} {public(str(error))}".strip(), "alert"), "Press Start to try again."
         if not session.ended:
             yield self._now(session, status, empty)
 

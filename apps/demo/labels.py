@@ -16,9 +16,10 @@ from steer.assets import MODELS
 from steer.diffusion.seeds import derived_seed
 from steer.diffusion.views import denoisers_in
 from steer.errors import InputError
+from steer.files import write_errors
 from steer.pipelines.training.config import DTYPES
 from steer.pipelines.training.method import prompts_at
-from steer.pipelines.training.preference_data import PreferenceFolder, append_line, write_errors
+from steer.pipelines.training.preference_data import TRY_AGAIN, PreferenceFolder, append_line
 from steer.pipelines.training.preference_files import (
     GROUPS,
     PREFERENCES,
@@ -89,21 +90,109 @@ class Progress:
         return f"{plural(self.choices, 'choice')}, {plural(self.ties, 'tie')}{bad}, {self.undone} undone."
 
 
-class LabelStore:
-    """The groups and answers of all annotators, in a folder that `steer finetune d3po-scenes --preferences` reads.
+class AnswerStore:
+    """The answers of all annotators to groups of images: subclasses offer and read the groups, and write the answers.
 
-    path  an existing folder keeps its sampling arguments; a new one takes `call`
-    Thread-safe; one program at a time may write. An answer is on disk when its method returns.
+    Thread-safe; one program at a time may write. An answer is on disk when its method returns. Raises InputError.
     """
 
-    def __init__(self, path: Path, call: Mapping[str, Any] = CALL) -> None:
+    kind = "group"
+
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
-        self._folder: PreferenceFolder | None = None
         self._verdicts: dict[str, dict[str, Verdict]] = {}  # verdicts by annotator and group, the latest last
         self._undone = Counter[str]()
         self._skipped: set[tuple[str, str]] = set()
         self._assigned: set[tuple[str, str]] = set()  # pairs of annotator and assigned group
+
+    @property
+    def groups(self) -> Mapping[str, Any]:
+        """Return the groups by name."""
+        raise NotImplementedError
+
+    def offer(self, request: LabelRequest) -> Any:
+        """Assign a group to the annotator until they answer or it is released; None where there is none."""
+        raise NotImplementedError
+
+    def _record(self, annotator: str, group: str, verdict: Verdict) -> None:
+        raise NotImplementedError
+
+    def _remove(self, annotator: str, group: str) -> None:
+        raise NotImplementedError
+
+    def choose(self, annotator: str, group: str, chosen: int) -> bool:
+        """Record that an image is the best of its group; False if the annotator has answered already."""
+        return self._judge(annotator, group, Verdict(chosen))
+
+    def tie(self, annotator: str, group: str, bad: bool = False) -> bool:
+        """Record a tie; False if the annotator has answered already. bad: all images are bad."""
+        return self._judge(annotator, group, Verdict(None, bad))
+
+    def _judge(self, annotator: str, group: str, verdict: Verdict) -> bool:
+        with self._lock, write_errors(self.path, TRY_AGAIN):
+            if group not in self.groups:
+                raise InputError(f"there is no {self.kind} {group!r:.70} here: press Start for one")
+            if group in self._of(annotator):
+                return False
+            self._record(annotator, group, verdict)
+            self._verdicts.setdefault(annotator, {})[group] = verdict
+            self._assigned.discard((annotator, group))
+            return True
+
+    def skip(self, annotator: str, group: str) -> None:
+        """Leave a group to others; it is not offered to this annotator again until the app restarts."""
+        with self._lock:
+            self._assigned.discard((annotator, group))
+            self._skipped.add((annotator, group))
+
+    def undo(self, annotator: str) -> Any:
+        """Undo the annotator's latest answer and assign its group again; None if there is no answer."""
+        with self._lock, write_errors(self.path, TRY_AGAIN):
+            if not (verdicts := self._of(annotator)):
+                return None
+            group = next(reversed(verdicts))
+            self._remove(annotator, group)
+            del verdicts[group]
+            self._undone[annotator] += 1
+            self._assigned.add((annotator, group))
+            return self.groups[group]
+
+    def release(self, annotator: str, groups: Collection[Any]) -> None:
+        """Release groups that the annotator will not answer."""
+        with self._lock:
+            self._assigned -= {(annotator, group.id) for group in groups}
+
+    def progress(self, annotator: str) -> Progress:
+        """Count the annotator's answers so far."""
+        with self._lock:
+            verdicts = [*self._of(annotator).values()]
+            choices = sum(verdict.chosen is not None for verdict in verdicts)
+            bad = sum(verdict.bad for verdict in verdicts)
+            return Progress(choices, len(verdicts) - choices, bad, self._undone[annotator])
+
+    def judgements(self) -> dict[str, dict[str, int | None]]:
+        """Return the answers by group and annotator: the preferred image, or None for a tie."""
+        with self._lock:
+            selected: dict[str, dict[str, int | None]] = {}
+            for name, verdicts in self._verdicts.items():
+                for group, verdict in verdicts.items():
+                    selected.setdefault(group, {})[name] = verdict.chosen
+            return selected
+
+    def _of(self, annotator: str) -> dict[str, Verdict]:
+        return self._verdicts.get(annotator, {})
+
+
+class LabelStore(AnswerStore):
+    """The groups and answers of all annotators, in a folder that `steer finetune d3po-scenes --preferences` reads.
+
+    path  an existing folder keeps its sampling arguments; a new one takes `call`
+    """
+
+    def __init__(self, path: Path, call: Mapping[str, Any] = CALL) -> None:
+        super().__init__(path)
+        self._folder: PreferenceFolder | None = None
         self._sampling: tuple[dict[str, Any], float, str] = dict(call), 1.0, "float32"
         self._checked = False
         if (path / SETTINGS).exists():
@@ -147,7 +236,7 @@ class LabelStore:
             skipped = {group for name, group in self._skipped if name == request.annotator}
             fitting = [group for group in self.groups.values() if request.fits(group)]
             left = [group for group in fitting if group.id not in mine | skipped]
-            judged = {group for verdicts in self._verdicts.values() for group in verdicts}
+            judged = self.judgements().keys()
             taken = judged | {group for _, group in self._assigned}
             known = [group for group in left if group.id in judged and len(mine) % OVERLAP_EVERY == OVERLAP_EVERY - 1]
             selected = next(iter(known + [group for group in left if group.id not in taken]), None)
@@ -177,7 +266,7 @@ class LabelStore:
         sampled_rows, images = sampler.rollout(
             Rows((prompt,) * request.images, (start,) * request.images, tuple(noises))
         )
-        with self._lock, write_errors(self.path):
+        with self._lock, write_errors(self.path, TRY_AGAIN):
             group = folder.groups[folder.write_group(sampled_rows, images)]
             self._assigned.add((request.annotator, group.id))
         return group
@@ -189,73 +278,18 @@ class LabelStore:
             self._checked = True
         return self._folder
 
-    def choose(self, annotator: str, group: str, chosen: int) -> bool:
-        """Record that an image is the best of its group; False if the annotator has answered already."""
-        return self._judge(annotator, group, Verdict(chosen))
+    def _record(self, annotator: str, group: str, verdict: Verdict) -> None:
+        assert self._folder is not None, "it has the group"
+        source = {"annotator": annotator, "time": now()}
+        if verdict.chosen is None:
+            self._folder.write_tie(group, **source, **({"bad": True} if verdict.bad else {}))
+        else:
+            for rejected in range(len(self.groups[group].rows)):
+                if rejected != verdict.chosen:
+                    self._folder.write_preference(group, verdict.chosen, rejected, **source)
 
-    def tie(self, annotator: str, group: str, bad: bool = False) -> bool:
-        """Record a tie; False if the annotator has answered already. bad: all images are bad."""
-        return self._judge(annotator, group, Verdict(None, bad))
-
-    def _judge(self, annotator: str, group: str, verdict: Verdict) -> bool:
-        with self._lock, write_errors(self.path):
-            if self._folder is None or group not in self._folder.groups:
-                raise InputError(f"there is no group {group!r:.70} here: press Start for one")
-            if group in self._of(annotator):
-                return False
-            source = {"annotator": annotator, "time": now()}
-            if verdict.chosen is None:
-                self._folder.write_tie(group, **source, **({"bad": True} if verdict.bad else {}))
-            else:
-                for rejected in range(len(self._folder.groups[group].rows)):
-                    if rejected != verdict.chosen:
-                        self._folder.write_preference(group, verdict.chosen, rejected, **source)
-            self._verdicts.setdefault(annotator, {})[group] = verdict
-            self._assigned.discard((annotator, group))
-            return True
-
-    def skip(self, annotator: str, group: str) -> None:
-        """Leave a group to others; it is not offered to this annotator again until the app restarts."""
-        with self._lock:
-            self._assigned.discard((annotator, group))
-            self._skipped.add((annotator, group))
-
-    def undo(self, annotator: str) -> SampleGroup | None:
-        """Undo the annotator's latest answer and assign its group again; None if there is no answer."""
-        with self._lock, write_errors(self.path):
-            if not (verdicts := self._of(annotator)):
-                return None
-            group = next(reversed(verdicts))
-            append_line(self.path / PREFERENCES, {"lot": group, "undo": True, "annotator": annotator, "time": now()})
-            del verdicts[group]
-            self._undone[annotator] += 1
-            self._assigned.add((annotator, group))
-            return self.groups[group]
-
-    def release(self, annotator: str, groups: Collection[Any]) -> None:
-        """Release groups that the annotator will not answer."""
-        with self._lock:
-            self._assigned -= {(annotator, group.id) for group in groups}
-
-    def progress(self, annotator: str) -> Progress:
-        """Count the annotator's answers so far."""
-        with self._lock:
-            verdicts = [*self._of(annotator).values()]
-            choices = sum(verdict.chosen is not None for verdict in verdicts)
-            bad = sum(verdict.bad for verdict in verdicts)
-            return Progress(choices, len(verdicts) - choices, bad, self._undone[annotator])
-
-    def judgements(self) -> dict[str, dict[str, int | None]]:
-        """Return the answers by group and annotator: the preferred image, or None for a tie."""
-        with self._lock:
-            selected: dict[str, dict[str, int | None]] = {}
-            for name, verdicts in self._verdicts.items():
-                for group, verdict in verdicts.items():
-                    selected.setdefault(group, {})[name] = verdict.chosen
-            return selected
-
-    def _of(self, annotator: str) -> dict[str, Verdict]:
-        return self._verdicts.get(annotator, {})
+    def _remove(self, annotator: str, group: str) -> None:
+        append_line(self.path / PREFERENCES, {"lot": group, "undo": True, "annotator": annotator, "time": now()})
 
 
 def now() -> str:

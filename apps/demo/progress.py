@@ -11,6 +11,21 @@ SHORTEST = 1.5  # remaining seconds below which none are shown
 
 
 @dataclass
+class Throttle:
+    """A view's updates, with at least `interval` seconds between two."""
+
+    interval: float
+    _last: float = 0.0
+
+    def due(self) -> bool:
+        """Return whether the view may be updated now; if so, its next update waits."""
+        if (now := time.monotonic()) - self._last < self.interval:
+            return False
+        self._last = now
+        return True
+
+
+@dataclass
 class Progress:
     """The finished share of a run, and its pace over all steps after the first, which may load or compile.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steer.apps.demo.fields import EXAMPLE
 from steer.apps.demo.markup import RUN_SCRIPT, Html, folded, table
-from steer.apps.demo.steering import data_uri
+from steer.apps.demo.pictures import data_uri
 from steer.apps.demo.studio import (
     MAX_PROMPT_CHARACTERS,
     PRIVATE,
@@ -170,11 +170,13 @@ def read_upload(path: Path) -> Tensor:
 
     Raises InputError, without the file's path, for a file that is too big, too long or not an image.
     """
-    if (size := path.stat().st_size) > MAX_BYTES:
-        raise InputError(f"{size / 2**20:.1f} MB: at most {MAX_BYTES / 2**20:.0f} MB an image")
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise InputError(f"{size / 2**20:.1f} MB: at most {MAX_BYTES / 2**20:.0f} MB an image")
         with Image.open(path, formats=FORMATS) as file:
             width, height = file.size
+    except InputError:
+        raise
     except DECODE_ERRORS as error:  # Pillow's messages contain the path
         raise InputError("not an image that can be read: use PNG, JPEG or WebP") from error
     if width * height > MAX_PIXELS:

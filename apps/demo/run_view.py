@@ -4,7 +4,6 @@ In the ancestry, columns are evaluated steps, rows are slots, and lines lead to 
 lineage in `data-path`, which run_view.js highlights.
 """
 
-import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from matplotlib.colors import Normalize, to_hex
 from PIL import Image
 
 from steer.apps.demo.markup import folded, gallery, table
-from steer.apps.demo.progress import Progress
+from steer.apps.demo.progress import Progress, Throttle
 from steer.apps.demo.steering import Frame, Loading, PromptResult, Step
 from steer.apps.demo.studio import Waiting, plural
 from steer.apps.plots import COLORMAP, chart, draw_series, short
@@ -39,7 +38,7 @@ class RunView:
     finished: tuple[PromptResult, ...] = ()
     line: str = "Starting …"
     progress: Progress = field(default_factory=Progress)
-    _last_redraw: float = field(default=0.0, repr=False)
+    _redraws: Throttle = field(default_factory=lambda: Throttle(REDRAW_INTERVAL), repr=False)
 
     def after(self, event: Any) -> bool:
         """Add an event; return whether the view changes."""
@@ -57,10 +56,7 @@ class RunView:
         self.progress.update(event.share)
         if event.step == 1 and event.phase != "beside":
             self.frames, self.made = (), None
-        if (now := time.monotonic()) - self._last_redraw < REDRAW_INTERVAL:
-            return False
-        self._last_redraw = now
-        return True
+        return self._redraws.due()
 
     @property
     def status(self) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.demo.estimate import Paces
-from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, Defaults, check_limits, label_of, setting_field
-from steer.apps.demo.history import STOPPED, as_png
+from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, Defaults, read_settings, setting_field
+from steer.apps.demo.history import STOPPED
 from steer.apps.demo.markup import RUN_SCRIPT, table
+from steer.apps.demo.pictures import as_png
 from steer.apps.demo.run_view import RunView, run_view
 from steer.apps.demo.steer_options import RewardChips, image_fields, image_settings, lora_fields, uploaded_loras
 from steer.apps.demo.steering import Frame, PromptResult, as_command, as_python, steering
@@ -34,7 +35,7 @@ from steer.apps.methods import METHODS
 from steer.apps.plots import short
 from steer.apps.recipes import Recipe, read_metadata
 from steer.apps.sampling import SavedImage
-from steer.apps.settings import ALL_OPTIONS, SamplingConfig, default_of, option_names
+from steer.apps.settings import SamplingConfig, default_of, option_names
 from steer.assets import MODELS
 from steer.errors import InputError
 from steer.pipelines.base import Cost
@@ -58,12 +59,6 @@ def drawable(model: str) -> str:
 def prompt_info(model: str) -> str:
     """Return the hint of the prompts' field."""
     return f"One a line, up to {MAX_PROMPTS}. Ctrl+Enter runs. {drawable(model)}"
-
-
-def prompt_field(model: str) -> gr.Textbox:
-    """Create the field of the prompts."""
-    info = prompt_info(model)
-    return gr.Textbox(EXAMPLE, label="Prompt", lines=2, max_lines=MAX_PROMPTS, info=info, elem_id="steer-prompts")
 
 
 def steer_fields(studio: Studio) -> dict[str, Any]:
@@ -110,26 +105,10 @@ def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> Sam
 
     Raises InputError for numbers beyond the limits of this app.
     """
-    own = set(ALL_OPTIONS) - set(option_names(asked["method"]))  # fields of other methods stay as they are
-    given = {name: asked[name] for name in SETTINGS if name not in own}
-    if empty := [name for name, value in given.items() if value is None and name != "seed"]:
-        raise InputError(f"{label_of(empty[0])}: the field is empty, give a number")
-    if asked["method"] != "fk":
-        given.pop("lam", None)  # svdd selects the best candidate
-    elif asked.get("auto"):
-        given["lam"] = "auto"
-    given |= _particle_options(asked["method"], asked["particles"])
-    given |= {"reward": asked["reward"].strip(), "seed": seed_of(asked["seed"], asked["fresh"])}
     adapters = [_adapter_path(asked["model"], weights) if asked["adapter"] else None, uploaded_loras(asked)]
-    given |= image_settings(asked)
-    settings = SamplingConfig.of(**given, lora=" + ".join(filter(None, adapters)) or None)
-    check_limits(settings)
-    return settings
-
-
-def _particle_options(method: str, particles: int) -> dict[str, Any]:
-    """Return the options of a method that follow from the number of particles."""
-    return {"beams": 2 - particles % 2} if method == "beam" else {}
+    more = {"seed": seed_of(asked["seed"], asked["fresh"]), "lora": " + ".join(filter(None, adapters)) or None}
+    more |= {"beams": 2 - (asked["particles"] or 0) % 2} if asked["method"] == "beam" else {}
+    return read_settings(asked, SETTINGS, **more, **image_settings(asked))
 
 
 def _adapter_path(model: str, weights: Weights | None) -> str:
@@ -224,6 +203,7 @@ class Results:
         """Show one of the finished prompts, and offer the others."""
         one = finished[place]
         pair, summary = compared(one), escape(describe_means(one) + describe_cost(one))
+        label = "Images" if one.settings.method == "base" else "Images, best first"  # plain sampling does not sort
         choices = [(f"{number + 1}. {each.prompt}", number) for number, each in enumerate(finished)]
         return {
             self.box: gr.update(visible=True),
@@ -233,7 +213,7 @@ class Results:
                 visible=pair is not None,
                 label=pair and sides(one, *pair),
             ),
-            self.images: gr.update(value=image_captions(one), label=images_label(one)),
+            self.images: gr.update(value=image_captions(one), label=label),
             self.gallery: gr.update(value=base_captions(one), visible=bool(one.base)),
             self.archive: str(archive_of(one)),
             self.table: f'{rewards_table(one)}<p class="steer-summary">{summary}</p>',
@@ -273,11 +253,6 @@ def sides(made: PromptResult, left: SavedImage, right: SavedImage) -> str:
 def image_captions(made: PromptResult) -> list[tuple[str, str]]:
     """Return every image with its rank and reward."""
     return [(str(one.path), f"{rank + 1}: {short(one.recipe.reward)}") for rank, one in enumerate(made.images)]
-
-
-def images_label(made: PromptResult) -> str:
-    """Return the label of the images; plain sampling does not sort them."""
-    return "Images" if made.settings.method == "base" else "Images, best first"
 
 
 def archive_of(made: PromptResult) -> Path:
@@ -351,7 +326,8 @@ class SteerTab(JobTab):
         self.studio, self.finished, self.weights, self.paces = studio, gr.State(()), gr.State(None), Paces()
         with gr.Row(equal_height=False, elem_id="steer-top"):
             with gr.Column(scale=3, min_width=300):
-                prompts = prompt_field(studio.models[0])
+                look: dict[str, Any] = {"label": "Prompt", "info": prompt_info(studio.models[0]), "lines": 2}
+                prompts = gr.Textbox(EXAMPLE, max_lines=MAX_PROMPTS, elem_id="steer-prompts", **look)
                 if studio.models[0] in MODELS:
                     gr.Examples([[one] for one in EXAMPLES], [prompts], label="Examples", api_visibility="private")
             with gr.Column(scale=2, min_width=300):

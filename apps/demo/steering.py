@@ -4,12 +4,10 @@ import math
 import re
 import shlex
 import shutil
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from steer.apps.components import set_scheduler
+from steer.apps.demo.pictures import data_uri
 from steer.apps.demo.steer_options import on_disk
 from steer.apps.demo.studio import Studio, Ticket, Weights
 from steer.apps.errors import wrap_errors
@@ -39,13 +38,6 @@ LONGEST_NAME = 80  # bytes of a prompt in the names of its images
 NOTHING_KEPT_HINT, MEMORY_HINT = "nothing of this run is kept", "fewer particles need less"
 EARLY_PREVIEWS = (0.0, 0.15)  # shares of a run, before the first rewards, to show a picture early
 MAX_FRAMES = 12  # frames of a noise optimisation, which has many more iterations
-
-
-def data_uri(image: Image.Image) -> str:
-    """Encode an image for a page, so that no file is served."""
-    file = BytesIO()
-    image.convert("RGB").save(file, "JPEG", quality=88, subsampling=0)
-    return f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
 
 
 @dataclass(frozen=True)
@@ -337,6 +329,7 @@ def as_command(prompt: str, settings: SamplingConfig, axes: Sequence[Axis] = ())
     varied = {axis.name for axis in axes}
     for name, value in given_options(settings, (*OPTIONS, *CALL)).items():
         if name not in varied:
-            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+            text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
     dashed = ["--", prompt] if prompt.startswith("-") else [prompt]
     return shlex.join(["steer", *words, *dashed])

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -197,7 +197,7 @@ class Studio:
     label_images: Path | None = None
     worker: Worker = field(default_factory=Worker)
     home: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="steer-demo-")))
-    text_models: tuple[str, ...] = field(default_factory=lambda: embedded_text_models())
+    text_models: tuple[str, ...] = field(default_factory=lambda: embedded_models(TEXT_MODELS))
     history_file: Path | None = None
     max_upload: int = 512
     variant: str | None = None
@@ -304,14 +304,9 @@ class Studio:
             time.sleep(0.1)
 
 
-def embedded_text_models() -> tuple[str, ...]:
-    """Return the installed embedded text models."""
-    return tuple(name for name, place in TEXT_MODELS.items() if Path(place).is_dir())
-
-
-def embedded_models() -> tuple[str, ...]:
+def embedded_models(models: Mapping[str, str | Path] = MODELS) -> tuple[str, ...]:
     """Return the installed embedded models: the package lacks some of the repository's models."""
-    return tuple(name for name, place in MODELS.items() if Path(place).is_dir())
+    return tuple(name for name, place in models.items() if Path(place).is_dir())
 
 
 def write_zip(path: Path, root: Path, files: Iterable[Path], name: str) -> Path:

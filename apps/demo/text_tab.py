@@ -1,7 +1,6 @@
 """The Text tab: the beginning of a text, its tokens while they are steered, and the finished texts."""
 
 import textwrap
-import time
 import zlib
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -11,9 +10,11 @@ from typing import Any
 import gradio as gr
 from PIL import Image, ImageDraw, ImageFont
 
-from steer.apps.demo.fields import check_limits, setting_field
-from steer.apps.demo.history import TEXTS, as_png
+from steer.apps.demo.fields import read_settings, setting_field
+from steer.apps.demo.history import TEXTS
 from steer.apps.demo.markup import RUN_SCRIPT, gallery, table
+from steer.apps.demo.pictures import as_png
+from steer.apps.demo.progress import Throttle
 from steer.apps.demo.steering import Step, as_command
 from steer.apps.demo.studio import (
     PRIVATE,
@@ -31,7 +32,6 @@ from steer.apps.demo.studio import (
 from steer.apps.demo.text_steering import TextFrame, TextResult, Token, text_steering
 from steer.apps.plots import short
 from steer.apps.settings import SamplingConfig, default_of, option_names
-from steer.errors import InputError
 
 METHODS = {"Particles (Feynman–Kac)": "fk", "Best of N": "best-of-n", "Plain sampling": "base"}
 REWARDS = ("parses + says:blue", "says:blue", "parses", "says:two + says:star", "regex:left of")
@@ -39,20 +39,14 @@ EXAMPLE = "a red"
 EMPTY_TEXT = "The texts appear here, word by word, while they are being steered."
 NOTE = "Each line: the particle’s number, its reward where it was evaluated, and its words. Words in brackets are the "
 NOTE += "model’s present guess at places that are still masked."
+SETTINGS = ("method", "reward", "particles", "lam", "steps", "model", "compare")
 LAM = 5.0  # strength where it is not chosen
 REDRAW_INTERVAL = 0.15  # seconds between two updates of the view
 
 
 def text_settings(asked: dict[str, Any]) -> SamplingConfig:
     """Read the settings from the fields. Raises InputError for numbers beyond the limits of this app."""
-    own = ("particles", "steps", *(["lam"] if "lam" in option_names(asked["method"]) else []))
-    asked = asked | ({"lam": "auto"} if asked.get("auto") else {})
-    if empty := [name for name in own if asked[name] is None]:
-        raise InputError(f"{empty[0]}: the field is empty, give a number")
-    given = {name: asked[name] for name in (*own, "method", "model", "compare")}
-    settings = SamplingConfig.of(**given, reward=asked["reward"].strip(), seed=seed_of(asked["seed"]))
-    check_limits(settings)
-    return settings
+    return read_settings(asked, SETTINGS, seed=seed_of(asked["seed"]))
 
 
 def text_view(frames: Sequence[TextFrame], made: TextResult | None) -> str:
@@ -184,7 +178,7 @@ class TextTab(JobTab):
         prompts, settings = prompts_in(asked["prompt"], 1), text_settings(asked)
         ticket = self.studio.begin(request, text_steering(self.studio, (prompts or [""])[0], settings))
         yield {self.view: text_view((), None), self.fields["seed"]: settings.seed}
-        frames, made, last = list[TextFrame](), None, 0.0
+        frames, made, redraws = list[TextFrame](), None, Throttle(REDRAW_INTERVAL)
         for event in ticket.events():
             match event:
                 case TextFrame():
@@ -195,8 +189,7 @@ class TextTab(JobTab):
                     continue  # its frame follows
                 case _:
                     yield {self.status: line(str(event))}
-            if isinstance(event, TextFrame) and (now := time.monotonic()) - last >= REDRAW_INTERVAL:
-                last = now
+            if isinstance(event, TextFrame) and redraws.due():
                 yield {self.view: text_view(frames, None), self.status: line(f"Step {event.step} of {event.total}")}
         if made is None:
             yield {self.status: line("Stopped. Nothing was finished."), self.view: text_view(frames, None)}

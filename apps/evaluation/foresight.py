@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from steer.apps.evaluation.spec import score_in_batches
 from steer.apps.plots import COLORMAP, DPI, INK, save_figure, set_title, style_axes
+from steer.apps.scoring import score_in_batches
 from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines.fk_steering import FKSteeringPipeline
@@ -54,7 +54,7 @@ def foresight(
     images of different reward.
     """
     call = dict(call or {})
-    steps = _default_steps(pipe, call) if steps is None else sorted(steps)
+    steps = _default_steps(pipe, call) if steps is None else sorted(set(steps))
     early: dict[str, Tensor] = {}
     nfe: dict[str, float] = {}
     final = truth = torch.empty(0)

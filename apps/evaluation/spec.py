@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import logging
 import platform
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,14 +24,18 @@ from steer.apps.expansion import is_text_model
 from steer.apps.methods import METHODS, Job
 from steer.apps.models import AdapterSum, FinetunedWeights, find_adapter
 from steer.apps.plots import thumbnail
-from steer.apps.settings import ALL_OPTIONS, METHOD_OPTIONS, SHARED, SamplingConfig
+from steer.apps.processes import is_main_process
+from steer.apps.scoring import score_in_batches
+from steer.apps.settings import ALL_OPTIONS, METHOD_OPTIONS, SHARED, SamplingConfig, flags_of, methods_with
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
-from steer.files import atomic_write, write_text
+from steer.files import atomic_write, read_json, write_text
 from steer.pipelines.base import Cost, SteeringOutput, route_eta
 from steer.pipelines.training.evaluation import diversity
 from steer.registry import choose, did_you_mean
-from steer.reward import Reward, Scores, compares_images, mean_over_frames, score_components
+from steer.reward import Reward, Scores
+
+logger = logging.getLogger(__name__)
 
 BASE_METHOD = "base"  # plain sampling without a reward: one image per run
 # Settings of `steer sample` that contenders share; None is the default of each method.
@@ -148,16 +153,19 @@ class PreparedContender:
 
 
 def prepare_contenders(contenders: Sequence[Contender], spec: EvaluationSpec) -> list[PreparedContender]:
-    """Check all contenders before any model is loaded. Raises InputError."""
+    """Check all contenders before any model is loaded; report options that none of them has. Raises InputError."""
     if not contenders:
         raise InputError("there are no contenders: give at least one model")
     names = [one.name for one in contenders]
     if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
         raise InputError(f"contender {repeated[0]!r} is repeated: give each contender once")
     _check_options(spec.options, "")
-    for method in set(METHODS) - {"beam"}:  # options without a contender too; beam needs a number of particles
-        _settings_of(Contender("", None, method), spec)
-    return [_prepare_contender(one, spec) for one in contenders]
+    prepared_contenders = [_prepare_contender(one, spec) for one in contenders]
+    used = {*SHARED}.union(*(one.settings.option_names for one in prepared_contenders))
+    for name in [name for name in spec.options if name not in used and is_main_process()]:
+        flag = flags_of(name)[0].partition("/")[0]
+        logger.warning("steer: %s belongs to --method %s: not used here", flag, " or ".join(methods_with(name)))
+    return prepared_contenders
 
 
 def _prepare_contender(one: Contender, spec: EvaluationSpec) -> PreparedContender:
@@ -275,7 +283,7 @@ class ResultStore:
         if not path.exists():
             write_text(path, json.dumps(data, indent=1, ensure_ascii=False))
             return
-        old = _read(path)
+        old = read_json(path, "an evaluation of steer", "; choose another --out")
         if not isinstance(old.get("options"), dict):
             raise InputError(f"{path} is not an evaluation of steer; choose another --out")
         if old.get("prompts") != data["prompts"]:
@@ -317,7 +325,8 @@ class ResultStore:
 
 
 def _load_results(path: Path, prepared: PreparedContender) -> ContenderResults:
-    data, name = _read(path), prepared.contender.name
+    data = read_json(path, "an evaluation of steer", "; choose another --out")
+    name = prepared.contender.name
     identity = data.get("contender")
     if not isinstance(identity, dict) or not isinstance(data.get("prompts"), list):
         raise InputError(f"{path} is not an evaluation of steer; delete it, or choose another --out")
@@ -332,21 +341,6 @@ def _load_results(path: Path, prepared: PreparedContender) -> ContenderResults:
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: its runs are not as steer writes them ({error!r}): delete it") from error
     return result
-
-
-def _read(path: Path) -> Json:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--out {path.parent.parent}: cannot read {path.name} ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not an evaluation of steer ({error}); choose another --out") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is not an evaluation of steer; choose another --out")
-    return data
-
-
-SCORE_BATCH = 8  # images scored at a time
 
 
 @dataclass
@@ -436,18 +430,6 @@ class ContenderRunner:
     def _pictures(self) -> Iterator[tuple[int, Image.Image]]:
         for place in set(self._picked) & set(self.grid_places):
             yield place, thumbnail(self._picked[place][0])
-
-
-@torch.no_grad()
-def score_in_batches(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scores:
-    """Score images (N, 3, H, W) or videos (N, F, 3, H, W) in batches by a reward and its components: (N,) each."""
-    scored, size = [], len(images) if compares_images(reward) else SCORE_BATCH
-    for start in range(0, len(images), size):
-        cut = slice(start, start + size)
-        score: Callable[[Tensor], Scores] = partial(score_components, reward, prompts=prompts[cut])
-        scored.append(mean_over_frames(images[cut].float().clamp(0, 1), score, reward))
-    totals, components = zip(*scored, strict=True)
-    return torch.cat(totals), {name: torch.cat([one[name] for one in components]) for name in components[0]}
 
 
 @contextmanager

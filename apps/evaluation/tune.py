@@ -16,7 +16,7 @@ from steer.apps.prompts import SETTINGS
 from steer.apps.settings import SamplingConfig
 from steer.arguments import plain_value
 from steer.errors import InputError
-from steer.files import dumps_with_checksum, loads_with_checksum, write_text
+from steer.files import dumps_with_checksum, read_json, write_text
 from steer.pipelines.base import SteeringOutput
 from steer.pipelines.racing import first_solver_step, plan_race, race_cost
 from steer.reward import Reward
@@ -141,10 +141,7 @@ def _open_results(out: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     path, header = out / RESULTS, json.loads(json.dumps(header))
     if not path.exists():
         return {"header": header, "scores": {}, "nfe": {}}
-    try:
-        stored: dict[str, Any] = loads_with_checksum(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
+    stored = read_json(path, "a tuning of steer", "; choose another --out")
     if stored.get("header") != header:
         raise InputError(f"--out {out} holds a tuning of other prompts or settings; choose another --out")
     return stored

@@ -27,11 +27,11 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"), help="folder of checkpoints and logs")
     parser.add_argument("--steps", type=int, help="optimiser steps in all; the same command resumes an interrupted run")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help=f"of {' and '.join(ON_A_DEVICE)}; by default cpu")
     parser.add_argument(
         "--start",
         type=Path,
-        help="what `text`, `turbo` (an adapter of `lcm`), or `denoiser` where --out has no state, begins with",
+        help="what `text`, `turbo` (an adapter of `lcm`) and `denoiser` begin with where --out has no state",
     )
     seconds = "processor time of each recipe of `pilot`; seconds of updates of each run of `finetuning`"
     parser.add_argument("--seconds", "--seconds-each", type=float, default=300.0, help=seconds)
@@ -52,14 +52,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="copy of the figures; by default --out/STAGE.json")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run, _ = STAGES[options.stage]
     try:
         figures = run(options)
     except (InputError, OSError) as error:
         reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
         parser.exit(2, f"{parser.prog}: {reason}\n")
-    if figures is not None:
+    if isinstance(figures, dict):
         write_text(options.json or options.out / f"{options.stage}.json", json.dumps(figures, indent=1) + "\n")
+
+
+def run(options: argparse.Namespace) -> Any:
+    """Run a stage, and return its figures or what else its function returns. Raises InputError, OSError."""
+    if options.device is not None and options.stage not in ON_A_DEVICE:
+        raise InputError(f"{options.stage} takes no --device, only {' and '.join(ON_A_DEVICE)} do: leave it out")
+    return STAGES[options.stage][0](options)
 
 
 def prompts_of(options: argparse.Namespace) -> list[str]:
@@ -86,35 +92,6 @@ def _print_accuracy(vae: AutoencoderKL) -> None:
     print(f"{training.autoencoder_accuracy(vae):.2%} of fresh scenes pass after the autoencoder")
 
 
-def _autoencoder(options: argparse.Namespace) -> None:
-    _print_accuracy(training.train_autoencoder(options.out / "autoencoder", options.steps or 2500, options.device))
-
-
-def _denoiser(options: argparse.Namespace) -> None:
-    steps = options.steps or 11_000
-    training.train_denoiser(options.out / "denoiser", _vae(options), training.Recipe(), steps, start=options.start)
-
-
-def _large(options: argparse.Namespace) -> None:
-    training.train_large(options.out / "large", _teacher(options), options.steps or 3200)
-
-
-def _flow(options: argparse.Namespace) -> None:
-    flow.train_flow(options.out / "flow", _vae(options), options.steps or flow.STEPS)
-
-
-def _checkpoint(options: argparse.Namespace) -> None:
-    training.save_checkpoint(options.out / "denoiser", _vae(options), training.Recipe(), options.model)
-
-
-def _pilot(options: argparse.Namespace) -> None:
-    training.pilot(options.out / "pilot", _vae(options), options.seconds, options.only)
-
-
-def _check(options: argparse.Namespace) -> None:
-    _print_accuracy(AutoencoderKL.from_pretrained(options.model / "vae").to(options.device).eval())
-
-
 def _export(options: argparse.Namespace) -> None:
     folder = options.out / options.trained / "pipeline"
     pipe = DiffusionPipeline.from_pretrained(folder, **left_out(folder))
@@ -136,18 +113,6 @@ def _pairs(options: argparse.Namespace) -> None:
     folder, prompts = options.out / "samples", preferences.trained_prompts(1760)
     preferences.sample_prompts(folder, str(options.model), prompts)
     print(json.dumps(preferences.write_pairs(folder, options.out)))
-
-
-def _turbo(options: argparse.Namespace) -> None:
-    distil.distil(options.out / "turbo", _teacher(options), options.steps or 8_000, start=options.start)
-
-
-def _lcm(options: argparse.Namespace) -> None:
-    distil.distil_lora(options.out / "lcm", _teacher(options), options.steps or 3000)
-
-
-def _tiny_vae(options: argparse.Namespace) -> None:
-    distil.train_tiny_decoder(options.out / "tiny-vae", _teacher(options), options.steps or 7000)
 
 
 def _finetuning(options: argparse.Namespace) -> dict[str, Any]:
@@ -184,34 +149,64 @@ def _curves(options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def _reno_then(options: argparse.Namespace) -> dict[str, Any]:
-    return analyses.reno_then_steering("scenes-turbo", "scenes", options.reward, prompts_of(options))
-
-
 def _unsteered(options: argparse.Namespace) -> dict[str, Any]:
     prompts = evenly_chosen(load_prompts(options.list), options.count)
     path = (options.json or options.out / "unsteered.json").with_suffix(".png")
     return analyses.draw_unsteered(str(options.model), prompts, path)
 
 
-STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], str]] = {
-    "autoencoder": (_autoencoder, "train the autoencoder and whiten its latents"),
-    "denoiser": (_denoiser, "train the denoiser and its text encoder on those latents"),
-    "large": (_large, "deepen the denoiser of --model, three times the parameters, and train it on"),
-    "flow": (_flow, "train a flow-matching transformer in Stable Diffusion 3 format on those latents"),
+ON_A_DEVICE = ("autoencoder", "check")  # stages that take --device
+STAGES: dict[str, tuple[Callable[[argparse.Namespace], Any], str]] = {  # function, whose dict is the figures, and help
+    "autoencoder": (
+        lambda given: _print_accuracy(
+            training.train_autoencoder(given.out / "autoencoder", given.steps or 2500, given.device or "cpu")
+        ),
+        "train the autoencoder and whiten its latents",
+    ),
+    "denoiser": (
+        lambda given: training.train_denoiser(
+            given.out / "denoiser", _vae(given), training.Recipe(), given.steps or 11_000, start=given.start
+        ),
+        "train the denoiser and its text encoder on those latents",
+    ),
+    "large": (
+        lambda given: training.train_large(given.out / "large", _teacher(given), given.steps or 3200),
+        "deepen the denoiser of --model, three times the parameters, and train it on",
+    ),
+    "flow": (
+        lambda given: flow.train_flow(given.out / "flow", _vae(given), given.steps or flow.STEPS),
+        "train a flow-matching transformer in Stable Diffusion 3 format on those latents",
+    ),
     "checkpoint": (
-        _checkpoint,
+        lambda given: training.save_checkpoint(given.out / "denoiser", _vae(given), training.Recipe(), given.model),
         "write the averaged weights of an unfinished `denoiser` to --model, for --start",
     ),
-    "pilot": (_pilot, "compare recipes for the denoiser at equal processor time (--seconds, --only)"),
-    "check": (_check, "share of fresh scenes that pass after the autoencoder"),
+    "pilot": (
+        lambda given: training.pilot(given.out / "pilot", _vae(given), given.seconds, given.only),
+        "compare recipes for the denoiser at equal processor time (--seconds, --only)",
+    ),
+    "check": (
+        lambda given: _print_accuracy(
+            AutoencoderKL.from_pretrained(given.model / "vae").to(given.device or "cpu").eval()
+        ),
+        "share of fresh scenes that pass after the autoencoder",
+    ),
     "export": (_export, "write the finished pipeline to --model, denoiser and autoencoder in half precision"),
     "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
     "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
-    "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
-    "lcm": (_lcm, "distil --model to a LoRA adapter of one to four steps; its folder is the asset"),
-    "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
-    "text": (_text, "train scenes-text on the words of the prompts; its folder is the asset"),
+    "turbo": (
+        lambda given: distil.distil(given.out / "turbo", _teacher(given), given.steps or 8000, start=given.start),
+        "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it",
+    ),
+    "lcm": (
+        lambda given: distil.distil_lora(given.out / "lcm", _teacher(given), given.steps or 3000),
+        "distil --model to a LoRA adapter of one to four steps; its folder is the asset",
+    ),
+    "tiny-vae": (
+        lambda given: distil.train_tiny_decoder(given.out / "tiny-vae", _teacher(given), given.steps or 7000),
+        "train a small autoencoder for previews of --model's latents; its folder is the asset",
+    ),
+    "text": (_text, "train scenes-text on the words of the prompts; its pipeline is the asset"),
     "prompts": (_prompt_lists, "write the prompt lists to --prompts"),
     "finetuning": (
         _finetuning,
@@ -222,7 +217,10 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], s
         _unsteered,
         "draw an image of --count evenly spaced prompts of --list, right or wrong, beside --json",
     ),
-    "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, to --json"),
+    "reno-then": (
+        lambda given: analyses.reno_then_steering("scenes-turbo", "scenes", given.reward, prompts_of(given)),
+        "whether optimised noise serves the multi-step model, to --json",
+    ),
 }
 
 if __name__ == "__main__":

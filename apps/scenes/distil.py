@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import EMAModel
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
@@ -137,9 +136,7 @@ def distil(folder: Path, model: str | Path, steps: int, learning_rate: float = 2
     nothing = text_features(pipe, [""])
     distillation = Distillation(teacher, student, fake, pipe.scheduler, texts, nothing)
     modules = torch.nn.ModuleList([student, fake])
-    average = EMAModel(modules.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    TrainingRun(folder, steps, learning_rate).train([modules], distillation.loss_at, after=average)
-    average.copy_to(modules.parameters())
+    TrainingRun(folder, steps, learning_rate, average=0.999).train([modules], distillation.loss_at)
     assemble_turbo(pipe, student).save_pretrained(folder / "pipeline")
 
 
@@ -208,8 +205,6 @@ def distil_lora(folder: Path, model: str | Path, steps: int, learning_rate: floa
     paths, texts = teacher_paths(folder, pipe, prompts), text_features(pipe, prompts)
     unet = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_MODULES))
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    average = EMAModel(trained, decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss_at(step: int) -> Tensor:
         rng = Generator().manual_seed(step)
@@ -219,8 +214,7 @@ def distil_lora(folder: Path, model: str | Path, steps: int, learning_rate: floa
         x0 = denoised(unet, pipe.scheduler, x_t, paths["timesteps"][places], texts[rows])
         return F.smooth_l1_loss(x0, paths["x0"][rows].float(), beta=0.1)
 
-    TrainingRun(folder, steps, learning_rate, decay=0.5).train([unet], loss_at, after=average)
-    average.copy_to(trained)
+    TrainingRun(folder, steps, learning_rate, decay=0.5, average=0.999).train([unet], loss_at)
     layers = {name: value.half() for name, value in get_peft_model_state_dict(unet).items()}
     StableDiffusionPipeline.save_lora_weights(folder / "lora", unet_lora_layers=layers)
 
@@ -293,7 +287,6 @@ def train_tiny_decoder(folder: Path, model: str | Path, steps: int, learning_rat
     pipe.set_progress_bar_config(disable=True)
     data = pairs(folder, pipe)
     vae = new_tiny_vae().to(memory_format=torch.channels_last)
-    average = EMAModel(vae.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss_at(step: int) -> Tensor:
         clean = batch_at(step, CLEAN_ROWS, len(data["clean"]))
@@ -304,8 +297,7 @@ def train_tiny_decoder(folder: Path, model: str | Path, steps: int, learning_rat
         encoded = vae.encode(images[: len(clean)]).latents
         return image_loss(decoded, images) + F.mse_loss(encoded, z[: len(clean)])
 
-    TrainingRun(folder, steps, learning_rate).train([vae], loss_at, after=average)
-    average.copy_to(vae.parameters())
+    TrainingRun(folder, steps, learning_rate, average=0.999).train([vae], loss_at)
     vae.half().save_pretrained(folder / "vae")
     config = folder / "vae/config.json"
     vae_config = json.loads(config.read_text())

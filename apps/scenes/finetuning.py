@@ -16,9 +16,10 @@ from steer.apps.finetuning import FinetuneConfig, finetune, read_config
 from steer.apps.plots import DPI, FAINT, INK, Numbers, save_figure, set_title, style_axes
 from steer.apps.prompts import load_prompts
 from steer.apps.scenes.preferences import write_choices, write_labelled_pairs
+from steer.apps.scenes.training import beginning_with
 from steer.errors import InputError
 from steer.files import write_text
-from steer.pipelines.training.method import Record
+from steer.pipelines.training.state import read_logs
 from steer.pipelines.training.trainer import PAUSED
 from steer.yaml_text import read_yaml
 
@@ -80,9 +81,7 @@ def finetuning_study(
     curve of each. Rewards are gains since the base model.
     """
     place = folder / re.sub(r"\W+", "-", f"{Path(model).name} {reward}")
-    names = [name for name in runs if not only or name.startswith(tuple(only))]
-    if not names:
-        raise InputError(f"--only {' '.join(only)}: no run of the plan begins so; there are {', '.join(runs)}")
+    names = beginning_with(runs, only, "run of the plan")
     grid = np.linspace(0, seconds, EVALUATIONS + 1)
     figures: Figures = {"model": Path(model).name, "reward": reward, "hold_out": HOLD_OUT, "seeds": seeds}
     figures |= {"seconds": grid.tolist(), "runs": {}}
@@ -115,7 +114,7 @@ def train_curve(run: Run, out: Path, grid: Numbers, reward: str) -> dict[str, Nu
         result = finetune(config, resume=(out / "checkpoints").exists(), callbacks=[TimeLimit(grid[-1])])
         if result.stopped not in PAUSED:  # an interrupted run is resumed by the same command
             write_text(limit, f"{grid[-1]}\n")
-    records, evaluations = _read(out / "metrics.jsonl"), _read(out / "evaluations.jsonl")
+    records, evaluations = read_logs(out)
     spent = np.cumsum([0.0, *(one["seconds"] for one in records)])
     times = [spent[one["step"]] for one in evaluations]
     images = config.training.train_batch_size * config.training.num_generations
@@ -126,10 +125,6 @@ def train_curve(run: Run, out: Path, grid: Numbers, reward: str) -> dict[str, Nu
         "images": [one["step"] * images for one in evaluations],
     }
     return {name: np.interp(grid, times, series) for name, series in values.items()}
-
-
-def _read(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _interval(series: Sequence[Numbers]) -> list[list[float]]:

@@ -13,7 +13,6 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from diffusers.models.attention_processor import Attention
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -120,7 +119,6 @@ def train_flow(folder: Path, vae: AutoencoderKL, steps: int, decay: float = 0.25
     plain = transformer.attn_processors
     transformer.set_attn_processor(OneZeroToken())
     modules = torch.nn.ModuleList([transformer, *encoders, mean_image])
-    average = EMAModel(modules.parameters(), decay=RECIPE.average, use_ema_warmup=True, power=0.75)
 
     def loss_at(step: int) -> Tensor:
         x0, ids, t, noise = scenes.noisy_batch(step)
@@ -128,10 +126,8 @@ def train_flow(folder: Path, vae: AutoencoderKL, steps: int, decay: float = 0.25
         mean_loss = torch.nn.functional.mse_loss(mean_image(pooled), x0.flatten(1))
         return flow_loss(transformer, states, pooled, x0, t, noise) + mean_loss
 
-    TrainingRun(folder, steps, RECIPE.learning_rate, save_every=500, decay=decay).train(
-        [modules], loss_at, after=average
-    )
-    average.copy_to(modules.parameters())
+    run = TrainingRun(folder, steps, RECIPE.learning_rate, save_every=500, decay=decay, average=RECIPE.average)
+    run.train([modules], loss_at)
     transformer.set_attn_processor(plain)
     pipe = assemble(vae, transformer, encoders, tokenizer)
     pipe.save_pretrained(folder / "pipeline")

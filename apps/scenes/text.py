@@ -4,8 +4,6 @@ import copy
 import itertools
 import json
 import logging
-import math
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -14,7 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
@@ -27,13 +25,13 @@ from steer.files import write_text
 from steer.pipelines.text.masked_diffusion import MASK_TOKEN, MaskedDiffusionPipeline
 from steer.rewards.parser import load_reward
 from steer.rewards.scene import COLOURS, RELATIONS, SHAPES, Phrase, SceneRequest
+from steer.training.supervised import TrainingRun
 
 logger = logging.getLogger(__name__)
 LENGTH = 9  # tokens: the begin token and the 8 words of the longest prompt
 COLOURED = 0.6  # share of coloured requests where a task has both (`steer.apps.scenes.world.random_request`)
 HIDDEN, BLOCKS, HEADS, CONDITION = 128, 3, 4, 16
-BATCH, RATE, WARM_UP, AVERAGE = 96, 1e-3, 100, 0.998
-LOG_EVERY = 250
+BATCH, RATE, AVERAGE = 96, 1e-3, 0.998
 
 
 @cache
@@ -96,15 +94,15 @@ def captions_as_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]
     return ids, torch.tensor(list(law.values()), dtype=torch.float64)
 
 
-def random_order_loss(denoiser: MaskedDenoiser, ids: Tensor, mask_id: int) -> Tensor:
+def random_order_loss(denoiser: MaskedDenoiser, ids: Tensor, mask_id: int, rng: Generator | None = None) -> Tensor:
     """Return the NELBO (N,) in nats of ids (N, L), estimated with one random state each.
 
     E_t (1/t) Σ_masked −log x_θ(x | z_t) with α_t = 1 − t is (L/m) Σ_masked −log x_θ for m uniform in 1..L and a
     uniform subset of m places: the masks of the continuous-time bound, with less variance.
     """
     rows, length = len(ids), ids.shape[1] - 1  # the begin token is never masked
-    count = torch.randint(1, length + 1, (rows, 1))
-    masked = F.pad(torch.rand(rows, length).argsort(1).argsort(1) < count, (1, 0))
+    count = torch.randint(1, length + 1, (rows, 1), generator=rng)
+    masked = F.pad(torch.rand(rows, length, generator=rng).argsort(1).argsort(1) < count, (1, 0))
     z_t = ids.masked_fill(masked, mask_id)
     log_x0 = subs(denoiser(z_t).sample, z_t, mask_id)
     nll = -log_x0.gather(2, ids[..., None])[..., 0]
@@ -112,9 +110,9 @@ def random_order_loss(denoiser: MaskedDenoiser, ids: Tensor, mask_id: int) -> Te
 
 
 def train_text(folder: Path, steps: int, start: Path | None = None) -> MaskedDiffusionPipeline:
-    """Train the model for `steps` of BATCH prompts and save its averaged weights in `folder`, in half precision.
+    """Train the model for `steps` of BATCH prompts; folder/pipeline holds the averaged weights, in half precision.
 
-    start  folder of a saved model whose weights it begins with
+    start  folder of a saved model whose weights a run without a state begins with
     """
     torch.manual_seed(0)
     tokenizer = text_tokenizer()
@@ -123,38 +121,22 @@ def train_text(folder: Path, steps: int, start: Path | None = None) -> MaskedDif
     denoiser = MaskedDenoiser(vocab_size=mask_id + 1, model_length=LENGTH, **sizes)
     if start is not None:
         denoiser.load_state_dict(MaskedDiffusionPipeline.from_pretrained(start).denoiser.state_dict())
-    averaged = copy.deepcopy(denoiser).requires_grad_(False)
-    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=RATE, weight_decay=0.01, betas=(0.9, 0.98))
     ids, law = captions_as_ids(tokenizer)
-    entropy = float(-(law * law.log()).sum())
-    begin, recent = time.process_time(), []
-    for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-        loss = random_order_loss(denoiser, ids[torch.multinomial(law, BATCH, replacement=True)], mask_id).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-        optimiser.step()
-        decay = min(AVERAGE, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(averaged.parameters()), list(denoiser.parameters()), 1 - decay)
-        recent.append(loss.item())
-        if (step + 1) % LOG_EVERY == 0:
-            mean, recent = sum(recent) / len(recent), []
-            seconds = time.process_time() - begin
-            logger.info("step %d: NELBO %.3f nats, entropy %.3f, %.0f s", step + 1, mean, entropy, seconds)
-            _save(averaged, tokenizer, folder)
-    return _save(averaged, tokenizer, folder)
+    logger.info("entropy of the prompts, the least loss: %.3f nats", -(law * law.log()).sum())
 
+    def loss_at(step: int) -> Tensor:
+        rng = Generator().manual_seed(step)
+        rows = torch.multinomial(law, BATCH, replacement=True, generator=rng)
+        return random_order_loss(denoiser, ids[rows], mask_id, rng).mean()
 
-def _save(denoiser: MaskedDenoiser, tokenizer: PreTrainedTokenizerFast, folder: Path) -> MaskedDiffusionPipeline:
-    """Save the model in half precision, and return it in full."""
-    scheduler = SubsScheduler(int(tokenizer.mask_token_id))
-    MaskedDiffusionPipeline(copy.deepcopy(denoiser).half().eval(), tokenizer, scheduler).save_pretrained(folder)
+    TrainingRun(folder, steps, RATE, save_every=1000, average=AVERAGE).train([denoiser], loss_at)
+    scheduler = SubsScheduler(mask_id)
+    half = copy.deepcopy(denoiser).half().eval()
+    MaskedDiffusionPipeline(half, tokenizer, scheduler).save_pretrained(folder / "pipeline")
     return MaskedDiffusionPipeline(denoiser.eval(), tokenizer, scheduler)
 
 
 def parse_rate(pipe: MaskedDiffusionPipeline, count: int = 1000, steps: int = 20) -> float:
     """Return the share of `count` unconditional samples that the scene grammar parses."""
-    texts: Any = pipe([""] * count, steps, torch.Generator().manual_seed(1), return_dict=False)[0]
+    texts: Any = pipe([""] * count, steps, Generator().manual_seed(1), return_dict=False)[0]
     return load_reward("parses")(texts, "").mean().item()

@@ -5,7 +5,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,10 +20,12 @@ from diffusers.training_utils import EMAModel, compute_snr
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from steer.apps.evaluation.run import evaluate
 from steer.apps.evaluation.spec import Contender
 from steer.apps.scenes.world import RIGHT, captions, draw, is_held_out, random_request, random_scene, requests_of
+from steer.errors import InputError
 from steer.files import atomic_write
 from steer.rewards.scene import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES, SceneRequest, SceneReward
 from steer.training.overoptimization import interval as bootstrap
@@ -46,13 +48,6 @@ def training_scenes(count: int, first: int = 0) -> tuple[Tensor, list[str]]:
 
 WORDS = sorted({"and", *NUMBERS, *COLOURS, *SHAPES, *PLURALS, *" ".join(RELATIONS).split()})
 LENGTH = 24  # tokens, start and end included
-
-
-def _byte_alphabet() -> list[str]:
-    """GPT-2's 256 printable characters for bytes: printable bytes as they are, the others from U+0100."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    shifted = [256 + k for k in range(256 - len(printable))]
-    return [chr(code) for code in (*printable, *shifted)]
 
 
 def _merges(word: str) -> list[tuple[str, str]]:
@@ -89,7 +84,7 @@ def build_tokenizer(folder: Path, whole_words: bool = False) -> CLIPTokenizer:
 
     whole_words  one token a word; without it the merges of the first models, which split some words
     """
-    alphabet = _byte_alphabet()
+    alphabet = bytes_to_unicode().values()  # GPT-2's 256 printable characters for bytes
     spelled = list(dict.fromkeys(merge for word in WORDS for merge in _merges(word)))
     merges = whole_word_merges(WORDS) if whole_words else spelled
     tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(merge) for merge in merges)]
@@ -448,8 +443,6 @@ def train_denoiser(
         unet.load_state_dict(pipe.unet.state_dict())
         text_encoder.load_state_dict(pipe.text_encoder.state_dict())
         first = json.loads((start / "training.json").read_text())["step"]
-    average = EMAModel(modules.parameters(), decay=recipe.average, use_ema_warmup=True, power=0.75)
-    average.optimization_step = first
 
     def loss_at(step: int) -> Tensor:
         x0, ids, t, noise = scenes.noisy_batch(step)
@@ -457,9 +450,8 @@ def train_denoiser(
         mean_loss = torch.nn.functional.mse_loss(mean_image(text.pooler_output), x0.flatten(1))
         return velocity_loss(unet, text.last_hidden_state, x0, t, noise, recipe) + mean_loss
 
-    run = TrainingRun(folder, steps, recipe.learning_rate, save_every=500, decay=decay, start=first, stop_after=seconds)
-    run.train([modules], loss_at, after=average)
-    average.copy_to(modules.parameters())
+    run = TrainingRun(folder, steps, recipe.learning_rate, save_every=500, decay=decay, average=recipe.average)
+    replace(run, start=first, stop_after=seconds).train([modules], loss_at)
     pipe = assemble(vae, unet, text_encoder, tokenizer)
     pipe.save_pretrained(folder / "pipeline")
     return pipe
@@ -507,7 +499,6 @@ def train_large(folder: Path, model: Path, steps: int, layers: int = LARGE) -> S
     vae, text_encoder, tokenizer = pipe.vae.eval(), pipe.text_encoder.eval(), pipe.tokenizer
     scenes = Scenes(folder.parent / "parts", vae, tokenizer, _BASE)
     unet = deepened(pipe.unet, layers).to(memory_format=torch.channels_last)
-    average = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss_at(step: int) -> Tensor:
         x0, ids, t, noise = scenes.noisy_batch(step)
@@ -515,8 +506,7 @@ def train_large(folder: Path, model: Path, steps: int, layers: int = LARGE) -> S
             states = text_encoder(ids).last_hidden_state
         return velocity_loss(unet, states, x0, t, noise, _BASE)
 
-    TrainingRun(folder, steps, LARGE_RATE, decay=0.5).train([unet], loss_at, after=average)
-    average.copy_to(unet.parameters())
+    TrainingRun(folder, steps, LARGE_RATE, decay=0.5, average=0.999).train([unet], loss_at)
     large = assemble(vae, unet, text_encoder, tokenizer)
     large.save_pretrained(folder / "pipeline")
     return large
@@ -575,11 +565,22 @@ def validation_loss(pipe: StableDiffusionPipeline, requests: list[SceneRequest])
     return [at(t) for t in range(50, 1000, 100)]
 
 
+def beginning_with(names: Iterable[str], only: Sequence[str], kind: str) -> list[str]:
+    """Return the names that begin with one of `only`, all if it is empty. Raises InputError where none does."""
+    if not (chosen := [name for name in names if not only or name.startswith(tuple(only))]):
+        raise InputError(f"--only {' '.join(only)}: no {kind} begins so; there are {', '.join(names)}")
+    return chosen
+
+
 def pilot(folder: Path, vae: AutoencoderKL, seconds: float, only: list[str]) -> None:
-    """Train each recipe for so much processor time and append its figures to folder/pilot.jsonl."""
+    """Train each recipe for so much processor time and append its figures to folder/pilot.jsonl.
+
+    only  beginnings of the names of recipes; empty: all
+    """
+    names = beginning_with(PILOT, only, "recipe")
     requests = development_requests()
     sampling = {"steps": CALL["num_inference_steps"], "guidance": CALL["guidance_scale"]}
-    for name in only or PILOT:
+    for name in names:
         record: dict[str, Any] = {"recipe": name, "seconds": seconds}
         # steps far beyond: no decay, so that all stop at the constant rate
         pipe = train_denoiser(folder / name, vae, PILOT[name], 10**6, seconds=time.process_time() + seconds)

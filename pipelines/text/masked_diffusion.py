@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -20,16 +21,22 @@ from steer.diffusion.masked import MaskedKernel
 from steer.diffusion.masked_denoiser import MaskedDenoiser
 from steer.diffusion.subs_scheduler import SubsScheduler
 from steer.errors import InputError
+from steer.files import read_json
 
 INDEX = "model_index.json"
 MASK_TOKEN = "[MASK]"
 SEQUENCE_TYPES = ("text", "ids")
 
 
+def read_index(folder: str | PathLike[str]) -> dict[str, Any]:
+    """Read the model_index.json of a folder; {} where there is none. Raises InputError for a damaged one."""
+    path = os.path.join(folder, INDEX)
+    return read_json(Path(path)) if os.path.isfile(path) else {}  # Path.is_file raises for a name that is too long
+
+
 def pipeline_class(model: str | PathLike[str]) -> Any:
     """Return the class that loads a model: MaskedDiffusionPipeline for its folders, else diffusers' own choice."""
-    index = Path(model) / INDEX
-    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
+    name = read_index(model).get("_class_name")
     return MaskedDiffusionPipeline if name == MaskedDiffusionPipeline.__name__ else DiffusionPipeline
 
 
@@ -38,9 +45,7 @@ def left_out(model: str | PathLike[str]) -> dict[str, None]:
 
     diffusers writes them as [null, null] and, unless they are optional, expects None for them when it loads.
     """
-    index = Path(model) / INDEX
-    entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-    return {name: None for name, value in entries.items() if value == [None, None]}
+    return {name: None for name, value in read_index(model).items() if value == [None, None]}
 
 
 @dataclass

@@ -4,8 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from steer.errors import InputError
-from steer.files import atomic_write, make_folder, sync, write_text
+from steer.files import atomic_write, make_folder, sync, write_errors, write_text
 from steer.pipelines.training.config import DTYPES, TrainingConfig
 from steer.pipelines.training.method import (
     OnChunk,
@@ -48,6 +47,8 @@ from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch
 from steer.training.rollout import Rows, Sampler, Trajectories, blocks, log_probs
 from steer.training.trainable import Trainable
+
+TRY_AGAIN = "make room, then try again"  # what helps after a failed write
 
 
 class PreferenceFolder:
@@ -90,7 +91,7 @@ class PreferenceFolder:
     def create_as(cls, path: Path, provenance: SampleProvenance) -> "PreferenceFolder":
         """Create or open a folder for samples of this provenance."""
         if not (path / SETTINGS).exists():
-            with write_errors(path):
+            with write_errors(path, TRY_AGAIN):
                 write_text(path / SETTINGS, json.dumps(asdict(provenance), indent=1) + "\n")
         result = cls(path)
         for name, (there, here) in result.provenance.diff(provenance).items():
@@ -115,7 +116,7 @@ class PreferenceFolder:
         data = save(trajectories_to_tensors(sampled)[0]) if keep_trajectories else b""
         stored = (hashlib.sha256(data).hexdigest(), sampled.stochastic) if keep_trajectories else None
         group = SampleGroup(self.path, name, rows, hashes, stored)
-        with write_errors(self.path):
+        with write_errors(self.path, TRY_AGAIN):
             for number, one in enumerate(pixels):
                 with atomic_write(self.path / group.image_file(number)) as new:
                     Image.fromarray(one).save(new, "PNG")
@@ -131,12 +132,12 @@ class PreferenceFolder:
         count = len(self._group(group).rows)
         if chosen == rejected or not (0 <= chosen < count and 0 <= rejected < count):
             raise InputError(f"chosen {chosen} and rejected {rejected} must be two different numbers below {count}")
-        with write_errors(self.path):
+        with write_errors(self.path, TRY_AGAIN):
             append_line(self.path / PREFERENCES, more | {"lot": group, "chosen": chosen, "rejected": rejected})
 
     def write_tie(self, group: str, **more: Any) -> None:
         """Record that no image of a group is preferred."""
-        with write_errors(self.path):
+        with write_errors(self.path, TRY_AGAIN):
             append_line(self.path / PREFERENCES, more | {"lot": self._group(group).id, "tie": True})
 
     def _group(self, name: str) -> SampleGroup:
@@ -156,15 +157,6 @@ class PreferenceFolder:
             raise InputError(
                 f"these trajectories hold {sampled.latents.dtype}, the folder is for {self.provenance.latents_dtype}"
             )
-
-
-@contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into an InputError."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: it cannot be written there ({error.strerror}): make room, then try again") from error
 
 
 def group_id(rows: Rows) -> str:

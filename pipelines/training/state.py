@@ -33,6 +33,14 @@ SCHEDULE_FIELDS = {"learning_rate", "max_steps", "lr_scheduler_type", "lr_num_cy
 LOG_FILES = {"records": "metrics.jsonl", "evaluations": "evaluations.jsonl"}
 
 
+def read_logs(folder: Path) -> tuple[list[Record], list[Record]]:
+    """Return the records of updates and of evaluations so far in the folder of a run. Raises OSError."""
+    paths = [folder / name for name in LOG_FILES.values()]
+    lines = [path.read_text(encoding="utf-8").splitlines() if path.exists() else [] for path in paths]
+    updates, evaluations = ([json.loads(line) for line in some] for some in lines)
+    return updates, evaluations
+
+
 @dataclass
 class RunState:
     """The state of a training, as a checkpoint holds it.
@@ -182,6 +190,7 @@ class RunFolder:
                 "schedule": run.schedule.state_dict(),
                 "kl_weight": run.control.weight,
                 "kl_highest": run.control.highest,
+                "kl_stalled": run.control.stalled,
                 "early_stopping": run.early_stopping.state(),
                 "method": run.method.state_dict(),
                 "scaler": run.scaler.state_dict() if run.scaler else None,
@@ -206,7 +215,8 @@ class RunFolder:
         run.set_parameter(saved.tensors("weights"))
         load_optimiser(run.optimiser, saved.tensors("optimiser"), state["optimiser"])
         run.schedule.load_state_dict(state["schedule"])
-        run.control = replace(run.control, weight=state["kl_weight"], highest=state["kl_highest"])
+        kept = {name: state[f"kl_{name}"] for name in ("weight", "highest", "stalled")}
+        run.control = replace(run.control, **kept)
         run.early_stopping = run.early_stopping.load_state(state["early_stopping"])
         run.method.load_state_dict(state["method"])
         run.step, run.num_rollouts = state["step"], state["num_rollouts"]

@@ -11,7 +11,8 @@ from torch import Tensor
 from steer.errors import InputError
 from steer.training.rollout import Kernel, Sampler, Trajectories, log_probs
 
-GROWTH = 1.2  # of KL over its highest value, at which an update below the target does not lower β
+GROWTH = 1.2  # of KL over its highest value, after which updates below the target do not lower β:
+PATIENCE = 2
 LARGEST_EXPONENT = 10.0  # the χ² penalty is linear beyond: its exponential would overflow
 RATIO_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # |ratio − 1|
 TOLERANCE_ELEMENTS = 16384  # sample size up to which it holds; rounding grows with the root of the size
@@ -39,12 +40,14 @@ class KLControl:
     """Weight and budget of the KL penalty. KL is in nats, summed over the elements and steps of a trajectory.
 
     weight  β of the penalty, per nat
-    target  KL in nats that β is adapted to: log β ← log β + rate · clip(log(KL/target), ± log 100). (The controller of
-            arXiv 1909.08593, sec. 2.2, moves β by 2 % per update: it corrects a factor of 10⁴ in 460 updates.) β is not
-            lowered while KL grows by a fifth over its highest value so far (anti-windup): a run starts at a KL of 0,
-            far below the target, and a β lowered in each update would not be back when KL passes the target
+    target  KL in nats that β is adapted to: log β ← log β + rate · clip(log(KL/target), log ⅓, log 100). (The
+            controller of arXiv 1909.08593, sec. 2.2, moves β by 2 % per update: it corrects a factor of 10⁴ in 460
+            updates.) β is lowered in smaller steps than it is raised, and only after PATIENCE updates in which KL,
+            which is noisy, did not grow by a fifth over its highest value (anti-windup): a run starts at a KL of 0, far
+            below the target, and follows β some updates later. A β lowered all the while would not be back in time
     budget  KL in nats at which training stops
     highest the highest KL so far, in nats
+    stalled updates since it grew
     """
 
     weight: float = 0.0
@@ -52,6 +55,7 @@ class KLControl:
     budget: float | None = None
     rate: float = 0.4
     highest: float = 0.0
+    stalled: int = 0
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
@@ -66,10 +70,12 @@ class KLControl:
         """Return the control for the next update, given the `measured` KL of this update."""
         if self.target is None or not measured > 0:  # the KL is 0 before the first step
             return self
-        ratio = min(max(measured / self.target, 0.01), 100.0)
-        if ratio < 1 and measured > GROWTH * self.highest:
-            ratio = 1.0
-        return replace(self, weight=self.weight * ratio**self.rate, highest=max(measured, self.highest))
+        ratio = min(max(measured / self.target, 1 / 3), 100.0)
+        stalled = 0 if measured > GROWTH * self.highest else self.stalled + 1
+        if stalled < PATIENCE:
+            ratio = max(ratio, 1.0)
+        highest = max(measured, self.highest)
+        return replace(self, weight=self.weight * ratio**self.rate, highest=highest, stalled=stalled)
 
     def is_exhausted(self, measured: float) -> bool:
         """Return whether the budget is exhausted."""

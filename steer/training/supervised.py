@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -58,6 +59,7 @@ class TrainingRun:
     warmup: int = 100
     decay: float | None = None  # fraction of the steps with a linear decay to 0; None: a cosine over all steps
     start: int = 0  # first step of a run without a saved state: a warm start from given weights
+    average: float | None = None  # decay of a running average of the weights, with which the modules end
     stop_after: float | None = None  # CPU seconds of this process, for runs of equal cost
 
     def _schedule(self, optimiser: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -71,15 +73,24 @@ class TrainingRun:
 
         return torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
 
+    def _average(self, parameters: list[nn.Parameter]) -> EMAModel | None:
+        if self.average is None:
+            return None
+        average = EMAModel(parameters, decay=self.average, use_ema_warmup=True, power=0.75)
+        average.optimization_step = self.start
+        return average
+
     def train(
         self, modules: Iterable[nn.Module], loss_at: Callable[[int], Tensor], after: StepCallback | None = None
     ) -> None:
-        """Minimise `loss_at(step)` from the last saved step; `after` is called once per step (for averages)."""
+        """Minimise `loss_at(step)` from the last saved step; `after` is called once per step."""
         modules = list(modules)
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=1e-4, betas=(0.9, 0.98))
         schedule = self._schedule(optimiser)
-        stateful: list[Any] = [*modules, optimiser, schedule, *([after] if after else [])]
+        average = self._average(parameters)
+        callbacks = [one for one in (after, average) if one]
+        stateful: list[Any] = [*modules, optimiser, schedule, *callbacks]
         first = self._load(stateful, parameters[0].device)
         schedule.last_epoch = first
         if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # recomputed, since `steps` may have changed
@@ -94,8 +105,8 @@ class TrainingRun:
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             schedule.step()
-            if after:
-                after.step(parameters)
+            for callback in callbacks:
+                callback.step(parameters)
             losses.append(loss.item())
             if (step + 1) % self.log_every == 0:
                 seconds = (time.monotonic() - started) / (step + 1 - first)
@@ -106,6 +117,8 @@ class TrainingRun:
                 self._save(step + 1, stateful)
             if time_is_up:
                 break
+        if average:
+            average.copy_to(parameters)
 
     def _load(self, stateful: list[Any], device: torch.device) -> int:
         path = self.folder / "state.pt"

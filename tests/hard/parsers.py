@@ -33,7 +33,7 @@ from pyarrow import parquet
 from steer import rewards
 from steer.apps.cli.finetune import parse_overrides
 from steer.apps.finetuning import read_config
-from steer.apps.prompts import read_prompts
+from steer.apps.prompts import load_prompts
 from steer.apps.recipes import KEY, read_metadata, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards
 from steer.errors import InputError
@@ -126,7 +126,7 @@ def _prompts(data: bytes, folder: Path) -> list[list[str]]:
     read = []
     for suffix in ("txt", "tsv", "jsonl"):
         try:
-            read.append(read_prompts(put(folder / f"p.{suffix}", data)))
+            read.append(load_prompts(str(put(folder / f"p.{suffix}", data))))
         except InputError as error:
             check_line(str(error))
     if not read:
@@ -136,16 +136,16 @@ def _prompts(data: bytes, folder: Path) -> list[list[str]]:
 
 def _prompts_again(read: list[list[str]], folder: Path) -> list[list[str]]:
     lines = ("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts) for prompts in read)
-    return [read_prompts(put(folder / "q.jsonl", text)) for text in lines]
+    return [load_prompts(str(put(folder / "q.jsonl", text))) for text in lines]
 
 
 def _parquet(data: bytes, folder: Path) -> list[str]:
-    return read_prompts(put(folder / "p.parquet", data))
+    return load_prompts(str(put(folder / "p.parquet", data)))
 
 
 def _parquet_again(prompts: list[str], folder: Path) -> list[str]:
     parquet.write_table(pa.table({"prompt": prompts}), folder / "q.parquet")
-    return read_prompts(folder / "q.parquet")
+    return load_prompts(str(folder / "q.parquet"))
 
 
 def _png(data: bytes, folder: Path) -> Any:

@@ -19,7 +19,7 @@ from writers import WRITERS, export, reward, search_file
 
 from steer.apps.finetuning import read_config
 from steer.apps.models import adapter_applied, load_pipeline
-from steer.apps.prompts import read_prompts
+from steer.apps.prompts import load_prompts
 from steer.errors import InputError
 from steer.pipelines.training.preference_files import read_preferences
 from steer.rewards.parser import load_reward
@@ -219,10 +219,10 @@ FILES: dict[str, Callable[[Path, Path], Any]] = {
     "trajectories, pickle": lambda h, c: read_preferences(preferences(h, "trajectories/*", code(c))),
     "preferences, nested": lambda h, c: read_preferences(preferences(h, "choices.jsonl", b"[" * 10**5 + b"\n[")),
     "preferences, image": lambda h, c: read_preferences(preferences(h, "images/*", code(c))),
-    "prompts, pickle": lambda h, c: read_prompts(put(h / "p.parquet", code(c))),
-    "prompts, nested": lambda h, c: read_prompts(put(h / "p.jsonl", "[" * 10**5)),
-    "prompts, no text": lambda h, c: read_prompts(put(h / "p.jsonl", '{"prompt": {"py/reduce": ["os.system"]}}')),
-    "prompts, binary": lambda h, c: read_prompts(put(h / "p.txt", b"\xff\xfe\x00")),
+    "prompts, pickle": lambda h, c: load_prompts(str(put(h / "p.parquet", code(c)))),
+    "prompts, nested": lambda h, c: load_prompts(str(put(h / "p.jsonl", "[" * 10**5))),
+    "prompts, no text": lambda h, c: load_prompts(str(put(h / "p.jsonl", '{"prompt": {"py/reduce": ["os.system"]}}'))),
+    "prompts, binary": lambda h, c: load_prompts(str(put(h / "p.txt", b"\xff\xfe\x00"))),
     "pairs, pickle": lambda h, c: read_pairs(put(h / "p.parquet", code(c))),
     "configuration, tag": lambda h, c: read_config(
         str(put(h / "c.yaml", f"method: prdp\nx: {TAG.format(canary=c)}\n"))
@@ -244,7 +244,7 @@ def test_no_code_of_a_file_runs(tmp_path: Path, noted: bool) -> None:
         assert not canary.exists() and "\n" not in str(error.value), (name, str(error.value))
 
         tally.count("refused")
-    assert read_prompts(extended(tmp_path / "e.parquet", canary)) == ["a star"] and not canary.exists()
+    assert load_prompts(str(extended(tmp_path / "e.parquet", canary))) == ["a star"] and not canary.exists()
     tally.count("read without its code")
     if noted:
         tally.note("files that hold code")

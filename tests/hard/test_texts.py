@@ -10,7 +10,7 @@ from conftest import Steer, cached_pipe
 from pyarrow import parquet
 from reliability import Tally
 
-from steer.apps.prompts import MAX_PROMPT_LENGTH, read_prompts
+from steer.apps.prompts import MAX_PROMPT_LENGTH, load_prompts
 from steer.apps.recipes import read_png
 from steer.errors import InputError
 from steer.files import loads_with_checksum
@@ -119,7 +119,7 @@ def test_an_invalid_prompt_is_refused_in_every_file_format(tmp_path: Path) -> No
     parquet.write_table(pa.table({"prompt": ["a star", "a\0b"]}), tmp_path / "p.parquet")
     for suffix in ("txt", "tsv", "parquet"):
         with pytest.raises(InputError, match=r"p\.\w+: the prompt 'a\\x00b' holds '\\x00', which is not text"):
-            read_prompts(tmp_path / f"p.{suffix}")
+            load_prompts(str(tmp_path / f"p.{suffix}"))
 
 
 def test_prompts_with_the_same_slug_do_not_overwrite_each_other(steer: Steer, tiny: Path, tmp_path: Path) -> None:
