@@ -58,6 +58,8 @@ class NoiseToImage:
         """Return everything that determines the images except the noise, as plain values."""
         particle_batch, pipe = self.particle_batch, self.particle_batch.pipe
         call = {name: value for name, value in particle_batch.call.items() if name not in ("generator", "latents")}
+        if particle_batch.metadata is not None:
+            call["metadata"] = particle_batch.metadata
         return {
             "pipeline": type(pipe).__name__,
             "model": str(getattr(pipe.config, "_name_or_path", "")),
