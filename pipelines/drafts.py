@@ -90,7 +90,7 @@ class RenoisePipeline(SteeringPipeline):
             BestOfNPipeline(self.pipe, self.reward),
             prompt,
             s,
-            call | {"output_type": "latent", "num_particles": 1} | rest,
+            call | {"output_type": "latent"} | rest,
         ).best(s.parents)
         steps = first_solver_step(self.pipe, self.reward, prompt, call, s.reward_prompt)[0].total
         first = round(DEFAULT_RESTART * steps) if s.restart_step is None else s.restart_step

@@ -3,11 +3,11 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, Unpack
 
 import torch
 from torch import Generator, Tensor
@@ -25,6 +25,9 @@ from steer.training.losses import Metrics
 from steer.training.rollout import Rows, Sampler, StepWindow, Trajectories
 from steer.training.token_rollout import TokenSampler
 from steer.training.trainable import get_denoiser, get_denoisers
+
+if TYPE_CHECKING:  # which imports this module
+    from steer.pipelines.training.workers import RayRollouts
 
 OnChunk = Callable[[], None]
 Samples = tuple[Trajectories, Tensor]  # trajectories and images (N, 3, H, W) in [0, 1]
@@ -219,18 +222,6 @@ class TrainingResult:
     weights_step: int | None = None
 
 
-class RolloutWorkers(Protocol):
-    """Processes that draw samples in place of this one."""
-
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Use these weights, by name, from the next draw on."""
-        ...
-
-    def draw(self, chunks: Sequence[Rows], window: StepWindow | None, on_chunk: OnChunk) -> Iterator[Samples]:
-        """Draw micro-batches, and yield their samples and images in order."""
-        ...
-
-
 class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
     """A method by which a denoiser learns from samples; the rest of a training is the same for all methods.
 
@@ -244,7 +235,7 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
     eval_rewards: tuple[Reward, ...] = ()
     preferences: Path | None = None
     conditions_by_prompt: Mapping[str, Mapping[str, Any]] = {}  # arguments of the pipeline's call
-    workers: RolloutWorkers | None = None  # processes that draw the samples of rollouts
+    workers: "RayRollouts | None" = None  # processes that draw the samples of rollouts
 
     def check(self) -> None:
         """Raise InputError for a reward or a pipeline that does not fit this method."""

@@ -363,6 +363,11 @@ class LossTrainer(SignalTrainer[LossConfigT]):
             check_pareto(self.reward)
         super().check()
 
+    def signal(self, scored: Scored) -> Tensor:
+        """Mixed rewards (B, K), or objectives (B, K, M) with `pareto`."""
+        pareto = isinstance(self.config, ParetoConfig) and self.config.pareto
+        return self.reward_signal.objectives(scored) if pareto else super().signal(scored)
+
     @property
     def needs_reference(self) -> bool:
         """Whether the loss, a penalty or the KL control depends on the reference policy."""

@@ -8,7 +8,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import PIL.Image
@@ -23,22 +23,16 @@ from steer.diffusion.views import Output, with_components, with_decode, without_
 from steer.errors import InputError
 from steer.registry import choose
 
+if TYPE_CHECKING:  # which imports this module
+    from steer.diffusion.rows import RowsCall
+
 SCHEDULED_STEPS = 4  # only one of them is run; the minimum of PNDM with its Runge-Kutta warm-up
 # Arguments of the user's call that do not apply to decoding.
+CALLBACK_ARGUMENTS = ("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 EXCLUDED_ARGUMENTS = (
-    "callback",
-    "callback_steps",
-    "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs",
-    "timesteps",
-    "sigmas",
-    "generator",
-    "latents",
-    "output_type",
-    "return_dict",
-    "num_inference_steps",
-    "denoising_end",
-    "guess_mode",
+    *CALLBACK_ARGUMENTS,
+    *("timesteps", "sigmas", "generator", "latents", "output_type", "return_dict", "num_inference_steps"),
+    *("denoising_end", "guess_mode"),
 )
 
 
@@ -80,7 +74,7 @@ class Preview:
     """
 
     def __init__(
-        self, pipe: Any, call: "Mapping[str, Any] | Runner", chunk: int = 8, decoder: Any = None, shapes: Any = None
+        self, pipe: Any, call: "Mapping[str, Any] | RowsCall", chunk: int = 8, decoder: Any = None, shapes: Any = None
     ) -> None:
         self._call = call
         changed: dict[str, Any] = {"maybe_free_model_hooks": lambda: None} | zero_proxies(pipe, shapes)
@@ -107,19 +101,6 @@ class Preview:
                 return self._call.run(self._decoding_pipe, insert_x0, {}, change=short_call)
             with hook_steps(self._decoding_pipe, insert_x0, rows=len(x0)) as view:
                 return first_output(view(**filter_call_kwargs(self._decoding_pipe, short_call(self._call))))
-
-
-class Runner(Protocol):
-    """The call of a pipeline for several rows (`steer.diffusion.rows.RowsCall`)."""
-
-    def run(
-        self,
-        pipe: Any,
-        on_step: Any,
-        given: Mapping[str, Any],
-        *,
-        change: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
-    ) -> Tensor: ...
 
 
 def short_call(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,7 +241,7 @@ class LinearPreview:
     Raises InputError for a pipeline without an image VAE.
     """
 
-    def __init__(self, pipe: Any, call: "Mapping[str, Any] | Runner", chunk: int = 8, shapes: Any = None) -> None:
+    def __init__(self, pipe: Any, call: "Mapping[str, Any] | RowsCall", chunk: int = 8, shapes: Any = None) -> None:
         check_image_vae(pipe)
         pipe_view = copy.copy(pipe)
         vars(pipe_view)["vae"] = with_decode(pipe.vae, self._decode)
@@ -299,7 +280,7 @@ PREVIEWS: dict[str, Callable[..., PreviewDecoder]] = {
 
 
 def build_preview(
-    preview: Any, pipe: Any, call: "Mapping[str, Any] | Runner", chunk: int, shapes: Any = None
+    preview: Any, pipe: Any, call: "Mapping[str, Any] | RowsCall", chunk: int, shapes: Any = None
 ) -> PreviewDecoder:
     """Build the previews of one call of `pipe`, decoded `chunk` at a time.
 

@@ -408,14 +408,6 @@ def has_other_noise(scheduler: Scheduler) -> bool:
     return ancestral_flow or descends_from(scheduler, _OTHER_NOISE)
 
 
-def matches_gaussian_kernel(scheduler: Scheduler) -> bool:
-    """Return whether the Gaussian kernel with η = 1 may take single steps of a run with this solver.
-
-    False for solvers whose own noise has another law: two kernels in one run would mix two laws.
-    """
-    return not has_other_noise(scheduler)
-
-
 def step_levels(scheduler: Scheduler, timestep: Any, index: int) -> tuple[Level, Level]:
     """Return (α, σ) before and after the transition that begins with `scheduler.step` at a timestep.
 
