@@ -167,11 +167,14 @@ def route_eta(pipe: Any, call: dict[str, Any], eta: float | None) -> tuple[dict[
     """
     if eta is None:
         return call, None
-    accepts_eta = all("eta" in inspect.signature(f).parameters for f in (type(pipe).__call__, pipe.scheduler.step))
-    own = (
-        accepts_eta and not ignores_eta(pipe.scheduler) and (eta == 0 or not _step_differs_from_kernel(pipe.scheduler))
-    )
+    scheduler = pipe.scheduler
+    own = takes_eta(pipe) and not ignores_eta(scheduler) and (eta == 0 or not _step_differs_from_kernel(scheduler))
     return (call | {"eta": eta}, None) if own else (call, eta)
+
+
+def takes_eta(pipe: Any) -> bool:
+    """Return whether both pipeline and scheduler accept η."""
+    return all("eta" in inspect.signature(one).parameters for one in (type(pipe).__call__, pipe.scheduler.step))
 
 
 MIN_ALPHA_CUMPROD = 1e-6  # ᾱ below which 1 − ᾱ_s − τ² of a DDIM step may round to a negative number

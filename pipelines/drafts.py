@@ -19,7 +19,7 @@ from steer.errors import InputError, UnsupportedPipelineError
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.fk_steering import ResamplingSchedule, Run, run_particles
 from steer.pipelines.initial_noise import RESERVED_ARGUMENTS, screen_initial_noise
-from steer.pipelines.particle_batch import ParticleBatch
+from steer.pipelines.particle_batch import ParticleBatch, reward_texts
 from steer.pipelines.racing import first_solver_step
 from steer.pipelines.selection import BestOfNPipeline, PreviewRun, Selection
 from steer.pipelines.settings import DraftsSettings, Prompts, RenoiseSettings
@@ -90,7 +90,7 @@ class RenoisePipeline(SteeringPipeline):
             BestOfNPipeline(self.pipe, self.reward),
             prompt,
             s,
-            call | {"output_type": "latent", "num_particles": 1} | rest,
+            call | {"output_type": "latent"} | rest,
         ).best(s.parents)
         steps = first_solver_step(self.pipe, self.reward, prompt, call, s.reward_prompt)[0].total
         first = round(DEFAULT_RESTART * steps) if s.restart_step is None else s.restart_step
@@ -152,7 +152,7 @@ def draft(
     """Sample M images of each prompt with S solver steps, best first."""
     given: Generator | Sequence[Generator] | None = call.get("generator")
     if given is not None and not isinstance(given, Generator):
-        groups = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
+        groups = len(reward_texts(prompt, s.reward_prompt, call))
         call = call | {"generator": spread_generators(given, groups, s.drafts)}
     return best_of_n(prompt, **call | {"num_particles": s.drafts, "num_inference_steps": s.draft_steps, "eta": s.eta})
 

@@ -13,7 +13,7 @@ from steer.diffusion.batching import ActiveRows, is_offloaded
 from steer.diffusion.differentiable import computes_in_fp16, differentiable, per_sample_gradients
 from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.rehearsal import check_verified
-from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
+from steer.diffusion.schedules import draw_guided, has_other_noise
 from steer.diffusion.short_schedule import check_movable
 from steer.diffusion.step_hooks import SolverStep, StepOverride
 from steer.diffusion.value import Value, check_use, load_value, value_of_reward
@@ -350,7 +350,7 @@ class Run:
         return solver_step.kernel(eta, rows).sample(self.particle_batch.rng)
 
     def _resamples_noise(self, scheduler: Any) -> bool:
-        return self.eta is not None or matches_gaussian_kernel(scheduler)
+        return self.eta is not None or not has_other_noise(scheduler)
 
     def _evaluates_at(self, step: int) -> bool:
         """Return whether a step has intermediate rewards."""

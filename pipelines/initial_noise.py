@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from steer.arguments import coerce_arguments
 from steer.diffusion.draws import find_draw, recorded_draws
-from steer.diffusion.preview import filter_call_kwargs
+from steer.diffusion.preview import CALLBACK_ARGUMENTS, filter_call_kwargs
 from steer.diffusion.rows import RandomState
 from steer.diffusion.seeds import Generators, copy_generators, derived_seed, list_generators, seeded_normal
 from steer.diffusion.step_hooks import RunEnded, SolverStep
@@ -29,7 +29,6 @@ from steer.smc.particles import Particles
 
 INT_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number → the integer type of its bits
 RESERVED_ARGUMENTS = ("latents", "timesteps", "sigmas")  # arguments that a screened call may not have
-CALLBACK_ARGUMENTS = ("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 
 
 @dataclass

@@ -78,13 +78,10 @@ class ParticleBatch:
         self.live, self.alive = live or ActiveRows(), size  # particles left per prompt, in its first slots
         call = dict(call)
         metadata = call.pop("metadata", None)
-        reward_texts = prompt if reward_prompt is None else reward_prompt
-        read_by_prompt = (
-            [reward_texts] if isinstance(reward_texts, str) else list(reward_texts or [""] * _embedded_prompts(call))
-        )
+        read_by_prompt = reward_texts(prompt, reward_prompt, call)
         self.groups = len(read_by_prompt)
         self.prompts = [text for text in read_by_prompt for _ in range(size)]
-        self._metadata = rows_of_metadata(metadata, self.groups)
+        self.metadata = rows_of_metadata(metadata, self.groups)
         bound = _bound_call(pipe, prompt, self.groups, call)
         self._rows_call = RowsCall(pipe, bound, self.groups, size)
         encoded_texts = [self.call.get(name) or () for name in ("prompt", "negative_prompt")]
@@ -204,7 +201,7 @@ class ParticleBatch:
 
     def _score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         prompts = [text for text in self.prompts[:: self.size] for _ in range(self.alive)]
-        rows = None if self._metadata is None else [row for row in self._metadata for _ in range(self.alive)]
+        rows = None if self.metadata is None else [row for row in self.metadata for _ in range(self.alive)]
         size = len(images) if compares_images(self.reward) else self.chunk_size
         chunks = [slice(start, start + size) for start in range(0, len(images), size)]
         self._reward_calls += len(images)
@@ -328,9 +325,12 @@ def rows_of_metadata(metadata: Any, groups: int, name: str = "metadata") -> list
     return rows
 
 
-def _embedded_prompts(call: Mapping[str, Any]) -> int:
-    embeds = call.get("prompt_embeds")
-    return 1 if embeds is None else len(embeds)
+def reward_texts(
+    prompt: str | Sequence[str] | None, reward_prompt: str | Sequence[str] | None, call: Mapping[str, Any]
+) -> list[str]:
+    """Return the text that the reward reads for each prompt, which may be embedded."""
+    texts, embeds = prompt if reward_prompt is None else reward_prompt, call.get("prompt_embeds")
+    return [texts] if isinstance(texts, str) else list(texts or [""] * (1 if embeds is None else len(embeds)))
 
 
 def _row_seeds(generator: Generator | Sequence[Generator] | None, rows: int) -> list[int]:

@@ -25,7 +25,7 @@ from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.seeds import seeded_normal
 from steer.diffusion.views import denoisers_in, plain_values, without_side_effects
 from steer.errors import InputError, UnsupportedPipelineError
-from steer.files import atomic_write
+from steer.files import atomic_write, write_errors
 from steer.noise import Optimiser, Search, clipped, neighbour, norms, prior_gradient, where_rows
 from steer.pipelines.base import Iteration, SteeringOutput, SteeringPipeline, steering_call
 from steer.pipelines.initial_noise import find_initial_noise
@@ -58,6 +58,8 @@ class NoiseToImage:
         """Return everything that determines the images except the noise, as plain values."""
         particle_batch, pipe = self.particle_batch, self.particle_batch.pipe
         call = {name: value for name, value in particle_batch.call.items() if name not in ("generator", "latents")}
+        if particle_batch.metadata is not None:
+            call["metadata"] = particle_batch.metadata
         return {
             "pipeline": type(pipe).__name__,
             "model": str(getattr(pipe.config, "_name_or_path", "")),
@@ -163,11 +165,8 @@ class SearchCheckpoint:
         }
         tensors = {f"search/{name}": value for name, value in search.tensors().items()} | series | components
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        try:
-            with atomic_write(self.path) as new:
-                save_file(plain, new, self._metadata() | {CHECKSUM_KEY: _checksum(plain)})
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.path} cannot be written ({error}); make room, or choose another folder") from error
+        with write_errors(self.path, "make room, or choose another folder"), atomic_write(self.path) as new:
+            save_file(plain, new, self._metadata() | {CHECKSUM_KEY: _checksum(plain)})
 
     def load(self, device: torch.device, total: int) -> tuple[Search, list[Iteration]] | None:
         """Load the saved state for a run of `total` iterations; None where there is none.

@@ -121,7 +121,7 @@ class TextBatch(TokenBatch):
 
     def _score_ids(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         prompts = [text for text in self.prompts[:: self.size] for _ in range(self.alive)]
-        rows = None if self._metadata is None else [row for row in self._metadata for _ in range(self.alive)]
+        rows = None if self.metadata is None else [row for row in self.metadata for _ in range(self.alive)]
         self._reward_calls += len(ids)
         texts = Texts(self.decode(ids), ids)
         rewards, components = score_components(self.reward, texts, prompts, rows)  # type: ignore[arg-type]

@@ -132,6 +132,10 @@ class Texts(list[str]):
         self.ids = ids
         self.device = CPU if ids is None else ids.device
 
+    def to(self, device: Any) -> "Texts":
+        """Return the texts with their ids on a device."""
+        return Texts(self, None if self.ids is None else self.ids.to(device))
+
 
 @runtime_checkable
 class SequenceReward(Protocol):

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from steer import FKSteeringPipeline
 from steer.diffusion import kernels
-from steer.diffusion.schedules import X0_WEIGHTS, Gaussian, Level, LinearStep, linear_step, plain_pass
+from steer.diffusion.schedules import X0_WEIGHTS, Gaussian, Level, LinearStep, plain_pass, weighted_step
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.diffusion.triton_kernels import BLOCK, triton_pass
 from steer.pipelines.base import SteeringOutput
@@ -24,7 +24,6 @@ from steer.training.rollout import Sampler, Trajectories, log_probs
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before triton is imported"
 
-ALL = ("x0", "mean", "x_s", "log_prob")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 1), (3, 5), (2, 4, 3, 3), (2, 6, 16), (1, 3, 2, 4, 4), (2, BLOCK), (2, BLOCK + 1), (1, 3 * BLOCK - 7)]
 few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -40,24 +39,22 @@ def level(alpha: Any) -> Level:
 
 
 def a_step(kind: str = "epsilon", eta: float = 0.7, limit: float = math.inf) -> LinearStep:
-    return linear_step(kind, level(0.4), level(0.6), eta, limit)
+    return step_of(kind, level(0.4), level(0.6), eta, limit)
 
 
-def assert_same(ours: dict[Any, Tensor], twin: dict[Any, Tensor], rounded: float = 0.0) -> None:
-    """Up to fp32; x_s up to one rounding: in half precision it may fall on the other side of one, and the interpreter
-    truncates bf16, while a GPU uses rounding."""
-    assert list(ours) == list(twin)
-    for name in ours:
-        assert ours[name].dtype == twin[name].dtype and ours[name].shape == twin[name].shape
-        close = max(1e-6, rounded) if name == "x_s" else 1e-6
-        size = max(1.0, float(twin[name].float().abs().max())) if twin[name].numel() else 1.0
-        torch.testing.assert_close(ours[name] / size, twin[name] / size, rtol=0, atol=close)
+def step_of(kind: str, before: Level, after: Level, eta: float, limit: float = math.inf) -> LinearStep:
+    return weighted_step(X0_WEIGHTS[kind](*before), before, after, eta, limit)
+
+
+def assert_same(ours: Tensor, twin: Tensor) -> None:
+    size = max(1.0, float(twin.abs().max()))
+    torch.testing.assert_close(ours / size, twin / size, rtol=0, atol=1e-6)
 
 
 @few
 @given(
     shape=st.sampled_from(SHAPES),
-    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 4),
+    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 3),
     kind=st.sampled_from(sorted(X0_WEIGHTS)),
     alphas=st.lists(st.floats(0.05, 0.999), min_size=2, max_size=2, unique=True).map(sorted),
     eta=st.floats(0.05, 1),
@@ -73,17 +70,10 @@ def test_kernel_and_twin_agree(
     limit: float,
     seed: int,
 ) -> None:
-    step = linear_step(kind, *map(level, alphas), eta, limit)
-    x, output, noise = (normal(seed + i, shape, dtype) for i, dtype in enumerate(dtypes[:3]))
-    given = {"noise": noise, "dtype": dtypes[3], "storage": dtypes[2]}
-    sampled = triton_pass(step, x, output, ALL, **given)
-    twin = plain_pass(step, x, output, ALL, **given)
-    twin["log_prob"] = plain_pass(step, x, output, ["log_prob"], x_s=sampled["x_s"])["log_prob"]
-    assert_same(sampled, twin, max(0.0 if one == torch.float32 else torch.finfo(one).eps for one in dtypes[2:]))
-    assert torch.equal(sampled["x_s"], sampled["x_s"].to(dtypes[2]).to(dtypes[3]))  # it is what storage holds
-    # A replay of the sample gives the log-probability of the draw, bit for bit.
-    result = triton_pass(step, x, output, ["mean", "log_prob"], x_s=sampled["x_s"])
-    assert torch.equal(result["log_prob"], sampled["log_prob"]) and torch.equal(result["mean"], sampled["mean"])
+    step = step_of(kind, *map(level, alphas), eta, limit)
+    x, output, noise = (normal(seed + i, shape, dtype) for i, dtype in enumerate(dtypes))
+    for z in (noise, None):
+        assert_same(triton_pass(step, x, output, z), plain_pass(step, x, output, z))
 
 
 def layouts(shape: tuple[int, ...]) -> dict[str, Any]:
@@ -103,50 +93,37 @@ def layouts(shape: tuple[int, ...]) -> dict[str, Any]:
 def test_any_layout(layout: str) -> None:
     x, output, noise = map(layouts((2, 4, 3, 5))[layout], (0, 1, 2))
     assert not x.is_contiguous()
-    ours = triton_pass(a_step(), x, output, ALL, noise=noise)
-    twin = plain_pass(a_step(), x.contiguous(), output.contiguous(), ALL, noise=noise.contiguous())
-    assert_same(ours, twin)
+    twin = plain_pass(a_step(), x.contiguous(), output.contiguous(), noise.contiguous())
+    assert_same(triton_pass(a_step(), x, output, noise), twin)
     for mixed in ((x.contiguous(), output, noise), (x, output.contiguous(), noise), (x, output, noise.contiguous())):
-        assert_same(triton_pass(a_step(), *mixed[:2], ALL, noise=mixed[2]), twin)
+        assert_same(triton_pass(a_step(), *mixed), twin)
 
 
 def test_every_row_may_have_weights_of_its_own() -> None:
     before, after = level([0.2, 0.4, 0.5]), level([0.3, 0.6, 0.9])
     x, output, noise = (normal(seed, (3, 4, 3, 3)) for seed in range(3))
-    whole = triton_pass(linear_step("v_prediction", before, after, 0.8), x, output, ALL, noise=noise)
+    whole = triton_pass(step_of("v_prediction", before, after, 0.8), x, output, noise)
     for row in range(3):
-        alone = linear_step(
-            "v_prediction", *(Level(*(values[row] for values in each)) for each in (before, after)), 0.8
-        )
+        alone = step_of("v_prediction", *(Level(*(values[row] for values in each)) for each in (before, after)), 0.8)
         one = slice(row, row + 1)
-        twin = plain_pass(alone, x[one], output[one], ALL, noise=noise[one])
-        assert_same({name: result[one] for name, result in whole.items()}, twin)
+        assert_same(whole[one], plain_pass(alone, x[one], output[one], noise[one]))
 
 
-def test_only_requested_outputs_are_computed() -> None:
+def test_a_sample_without_noise_is_the_mean() -> None:
     x, output, noise = (normal(seed, (2, 5)) for seed in range(3))
-    whole = triton_pass(a_step(), x, output, ALL, noise=noise)
-    for name in ALL:
-        (alone,) = triton_pass(a_step(), x, output, [name], noise=noise).items()
-        assert alone[0] == name and torch.equal(alone[1], whole[name])
-    assert list(triton_pass(a_step(), x, output, ["mean"])) == ["mean"]
     still = a_step(eta=0.0)
-    assert torch.equal(
-        triton_pass(still, x, output, ["x_s"], noise=noise)["x_s"], triton_pass(still, x, output, ["mean"])["mean"]
-    )
+    assert torch.equal(triton_pass(still, x, output, noise), triton_pass(still, x, output))
 
 
 def test_what_is_not_a_number_stays_so() -> None:
     x, output = normal(0, (2, 5)), normal(1, (2, 5))
     output[1, 2] = math.nan
-    result = triton_pass(a_step(limit=1.0), x, output, ["x0", "log_prob"], x_s=x)
-    assert result["x0"].isnan().nonzero().tolist() == [[1, 2]] and result["log_prob"].isnan().tolist() == [False, True]
+    assert triton_pass(a_step(limit=1.0), x, output).isnan().nonzero().tolist() == [[1, 2]]
 
 
 def test_no_rows_are_none() -> None:
     nothing = torch.zeros(0, 4, 3, 3)
-    result = triton_pass(a_step(), nothing, nothing, ALL, noise=nothing)
-    assert result["x_s"].shape == nothing.shape and result["log_prob"].shape == (0,)
+    assert triton_pass(a_step(), nothing, nothing, nothing).shape == nothing.shape
 
 
 @pytest.fixture
@@ -169,7 +146,7 @@ RUNS = [
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("family", "scheduler"), RUNS)
-def test_rollouts_and_replays_through_the_kernel(
+def test_rollouts_and_replays_pass_by_the_kernel(
     family: str, scheduler: str, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     shifting = {"use_dynamic_shifting": True} if family == "flux" else {}
@@ -178,11 +155,9 @@ def test_rollouts_and_replays_through_the_kernel(
     plain, images = sampler.rollout(TWO_PROMPTS)
     replayed = log_probs(sampler, plain)
     request.getfixturevalue("everywhere")
-    sampled: list[str] = []
-    draw = kernels.FusedGaussian.draw
-    monkeypatch.setattr(kernels.FusedGaussian, "draw", lambda self, *a: (sampled.append("x_s"), draw(self, *a))[1])
+    # The densities of finetuning are taken in fp64, outside the kernel.
+    monkeypatch.setattr(kernels, "one_pass", lambda *given: pytest.fail("a rollout went through the kernel"))
     fused, same = sampler.rollout(TWO_PROMPTS)
-    assert not sampled  # the densities of finetuning are taken in fp64, outside the kernel
     assert_near(fused, plain, 1e-5 if storage == torch.float32 else 2e-3)
     torch.testing.assert_close(same, images, rtol=0, atol=1e-4 if storage == torch.float32 else 5e-3)
     assert torch.equal(log_probs(sampler, fused), fused.log_probs)

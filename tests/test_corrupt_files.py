@@ -146,5 +146,5 @@ def test_tensors_that_cannot_be_written_are_reported(tmp_path: Path) -> None:
     search = Search.start(torch.ones(2, 4)).record(torch.ones(2))
     (tmp_path / "in-the-way").write_text("")
     rows = torch.ones(1, 2)
-    with pytest.raises(InputError, match=r"state cannot be written .*; make room, or choose another folder"):
+    with pytest.raises(InputError, match=r"state: cannot write there .*; make room, or choose another folder"):
         SearchCheckpoint(tmp_path / "in-the-way" / "state", {}).save(search, [Iteration(0, 1, rows, {}, rows, rows)])

@@ -49,6 +49,17 @@ def test_unfinished_drafts_are_the_best_of_a_short_run(pipe_of: Callable[[str], 
     assert (made.cost.nfe, made.cost.decodes, made.cost.reward_calls) == (M * S, M, M)
 
 
+def test_embedded_prompts_have_generators_of_their_own(pipe_of: Callable[[str], Any]) -> None:
+    pipe, texts = pipe_of("sd"), ["a red circle", "a blue star"]
+    embeds = pipe.encode_prompt(texts, "cpu", 1, False)[0]
+    own = {"num_particles": 2, "num_inference_steps": T, "height": 8, "width": 8, "guidance_scale": 1.0}
+    shared: dict[str, Any] = own | OPTIONS | {"drafts": 4, "finish": False}
+    run = DraftsPipeline(pipe, redness)
+    plain = run(texts, generator=[seeded(n) for n in range(4)], **shared)
+    made = run(prompt_embeds=embeds, reward_prompt=texts, generator=[seeded(n) for n in range(4)], **shared)
+    assert torch.equal(made.rewards, plain.rewards) and made.rewards.shape == (2, 2)
+
+
 def test_finished_drafts_are_full_runs_of_the_best_starts(pipe_of: Callable[[str], Any]) -> None:
     made = DraftsPipeline(pipe_of("sd"), redness)(num_particles=2, **own_kwargs("sd"), **OPTIONS)
     assert (made.cost.nfe, made.cost.reward_calls) == (M * S + 2 * T, M + 2)

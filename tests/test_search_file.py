@@ -98,6 +98,13 @@ def test_the_file_of_another_run_is_refused(tmp_path: Path, options: dict[str, A
         run(state_file=tmp_path / "state", **options)
 
 
+def test_other_metadata_of_the_reward_is_another_run(tmp_path: Path) -> None:
+    run(state_file=tmp_path / "state", iterations=1, metadata={"target": "red"})
+    with pytest.raises(InputError, match="belongs to another run"):
+        run(state_file=tmp_path / "state", metadata={"target": "blue"})
+    assert len(run(state_file=tmp_path / "state", metadata={"target": "red"}).trace) == 5
+
+
 def test_other_seeds_of_the_solver_are_another_run_too(tmp_path: Path) -> None:
     options = {"state_file": tmp_path / "state", "latents": torch.randn(2, 4, 4, 4, generator=seeded(5))}
     run(iterations=1, **options)

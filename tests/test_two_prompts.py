@@ -85,6 +85,14 @@ def test_particles_are_steered_with_it_and_share_zero_is_the_plain_run(scenes: A
     torch.testing.assert_close(mixed[2:], plain[2:], rtol=0, atol=1e-3)  # the other prompt of the call
 
 
+def test_keywords_without_a_name_reach_the_pipeline(scenes: Any) -> None:
+    steps: list[int] = []
+    view = two_prompts(scenes, {EXPANDED: ORIGINAL}, 0.5)
+    call: dict[str, Any] = {"num_inference_steps": 2, "callback_steps": 1}
+    latents_of(view, "two blue stars", callback=lambda step, t, latents: steps.append(step), **call)
+    assert steps == [0, 1]
+
+
 def test_a_share_out_of_range_is_refused(scenes: Any) -> None:
     with pytest.raises(InputError, match=r"from 0 to 1, got 1\.5"):
         two_prompts(scenes, {}, 1.5)

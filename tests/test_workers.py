@@ -2,10 +2,14 @@
 
 import importlib.util
 import os
+import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +17,23 @@ from typing import Any
 import pytest
 import torch
 from finetune_runs import PROMPTS, config_of, train
+from test_conditions import SOURCES, img2img
 from test_finetune_run import SHORT, fresh
 from test_trainable import image
 from test_training_options import PLAIN, TIMES
 from torch import Tensor
 
-from steer import GRPOConfig, GRPOTrainer, NFTConfig, NFTTrainer, RewardBackpropConfig, combine, load_reward
+from steer import (
+    TEXT_MODELS,
+    GRPOConfig,
+    GRPOTrainer,
+    MaskedDiffusionPipeline,
+    NFTConfig,
+    NFTTrainer,
+    RewardBackpropConfig,
+    combine,
+    load_reward,
+)
 from steer.errors import InputError
 from steer.pipelines.training import config as config_module
 from steer.pipelines.training import signals as signals_module
@@ -152,6 +167,60 @@ def test_workers_of_an_unknown_reward_are_one_line(tmp_path: Path) -> None:
     config = config_of("grpo", **SMALL | {"reward_workers": {"brightnes": 1}})
     with pytest.raises(InputError, match="no reward is named 'brightnes': did you mean brightness"):
         train("grpo", fresh(), tmp_path, config)
+
+
+class InProcess:
+    """An actor in this process: what it is given and returns is pickled, as for another machine."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*given: Any) -> Any:
+            return pickle.loads(pickle.dumps(getattr(self._value, name)(*pickle.loads(pickle.dumps(given)))))
+
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.fixture
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = SimpleNamespace(put=lambda value: value, get=lambda value: value, kill=lambda actor: None)
+    monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
+    monkeypatch.setattr(config_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(workers_module, "_connection", lambda: nullcontext(ray))
+    monkeypatch.setattr(workers_module, "store", lambda value, name: deepcopy(value))
+    monkeypatch.setattr(workers_module, "result", lambda pending: pending)
+    actors = lambda kind, share: SimpleNamespace(remote=lambda *given: InProcess(kind(*given)))  # noqa: E731
+    monkeypatch.setattr(workers_module, "actor_of", actors)
+
+
+WORKERS = {"rollout_workers": 1, "reward_workers": {"brightness": 1}}
+
+
+def test_workers_draw_and_score_texts(fake_ray: None, tmp_path: Path) -> None:
+    records = []
+    for name, options in (("one", {}), ("two", WORKERS | {"reward_workers": {"says:blue": 1}})):
+        config = GRPOConfig(
+            output_dir=str(tmp_path / name), max_steps=2, train_batch_size=1, num_generations=8, micro_batch=4,
+            num_inference_steps=4, lora_rank=0, **options,
+        )  # fmt: skip
+        pipe = MaskedDiffusionPipeline.from_pretrained(TEXT_MODELS["scenes-text"])
+        result = GRPOTrainer(pipe, "says:blue", config, train_prompts=["a"]).train()
+        records.append([{k: v for k, v in one.items() if k not in TIMES} for one in result.records])
+    assert records[0] == records[1]
+
+
+def test_workers_draw_with_the_conditions_of_each_prompt(fake_ray: None, tmp_path: Path) -> None:
+    records = []
+    for name, options in (("one", {}), ("two", WORKERS)):
+        config = GRPOConfig(
+            output_dir=str(tmp_path / name), max_steps=1, train_batch_size=2, num_generations=2, micro_batch=4,
+            num_inference_steps=6, lora_rank=2, call={"strength": 0.5}, **options,
+        )  # fmt: skip
+        given: dict[str, Any] = {"train_prompts": ["a", "b"], "conditions": list(SOURCES.values())}
+        result = GRPOTrainer(img2img(), "brightness", config, **given).train()
+        records.append([{k: v for k, v in one.items() if k not in TIMES} for one in result.records])
+    assert records[0] == records[1]
 
 
 def end(actor: Any) -> None:

@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 
 from steer.apps.bench.subject import DDIM, RealSize, Subject, plain_call, without_decoder
 from steer.diffusion.kernels import one_pass
-from steer.diffusion.schedules import Level, linear_step
+from steer.diffusion.schedules import X0_WEIGHTS, Level, weighted_step
 
 SD_VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
@@ -147,15 +147,15 @@ def ceilings(subject: Subject, quick: bool) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter:
         plain_call(subject, view)
     before, after = (Level(torch.tensor(a).double().sqrt(), torch.tensor(1 - a).double().sqrt()) for a in (0.3, 0.6))
-    step, shape = linear_step("epsilon", before, after, eta=1.0), (16, count // 256)
+    step, shape = weighted_step(X0_WEIGHTS["epsilon"](*before), before, after, eta=1.0), (16, count // 256)
     x, output = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
     noise = torch.randn(shape, device=device)
-    moved = x.numel() * (3 * x.element_size() + noise.element_size())  # bytes that must be moved, noise in fp32
+    moved = 2 * x.numel() * (x.element_size() + noise.element_size())  # bytes that must be moved, noise and x_s in fp32
     rates = {
         "matrix_flops": rate(2 * side**3, lambda: a @ a),
         "copy_bytes": rate(2 * count, lambda: target.copy_(source)),
         "denoiser_flops": rate(counter.get_total_flops(), lambda: plain_call(subject, view)),
-        "step_bytes": rate(moved, lambda: one_pass(step, x, output, ("x_s", "log_prob"), noise=noise, dtype=dtype)),
+        "step_bytes": rate(moved, lambda: one_pass(step, x, output, noise)),
     }
     return rates | {
         "denoiser_share": rates["denoiser_flops"] / rates["matrix_flops"],

@@ -33,7 +33,7 @@ from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.prompts import call_arguments, check_size
 from steer.apps.reward_specs import resolve_reward
 from steer.errors import InputError
-from steer.pipelines.training.evaluation import policy_kl
+from steer.pipelines.training.evaluation import policy_divergence
 from steer.pipelines.training.method import rows_of
 from steer.reward import Reward
 from steer.training.overoptimization import interval
@@ -79,7 +79,7 @@ def trajectory_kl(
     adapted = Sampler(pipe, call, eta)
     with off():
         reference = Sampler(pipe, call, eta)  # text embeddings differ if an encoder was finetuned
-    return torch.cat([policy_kl(adapted, part, off, reference) for part in rows.split(chunk)])
+    return torch.cat([policy_divergence(adapted, part, off, reference)[0] for part in rows.split(chunk)])
 
 
 __all__ = ["Contender", "evaluate"]

@@ -5,7 +5,6 @@ derive from these dataclasses. Names are as in TRL, transformers and accelerate 
 """
 
 import json
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
@@ -30,11 +29,6 @@ from steer.training.trainable import ATTENTION
 # composition is settled long before; in half precision they cause nearly all of the rounding errors.
 LOW_NOISE_STEPS = 2
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def is_count(value: Any) -> bool:
-    """Return whether a value is a whole number from 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
@@ -210,7 +204,8 @@ class TrainingConfig(Settings):
                 f"{self.warmup_steps}: use constant_with_warmup"
             )
         optimiser_class(self.optim)
-        if bad := [f"{name}: {count!r}" for name, count in self.reward_workers.items() if not is_count(count)]:
+        counts = self.reward_workers.items()
+        if bad := [f"{name}: {count!r}" for name, count in counts if type(count) is not int or count < 1]:
             raise InputError(f"reward_workers must map names of rewards to counts from 1, got {bad[0]}")
         if (self.rollout_workers or self.reward_workers) and find_spec("ray") is None:
             raise InputError("rollout_workers and reward_workers need Ray: pip install 'steer-diffusion[ray]'")
@@ -320,6 +315,12 @@ class SignalConfig(TrainingConfig):
             )
 
 
+def loss_of(loss_class: Any, config: TrainingConfig) -> Any:
+    """Create a loss from the fields of a configuration with the names of its own."""
+    names = [one.name for one in fields(loss_class) if hasattr(config, one.name)]
+    return loss_class(**{name: getattr(config, name) for name in names})
+
+
 @dataclass(frozen=True)
 class LossConfig(SignalConfig):
     """SignalConfig of a method that minimises a loss of log-probabilities and rewards.
@@ -346,9 +347,12 @@ class LossConfig(SignalConfig):
         skip = (LOW_NOISE_STEPS if half else 0) if skip is None else skip
         return StepWindow(self.window, self.window_size, number, skip)
 
-    @abstractmethod
+    loss_class: ClassVar[Any]
+
     def loss(self) -> Loss:
         """The loss with the options of this configuration."""
+        loss: Loss = loss_of(self.loss_class, self)
+        return loss
 
     def __post_init__(self) -> None:
         super().__post_init__()

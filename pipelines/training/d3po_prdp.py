@@ -1,12 +1,9 @@
 """Finetuning by comparing samples of one prompt: D3PO (2311.13231), PRDP (2402.08714) and BRAIn (2402.02479)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-from torch import Tensor
+from typing import Any, ClassVar, Literal
 
 from steer.pipelines.training.config import LossConfig, ParetoConfig
-from steer.pipelines.training.method import Scored
 from steer.pipelines.training.trainer import LossTrainer
 from steer.training.losses import D3PO, PRDP, BRAIn, D3POTrajectory
 
@@ -44,10 +41,6 @@ class D3POTrainer(LossTrainer[D3POConfig]):
     shared_start: ClassVar[bool] = True
     takes_preferences: ClassVar[bool] = True
 
-    def signal(self, scored: Scored) -> Tensor:
-        """Mixed rewards (B, K), or objectives (B, K, M)."""
-        return self.reward_signal.objectives(scored) if self.config.pareto else super().signal(scored)
-
 
 @dataclass(frozen=True)
 class PRDPConfig(LossConfig):
@@ -57,6 +50,7 @@ class PRDPConfig(LossConfig):
     clip  ε in nats: how far log pθ/p_ref of a step may move from its value when the samples were drawn
     """
 
+    loss_class: ClassVar[Any] = PRDP
     title: ClassVar[str] = "PRDP"
     paper: ClassVar[tuple[str, str]] = (
         "PRDP: Proximal Reward Difference Prediction for Large-Scale Reward Finetuning of Diffusion Models",
@@ -65,9 +59,6 @@ class PRDPConfig(LossConfig):
 
     beta: float = PRDP.beta
     clip: float = PRDP.clip
-
-    def loss(self) -> PRDP:
-        return PRDP(beta=self.beta, clip=self.clip)
 
 
 class PRDPTrainer(LossTrainer[PRDPConfig]):
@@ -85,6 +76,7 @@ class BRAInConfig(LossConfig):
     clip   ε in nats: how far log pθ of a step may move from its value when the samples were drawn
     """
 
+    loss_class: ClassVar[Any] = BRAIn
     title: ClassVar[str] = "BRAIn"
     paper: ClassVar[tuple[str, str]] = (
         "BRAIn: Bayesian Reward-conditioned Amortized Inference for natural language generation from feedback",
@@ -94,9 +86,6 @@ class BRAInConfig(LossConfig):
     gamma: float = BRAIn.gamma
     form: Literal["exp", "sigmoid"] = BRAIn.form
     clip: float = BRAIn.clip
-
-    def loss(self) -> BRAIn:
-        return BRAIn(gamma=self.gamma, form=self.form, clip=self.clip)
 
 
 class BRAInTrainer(LossTrainer[BRAInConfig]):

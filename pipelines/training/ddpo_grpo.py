@@ -25,6 +25,7 @@ class DDPOConfig(ParetoConfig):
     min_history     rewards of a prompt needed before its statistics replace the batch's
     """
 
+    loss_class: ClassVar[Any] = DDPO
     title: ClassVar[str] = "DDPO"
     paper: ClassVar[tuple[str, str]] = ("Training Diffusion Models with Reinforcement Learning", "2305.13301")
     min_generations: ClassVar[int] = 1  # a sample is compared with earlier samples of its prompt
@@ -34,9 +35,6 @@ class DDPOConfig(ParetoConfig):
     advantage_clip: float = DDPO.advantage_clip
     history: int = 16
     min_history: int = 16
-
-    def loss(self) -> DDPO:
-        return DDPO(clip=self.clip, advantage_clip=self.advantage_clip)
 
     def tracker(self) -> PerPromptStatTracker:
         """Reward statistics of each prompt, still empty."""
@@ -140,7 +138,3 @@ class FilteredTrainer(LossTrainer[FilteredConfig]):
     """Reward-filtered finetuning (RAFT, arXiv 2304.06767): maximise the likelihood of each prompt's best samples."""
 
     config_class = FilteredConfig
-
-    def signal(self, scored: Scored) -> Tensor:
-        """Mixed rewards (B, K), or objectives (B, K, M)."""
-        return self.reward_signal.objectives(scored) if self.config.pareto else super().signal(scored)

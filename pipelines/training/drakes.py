@@ -21,12 +21,8 @@ from steer.training.token_rollout import TokenSampler
 
 # Fields for samples that several updates learn from, for log-probabilities, or for a reference other than the model.
 UNUSED = (
-    "steps_per_generation",
-    "num_iterations",
-    "timestep_fraction",
-    "skip_low_noise_steps",
-    "reward_workers",
-    "init_adapter",
+    *("steps_per_generation", "num_iterations", "timestep_fraction", "skip_low_noise_steps"),
+    *("reward_workers", "init_adapter"),
 )
 
 

@@ -171,11 +171,6 @@ def _chunk_size(rewards: Iterable[Reward], config: TrainingConfig) -> int:
     return chunk // size * size if comparing else chunk
 
 
-def policy_kl(sampler: Sampler, rows: Rows, reference: Policy, other: Sampler | None = None) -> Tensor:
-    """Return Σ_t KL(p(x_s | x_t) ‖ p_ref(x_s | x_t)) (N,) in nats; arguments as of `policy_divergence`."""
-    return policy_divergence(sampler, rows, reference, other)[0]
-
-
 def policy_divergence(sampler: Sampler, rows: Rows, reference: Policy, other: Sampler | None = None) -> Tensor:
     """Return the sums over steps of KL(p ‖ p_ref) and of log p/p_ref (2, N) in nats, along trajectories of p.
 

@@ -1,6 +1,5 @@
 """Finetuning by the forward process: DiffusionNFT, AWM and RAM from rewards, Diffusion-DPO from pairs of images."""
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from steer.arguments import argument
 from steer.diffusion.precision import Precision
 from steer.diffusion.schedules import PUBLISHED_ETA
 from steer.errors import InputError
-from steer.pipelines.training.config import SignalConfig, TrainingConfig
+from steer.pipelines.training.config import SignalConfig, TrainingConfig, loss_of
 from steer.pipelines.training.image_pairs import ImagePairs, read_image_pairs
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.preference_data import NoReward
@@ -42,6 +41,7 @@ class ForwardConfig(TrainingConfig):
     reference_weight  β of ‖o_θ − o_ref‖², the mean squared difference of the denoiser's outputs, in place of kl_weight
     """
 
+    loss_class: ClassVar[Any]
     min_generations: ClassVar[int] = 2
     samples_with_eta: ClassVar[bool] = False
 
@@ -49,9 +49,10 @@ class ForwardConfig(TrainingConfig):
     log_prob_precision: Precision = "model"
     reference_weight: float = argument(0.0, "[0, inf)")
 
-    @abstractmethod
     def loss(self) -> ForwardLoss:
         """The loss with the options of this configuration."""
+        loss: ForwardLoss = loss_of(self.loss_class, self)
+        return loss
 
     def old_decay(self, rollouts: int) -> float:
         """Decay of the averaged weights that draw the samples, after this many rollouts; 0: no average."""
@@ -164,6 +165,7 @@ class NFTConfig(OnlineForwardConfig):
     old_decay_max   largest decay, below 1
     """
 
+    loss_class: ClassVar[Any] = NFT
     title: ClassVar[str] = "DiffusionNFT"
     paper: ClassVar[tuple[str, str]] = (
         "DiffusionNFT: Online Diffusion Reinforcement with Forward Process",
@@ -175,9 +177,6 @@ class NFTConfig(OnlineForwardConfig):
     reference_weight: float = argument(1e-4, "[0, inf)")
     old_decay_rate: float = argument(0.001, "[0, inf)")
     old_decay_max: float = argument(0.5, "[0, 1)")
-
-    def loss(self) -> NFT:
-        return NFT(beta=self.beta, advantage_clip=self.advantage_clip)
 
     def old_decay(self, rollouts: int) -> float:
         return min(self.old_decay_rate * rollouts, self.old_decay_max)
@@ -202,6 +201,7 @@ class AWMConfig(OnlineForwardConfig):
                     times the root of the matching loss
     """
 
+    loss_class: ClassVar[Any] = AWM
     title: ClassVar[str] = "AWM"
     paper: ClassVar[tuple[str, str]] = (
         "Advantage Weighted Matching: Aligning RL with Pretraining in Diffusion Models",
@@ -211,9 +211,6 @@ class AWMConfig(OnlineForwardConfig):
     clip: float = AWM.clip
     advantage_clip: float = AWM.advantage_clip
     weighting: Weighting = AWM.weighting
-
-    def loss(self) -> AWM:
-        return AWM(clip=self.clip, advantage_clip=self.advantage_clip, weighting=self.weighting)
 
 
 class AWMTrainer(OnlineForwardTrainer[AWMConfig]):
@@ -230,6 +227,7 @@ class RAMConfig(OnlineForwardConfig):
     advantage_clip  advantages are clipped to ± this
     """
 
+    loss_class: ClassVar[Any] = RAM
     title: ClassVar[str] = "RAM"
     paper: ClassVar[tuple[str, str]] = (
         "Reinforce Adjoint Matching: Scaling RL Post-Training of Diffusion and Flow-Matching Models",
@@ -238,9 +236,6 @@ class RAMConfig(OnlineForwardConfig):
 
     scale: float = RAM.scale
     advantage_clip: float = RAM.advantage_clip
-
-    def loss(self) -> RAM:
-        return RAM(scale=self.scale, advantage_clip=self.advantage_clip)
 
 
 class RAMTrainer(OnlineForwardTrainer[RAMConfig]):
@@ -259,6 +254,7 @@ class DPOConfig(ForwardConfig):
              whose text encoders are all CLIP's (`steer.training.trainable.ContextToken`)
     """
 
+    loss_class: ClassVar[Any] = DiffusionDPO
     title: ClassVar[str] = "Diffusion-DPO"
     paper: ClassVar[tuple[str, str]] = ("Diffusion Model Alignment Using Direct Preference Optimization", "2311.12908")
 
@@ -266,9 +262,6 @@ class DPOConfig(ForwardConfig):
     beta: float = DiffusionDPO.beta
     images: str | None = None
     context: bool = False
-
-    def loss(self) -> DiffusionDPO:
-        return DiffusionDPO(beta=self.beta)
 
     @property
     def trained_part(self) -> str:

@@ -15,27 +15,10 @@ from steer.training.trainable import fingerprint
 
 # Fields that may differ when a run is resumed; differences are logged.
 RESUMABLE_FIELDS = {
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "max_steps",
-    "micro_batch",
-    "gradient_checkpointing",
-    "eval_steps",
-    "early_stopping_patience",
-    "ask",
-    "ask_cost",
-    "save_steps",
-    "save_total_limit",
-    "kl_budget_nats",
-    "kl_every",
-    "log_with",
-    "asynchronous_rewards",
-    "rollout_workers",
-    "reward_workers",
-    "lr_scheduler_type",
-    "lr_num_cycles",
-    "lr_power",
+    *("learning_rate", "weight_decay", "max_grad_norm", "max_steps", "micro_batch", "gradient_checkpointing"),
+    *("eval_steps", "early_stopping_patience", "ask", "ask_cost", "save_steps", "save_total_limit", "kl_budget_nats"),
+    *("kl_every", "log_with", "asynchronous_rewards", "rollout_workers", "reward_workers"),
+    *("lr_scheduler_type", "lr_num_cycles", "lr_power"),
 }
 
 

@@ -73,6 +73,7 @@ class DNOConfig(LossConfig):
                  2`, gives the paper's practical form, DPO on the best and the worst sample
     """
 
+    loss_class: ClassVar[Any] = DNO
     title: ClassVar[str] = "DNO"
     paper: ClassVar[tuple[str, str]] = (
         "Direct Nash Optimization: Teaching Language Models to Self-Improve with General Preferences",
@@ -81,9 +82,6 @@ class DNOConfig(LossConfig):
 
     beta: float = DNO.beta
     temperature: float = DNO.temperature
-
-    def loss(self) -> DNO:
-        return DNO(beta=self.beta, temperature=self.temperature)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,5 @@
 """The model card of a training: a README.md for the Hugging Face hub, by huggingface_hub's ModelCard."""
 
-import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from steer import __version__
 from steer.assets import MODELS, TEXT_MODELS
 from steer.diffusion.token_hooks import is_token_scheduler
+from steer.pipelines.base import takes_eta
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import TrainingResult
 from steer.training.overoptimization import find_hacking, guaranteed_gain
@@ -145,7 +145,7 @@ def model_card(
         code="" if result.weights is None else _code(folder, pipe, about.get("model"), config, result.weights),
         window=None if (noisy := config.step_window(0)) is None else noisy.size,
         eta=_eta(pipe, config),
-        takes_eta=_takes_eta(pipe),
+        takes_eta=takes_eta(pipe),
         noun="texts" if tokens else "images",
         distance="share of tokens that differ" if tokens else "root mean square of the pixels' differences",
         config_class=type(config).__name__,
@@ -217,7 +217,7 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
         imports, more = "AutoModel, DiffusionPipeline", f", {name}={name}"
         before = [f"{name} = AutoModel.from_pretrained(run, subfolder={str(where / name)!r})"]
     eta = _eta(pipe, config)
-    given = config.call_kwargs | ({} if eta is None or not _takes_eta(pipe) else {"eta": eta})
+    given = config.call_kwargs | ({} if eta is None or not takes_eta(pipe) else {"eta": eta})
     arguments = ", ".join(f"{key}={value!r}" for key, value in given.items() if isinstance(value, str | int | float))
     lines = [
         f"from diffusers import {imports}",
@@ -273,13 +273,6 @@ def _eta(pipe: Any, config: TrainingConfig) -> float | None:
     """The η of the samples in training and evaluation; None where they have none, or only those of the training."""
     drawn = config.samples_with_eta and not config.evaluates_by_ode and not is_token_scheduler(pipe.scheduler)
     return config.noise_level if drawn else None
-
-
-def _takes_eta(pipe: Any) -> bool:
-    """Whether both pipeline and scheduler accept η, as `steer.pipelines.base.route_eta` requires."""
-    return all(
-        "eta" in inspect.signature(function).parameters for function in (type(pipe).__call__, pipe.scheduler.step)
-    )
 
 
 def _relative(folder: Path, path: Path) -> Path:

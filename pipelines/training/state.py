@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from steer.diffusion.seeds import get_random_state, set_random_state
 from steer.errors import InputError
-from steer.files import write_checksums, write_text
+from steer.files import write_checksums, write_errors, write_text
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext
 from steer.pipelines.training.method import Record, TrainingMethod
@@ -28,7 +27,7 @@ from steer.training.trainable import Trainable, set_parameter, whole
 
 logger = logging.getLogger(__name__)
 
-RESUMABLE = "resumable"
+RESUMABLE, REMEDY = "resumable", "make room, then resume"
 SCHEDULE_FIELDS = {"learning_rate", "max_steps", "lr_scheduler_type", "lr_num_cycles", "lr_power"}
 LOG_FILES = {"records": "metrics.jsonl", "evaluations": "evaluations.jsonl"}
 
@@ -133,7 +132,7 @@ class RunFolder:
             self._change(run, resume_from)
         if not self.context.is_main_process:
             return
-        with self._writing():
+        with write_errors(self.path, REMEDY):
             for series, name in LOG_FILES.items():
                 lines = [json.dumps(record, allow_nan=False) + "\n" for record in getattr(run, series)]
                 write_text(self.path / name, "".join(lines))
@@ -154,16 +153,8 @@ class RunFolder:
         """Append a line to a log file; resuming rewrites it to the last checkpoint."""
         if not self.context.is_main_process:
             return
-        with self._writing(), (self.path / LOG_FILES[series]).open("a", encoding="utf-8") as file:
+        with write_errors(self.path, REMEDY), (self.path / LOG_FILES[series]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{self.path}: cannot write there ({reason}); make room, then resume") from error
 
     def save(self, run: RunState) -> None:
         """Save everything that the next update depends on, independent of the number of processes.
@@ -248,7 +239,7 @@ class RunFolder:
 
     def _export(self, trainable: Trainable, state: Mapping[str, Tensor], name: str) -> Path:
         new, old = (self.path / f".{name}.{kind}" for kind in ("new", "old"))
-        with self._writing():
+        with write_errors(self.path, REMEDY):
             for left in (new, old):
                 shutil.rmtree(left, ignore_errors=True)
             written = trainable.write(state, new)

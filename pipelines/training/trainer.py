@@ -189,8 +189,9 @@ class Trainer(TrainingMethod[ConfigT]):
         rewards = (self.reward, *self.eval_rewards)
         self.reward, *others = (with_media_rates(one, self.pipe, self.config.call_kwargs) for one in rewards)
         self.eval_rewards = tuple(others)
+        source = self.rollout_source()  # with the conditions of its prompts, which workers get
         with worker_processes(self):
-            self._run = FinetuningRun(self, self.rollout_source(), self.evaluator(), resume_from_checkpoint)
+            self._run = FinetuningRun(self, source, self.evaluator(), resume_from_checkpoint)
             return self._run.train()
 
     def rollout_source(self) -> RolloutSource:
@@ -362,6 +363,11 @@ class LossTrainer(SignalTrainer[LossConfigT]):
         if isinstance(self.config, ParetoConfig) and self.config.pareto:
             check_pareto(self.reward)
         super().check()
+
+    def signal(self, scored: Scored) -> Tensor:
+        """Mixed rewards (B, K), or objectives (B, K, M) with `pareto`."""
+        pareto = isinstance(self.config, ParetoConfig) and self.config.pareto
+        return self.reward_signal.objectives(scored) if pareto else super().signal(scored)
 
     @property
     def needs_reference(self) -> bool:

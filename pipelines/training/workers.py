@@ -22,7 +22,7 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import OnChunk, Samples, TrainingMethod, sampler_of
 from steer.pipelines.training.preparation import accelerator_of, trainable_of
 from steer.registry import nearest
-from steer.reward import Metadata, Reward, compares_images, score, takes_videos, with_lock
+from steer.reward import Metadata, Reward, Texts, compares_images, score, takes_videos, with_lock
 from steer.rewards.compose import map_plain, plain_rewards
 from steer.training.rollout import Rows, StepWindow
 from steer.training.trainable import set_parameter
@@ -35,11 +35,13 @@ Draw = Callable[..., Samples]
 class RolloutWorker:
     """An actor with a copy of the pipeline, which draws micro-batches with the weights of each call."""
 
-    def __init__(self, pipe: Any, config: TrainingConfig, draw: Draw, device: str, numerics: "Numerics") -> None:
+    def __init__(
+        self, pipe: Any, config: TrainingConfig, draw: Draw, conditions: Any, device: str, numerics: "Numerics"
+    ) -> None:
         for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
             del os.environ[name]  # an actor is not a process of the launched run, though such a process may start it
         numerics.apply()
-        self.pipe, self.config, self._draw = pipe.to(device), config, draw
+        self.pipe, self.config, self._draw, self._conditions = pipe.to(device), config, draw, conditions
         self.trainable = trainable_of(self.pipe, config)
         accelerator = accelerator_of(config, Path(config.output_dir), device == "cpu")
         denoisers = self.trainable.denoisers.items()
@@ -53,15 +55,16 @@ class RolloutWorker:
             parameters = self.trainable.parameters
             for name, value in ray.get(weights[0]).items():
                 set_parameter(parameters[name], value)
-            self.sampler, self.version = sampler_of(self.pipe, self.config, self.prepared), version
+            self.sampler = sampler_of(self.pipe, self.config, self.prepared, conditions=self._conditions)
+            self.version = version
         trajectories, images = self._draw(self.sampler, rows, window)
-        return trajectories, images.cpu()
+        return trajectories, images.to("cpu")
 
 
 class RayRollouts:
     """The actors of one process that draw its samples."""
 
-    def __init__(self, pipe: Any, config: TrainingConfig, draw: Draw, share: float) -> None:
+    def __init__(self, pipe: Any, config: TrainingConfig, draw: Draw, conditions: Any, share: float) -> None:
         import ray
 
         self._ray, self._version, self._weights = ray, 0, list[Any]()
@@ -72,7 +75,8 @@ class RayRollouts:
         finally:
             pipe.to(device)
         config = replace(config, init_adapter=None)  # each task brings all weights
-        given = self._stored, config, draw, device.type, Numerics()
+        self._conditions = store(conditions, "conditions")
+        given = self._stored, config, draw, self._conditions, device.type, Numerics()
         self.actors = [actor_of(RolloutWorker, share).remote(*given) for _ in range(config.rollout_workers)]
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -115,7 +119,8 @@ class RayReward:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
         rows = None if metadata is None else list(metadata)
-        return result(next(self._turns).score.remote(images.detach().cpu(), list(prompts), rows))
+        samples = images if isinstance(images, Texts) else images.detach()
+        return result(next(self._turns).score.remote(samples.to("cpu"), list(prompts), rows))
 
 
 @dataclass(frozen=True)
@@ -217,7 +222,7 @@ def worker_processes(trainer: TrainingMethod[Any]) -> Iterator[None]:
             trainer.reward, *others = (map_plain(one, lambda part: rewards.get(part.name, part)) for one in own)
             trainer.eval_rewards = tuple(others)
             if config.rollout_workers:
-                trainer.workers = RayRollouts(trainer.pipe, config, trainer.draw, share)
+                trainer.workers = RayRollouts(trainer.pipe, config, trainer.draw, trainer.conditions_by_prompt, share)
                 actors += trainer.workers.actors
             yield
         finally:

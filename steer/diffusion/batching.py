@@ -1,7 +1,6 @@
 """Batches of a denoiser: micro-batches, active rows and compiled calls."""
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from steer.diffusion.views import (
     ModuleProxy,
     denoisers_in,
     denoising_modules,
+    named_arguments,
     replace_modules,
     with_decode,
     with_modules,
@@ -62,10 +62,9 @@ class MicroBatches:
 
     def __init__(self, name: str, module: Any, rows: int | None) -> None:
         self.name, self.module, self.rows = name, module, rows
-        self._names = list(inspect.signature(module.forward).parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(self._names, args, strict=False)) | kwargs
+        given = named_arguments(self.module.forward, args, kwargs)
         batch = batch_size_of(given, self.module)
         outputs: list[Any] = []
         done = 0
@@ -216,10 +215,8 @@ class ActiveRows:
         return with_decode(vae, functools.partial(self._decoded, vae.decode)) if hasattr(vae, "decode") else vae
 
     def _denoiser(self, module: Any) -> ModuleProxy:
-        names = list(inspect.signature(module.forward).parameters)
-
         def active_call(*args: Any, **kwargs: Any) -> Any:
-            given = dict(zip(names, args, strict=False)) | kwargs
+            given = named_arguments(module.forward, args, kwargs)
             layout = RowLayout.of(given)
             self.frames = layout.frames
             if self.rows is None:

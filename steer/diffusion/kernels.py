@@ -1,9 +1,7 @@
 """The Gaussian step in one pass over memory: Triton on CUDA, plain PyTorch elsewhere."""
 
 import functools
-from collections.abc import Collection
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +12,6 @@ from steer.diffusion.schedules import (
     Level,
     LinearStep,
     Scheduler,
-    Wanted,
     clip_limit,
     plain_pass,
     weighted_step,
@@ -31,29 +28,20 @@ def has_kernel(*tensors: Tensor) -> bool:
     return fits and not graph and find_spec("triton") is not None
 
 
-def one_pass(
-    step: LinearStep,
-    x: Tensor,
-    output: Tensor,
-    want: Collection[Wanted],
-    noise: Tensor | None = None,
-    x_s: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    storage: torch.dtype | None = None,
-) -> dict[Wanted, Tensor]:
-    """Evaluate a step as `plain_pass` does, by the kernel where there is one.
+def one_pass(step: LinearStep, x: Tensor, output: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Return the mean of a step or a sample as `plain_pass` does, by the kernel where there is one.
 
-    Raises InputError where shapes differ, or a requested result lacks its inputs.
+    Raises InputError where shapes differ.
     """
-    if has_kernel(*(tensor for tensor in (x, output, noise, x_s) if tensor is not None)):
+    if has_kernel(*(tensor for tensor in (x, output, noise) if tensor is not None)):
         from steer.diffusion.triton_kernels import triton_pass  # triton is optional
 
-        return triton_pass(step, x, output, want, noise, x_s, dtype, storage)
-    return plain_pass(step, x, output, want, noise, x_s, dtype, storage)
+        return triton_pass(step, x, output, noise)
+    return plain_pass(step, x, output, noise)
 
 
 class FusedGaussian(Gaussian):
-    """A `Gaussian` whose mean is computed within the pass that draws or evaluates x_s, and stored only on access.
+    """A `Gaussian` whose mean is computed within the pass that draws x_s, and stored only on access.
 
     x, output  x_t and the model output (N, …); no graph is built
     """
@@ -61,13 +49,13 @@ class FusedGaussian(Gaussian):
     def __init__(self, step: LinearStep, x: Tensor, output: Tensor) -> None:
         vars(self).update(_step=step, _x=x, _output=output)  # the base is frozen
 
-    def _run(self, *want: Wanted, **given: Any) -> dict[Wanted, Tensor]:
+    def _run(self, noise: Tensor | None = None) -> Tensor:
         step, x, output = (vars(self)[name] for name in ("_step", "_x", "_output"))
-        return one_pass(step, x, output, want, **given)
+        return one_pass(step, x, output, noise)
 
     @functools.cached_property
     def mean(self) -> Tensor:
-        return self._run("mean")["mean"]
+        return self._run()
 
     @functools.cached_property
     def std(self) -> Tensor:
@@ -78,14 +66,7 @@ class FusedGaussian(Gaussian):
         return Gaussian(vars(self)["_x"], self.std).noise(generator)
 
     def sample(self, generator: torch.Generator | None) -> Tensor:
-        return self._run("x_s", noise=self.noise(generator))["x_s"]
-
-    def draw(self, noise: Tensor, dtype: torch.dtype, storage: torch.dtype) -> tuple[Tensor, Tensor]:
-        sampled = self._run("x_s", "log_prob", noise=noise, dtype=dtype, storage=storage)
-        return sampled["x_s"], sampled["log_prob"]
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self._run("log_prob", x_s=x)["log_prob"]
+        return self._run(self.noise(generator))
 
 
 def fused_gaussian(

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from steer.diffusion.lora_layers import enabled_adapters, lora_layers, switch_adapters
-from steer.diffusion.preview import Runner, short_call
+from steer.diffusion.preview import short_call
+from steer.diffusion.rows import RowsCall
 from steer.diffusion.schedules import Level, gaussian_transition, level
 from steer.diffusion.short_schedule import at_places, transition_starts
 from steer.diffusion.step_hooks import HOOKED, OnStep, RunEnded, SolverStep, StepOverride, has_second_modality
@@ -54,7 +55,7 @@ class LookAhead:
     def __init__(
         self,
         pipe: Any,
-        call: Runner,
+        call: RowsCall,
         steps: int,
         shapes: OutputShapes | None = None,
         adapter: Adapter | None = None,

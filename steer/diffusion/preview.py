@@ -25,20 +25,11 @@ from steer.registry import choose
 
 SCHEDULED_STEPS = 4  # only one of them is run; the minimum of PNDM with its Runge-Kutta warm-up
 # Arguments of the user's call that do not apply to decoding.
+CALLBACK_ARGUMENTS = ("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 EXCLUDED_ARGUMENTS = (
-    "callback",
-    "callback_steps",
-    "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs",
-    "timesteps",
-    "sigmas",
-    "generator",
-    "latents",
-    "output_type",
-    "return_dict",
-    "num_inference_steps",
-    "denoising_end",
-    "guess_mode",
+    *CALLBACK_ARGUMENTS,
+    *("timesteps", "sigmas", "generator", "latents", "output_type", "return_dict", "num_inference_steps"),
+    *("denoising_end", "guess_mode"),
 )
 
 

@@ -6,7 +6,7 @@ One forward marginal for all of them: x_t = α_t x0 + σ_t ε.
 import copy
 import inspect
 import math
-from collections.abc import Callable, Collection, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -408,14 +408,6 @@ def has_other_noise(scheduler: Scheduler) -> bool:
     return ancestral_flow or descends_from(scheduler, _OTHER_NOISE)
 
 
-def matches_gaussian_kernel(scheduler: Scheduler) -> bool:
-    """Return whether the Gaussian kernel with η = 1 may take single steps of a run with this solver.
-
-    False for solvers whose own noise has another law: two kernels in one run would mix two laws.
-    """
-    return not has_other_noise(scheduler)
-
-
 def step_levels(scheduler: Scheduler, timestep: Any, index: int) -> tuple[Level, Level]:
     """Return (α, σ) before and after the transition that begins with `scheduler.step` at a timestep.
 
@@ -477,9 +469,6 @@ def draw_guided(kernel: Gaussian, gradient: Tensor, generator: Generator | None)
     return kernel.mean + kernel.std * (shift + z), log_ratio
 
 
-Wanted = Literal["x0", "mean", "x_s", "log_prob"]
-
-
 @dataclass(frozen=True)
 class LinearStep:
     """x̂0 = clip(a x_t + b o),  mean = c x_t + d x̂0,  x_s = mean + τ z, for a model output o.
@@ -496,8 +485,8 @@ class LinearStep:
     limit: float = math.inf
 
     def table(self, device: torch.device) -> Tensor:
-        """Return a, b, c, d, τ, log τ in fp32, (1, 6) or (N, 6): one transfer for all."""
-        columns = torch.broadcast_tensors(self.a, self.b, self.c, self.d, self.std, self.std.log())
+        """Return a, b, c, d, τ in fp32, (1, 5) or (N, 5): one transfer for all."""
+        columns = torch.broadcast_tensors(self.a, self.b, self.c, self.d, self.std)
         return torch.stack([column.reshape(-1) for column in columns], 1).float().to(device)
 
 
@@ -513,21 +502,6 @@ X0_WEIGHTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
-def linear_step(kind: str, before: Level, after: Level, eta: float, limit: float = math.inf) -> LinearStep:
-    """Return the step of `gaussian_transition` and x̂0 of a prediction type as weights of x_t and o.
-
-    mean = α_s x̂0 + √(σ_s² − τ²) (x_t − α_t x̂0)/σ_t = c x_t + d x̂0,  c = √(σ_s² − τ²)/σ_t,  d = α_s − c α_t
-
-    before, after  levels: float64 scalars, or one per row (N,)
-    eta            η in [0, 1]
-
-    Raises InputError for an unknown prediction type.
-    """
-    if kind not in X0_WEIGHTS:
-        raise InputError(f"no rule for x̂0 from prediction_type {kind!r}: use one of {', '.join(X0_WEIGHTS)}")
-    return weighted_step(X0_WEIGHTS[kind](*before), before, after, eta, limit)
-
-
 def weighted_step(
     weights: tuple[Tensor, Tensor],
     before: Level,
@@ -536,63 +510,40 @@ def weighted_step(
     limit: float = math.inf,
     dynamics: Dynamics = "ddim",
 ) -> LinearStep:
-    """Return `linear_step` for the weights (a, b) of x̂0 = a x_t + b o."""
+    """Return the step of `gaussian_transition`, for x̂0 = a x_t + b o with weights (a, b), as weights of x_t and o.
+
+    mean = α_s x̂0 + √(σ_s² − τ²) (x_t − α_t x̂0)/σ_t = c x_t + d x̂0,  c = √(σ_s² − τ²)/σ_t,  d = α_s − c α_t
+
+    before, after  levels: float64 scalars, or one per row (N,)
+    eta            η in [0, 1]
+    """
     tau, rest = split_noise(before, after, eta, dynamics)
     c = rest / before.sigma
     return LinearStep(*weights, c, after.alpha - c * before.alpha, tau, limit)
 
 
-def plain_pass(
-    step: LinearStep,
-    x: Tensor,
-    output: Tensor,
-    want: Collection[Wanted],
-    noise: Tensor | None = None,
-    x_s: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    storage: torch.dtype | None = None,
-) -> dict[Wanted, Tensor]:
-    """Evaluate any of x̂0, mean, x_s (each shaped like x) and log p(x_s | x_t) (N,) of a step, with gradients.
+def plain_pass(step: LinearStep, x: Tensor, output: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Return the mean of a step (N, …), or x_s drawn from `noise` z, in fp32, with gradients.
 
-    x, output   x_t and the model output (N, …), of any floating dtype
-    noise       z shaped like x: x_s is drawn from it, in `dtype`, rounded through `storage`
-    x_s         in place of the noise: the sample whose density is evaluated
+    x, output  x_t and the model output (N, …), of any floating dtype
 
-    All but x_s is fp32; log-probs are summed in fp64. `steer.diffusion.triton_kernels.triton_pass` is the fast version.
+    `steer.diffusion.triton_kernels.triton_pass` is the fast version.
     """
-    check_pass(step, x, output, want, noise, x_s)
+    check_pass(step, x, output, noise)
     columns = step.table(x.device).unbind(1)
-    a, b, c, d, std, log_std = (column.view(-1, *[1] * (x.dim() - 1)) for column in columns)
+    a, b, c, d, std = (column.view(-1, *[1] * (x.dim() - 1)) for column in columns)
     x0 = a * x.float() + b * output.float()
     if step.limit < math.inf:
         x0 = x0.clamp(-step.limit, step.limit)
     mean = c * x.float() + d * x0
-    results: dict[Wanted, Tensor] = {"x0": x0, "mean": mean}
-    if noise is not None:
-        x_s = (mean + std * noise.float()).to(dtype).to(storage or dtype).to(dtype)
-    if x_s is not None:
-        results["x_s"] = x_s
-    if x_s is not None and "log_prob" in want:
-        z, log_std = ((x_s.float() - mean) / std).to(widest(x.device)), log_std.to(widest(x.device))
-        terms = -0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)
-        results["log_prob"] = terms.reshape(len(x), -1).sum(1)
-    return {name: results[name] for name in want}
+    return mean if noise is None else mean + std * noise.float()
 
 
-def check_pass(
-    step: LinearStep, x: Tensor, output: Tensor, want: Collection[Wanted], noise: Tensor | None, x_s: Tensor | None
-) -> None:
-    """Raise InputError where shapes differ, or a requested result lacks its inputs."""
-    given = {"output": output, "noise": noise, "x_s": x_s}
-    for name, tensor in given.items():
+def check_pass(step: LinearStep, x: Tensor, output: Tensor, noise: Tensor | None) -> None:
+    """Raise InputError where shapes differ."""
+    for name, tensor in (("output", output), ("noise", noise)):
         if tensor is not None and tensor.shape != x.shape:
             raise InputError(f"{name} has shape {tuple(tensor.shape)}, but must have that of x, {tuple(x.shape)}")
-    if noise is not None and x_s is not None:
-        raise InputError("noise and x_s are both given: a sample is either drawn or evaluated, give one of them")
-    if {"x_s", "log_prob"} & set(want) and noise is None and x_s is None:
-        raise InputError("x_s and its log_prob need the noise or x_s itself: give one of them")
-    if "log_prob" in want and not (step.std > 0).all():
-        raise InputError("this step is deterministic (τ = 0): it has no log-probability. Use η > 0")
     rows = max(value.numel() for value in (step.a, step.b, step.c, step.d, step.std))
     if rows not in (1, len(x)):
         raise InputError(f"the step has weights for {rows} rows and x has {len(x)}: give one for all, or one per row")

@@ -8,7 +8,7 @@ is called with both texts and the pipeline applies the guidance. Rows of the neg
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from steer.diffusion.rows import RandomState
 from steer.diffusion.seeds import list_generators
 from steer.diffusion.step_hooks import RunEnded, without_hooks
-from steer.diffusion.views import ModuleProxy, denoisers_in
+from steer.diffusion.views import ModuleProxy, denoisers_in, named_arguments
 from steer.errors import InputError
 
 STATE = ("sample", "hidden_states", "timestep")  # arguments of a denoiser that are not the text
@@ -38,8 +38,8 @@ def two_prompts(pipe: Any, originals: Mapping[str, str], share: float) -> Any:
     signature = inspect.signature(cls.__call__)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(signature.bind(self, *args, **kwargs).arguments)
-        given.pop("self")
+        signature.bind(self, *args, **kwargs)  # raises for what the pipeline does not take
+        given = named_arguments(cls.__call__, args, kwargs)
         other = _originals_of(given.get("prompt"), originals)
         if other == given.get("prompt") or share == 0:
             return cls.__call__(self, **given)
@@ -67,7 +67,7 @@ def _first_arguments(cls: Any, pipe: Any, given: Mapping[str, Any]) -> Mapping[s
     probe = copy.copy(pipe)
 
     def capture(denoiser: Any, *args: Any, **kwargs: Any) -> Any:
-        raise RunEnded(_named(denoiser, args, kwargs))
+        raise RunEnded(named_arguments(denoiser.forward, args, kwargs))
 
     for name in denoisers_in(pipe):
         denoiser = getattr(pipe, name)
@@ -84,24 +84,18 @@ def _first_arguments(cls: Any, pipe: Any, given: Mapping[str, Any]) -> Mapping[s
     raise InputError(f"{type(pipe).__name__} never called its denoiser: it cannot be guided by two prompts")
 
 
-def _named(denoiser: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a denoiser's call by name."""
-    positional = [name for name in inspect.signature(denoiser.forward).parameters if name != "self"]
-    return dict(zip(positional, args, strict=False)) | dict(kwargs)
-
-
 class _MixedDenoiser:
     """A denoiser called with both texts: share · original + (1 − share) · expanded.
 
     text  arguments of the denoiser's first call with the original prompt
     """
 
-    def __init__(self, denoiser: Callable[..., Any], text: Mapping[str, Any], share: float) -> None:
+    def __init__(self, denoiser: Any, text: Mapping[str, Any], share: float) -> None:
         self._denoiser, self._text, self._share = denoiser, text, share
         self._texts: dict[str, tuple[Any, Any]] | None = None  # argument → for the expanded and the original prompt
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own = _named(self._denoiser, args, kwargs)
+        own = named_arguments(self._denoiser.forward, args, kwargs)
         if self._texts is None:
             self._texts = {
                 name: (value, self._text[name])

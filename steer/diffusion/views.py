@@ -165,6 +165,12 @@ def cached_calls(function: Callable[..., Any], cache: dict[str, Any]) -> Callabl
     return cached_call
 
 
+def named_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a method's call by name, without `self`."""
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
 def plain_values(value: Any) -> Any:
     """Convert an argument to plain JSON values; images and tensors become a hash of their content."""
     if value is None or isinstance(value, str | int | float):
