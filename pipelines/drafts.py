@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from steer.diffusion.restart import starting_at
 from steer.diffusion.schedules import step_levels
 from steer.diffusion.seeds import derived_seed, seeded_normal, spread_generators
+from steer.diffusion.short_schedule import starting_at
 from steer.diffusion.step_hooks import SolverStep, StepOverride, scheduler_of
 from steer.diffusion.views import replace_parts
 from steer.errors import InputError, UnsupportedPipelineError

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from steer.diffusion.masked_denoiser import MaskedDenoiserOutput
 from steer.diffusion.subs_scheduler import SubsScheduler
 from steer.pipelines.text.masked_diffusion import MaskedDiffusionPipeline
 
@@ -52,11 +52,11 @@ class Table(nn.Module):
 
     def forward(self, ids: Tensor, sigma: Tensor | None = None) -> Any:
         if not ids.is_floating_point():
-            return MaskedDenoiserOutput(self.logits[index_of(ids)])
+            return Transformer2DModelOutput(self.logits[index_of(ids)])
         ids = ids.to(self.logits)
         states = nn.functional.one_hot(STATES, V + 1).to(ids)
         weights = torch.einsum("nlv,zlv->nzl", ids, states).prod(2)  # multilinear between one-hot states
-        return MaskedDenoiserOutput(torch.einsum("nz,zlv->nlv", weights, self.logits))
+        return Transformer2DModelOutput(torch.einsum("nz,zlv->nlv", weights, self.logits))
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the table, as models of diffusers do."""

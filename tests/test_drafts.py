@@ -20,7 +20,7 @@ from soft_rewards import redness, seeded
 from torch import Tensor
 
 from steer import BestOfNPipeline, DraftsPipeline, InputError, RenoisePipeline
-from steer.diffusion.restart import starting_at
+from steer.diffusion.short_schedule import starting_at
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 

@@ -4,25 +4,17 @@ Parameter names and shapes match the published checkpoints (kuleshov-group/mdlm-
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.utils import BaseOutput
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 FREQUENCIES = 256  # in the embedding of the noise level
 MAX_PERIOD = 10_000
-
-
-@dataclass
-class MaskedDenoiserOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
-    """Logits (N, L, V)."""
-
-    sample: Tensor
 
 
 class _LayerNorm(nn.Module):
@@ -159,4 +151,4 @@ class MaskedDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         for block in self.blocks:
             x = block(x, condition, self.rotary_emb)
         logits = self.output_layer(x, condition)
-        return MaskedDenoiserOutput(logits) if return_dict else (logits,)
+        return Transformer2DModelOutput(logits) if return_dict else (logits,)

@@ -1,7 +1,8 @@
 """Short runs of a pipeline: a scheduler copy whose `set_timesteps` gives a few timesteps of a longer run.
 
 Its `step` computes nothing and returns the latents unchanged: step hooks replace them. Everything else stays that
-scheduler's own: scaling of the denoiser's input, noise levels, prediction type.
+scheduler's own: scaling of the denoiser's input, noise levels, prediction type. A run that starts at a later solver
+step (`starting_at`) keeps the scheduler's own `step` too.
 """
 
 import copy
@@ -18,7 +19,7 @@ from torch import Tensor
 from steer.diffusion.schedules import Scheduler, is_flow, predict_x0, stepped_timesteps
 from steer.errors import UnsupportedPipelineError
 
-STATE, PLACES, RATIO = "_short_state", "_short_places", "_short_ratio"
+STATE, PLACES, RATIO, FIRST = "_short_state", "_short_places", "_short_ratio", "_first_transition"
 
 
 class StepOutput(tuple[Tensor, Tensor]):
@@ -93,6 +94,27 @@ def _short_class(kind: type) -> type:
 def _converts(kind: Any) -> bool:
     """Return whether pipelines may call `step` for x̂0 alone (EDM)."""
     return "pred_original_sample" in inspect.signature(kind.step).parameters
+
+
+def starting_at(scheduler: Scheduler, step: int) -> Scheduler:
+    """Copy a scheduler so that its runs begin with solver step `step` (from 0) of the whole run, by its own `step`."""
+    kind: type = type(scheduler)
+    later = copy.copy(scheduler)
+    later.__class__ = _later_class(kind)
+    vars(later)[FIRST] = step
+    return later
+
+
+@functools.cache
+def _later_class(kind: type) -> type:
+    """Return a subclass of a scheduler's class whose runs start later."""
+
+    @functools.wraps(kind.set_timesteps)  # type: ignore[attr-defined]
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
+        keep_places(self, range(transition_starts(self)[vars(self)[FIRST]], len(stepped_timesteps(self))))
+
+    return type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "base_class": kind})
 
 
 def keep_places(scheduler: Scheduler, places: Sequence[int]) -> None:

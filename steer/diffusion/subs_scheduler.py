@@ -1,22 +1,13 @@
 """The scheduler of masked diffusion: z_t → z_s with the SUBS parameterisation."""
 
-from dataclasses import dataclass
-
 import torch
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.utils import BaseOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Generator, Tensor
 
 from steer.diffusion.masked import OPENINGS, MaskedKernel, subs
 from steer.registry import choose
-
-
-@dataclass
-class SubsSchedulerOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
-    """z_s (N, L) int64."""
-
-    prev_sample: Tensor
 
 
 class SubsScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
@@ -54,7 +45,7 @@ class SubsScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         sample: Tensor,
         generator: Generator | None = None,
         return_dict: bool = True,
-    ) -> SubsSchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor]:
         """Draw z_s from logits (N, L, V) at t = `timestep` and z_t = `sample` (N, L)."""
         z_s = self.kernel(model_output, timestep, sample).sample(generator)
-        return SubsSchedulerOutput(z_s) if return_dict else (z_s,)
+        return SchedulerOutput(z_s) if return_dict else (z_s,)
