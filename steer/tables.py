@@ -24,7 +24,10 @@ BYTE_ORDER_MARKS = (
 
 def read_text(path: Path) -> str:
     """Read a text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Raises InputError, OSError."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except ValueError as error:  # a null byte
+        raise InputError(f"{str(path)!r}: not the name of a file") from error
     encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
     try:
         return data.decode(encoding)
