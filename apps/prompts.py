@@ -18,6 +18,7 @@ from steer.errors import InputError
 from steer.registry import did_you_mean, nearest
 from steer.tables import (
     DATA_SET,
+    check_columns,
     data_files,
     numbered_lines,
     one_line,
@@ -159,8 +160,7 @@ def _table_from_cells(
     name = find_column(header, column, line)
     if name is None:
         raise InputError(f"{line}: {describe_expected(column, 'a column named', header)}")
-    if repeated := [one for one in header if one and header.count(one) > 1]:
-        raise InputError(f"{line}: column {repeated[0]!r} is repeated: remove one")
+    check_columns(line, header)
     for where, row in full_rows:
         if len(row) <= header.index(name):
             raise InputError(f"{where}: no column {header.index(name) + 1}")

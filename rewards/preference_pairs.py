@@ -23,6 +23,7 @@ from steer.rewards.inputs import rows_by_prompt
 from steer.rewards.objectives import PreferenceLabels
 from steer.tables import (
     DATA_SET,
+    check_columns,
     data_files,
     numbered_lines,
     open_parquet,
@@ -279,8 +280,7 @@ def _cells(path: Path) -> list[Row]:
     """Read a .csv or .tsv file; numbers, lists, true and false are parsed, empty cells are left out."""
     (place, names), *rows = parse_cells(path, "\t" if path.suffix.lower() == ".tsv" else None) or [("", [])]
     names = [name.strip() for name in names]
-    if repeated := [name for name in names if name and names.count(name) > 1]:
-        raise InputError(f"{place}: column {repeated[0]!r} is repeated: remove one")
+    check_columns(place, names)
     if wrong := [place for place, cells in rows if any(cell.strip() for cell in cells[len(names) :])]:
         raise InputError(
             f"{wrong[0]}: more cells than the {len(names)} columns: quote texts that contain the separator"

@@ -83,6 +83,12 @@ def parse_cells(path: Path, delimiter: str | None = None) -> list[tuple[str, lis
         raise InputError(f"{path}, line {reader.line_num}: not a readable table ({error})") from error
 
 
+def check_columns(place: str, names: Sequence[str]) -> None:
+    """Raise InputError for a repeated name; columns without a name are no columns."""
+    if repeated := [name for name in names if name and names.count(name) > 1]:
+        raise InputError(f"{place}: column {repeated[0]!r} is repeated: remove one")
+
+
 DATA_SET = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w./-]+))?")  # ORGANISATION/NAME[:SPLIT] on the hub
 CONVERTED = "refs/convert/parquet"  # the hub converts nearly every data set to CONFIG/SPLIT/0000.parquet
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}

@@ -2,6 +2,7 @@
 
 import shlex
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class Progress:
         return f"{plural(self.choices, 'choice')}, {plural(self.ties, 'tie')}{bad}, {self.undone} undone."
 
 
-class AnswerStore:
+class AnswerStore(ABC):
     """The answers of all annotators to groups of images: subclasses offer and read the groups, and write the answers.
 
     Thread-safe; one program at a time may write. An answer is on disk when its method returns. Raises InputError.
@@ -107,19 +108,21 @@ class AnswerStore:
         self._assigned: set[tuple[str, str]] = set()  # pairs of annotator and assigned group
 
     @property
+    @abstractmethod
     def groups(self) -> Mapping[str, Any]:
         """Return the groups by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def offer(self, request: LabelRequest) -> Any:
         """Assign a group to the annotator until they answer or it is released; None where there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _record(self, annotator: str, group: str, verdict: Verdict) -> None:
-        raise NotImplementedError
+        """Write an answer."""
 
+    @abstractmethod
     def _remove(self, annotator: str, group: str) -> None:
-        raise NotImplementedError
+        """Write that an answer was undone."""
 
     def choose(self, annotator: str, group: str, chosen: int) -> bool:
         """Record that an image is the best of its group; False if the annotator has answered already."""
